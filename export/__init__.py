@@ -1,0 +1,1 @@
+"""Checkpoint -> ONNX -> precision -> TensorRT engine -> Triton repository."""

@@ -1,0 +1,203 @@
+"""The contract between export and runtime: what an artefact is and what it was made from.
+
+An artefact is a file and a sidecar: `model.onnx` + `model.onnx.json`, `model.plan` + `model.plan.json`. The sidecar
+holds a `Manifest`. Nothing is prepended to the artefact itself, so trtexec and Netron still open it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from runtime.errors import RefusedError
+
+SCHEMA = "gmconv-deploy.manifest/v1"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output: numpy dtype name ("float32") and shape; a str in `shape` names a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeRange:
+    """One input's range in an optimization profile: full shapes, batch included."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocessing:
+    """From a decoded image to the network's input (float32, C x H x W).
+
+    Resize to `size` (height, width, pixels) as `resize` says, multiply the 0..255 values by `scale`, subtract `mean`,
+    divide by `std` (one value per channel). `channel_order` "L" is greyscale.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float = 1 / 255
+    channel_order: Literal["RGB", "BGR", "L"] = "RGB"
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    resize: Literal["stretch", "shortest-then-crop"] = "stretch"
+    crop_ratio: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """A file by its base name (never a path of the exporting machine), what it is, and the sha256 of its bytes."""
+
+    kind: Literal["checkpoint", "onnx", "external-data", "engine"]
+    file: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The sidecar of an artefact. `chain` lists what it was made from, oldest first (checkpoint, then ONNX)."""
+
+    artefact: FileDigest
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    schema: str = SCHEMA
+    created: str = ""
+    chain: tuple[FileDigest, ...] = ()
+    external: tuple[FileDigest, ...] = ()
+    profiles: tuple[dict[str, ShapeRange], ...] = ()
+    preprocessing: Preprocessing | None = None
+    labels: tuple[str, ...] | None = None
+    dataset: dict[str, Any] | None = None
+    arch: str | None = None
+    precision: str = "fp32"
+    precision_found: dict[str, int] = field(default_factory=dict)
+    certificate: dict[str, Any] | None = None
+    crop: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
+    parity: dict[str, Any] | None = None
+    benchmark: dict[str, Any] | None = None
+    build: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    device: dict[str, Any] | None = None
+
+    def source(self, kind: str) -> FileDigest | None:
+        """The newest link of the chain of that kind, or None."""
+        return next((link for link in reversed(self.chain) if link.kind == kind), None)
+
+    def to_json(self) -> str:
+        return json.dumps(msgspec.to_builtins(self), indent=1, allow_nan=False) + "\n"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest(path: Path, kind: Literal["checkpoint", "onnx", "external-data", "engine"]) -> FileDigest:
+    """The `FileDigest` of a file on disk."""
+    return FileDigest(kind, path.name, sha256_file(path), path.stat().st_size)
+
+
+def utc_now() -> str:
+    """ISO 8601 UTC time, seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def sidecar(artefact: Path) -> Path:
+    """Where the manifest of `artefact` lies: the same name with `.json` appended."""
+    return artefact.with_name(artefact.name + ".json")
+
+
+def read_manifest(artefact: Path, *, verify: bool = True) -> Manifest:
+    """The manifest of `artefact`.
+
+    Raises RefusedError when the artefact or its sidecar is missing or unreadable, the schema is another, or (with
+    `verify`) the sha256 of the artefact or its external data is not the manifest's.
+    """
+    path = sidecar(artefact)
+    if not artefact.is_file():
+        raise RefusedError(f"{artefact}: no such file")
+    if not path.is_file():
+        raise RefusedError(f"{artefact}: its manifest {path.name} is missing; export it again, or copy both files")
+    try:
+        raw = path.read_bytes()
+        schema = msgspec.json.decode(raw, type=dict[str, Any]).get("schema")
+        if schema != SCHEMA:
+            raise RefusedError(f"{path}: schema {str(schema)[:80]!r}, this version reads {SCHEMA!r}; export again")
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise RefusedError(f"{path}: not a manifest ({error}); export the artefact again") from error
+    except OSError as error:
+        raise RefusedError(f"{path}: cannot be read ({error.strerror})") from error
+    if verify:
+        for entry, file in [
+            (manifest.artefact, artefact),
+            *((e, artefact.with_name(e.file)) for e in manifest.external),
+        ]:
+            if "/" in entry.file or "\\" in entry.file:
+                raise RefusedError(f"{path}: names a file outside its folder; export the artefact again")
+            if not file.is_file():
+                raise RefusedError(f"{artefact}: its external data {entry.file} is missing; copy it beside the model")
+            found = sha256_file(file)
+            if found != entry.sha256:
+                raise RefusedError(
+                    f"{file}: sha256 is {found[:12]}…, its manifest says {entry.sha256[:12]}…; the pair is not from one "
+                    f"export (interrupted, edited or mixed up): export it again"
+                )
+    return manifest
+
+
+def find_manifest(artefact: Path) -> Manifest | None:
+    """Like `read_manifest`, but None where there is no sidecar at all (a foreign ONNX file)."""
+    return read_manifest(artefact) if sidecar(artefact).exists() else None
+
+
+@contextmanager
+def staged(artefact: Path) -> Iterator[Path]:
+    """Write an artefact pair so that no half-written file ever carries a final name.
+
+    Yields a temporary folder beside `artefact`; write `artefact.name`, its external data and its sidecar there under their final
+    names. On a clean exit the files are flushed and renamed into place, the sidecar last; on any exception nothing
+    remains. A kill between two renames leaves a pair whose hashes disagree, which `read_manifest` refuses.
+
+    Raises RefusedError when the folder cannot be written to or the disk is full.
+    """
+    parent = artefact.parent
+    if artefact.is_dir():
+        raise RefusedError(f"{artefact}: is a directory; give -o a file name")
+    folder: Path | None = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{artefact.name}.", suffix=".tmp", dir=parent))
+        yield folder
+        last = {artefact.name: 1, sidecar(artefact).name: 2}
+        for file in sorted(folder.iterdir(), key=lambda f: (last.get(f.name, 0), f.name)):
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+            file.replace(parent / file.name)
+    except OSError as error:
+        raise RefusedError(
+            f"{artefact}: cannot be written ({error.strerror or error}); nothing was left behind"
+        ) from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)

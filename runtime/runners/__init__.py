@@ -1,0 +1,1 @@
+"""One `Runner` per inference engine; `open_runner` picks by artefact."""

@@ -1,0 +1,126 @@
+"""The `Runner` contract: an artefact opened on one device, ready to run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import RefusedError
+from runtime.manifest import ShapeRange, TensorSpec
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class QueryTimes:
+    """One query's clock, in ms from an origin common to all queries of a run (trtexec's --exportTimes fields)."""
+
+    start_enqueue: float
+    end_enqueue: float
+    start_h2d: float
+    end_h2d: float
+    start_compute: float
+    end_compute: float
+    start_d2h: float
+    end_d2h: float
+
+
+class Query(ABC):
+    """One inference on a device with inputs, outputs, stream and events bound: what a GPU benchmark repeats."""
+
+    @abstractmethod
+    def enqueue(self) -> None:
+        """Put the inference on its stream (transfers included if asked for) and return at once."""
+
+    @abstractmethod
+    def wait(self) -> QueryTimes:
+        """Block until the last `enqueue` is done; its times."""
+
+
+class Runner(ABC):
+    """An artefact on one device. A context manager; `run` validates its inputs and casts nothing.
+
+    `name` says engine and mode for tables ("onnxruntime cpu, 2 threads"); `device` is "cpu", "cuda:0", ...
+    """
+
+    name: str
+    device: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[dict[str, ShapeRange], ...] = ()
+
+    @abstractmethod
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once. Raises RefusedError when an input's name, dtype, rank, fixed dim or profile range is wrong."""
+
+    @abstractmethod
+    def bind(self, feeds: Mapping[str, Array]) -> Callable[[], object]:
+        """Validate `feeds` once; return a call that runs with them and nothing else, for timing on the host clock."""
+
+    def queries(
+        self, feeds: Mapping[str, Array], count: int, *, transfers: bool, cuda_graph: bool, streams: int = 1
+    ) -> list[Query] | None:
+        """`count` queries on each of `streams` streams with CUDA-event clocks, or None: this engine has the host clock alone."""
+        return None
+
+    def close(self) -> None:  # noqa: B027 (optional)
+        """Release what the runner holds; idempotent."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def validate_feeds(
+    specs: tuple[TensorSpec, ...], feeds: Mapping[str, Array], profiles: tuple[dict[str, ShapeRange], ...] = ()
+) -> None:
+    """Raise RefusedError unless `feeds` fits `specs` exactly and, with profiles, one of them."""
+    names = {spec.name for spec in specs}
+    if set(feeds) != names:
+        raise RefusedError(f"inputs given: {sorted(feeds)}; this network takes {sorted(names)}")
+    axes: dict[str, int] = {}
+    for spec in specs:
+        array = feeds[spec.name]
+        if array.dtype != numpy_dtype(spec.dtype):
+            raise RefusedError(
+                f"input {spec.name!r} is {array.dtype}, this network takes {spec.dtype}; convert it first"
+            )
+        if array.ndim != len(spec.shape):
+            raise RefusedError(f"input {spec.name!r} has shape {array.shape}, this network takes {spec.shape}")
+        for got, want in zip(array.shape, spec.shape, strict=True):
+            if got != (want if isinstance(want, int) else axes.setdefault(want, got)):
+                raise RefusedError(f"input {spec.name!r} has shape {array.shape}, this network takes {spec.shape}")
+            if got == 0:
+                raise RefusedError(f"input {spec.name!r} has shape {array.shape}: an axis of length 0")
+    if profiles and not any(_inside(profile, feeds) for profile in profiles):
+        ranges = "; ".join(f"{n} {r.min}..{r.max}" for p in profiles for n, r in p.items())
+        shapes = ", ".join(f"{n} {a.shape}" for n, a in feeds.items())
+        raise RefusedError(f"shape outside every optimization profile: {shapes}; the engine takes {ranges}")
+
+
+def _inside(profile: Mapping[str, ShapeRange], feeds: Mapping[str, Array]) -> bool:
+    return all(
+        all(lo <= d <= hi for lo, d, hi in zip(r.min, feeds[name].shape, r.max, strict=True))
+        for name, r in profile.items()
+        if name in feeds
+    )
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype of a TensorSpec dtype name; bfloat16 and float8 names come from ml_dtypes."""
+    try:
+        return np.dtype(name)
+    except TypeError:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, name))
