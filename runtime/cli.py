@@ -20,6 +20,7 @@ class Command(click.Command):
     """A click command whose Ctrl-C exits 130, as a shell user expects, instead of click's 1."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, then exit with the code that design and README document."""
         kwargs["standalone_mode"] = False
         try:
             sys.exit(super().main(*args, **kwargs) or 0)

@@ -104,6 +104,7 @@ class Manifest:
         return next((link for link in reversed(self.chain) if link.kind == kind), None)
 
     def to_json(self) -> str:
+        """The sidecar's text."""
         return json.dumps(msgspec.to_builtins(self), indent=1, allow_nan=False) + "\n"
 
 
@@ -161,8 +162,8 @@ def read_manifest(artefact: Path, *, verify: bool = True) -> Manifest:
             found = sha256_file(file)
             if found != entry.sha256:
                 raise RefusedError(
-                    f"{file}: sha256 is {found[:12]}…, its manifest says {entry.sha256[:12]}…; the pair is not from one "
-                    f"export (interrupted, edited or mixed up): export it again"
+                    f"{file}: sha256 is {found[:12]}…, its manifest says {entry.sha256[:12]}…; the pair is not "
+                    f"from one export (interrupted, edited or mixed up): export it again"
                 )
     return manifest
 
@@ -176,9 +177,9 @@ def find_manifest(artefact: Path) -> Manifest | None:
 def staged(artefact: Path) -> Iterator[Path]:
     """Write an artefact pair so that no half-written file ever carries a final name.
 
-    Yields a temporary folder beside `artefact`; write `artefact.name`, its external data and its sidecar there under their final
-    names. On a clean exit the files are flushed and renamed into place, the sidecar last; on any exception nothing
-    remains. A kill between two renames leaves a pair whose hashes disagree, which `read_manifest` refuses.
+    Yields a temporary folder beside `artefact`; write `artefact.name`, its external data and its sidecar there under
+    their final names. On a clean exit the files are flushed and renamed into place, the sidecar last; on any exception
+    nothing remains. A kill between two renames leaves a pair whose hashes disagree, which `read_manifest` refuses.
 
     Raises RefusedError when the folder cannot be written to or the disk is full.
     """

@@ -66,7 +66,7 @@ class Runner(ABC):
     def queries(
         self, feeds: Mapping[str, Array], count: int, *, transfers: bool, cuda_graph: bool, streams: int = 1
     ) -> list[Query] | None:
-        """`count` queries on each of `streams` streams with CUDA-event clocks, or None: this engine has the host clock alone."""
+        """`count` queries on each of `streams` streams with CUDA-event clocks; None: the host clock is all there is."""
         return None
 
     def close(self) -> None:  # noqa: B027 (optional)
@@ -119,8 +119,9 @@ def _inside(profile: Mapping[str, ShapeRange], feeds: Mapping[str, Array]) -> bo
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The numpy dtype of a TensorSpec dtype name; bfloat16 and float8 names come from ml_dtypes."""
     try:
-        return np.dtype(name)
+        dtype: np.dtype[Any] = np.dtype(name)
     except TypeError:
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, name))
+        dtype = np.dtype(getattr(ml_dtypes, name))
+    return dtype
