@@ -1,0 +1,160 @@
+"""What baking does to each layer, in numbers: the part of the manifest that a reviewer reads first."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gmconv.layer import GMConv2d
+from gmconv.mask import gaussian_mask
+from gmconv.surgery import masked_layers
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_FP16_SMALLEST_NORMAL = 2.0**-14
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Minimum, median and maximum over a layer's sigmas, in taps (all equal for sigma_per="layer")."""
+
+    min: float
+    median: float
+    max: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCertificate:
+    """One masked layer before and after baking.
+
+    `mask_edge` and `mask_corner` are the mask's value at the middle of the kernel's nearest edge and at its corner,
+    for the median sigma. `energy_removed` is `1 - sum((w m)^2) / sum(w^2)`. The fp16 counts are baked taps that are
+    non-zero in the layer's own dtype and subnormal, or zero, once rounded to float16. The sha256 are of the raw bytes
+    (row-major, little-endian) of weight, mask and product.
+    """
+
+    name: str
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    in_channels: int
+    out_channels: int
+    sigma: Spread
+    sigma_per: str
+    mask_edge: float
+    mask_corner: float
+    energy_removed: float
+    taps: int
+    fp16_subnormal_taps: int
+    fp16_zero_taps: int
+    weight_sha256: str
+    mask_sha256: str
+    baked_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class BakeCertificate:
+    """One entry per masked layer, in the order of `model.named_modules()`; `unmasked` convolutions had no mask."""
+
+    layers: tuple[LayerCertificate, ...]
+    unmasked: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def table(self) -> Table:
+        """The certificate as a rich table."""
+        return certificate_table(self.to_dict())
+
+
+def bake_certificate(model: nn.Module) -> BakeCertificate:
+    """Measure what `bake(model)` does to each masked layer of a live model; changes nothing."""
+    layers = tuple(_layer_certificate(name, layer) for name, layer in masked_layers(model).items())
+    plain = sum(isinstance(m, nn.Conv2d) and not isinstance(m, GMConv2d) for m in model.modules())
+    return BakeCertificate(layers, plain)
+
+
+@torch.no_grad()
+def _layer_certificate(name: str, layer: GMConv2d) -> LayerCertificate:
+    mask, baked = layer.mask(), layer.baked_weight()
+    height, width = (int(k) for k in layer.kernel_size)
+    sigmas = [abs(float(s)) for s in layer.sigma.double()]
+    median = gaussian_mask((height, width), statistics.median(sigmas), dtype=torch.float64)
+    edges = [median[0, width // 2], median[height // 2, 0]] if height > 1 and width > 1 else [median[0, 0]]
+    energy = float(layer.weight.double().square().sum())
+    half = baked.to(torch.float16).abs()
+    alive = baked != 0
+    return LayerCertificate(
+        name=name,
+        kernel=(height, width),
+        stride=(int(layer.stride[0]), int(layer.stride[1])),
+        dilation=(int(layer.dilation[0]), int(layer.dilation[1])),
+        groups=layer.groups,
+        in_channels=layer.in_channels,
+        out_channels=layer.out_channels,
+        sigma=Spread(min(sigmas), statistics.median(sigmas), max(sigmas)),
+        sigma_per=layer.sigma_per,
+        mask_edge=float(max(edges)),
+        mask_corner=float(median[0, 0]),
+        energy_removed=1 - float(baked.double().square().sum()) / energy if energy else 0.0,
+        taps=baked.numel(),
+        fp16_subnormal_taps=int(((half > 0) & (half < _FP16_SMALLEST_NORMAL)).sum()),
+        fp16_zero_taps=int((alive & (half == 0)).sum()),
+        weight_sha256=tensor_sha256(layer.weight),
+        mask_sha256=tensor_sha256(mask),
+        baked_sha256=tensor_sha256(baked),
+    )
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Hex sha256 of a tensor's values: row-major, little-endian, in its own dtype."""
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(values.numpy().data).hexdigest()
+
+
+def certificate_table(certificate: dict[str, Any]) -> Table:
+    """The rich table of a certificate dict, as the manifest stores it."""
+    from rich.table import Table
+
+    table = Table(title="What was baked", title_justify="left", title_style="bold")
+    table.add_column("masked layer", overflow="fold")
+    for column in (
+        "kernel",
+        "sigma [taps]",
+        "mask at edge",
+        "at corner",
+        "energy removed",
+        "fp16 subnormal",
+        "fp16 zero",
+    ):
+        table.add_column(column, justify="right")
+    for layer in certificate["layers"]:
+        sigma = layer["sigma"]
+        spread = f"{sigma['median']:.3f}"
+        if sigma["min"] != sigma["max"]:
+            spread += f" ({sigma['min']:.3f}..{sigma['max']:.3f})"
+        table.add_row(
+            layer["name"],
+            "{}x{}".format(*layer["kernel"]),
+            spread,
+            f"{layer['mask_edge']:.3g}",
+            f"{layer['mask_corner']:.3g}",
+            f"{layer['energy_removed']:.2%}",
+            f"{layer['fp16_subnormal_taps']:,}",
+            f"{layer['fp16_zero_taps']:,}",
+        )
+    return table

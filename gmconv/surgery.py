@@ -1,0 +1,160 @@
+"""Surgery on any `nn.Module`: `convert` puts Gaussian masks on its convolutions, `bake` takes them off again.
+
+Both change the class of the layer object itself instead of replacing the object. So whatever points at a layer (its
+parent, a second parent that shares it, hooks, a plain Python list) goes on pointing at the right one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from gmconv.errors import BakeError, SurgeryError
+from gmconv.layer import GMConv2d, SigmaPer
+
+M = TypeVar("M", bound=nn.Module)
+Subclasses = Literal["refuse", "skip", "replace"]
+
+_CONV_BEHAVIOUR = ("forward", "_conv_forward", "__call__", "_call_impl")
+_GMCONV_BEHAVIOUR = (*_CONV_BEHAVIOUR, "mask", "baked_weight")
+
+
+def convert(
+    model: M,
+    sigma: float = 5.0,
+    sigma_per: SigmaPer = "layer",
+    where: Callable[[str, nn.Conv2d], bool] | None = None,
+    *,
+    subclasses: Subclasses = "refuse",
+    inplace: bool = False,
+) -> M:
+    """Turn the `nn.Conv2d` layers of `model` into `GMConv2d`, keeping their weights.
+
+    Args:
+        model: any module, also a bare `nn.Conv2d`.
+        sigma: initial sigma of every mask, in taps.
+        sigma_per: "layer" or "channel".
+        where: called with each convolution's name and module; decides which are masked. Default: all but 1x1 kernels
+            (their mask is 1).
+        subclasses: what to do with a subclass of `nn.Conv2d` that has a forward of its own: "refuse" (default),
+            "skip" it, or "replace" its forward by GMConv2d's.
+        inplace: change `model` itself instead of a deep copy.
+
+    Returns:
+        The model, with hooks, sharing, train/eval state, device, dtype and memory format as they were.
+
+    Raises:
+        SurgeryError: a layer cannot be converted (named), or a weight is computed (weight norm, parametrization).
+    """
+    chosen: dict[str, nn.Conv2d] = {}
+    for name, conv in _named_convs(model):
+        wanted = where(name, conv) if where else tuple(conv.kernel_size) != (1, 1)
+        if isinstance(conv, GMConv2d) or not wanted:
+            continue
+        if isinstance(conv, nn.modules.lazy.LazyModuleMixin):
+            raise SurgeryError(f"layer {name!r} is lazy and has no weight yet: run the model once, then convert")
+        if _changes(conv, nn.Conv2d, _CONV_BEHAVIOUR):
+            if subclasses == "skip":
+                continue
+            if subclasses == "refuse":
+                raise SurgeryError(
+                    f"layer {name!r} is a {type(conv).__name__}, a Conv2d with a forward of its own that a mask would "
+                    f"replace: pass where= to leave it out, or subclasses='skip' or 'replace'"
+                )
+        _require_plain_weight(name, conv, SurgeryError)
+        chosen[name] = conv
+    if not inplace:
+        model = copy.deepcopy(model)
+        copies = dict(model.named_modules(remove_duplicate=False))
+        chosen = {name: cast(nn.Conv2d, copies[name]) for name in chosen}
+    for conv in chosen.values():
+        conv.__dict__.pop("forward", None)
+        conv.__class__ = GMConv2d
+        cast(GMConv2d, conv).add_sigma(sigma, sigma_per)
+    return model
+
+
+def bake(model: M, inplace: bool = False) -> M:
+    """Turn every `GMConv2d` into an `nn.Conv2d` whose weight is, bit for bit, the product the live layer uses.
+
+    Args:
+        model: any module; layers that are not GMConv2d are left alone.
+        inplace: change `model` itself instead of a deep copy.
+
+    Returns:
+        The model without masks: no GMConv2d in its tree, no sigma in its state_dict, shared modules still shared.
+
+    Raises:
+        BakeError: a layer (named) whose mask depends on the input, whose class changes how it computes, whose weight
+            is computed, or whose weight or sigma holds NaN or Inf.
+    """
+    for name, module in model.named_modules():
+        _require_bakeable(name, module)
+    if not inplace:
+        model = copy.deepcopy(model)
+    products: dict[tuple[int, int], nn.Parameter] = {}  # layers that share weight and sigma go on sharing the product
+    originals: list[Tensor] = []  # keeps the ids above from being reused
+    for module in list(model.modules()):
+        if isinstance(module, GMConv2d):
+            weight, sigma = module.weight, module.sigma
+            originals += [weight, sigma]
+            key = (id(weight), id(sigma))
+            if key not in products:
+                with torch.no_grad():
+                    products[key] = nn.Parameter(module.baked_weight(), requires_grad=weight.requires_grad)
+            module.weight = products[key]
+            del module.sigma, module.sigma_per
+            cast(nn.Module, module).__class__ = nn.Conv2d
+    return model
+
+
+def masked_layers(model: nn.Module) -> dict[str, GMConv2d]:
+    """The GMConv2d layers by name, in registration order; a layer shared between places has its first name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GMConv2d)}
+
+
+def _named_convs(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise SurgeryError(
+                f"module {name!r} is TorchScript, whose layers cannot be changed: start from the Python model"
+            )
+        if isinstance(module, nn.Conv2d):
+            yield name, module
+
+
+def _changes(module: nn.Module, base: type[nn.Module], behaviour: tuple[str, ...]) -> bool:
+    """Whether the module's class or the instance itself overrides how `base` computes."""
+    cls: Any = type(module)
+    return any(m in module.__dict__ or getattr(cls, m, None) is not getattr(base, m, None) for m in behaviour)
+
+
+def _require_plain_weight(name: str, conv: nn.Conv2d, error: type[SurgeryError]) -> None:
+    if conv._parameters.get("weight") is None:
+        raise error(
+            f"layer {name!r} computes its weight (weight norm, spectral norm, pruning or another parametrization): "
+            f"make it permanent first, e.g. torch.nn.utils.parametrize.remove_parametrizations"
+        )
+
+
+def _require_bakeable(name: str, module: nn.Module) -> None:
+    if not isinstance(module, GMConv2d):
+        if "sigma" in module._parameters and (isinstance(module, nn.Conv2d) or "gm" in type(module).__name__.lower()):
+            raise BakeError(
+                f"layer {name!r} is a {type(module).__name__} with a sigma, but not a gmconv.GMConv2d: its mask is "
+                f"unknown here; load its weight, bias and sigma into a GMConv2d first"
+            )
+        return
+    _require_plain_weight(name, module, BakeError)
+    if _changes(module, GMConv2d, _GMCONV_BEHAVIOUR):
+        raise BakeError(
+            f"layer {name!r} is a {type(module).__name__}, which computes its mask or output in its own way (perhaps "
+            f"from the input): only the static GMConv2d has one kernel to bake"
+        )
+    for part in ("sigma", "weight"):
+        if not torch.isfinite(getattr(module, part)).all():
+            raise BakeError(f"layer {name!r}: its {part} holds NaN or Inf; this checkpoint cannot be deployed")
