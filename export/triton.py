@@ -1,0 +1,181 @@
+"""`python -m export.triton`: an artefact as one version of a model in a Triton Inference Server repository.
+
+Writes `<repository>/<name>/config.pbtxt` and `<repository>/<name>/<version>/model.onnx` (backend "onnxruntime") or
+`model.plan` (backend "tensorrt"). The configuration is built, written and read back through Triton's own protobuf
+message, and compared with the artefact, so it does not depend on the server's auto-completion (which would cap ONNX
+models at batch 4). Fields: docs/user_guide/model_configuration.md of github.com/triton-inference-server/server.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from export.triton_config import (
+    BACKEND_FILE,
+    Interface,
+    ServingOptions,
+    check_config,
+    interface_of,
+    model_config,
+    to_text,
+)
+from export.triton_repository import place_version
+from runtime.cli import Command, print_json, progress_console, require
+from runtime.errors import RefusedError
+from runtime.manifest import find_manifest
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepositoryEntry:
+    """What `write_repository` wrote: the model's folder, the version's folder and the served batch limit."""
+
+    model: Path
+    version: Path
+    config: Path
+    name: str
+    backend: str
+    max_batch_size: int
+
+
+def write_repository(
+    artefact: Path,
+    repository: Path,
+    options: ServingOptions | None = None,
+    *,
+    name: str | None = None,
+    version: int = 1,
+    force: bool = False,
+) -> RepositoryEntry:
+    """Place `artefact` (an ONNX file or an engine) into the Triton repository `repository` as `name`/`version`.
+
+    A new model or version appears by one rename; what is there already is refused unless `force`. With several
+    versions the one config.pbtxt of a model must fit them all, which is checked even under `force`.
+
+    Raises RefusedError when the artefact, its manifest or the name is refused, the engine cannot be loaded by Triton
+    (TensorRT-RTX), the options do not fit the artefact, or the repository holds something else under that name.
+    """
+    options = options or ServingOptions()
+    name = artefact.stem if name is None else name
+    if not _NAME.fullmatch(name):
+        raise RefusedError(f"model name {name[:80]!r}: Triton takes letters, digits, '_', '-' and '.'; give --name")
+    if version < 1:
+        raise RefusedError(f"version {version}: Triton's versions are whole numbers from 1")
+    manifest = find_manifest(artefact)
+    interface = interface_of(artefact, manifest)
+    config = model_config(name, interface, options)
+    check_config(config, interface)
+    model = place_version(artefact, manifest, interface, config, repository, version=version, force=force)
+    return RepositoryEntry(
+        model=model,
+        version=model / str(version),
+        config=model / "config.pbtxt",
+        name=name,
+        backend=interface.backend,
+        max_batch_size=config.max_batch_size,
+    )
+
+
+def _parse_shape(value: str) -> tuple[str, tuple[int, ...]]:
+    match = re.fullmatch(r"(?P<name>.+?)[=:](?P<dims>\d{1,9}(?:[x,]\d{1,9})*)", value)
+    dims = tuple(int(d) for d in re.split("[x,]", match["dims"])) if match else ()
+    if match is None or not all(dims):
+        raise click.BadParameter(f"{value!r}: write NAME=3x224x224, the shape of one sample without the batch")
+    return match["name"], dims
+
+
+def _shapes(
+    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, tuple[int, ...]]:
+    return dict(_parse_shape(value) for value in values)
+
+
+def _policy(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"all|latest:[1-9]\d{0,8}|specific:[1-9]\d{0,17}(,[1-9]\d{0,17})*", value):
+        raise click.BadParameter(f"{value!r}: write all, latest:N or specific:1,3")
+    return value
+
+
+def _gpus(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", value):
+        raise click.BadParameter(f"{value!r}: write device numbers, such as 0 or 0,1")
+    return tuple(int(v) for v in value.split(","))
+
+
+@click.command(cls=Command)
+@click.argument("artefact", type=click.Path(path_type=Path))
+@click.option("-o", "--output", "repository", type=click.Path(path_type=Path), required=True, help="The repository.")
+@click.option("--name", help="Model name; the file's stem by default.")
+@click.option("--version", type=click.IntRange(1, 2**63 - 1), default=1, show_default=True, help="Version to write.")
+@click.option("--max-batch", type=click.IntRange(0, 2**31 - 1), help="max_batch_size; the profile's, or 32 for ONNX.")
+@click.option("--instances", type=click.IntRange(1, 1024), default=1, show_default=True, help="Copies per device.")
+@click.option("--kind", type=click.Choice(["auto", "gpu", "cpu"]), default="auto", show_default=True)
+@click.option("--gpus", callback=_gpus, help="Device numbers, such as 0,1; all of the server's by default.")
+@click.option("--delay", type=click.IntRange(0, 60_000_000), default=0, show_default=True, help="Queue delay, µs.")
+@click.option("--max-queue", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="0: no limit.")
+@click.option("--queue-timeout", type=click.IntRange(0, 2**40), default=0, show_default=True, help="µs; 0: none.")
+@click.option("--policy", callback=_policy, default="latest:1", show_default=True, help="all, latest:N, specific:1,3.")
+@click.option("--warmup/--no-warmup", default=True, show_default=True, help="Run each batch limit before ready.")
+@click.option("--shape", "shapes", multiple=True, callback=_shapes, help="NAME=3x224x224: warm-up of dynamic axes.")
+@click.option("--cuda-graphs", is_flag=True, help="TensorRT: capture CUDA graphs for batch 1 and the limit.")
+@click.option("--threads", type=click.IntRange(1, 4096), help="onnxruntime on a CPU: intra-op threads.")
+@click.option("--force", is_flag=True, help="Replace an existing version and rewrite config.pbtxt.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def main(
+    artefact: Path,
+    repository: Path,
+    name: str | None,
+    version: int,
+    policy: str,
+    shapes: dict[str, tuple[int, ...]],
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Write ARTEFACT (model.onnx or model.plan) into a Triton model repository."""
+    require("tritonclient.grpc", "serve")
+    entry = write_repository(
+        artefact,
+        repository,
+        ServingOptions(version_policy=policy, warmup_shapes=shapes, **options),
+        name=name,
+        version=version,
+        force=force,
+    )
+    if as_json:
+        print_json(
+            {
+                "repository": str(repository),
+                "name": entry.name,
+                "version": version,
+                "backend": entry.backend,
+                "max_batch_size": entry.max_batch_size,
+                "config": str(entry.config),
+                "model": str(entry.version / BACKEND_FILE[entry.backend]),
+            }
+        )
+        return
+    click.echo(f"{entry.version}: {entry.backend} backend, batches up to {entry.max_batch_size or 'the fixed one'}")
+    progress_console().print(f"serve it: tritonserver --model-repository={repository}", highlight=False)
+
+
+__all__ = [
+    "Interface",
+    "RepositoryEntry",
+    "ServingOptions",
+    "check_config",
+    "model_config",
+    "to_text",
+    "write_repository",
+]
+
+if __name__ == "__main__":
+    main()
