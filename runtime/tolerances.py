@@ -1,0 +1,87 @@
+"""How far a candidate may be from its reference, by precision, and where each number comes from.
+
+One number per precision decides: `rel_rms`, the RMS of the error over the RMS of the reference. The others follow from
+it. u is the unit roundoff of the format (half the distance from 1 to the next number).
+
+Growth model, for a network of L layers of dot products of K terms with fp32 accumulation: one layer adds an error of
+about u (operands and result rounded once each), the layers' errors are independent and add as a random walk, so
+rel_rms = c * u * sqrt(L); sqrt(L) is at most 12.3 for the deepest network of the zoo (ResNet-152). In fp32 it is the
+accumulation that rounds, K times, which adds a random-walk factor sqrt(K), at most 68 (3 x 3 x 512 taps); blocked sums,
+which every library uses, keep it far below that.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from runtime.errors import RefusedError
+
+#: Largest single error over the RMS error: 5.5 for a million Gaussian errors, tripled for tails of ReLU networks.
+PEAK_FACTOR = 16.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """What a candidate of one precision may differ by.
+
+    `rel_rms`: RMS(error) / RMS(reference). `max_rel_rms`: largest |error| / RMS(reference); never relative to a single
+    value, which explodes near zero. `cosine`: at least this. `top1`: at least this share of the samples whose class the
+    reference decides by more than twice `rel_rms` keeps its class. `source`: where the numbers come from.
+    """
+
+    precision: str
+    rel_rms: float
+    max_rel_rms: float
+    cosine: float
+    top1: float
+    source: str
+    overridden: bool = False
+
+    def override(self, rel_rms: float) -> Tolerance:
+        """The same precision with another `rel_rms`, the limits that follow from it, and a source that says so."""
+        if not 0 < rel_rms < 1:
+            raise RefusedError(f"tolerance {rel_rms:g}: give a relative RMS error between 0 and 1, both excluded")
+        source = f"given by the user; the table says {self.rel_rms:.1e} for {self.precision}"
+        return _tolerance(self.precision, rel_rms, self.top1, source, overridden=True)
+
+
+def _tolerance(precision: str, rel_rms: float, top1: float, source: str, *, overridden: bool = False) -> Tolerance:
+    return Tolerance(
+        precision=precision,
+        rel_rms=rel_rms,
+        max_rel_rms=PEAK_FACTOR * rel_rms,
+        cosine=1 - rel_rms**2,  # an error of rel_rms at a right angle costs half of its square
+        top1=top1,
+        source=source,
+        overridden=overridden,
+    )
+
+
+TOLERANCES: dict[str, Tolerance] = {
+    tolerance.precision: tolerance
+    for tolerance in (
+        # u = 2^-24 = 6e-8. 336 u = 12.3 * sqrt(740) u: unblocked sums of 740 terms (3 x 3 x 64 is 576).
+        _tolerance("fp32", 2e-5, 1.0, "336 u, u = 2^-24: random walk over 152 layers and sums of 740 terms"),
+        # u = 2^-11 = 4.9e-4 (10 stored bits, rounded). Operands rounded, sums and results not: c = 0.8.
+        _tolerance("tf32", 5e-3, 0.999, "10 u, u = 2^-11: both operands rounded, random walk over 152 layers"),
+        # u = 2^-11. Results are rounded too, and masked taps below 6e-5 lose bits as subnormals: twice tf32.
+        _tolerance("fp16", 1e-2, 0.999, "20 u, u = 2^-11: operands, results and subnormal taps; 152 layers"),
+        # u = 2^-8 = 3.9e-3, the same model as fp16; no subnormals in reach.
+        _tolerance("bf16", 8e-2, 0.995, "20 u, u = 2^-8: operands and results rounded; 152 layers"),
+        # 8-bit steps over 12 standard deviations: 0.0136 per operand, 0.019 per layer; 0.2 = 0.019 * sqrt(110).
+        _tolerance(
+            "int8", 2e-1, 0.99, "uniform step of 12 sigma / 255 per operand, random walk over 110 quantized layers"
+        ),
+        # u = 2^-4 (E4M3): RMS rounding error 0.026 per operand, 0.037 per layer; 0.35 = 0.037 * sqrt(90).
+        _tolerance("fp8", 3.5e-1, 0.985, "E4M3, u = 2^-4: 0.026 RMS per operand, random walk over 90 quantized layers"),
+    )
+}
+
+
+def tolerance_for(precision: str) -> Tolerance:
+    """The table's row; of a mixed precision ("int8+fp16") the widest one. Raises RefusedError when none is known."""
+    found = [TOLERANCES[name] for name in re.findall(r"[a-z]+[0-9]+", precision.lower()) if name in TOLERANCES]
+    if not found:
+        raise RefusedError(f"precision {precision!r} is unknown; one of {', '.join(TOLERANCES)}")
+    return max(found, key=lambda tolerance: tolerance.rel_rms)

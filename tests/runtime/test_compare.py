@@ -1,0 +1,286 @@
+"""What a comparison of outputs says, and what it can never pass on."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from runtime.compare import Comparator, OutputComparison, Yardstick, compare_outputs, judge_yardstick
+from runtime.errors import RefusedError
+from runtime.runners.base import Array
+from runtime.tolerances import TOLERANCES, Tolerance, tolerance_for
+
+FP32 = TOLERANCES["fp32"]
+RNG = np.random.default_rng(0)
+LOGITS = RNG.standard_normal((8, 10)).astype(np.float32)
+
+
+def one(reference: Array, candidate: Array, tolerance: Tolerance = FP32, *, classes: bool = True) -> OutputComparison:
+    (result,) = compare_outputs({"logits": reference}, {"logits": candidate}, tolerance, classes=classes)
+    return result
+
+
+def test_equal_outputs_pass_with_no_error() -> None:
+    found = one(LOGITS, LOGITS.copy())
+    assert found.passed
+    assert found.reason == ""
+    assert (found.max_abs, found.rel_rms, found.top1, found.top5) == (0, 0, 1, 1)
+    assert found.snr_db == math.inf
+    assert found.cosine == pytest.approx(1)
+    assert found.samples == 8
+
+
+def test_metrics_are_those_of_their_definitions() -> None:
+    error = 1e-6 * RNG.standard_normal(LOGITS.shape)
+    reference = LOGITS.astype(np.float64)
+    found = one(reference, reference + error)
+    rms = np.sqrt(np.mean(reference**2))
+    assert found.max_abs == pytest.approx(np.abs(error).max(), rel=1e-6)
+    assert found.mean_abs == pytest.approx(np.abs(error).mean(), rel=1e-6)
+    assert found.rel_rms == pytest.approx(np.sqrt(np.mean(error**2)) / rms, rel=1e-6)
+    assert found.max_rel_rms == pytest.approx(np.abs(error).max() / rms, rel=1e-6)
+    assert found.snr_db == pytest.approx(20 * np.log10(rms / np.sqrt(np.mean(error**2))), rel=1e-6)
+    assert found.margin == pytest.approx(
+        min(FP32.rel_rms / found.rel_rms, FP32.max_rel_rms / found.max_rel_rms), rel=1e-6
+    )
+    assert found.variation == pytest.approx(np.sqrt(np.mean((reference - reference.mean(0)) ** 2)) / rms, rel=1e-6)
+
+
+def test_a_value_near_zero_does_not_explode_the_relative_error() -> None:
+    reference = LOGITS.copy()
+    reference[0, 0] = 1e-30
+    candidate = reference.copy()
+    candidate[0, 0] = 1e-7
+    assert one(reference, candidate).passed
+
+
+def test_an_error_beyond_tolerance_fails_and_says_by_how_much() -> None:
+    found = one(LOGITS, LOGITS * np.float32(1.001))
+    assert not found.passed
+    assert "relative RMS error 0.001, tolerance is 2e-05" in found.reason
+    assert found.margin < 1
+
+
+def test_one_wrong_value_among_many_fails() -> None:
+    reference = RNG.standard_normal((1000, 1000)).astype(np.float32)
+    candidate = reference.copy()
+    candidate[500, 500] += 0.01
+    found = one(reference, candidate)
+    assert found.rel_rms < FP32.rel_rms
+    assert not found.passed
+    assert "largest error / RMS" in found.reason
+
+
+def test_classes_that_change_are_counted_with_the_largest_reference_margin() -> None:
+    reference = np.array([[3.0, 0, 0], [0, 2.0, 1.0], [0, 0.5, 1.0], [5.0, 0, 0]])
+    candidate = np.array([[3.0, 0, 0], [0, 1.0, 2.0], [0, 1.1, 1.0], [5.0, 0, 0]])
+    found = one(reference, candidate, TOLERANCES["int8"])
+    assert found.top1 == 0.5
+    assert found.disagreement_margin == 1.0
+    assert found.decided == 3  # those whose margin exceeds 2 * 0.2 * RMS = 0.74
+    assert found.top1_decided == pytest.approx(2 / 3)
+
+
+def test_undecided_samples_do_not_fail_the_class_agreement() -> None:
+    reference = np.array([[3.0, 0, 0], [1.0, 1.000001, 0.0]])
+    candidate = reference.copy()
+    candidate[1] = [1.000001, 1.0, 0.0]
+    found = one(reference, candidate)
+    assert found.top1 == 0.5
+    assert found.passed
+
+
+def test_classes_false_ranks_nothing() -> None:
+    assert math.isnan(one(LOGITS, LOGITS, classes=False).top1)
+
+
+def test_outputs_that_are_not_logits_are_not_ranked() -> None:
+    features = RNG.standard_normal((2, 3, 4, 4))
+    assert math.isnan(one(features, features).top1)
+
+
+@pytest.mark.parametrize(
+    ("reference", "candidate", "words"),
+    [
+        (np.empty((0, 10)), np.empty((0, 10)), "no samples"),
+        (np.full((4, 10), np.nan), np.full((4, 10), np.nan), "NaN or Inf in both sides"),
+        (LOGITS, np.where(np.arange(10) == 3, np.nan, LOGITS), "NaN or Inf in the candidate"),
+        (np.where(np.arange(10) == 3, np.inf, LOGITS), LOGITS, "NaN or Inf in the reference"),
+        (np.where(np.arange(10) == 3, np.inf, LOGITS),) * 2 + ("NaN or Inf in both sides",),
+        (LOGITS, LOGITS[:1], "nothing is broadcast"),
+        (LOGITS, LOGITS[:, :1], "nothing is broadcast"),
+        (LOGITS, LOGITS[None], "nothing is broadcast"),
+        (np.zeros((4, 10)), np.zeros((4, 10)), "zero everywhere: the network is constant"),
+        (np.tile(LOGITS[:1], (4, 1)), np.tile(LOGITS[:1], (4, 1)), "same output for every sample"),
+        (np.full((1, 10), 0.1), np.full((1, 10), 0.1), "one value everywhere: the network is constant"),
+        (np.ones((1, 1)), np.ones((1, 1)), "cannot tell a network from a constant"),
+    ],
+)
+def test_nothing_never_passes(reference: Array, candidate: Array, words: str) -> None:
+    found = one(reference, candidate)
+    assert not found.passed
+    assert words in found.reason
+
+
+def test_a_constant_network_is_refused_even_with_rounding_noise() -> None:
+    rows = np.tile(LOGITS[:1], (64, 1)) * (1 + 2.0**-24 * RNG.uniform(-1, 1, (64, 10)))
+    assert "constant" in one(rows, rows).reason
+
+
+def test_constant_batches_that_differ_from_each_other_are_not_constant() -> None:
+    comparator = Comparator(FP32)
+    for row in LOGITS:
+        comparator.add({"logits": row[None]}, {"logits": row[None]})
+    (found,) = comparator.result()
+    assert found.passed
+    assert found.samples == len(LOGITS)
+
+
+@pytest.mark.parametrize("side", ["reference", "candidate"])
+def test_an_output_missing_on_one_side_fails_by_name(side: str) -> None:
+    both = {"logits": LOGITS, "features": LOGITS}
+    sides = {"reference": both, "candidate": both} | {side: {"logits": LOGITS}}
+    results = {r.output: r for r in compare_outputs(**sides, tolerance=FP32)}
+    assert results["logits"].passed
+    assert f"'features' is missing in the {side}" in results["features"].reason
+
+
+def test_an_output_that_disappears_in_a_later_batch_fails() -> None:
+    comparator = Comparator(FP32)
+    comparator.add({"logits": LOGITS}, {"logits": LOGITS})
+    comparator.add({"logits": LOGITS}, {})
+    assert not comparator.result()[0].passed
+
+
+def test_no_outputs_at_all_fail() -> None:
+    for results in (compare_outputs({}, {}, FP32), Comparator(FP32).result()):
+        assert [r.passed for r in results] == [False]
+        assert "nothing was compared" in results[0].reason
+    assert not Yardstick().result()[0].passed
+
+
+def test_results_are_json_without_nan() -> None:
+    for found in (one(LOGITS, LOGITS), one(LOGITS, LOGITS[:1])):
+        json.dumps(found.to_dict(), allow_nan=False)
+
+
+FLOATS = st.floats(-100, 100, width=32)
+PAIRS = hnp.array_shapes(min_dims=2, max_dims=3, min_side=2, max_side=6).flatmap(
+    lambda shape: st.tuples(
+        hnp.arrays(np.float32, shape, elements=FLOATS), hnp.arrays(np.float32, shape, elements=FLOATS)
+    )
+)
+
+
+@settings(deadline=None)
+@given(PAIRS, st.integers(-8, 8))
+def test_relative_metrics_do_not_change_with_the_scale_of_both(pair: tuple[Array, Array], exponent: int) -> None:
+    a, b = (side.astype(np.float64) for side in pair)
+    scaled, plain = one(a * 2.0**exponent, b * 2.0**exponent), one(a, b)
+    for name in ("rel_rms", "max_rel_rms", "snr_db", "cosine", "top1", "variation", "passed"):
+        assert getattr(scaled, name) == pytest.approx(getattr(plain, name), nan_ok=True)
+
+
+@settings(deadline=None)
+@given(PAIRS)
+def test_absolute_metrics_are_symmetric_and_order_of_samples_is_irrelevant(pair: tuple[Array, Array]) -> None:
+    a, b = pair
+    there, back, reversed_ = one(a, b), one(b, a), one(a[::-1], b[::-1])
+    if there.passed or not math.isnan(there.max_abs):
+        if not math.isnan(back.max_abs):
+            assert there.max_abs == back.max_abs
+            assert there.mean_abs == pytest.approx(back.mean_abs)
+            assert there.cosine == pytest.approx(back.cosine, abs=1e-9)
+        assert reversed_.rel_rms == pytest.approx(there.rel_rms)
+        assert reversed_.passed == there.passed
+        assert -1 - 1e-9 <= there.cosine <= 1
+        assert there.mean_abs <= there.max_abs * (1 + 1e-9)
+
+
+@settings(deadline=None)
+@given(PAIRS, st.integers(1, 4))
+def test_batches_add_up_to_the_whole(pair: tuple[Array, Array], size: int) -> None:
+    a, b = pair
+    comparator = Comparator(FP32)
+    for start in range(0, len(a), size):
+        comparator.add({"logits": a[start : start + size]}, {"logits": b[start : start + size]})
+    whole, parts = one(a, b), comparator.result()[0]
+    for name in ("samples", "max_abs", "mean_abs", "rel_rms", "cosine", "top1", "top5", "decided", "variation"):
+        assert getattr(parts, name) == pytest.approx(getattr(whole, name), nan_ok=True, abs=1e-9), name
+
+
+# --- float64 yardstick ---------------------------------------------------------------------------------------------
+
+
+def test_a_candidate_as_close_to_float64_as_the_reference_passes() -> None:
+    exact = LOGITS.astype(np.float64)
+    noise = 1e-6 * RNG.standard_normal(exact.shape)
+    (found,) = judge_yardstick({"o": exact}, {"o": exact + noise}, {"o": exact - 3 * noise})
+    assert found.passed
+    assert found.candidate_rel_rms == pytest.approx(3 * found.reference_rel_rms)
+
+
+def test_a_candidate_much_further_from_float64_fails_though_within_tolerance() -> None:
+    exact = LOGITS.astype(np.float64)
+    noise = 1e-6 * RNG.standard_normal(exact.shape)
+    (found,) = judge_yardstick({"o": exact}, {"o": exact + noise}, {"o": exact + 8 * noise})
+    assert not found.passed
+    assert "4 times" in found.reason
+    assert one(exact + noise, exact + 8 * noise).passed
+
+
+def test_the_floor_lets_an_exact_reference_be_followed_by_rounding() -> None:
+    exact = LOGITS.astype(np.float64)
+    (found,) = judge_yardstick({"o": exact}, {"o": exact}, {"o": exact * (1 + 2.0**-24)})
+    assert found.passed
+
+
+@pytest.mark.parametrize(
+    ("sides", "words"),
+    [
+        (({"o": LOGITS}, {"o": LOGITS}, {}), "missing"),
+        (({"o": LOGITS}, {"o": LOGITS}, {"o": LOGITS[:1]}), "different shapes"),
+        (({"o": LOGITS * np.nan}, {"o": LOGITS}, {"o": LOGITS}), "NaN"),
+        (({"o": LOGITS * 0}, {"o": LOGITS * 0}, {"o": LOGITS * 0}), "nothing to compare"),
+        (({}, {}, {}), "nothing to compare"),
+    ],
+)
+def test_the_yardstick_cannot_pass_on_nothing(sides: tuple[dict[str, Array], ...], words: str) -> None:
+    (found,) = judge_yardstick(*sides)
+    assert not found.passed
+    assert words in found.reason
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+# --- tolerances ----------------------------------------------------------------------------------------------------
+
+
+def test_tolerances_are_ordered_by_precision_and_say_where_they_come_from() -> None:
+    values = [TOLERANCES[name].rel_rms for name in ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")]
+    assert values == sorted(values)
+    assert all(t.source and t.precision == name for name, t in TOLERANCES.items())
+
+
+def test_an_override_is_marked_and_moves_every_limit() -> None:
+    loose = FP32.override(1e-3)
+    assert loose.overridden
+    assert "2.0e-05" in loose.source
+    assert loose.max_rel_rms / FP32.max_rel_rms == pytest.approx(50)
+    assert one(LOGITS, LOGITS * np.float32(1.0005), loose).passed
+
+
+@pytest.mark.parametrize("value", [0, -1, 1, math.nan, math.inf])
+def test_an_override_that_would_pass_anything_is_refused(value: float) -> None:
+    with pytest.raises(RefusedError):
+        FP32.override(value)
+
+
+def test_mixed_precision_is_judged_by_its_lowest_part() -> None:
+    assert tolerance_for("int8+fp16").precision == "int8"
+    assert tolerance_for("fp32").precision == "fp32"
+    with pytest.raises(RefusedError, match="one of fp32"):
+        tolerance_for("int4")
