@@ -1,0 +1,211 @@
+"""`crop`: keep of each baked kernel only the taps that matter.
+
+A trained sigma says how large a kernel really is. After `bake`, the outer taps of a narrow mask are almost zero, or
+exactly zero, and a convolution still pays for them. `crop` cuts every kernel to the smallest centred window that
+loses no more than a tolerance, and moves the padding with it, so that output shape and alignment stay.
+
+The tolerance is per layer and relative: the largest share, over the layer's output channels, of a channel's L1 norm
+that is removed. So no output of a layer moves by more than `tolerance` times the largest value that the kernel could
+produce for inputs of the same size, whatever the input. What that comes to at the network's output is measured, not
+assumed: `crop_model` returns it in a `CropCertificate`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from gmconv.crop_certificate import CropCertificate, certify
+from gmconv.crop_conv import CroppedConv2d, crop_conv
+from gmconv.crop_measure import Batch, analytic_input_ranges, measure_input_ranges
+from gmconv.crop_window import PRECISIONS, Precision, Window, smallest_lossless_window, smallest_window
+from gmconv.errors import SurgeryError
+from gmconv.layer import GMConv2d
+
+__all__ = [
+    "CropCertificate",
+    "CroppedConv2d",
+    "Window",
+    "analytic_input_ranges",
+    "choose_windows",
+    "crop",
+    "crop_model",
+    "crop_to",
+    "measure_input_ranges",
+    "parse_tolerance",
+]
+
+M = TypeVar("M", bound=nn.Module)
+Tolerance = float | Literal["lossless"]
+Where = Callable[[str, nn.Conv2d], bool]
+
+
+def crop(
+    model: M,
+    tolerance: Tolerance = 1e-3,
+    *,
+    precision: Precision = "fp32",
+    where: Where | None = None,
+    inplace: bool = False,
+) -> M:
+    """Cut the kernels of a baked model to the taps that matter.
+
+    Args:
+        model: a baked model, or any other of plain `nn.Conv2d`.
+        tolerance: the largest share of an output channel's L1 norm to remove, in 0 <= tolerance < 1; or "lossless":
+            only taps that are zero in `precision`.
+        precision: what the weights will be stored in. For "int8" and "fp8" a layer that stays in higher precision
+            must be left out with `where`.
+        where: called with the name and module of each convolution; decides which may be cropped. Default: all.
+        inplace: change `model` itself instead of a deep copy.
+
+    Returns:
+        The model with smaller kernels, and the same layer objects, names, hooks, sharing and output shapes. A layer
+        whose new padding `nn.Conv2d` cannot state (cropped by more than it pads) becomes a `CroppedConv2d`. Subclasses
+        of `nn.Conv2d` and layers that compute their weight are left alone.
+
+    Raises:
+        SurgeryError: a GMConv2d is still there (bake first), or a weight holds NaN or Inf.
+        ValueError: `tolerance` or `precision` is neither of the above.
+    """
+    return crop_to(model, choose_windows(model, tolerance, precision=precision, where=where), inplace=inplace)
+
+
+def crop_model(
+    model: M,
+    tolerance: Tolerance = "lossless",
+    *,
+    precision: Precision = "fp32",
+    where: Where | None = None,
+    batches: Iterable[Batch] = (),
+    input_shape: tuple[int, ...] | None = None,
+    max_abs_input: float | None = None,
+) -> tuple[M, CropCertificate]:
+    """`crop`, and the certificate of what it did.
+
+    Args:
+        model, tolerance, precision, where: as for `crop`; `model` is not changed.
+        batches: calibration data: ranges, measured errors and multiply-accumulates come from it.
+        input_shape: (C, H, W), to count multiply-accumulates and find analytic bounds where there are no batches.
+        max_abs_input: the largest |x| the network's own input can have, when its preprocessing knows.
+
+    Raises:
+        SurgeryError, ValueError: as `crop`.
+    """
+    windows = choose_windows(model, tolerance, precision=precision, where=where)
+    cropped = crop_to(model, windows)
+    certificate = certify(
+        model,
+        cropped,
+        windows,
+        tolerance=tolerance,
+        precision=precision,
+        batches=list(batches),
+        input_shape=input_shape,
+        max_abs_input=max_abs_input,
+    )
+    return cropped, certificate
+
+
+def choose_windows(
+    model: nn.Module, tolerance: Tolerance, *, precision: Precision = "fp32", where: Where | None = None
+) -> dict[str, Window]:
+    """The window that `crop` would cut each layer to, by name; uncropped layers with a kernel over 1x1 included."""
+    tolerance = parse_tolerance(tolerance)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    scales = _fold_scales(model)
+    windows = {}
+    for name, conv in croppable(model, where).items():
+        window = smallest_lossless_window(conv.weight, precision, scales.get(conv.out_channels))
+        if tolerance != "lossless":
+            window = min(window, smallest_window(conv.weight, tolerance), key=lambda w: w.taps)
+        windows[name] = window
+    return windows
+
+
+def crop_to(model: M, windows: Mapping[str, Window], *, inplace: bool = False) -> M:
+    """Cut the named layers to the given windows; see `crop`.
+
+    Raises:
+        SurgeryError: a GMConv2d is still there, or a name is not a croppable layer.
+    """
+    missing = set(windows) - set(croppable(model))
+    if missing:
+        raise SurgeryError(f"layer {min(missing)!r} cannot be cropped: no plain nn.Conv2d of that name")
+    if not inplace:
+        model = copy.deepcopy(model)
+    layers = dict(model.named_modules())
+    kernels: dict[tuple[int, Window], nn.Parameter] = {}  # layers that share a weight go on sharing it
+    originals: list[Tensor] = []  # keeps the ids above from being reused
+    for name, window in windows.items():
+        conv = cast(nn.Conv2d, layers[name])
+        if (window.height, window.width) == tuple(conv.kernel_size):
+            continue
+        key = (id(conv.weight), window)
+        originals.append(conv.weight)
+        crop_conv(conv, window, kernels.get(key))
+        kernels[key] = cast(nn.Parameter, conv.weight)
+    return model
+
+
+def croppable(model: nn.Module, where: Where | None = None) -> dict[str, nn.Conv2d]:
+    """The convolutions that may be cropped, by name: plain `nn.Conv2d` with a kernel over 1x1 and its own weight."""
+    found: dict[str, nn.Conv2d] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise SurgeryError(
+                f"module {name!r} is TorchScript, whose layers cannot be changed: start from the Python model"
+            )
+        if isinstance(module, GMConv2d):
+            raise SurgeryError(f"layer {name!r} still computes its mask: bake the model first, gmconv.bake(model)")
+        if type(module) not in (nn.Conv2d, CroppedConv2d) or "forward" in module.__dict__:
+            continue
+        conv = cast(nn.Conv2d, module)
+        weight = conv._parameters.get("weight")
+        if weight is None or not weight.is_floating_point() or tuple(conv.kernel_size) == (1, 1):
+            continue
+        if where is not None and not where(name, conv):
+            continue
+        if not torch.isfinite(weight).all():
+            raise SurgeryError(f"layer {name!r}: its weight holds NaN or Inf; this model cannot be cropped")
+        found[name] = conv
+    return found
+
+
+def parse_tolerance(value: float | str) -> Tolerance:
+    """`--crop`'s value: "lossless", or a share in 0 <= value < 1 (text or number).
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if value == "lossless":
+        return "lossless"
+    try:
+        share = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        share = math.nan
+    if not 0 <= share < 1:
+        raise ValueError(f'a crop tolerance is "lossless" or a number from 0 to below 1 (try 1e-3), not {value!r}')
+    return share
+
+
+def _fold_scales(model: nn.Module) -> dict[int, Tensor]:
+    """The largest factor a BatchNorm of so many channels could fold onto each channel of a convolution before it.
+
+    Which BatchNorm follows which convolution is not known from the module tree, so all of one width count.
+    """
+    scales: dict[int, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
+            scale = (module.running_var.detach().double() + module.eps).rsqrt()
+            if module.weight is not None:
+                scale = scale * module.weight.detach().double().abs()
+            known = scales.get(module.num_features)
+            scales[module.num_features] = scale if known is None else known.maximum(scale)
+    return scales

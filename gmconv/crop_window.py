@@ -1,0 +1,114 @@
+"""Which taps of a kernel to keep: centred windows, and what a window throws away."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "int8", "fp8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16", "int8", "fp8")
+
+_INT8_MAX = 127
+# Half of the smallest E4M3 subnormal over its largest value: what rounds to zero when the layer's *deviation* is
+# mapped to 448. No calibration in use maps less than that to 448, so a tap below it is zero under all of them.
+_FP8_ZERO = 2.0**-10 / 448
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Window:
+    """The taps kept of a kernel: rows `top .. top + height - 1`, columns `left .. left + width - 1`."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @property
+    def taps(self) -> int:
+        """Kept taps per pair of input and output channel."""
+        return self.height * self.width
+
+    def cut(self, kernel: Tensor) -> Tensor:
+        """The kept part of `kernel` (..., kh, kw), a view."""
+        return kernel[..., self.top : self.top + self.height, self.left : self.left + self.width]
+
+    def removed(self, kernel: Tensor) -> Tensor:
+        """A copy of `kernel` (..., kh, kw) in which the kept taps are zero: what cropping removes."""
+        rest = kernel.detach().clone()
+        self.cut(rest).zero_()
+        return rest
+
+
+def centred_windows(kernel_size: tuple[int, int]) -> list[Window]:
+    """Every window with the kernel's own centre, smallest area first, the kernel itself last.
+
+    A window keeps the parity of the kernel on each axis: 7 -> 5, 3, 1 and 4 -> 2.
+    """
+    height, width = kernel_size
+    windows = [
+        Window(rows, columns, height - 2 * rows, width - 2 * columns)
+        for rows in range((height - 1) // 2 + 1)
+        for columns in range((width - 1) // 2 + 1)
+    ]
+    return sorted(windows, key=lambda w: (w.taps, w))
+
+
+def removed_share(weight: Tensor, window: Window) -> float:
+    """The largest share of an output channel's L1 norm that lies outside `window`, in 0..1.
+
+    `weight` is `(out, in / groups, kh, kw)`. The share bounds the layer's error whatever the input: the output of a
+    channel changes by at most `share * norm * max|x|`, and `norm * max|x|` is the largest value it can take (less
+    its bias). A channel of zeros loses nothing.
+    """
+    taps = weight.detach().double().abs().sum(1)
+    norm = taps.sum((-2, -1))
+    lost = window.removed(taps).sum((-2, -1))
+    return float((lost / norm.where(norm > 0, torch.ones_like(norm))).max())
+
+
+def smallest_window(weight: Tensor, tolerance: float) -> Window:
+    """The smallest centred window with `removed_share(weight, window) <= tolerance`; the least lossy of equals."""
+    kernel = (int(weight.shape[-2]), int(weight.shape[-1]))
+    best: tuple[int, float, Window] | None = None
+    for window in centred_windows(kernel):
+        if best and window.taps > best[0]:
+            break
+        share = removed_share(weight, window)
+        if share <= tolerance and (best is None or share < best[1]):
+            best = (window.taps, share, window)
+    assert best is not None  # the whole kernel loses nothing
+    return best[2]
+
+
+def smallest_lossless_window(weight: Tensor, precision: Precision = "fp32", scale: Tensor | None = None) -> Window:
+    """The smallest centred window outside of which every tap is zero in `precision` (see `zero_taps`)."""
+    alive = (~zero_taps(weight, precision, scale)).to(torch.float64)
+    return smallest_window(alive, 0.0)
+
+
+def zero_taps(weight: Tensor, precision: Precision = "fp32", scale: Tensor | None = None) -> Tensor:
+    """Bool, shape of `weight`: the taps that are zero once the weight is stored in `precision`.
+
+    fp32 and tf32: exactly zero in float32. bf16, fp16: zero after rounding. int8: zero on the symmetric grid of the
+    tap's output channel (scale = max|w| / 127), which cropping leaves as it is. fp8 (E4M3): zero under any scale in
+    use. `scale` (out,) is a factor that a later fold multiplies onto each output channel; a tap must be zero with and
+    without it.
+    """
+    taps = weight.detach().float()
+    if precision in ("int8", "fp8"):  # both grids move with the channel: a factor changes nothing
+        flat = taps.flatten(1)
+        if precision == "int8":
+            step = flat.abs().amax(1) / _INT8_MAX
+            threshold = step / 2
+        else:
+            deviation = flat.square().mean(1).sqrt()  # at most the largest |w|, and close to the deviation
+            threshold = deviation.minimum(flat.square().mean().sqrt()) * _FP8_ZERO
+        return (taps.abs() < threshold.view(-1, 1, 1, 1)) | (taps == 0)
+    dtype = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    zero = taps.to(dtype) == 0
+    if scale is not None:
+        zero &= (taps * scale.detach().float().view(-1, 1, 1, 1)).to(dtype) == 0
+    return zero

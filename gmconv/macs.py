@@ -1,0 +1,63 @@
+"""Multiply-accumulates of a network, counted from what its layers really saw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMacs:
+    """One layer: multiply-accumulates for one sample, and the shapes (without the batch) of its input and output.
+
+    A layer that runs several times counts each run; the shapes are the last run's.
+    """
+
+    name: str
+    macs: int
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+
+def count_macs(model: nn.Module, example: Tensor) -> dict[str, LayerMacs]:
+    """Run `model` once on `example` (batch first) and count each Conv and Linear layer, by name.
+
+    Only multiply-accumulates of these layers are counted, per sample: bias, normalisation and pooling are not.
+    A GMConv2d counts as the convolution it bakes to. Padding counts as if it were data, as hardware computes it.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    found: dict[str, LayerMacs] = {}
+
+    def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        name, batch = names[module], example.shape[0]
+        per_output = module.weight[0].numel()  # type: ignore[index]
+        macs = output.numel() // batch * per_output
+        before = found[name].macs if name in found else 0
+        found[name] = LayerMacs(name, before + macs, tuple(args[0].shape[1:]), tuple(output.shape[1:]))
+
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
+    try:
+        with torch.no_grad(), evaluating(model):
+            model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode inside the block, in its own mode again after it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,226 @@
+"""The certificate of a crop: bounds that hold, measured errors that are the real ones, counts that add up."""
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from gmconv.crop import Window, analytic_input_ranges, crop_model, crop_to, measure_input_ranges
+from gmconv.crop_certificate import certify
+from gmconv.crop_measure import output_error
+from gmconv.macs import count_macs
+from gmconv.surgery import bake, convert
+
+
+def small_network(sigma: float = 0.6) -> nn.Module:
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Conv2d(3, 8, 7, stride=2, padding=3),
+        nn.BatchNorm2d(8),
+        nn.ReLU6(),
+        nn.Conv2d(8, 8, 5, groups=4),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+        nn.Flatten(),
+        nn.LazyLinear(10),
+    )
+    plain(torch.zeros(1, 3, 20, 20))
+    return bake(convert(plain.double(), sigma=sigma)).eval()
+
+
+@pytest.fixture
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 3, 20, 20, dtype=torch.float64, generator=generator) for _ in range(2)]
+
+
+def test_measured_errors_are_within_their_bounds(batches: list[Tensor]) -> None:
+    model = small_network()
+    _, certificate = crop_model(model, 0.02, batches=batches)
+    assert {layer.name for layer in certificate.cropped} == {"0", "3"}
+    for layer in certificate.cropped:
+        assert layer.bound is not None
+        assert layer.measured is not None
+        assert 0 < layer.measured <= layer.bound
+        assert layer.bound == pytest.approx(max(layer.bounds), rel=1e-5)
+        assert len(layer.bounds) == layer.out_channels
+        assert 0 < layer.l1_removed <= 0.02
+    assert certificate.layers[1].max_abs_source == "analytic"  # behind a ReLU6
+    assert certificate.layers[1].max_abs_input == 6
+    assert certificate.layers[0].max_abs_source == "calibration"
+
+
+def test_the_bound_is_reached_by_the_worst_input() -> None:
+    """Per channel, an input of max|x| times the sign of each removed tap moves the output by exactly the bound."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False)).double()
+    for channel in range(3):
+        kernel = model[0].weight.detach()[channel : channel + 1]
+        worst = 2.5 * torch.where(kernel == 0, 1.0, kernel.sign())
+        windows = {"0": Window(1, 1, 1, 1)}
+        cropped = crop_to(model, windows)
+        certificate = certify(model, cropped, windows, tolerance=None, precision="fp32", batches=[worst])
+        moved = float((cropped(worst) - model(worst)).detach()[0, channel].abs())
+        assert certificate.layers[0].kept == (1, 1)
+        assert moved == pytest.approx(certificate.layers[0].bounds[channel], rel=1e-5)
+        assert certificate.layers[0].max_abs_input == 2.5
+
+
+def test_grouped_bounds_use_the_groups_own_inputs() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, groups=2, bias=False)).double()
+    nn.init.ones_(model[0].weight)
+    x = torch.ones(1, 2, 5, 5, dtype=torch.float64)
+    x[:, 1] = 10
+    _, certificate = crop_model(model, 0.9, batches=[x])
+    assert certificate.layers[0].bounds == (8.0, 80.0)
+    assert certificate.layers[0].measured == pytest.approx(80)
+
+
+def test_end_to_end_error_is_that_of_the_two_networks(batches: list[Tensor]) -> None:
+    model = small_network()
+    cropped, certificate = crop_model(model, 0.02, batches=batches)
+    x = torch.cat(batches)
+    with torch.no_grad():
+        a, b = model(x), cropped(x)
+    seen = certificate.end_to_end
+    assert seen is not None
+    assert seen.samples == 8
+    assert seen.max_abs == pytest.approx(float((a - b).abs().max()), rel=1e-9)
+    assert seen.relative_max == pytest.approx(seen.max_abs / float(a.square().mean().sqrt()), rel=1e-9)
+    assert seen.top1_agreement == float((a.argmax(1) == b.argmax(1)).double().mean())
+
+
+def test_macs_before_and_after() -> None:
+    model = small_network()
+    _, certificate = crop_model(model, 0.02, input_shape=(3, 20, 20))
+    stem, grouped = certificate.layers
+    assert stem.macs_before == 10 * 10 * 8 * 3 * 7 * 7
+    assert stem.macs_after == 10 * 10 * 8 * 3 * stem.kept[0] * stem.kept[1]
+    assert grouped.macs_before == 6 * 6 * 8 * 2 * 5 * 5
+    other = 6 * 6 * 4 * 8 + 4 * 6 * 6 * 10
+    assert certificate.macs_before == stem.macs_before + grouped.macs_before + other
+    assert grouped.macs_after is not None
+    assert certificate.macs_after == stem.macs_after + grouped.macs_after + other
+
+
+def test_without_data_nothing_is_claimed() -> None:
+    _, certificate = crop_model(small_network(), 0.02)
+    assert certificate.end_to_end is None
+    assert certificate.macs_before is None
+    assert all(layer.bound is None and layer.measured is None for layer in certificate.cropped)
+
+
+def test_the_input_range_bounds_the_first_layer() -> None:
+    _, certificate = crop_model(small_network(), 0.02, input_shape=(3, 20, 20), max_abs_input=2.64)
+    assert certificate.layers[0].max_abs_input == 2.64
+    assert certificate.layers[0].max_abs_source == "analytic"
+
+
+def test_an_untouched_layer_says_so(batches: list[Tensor]) -> None:
+    _, certificate = crop_model(small_network(5.0), 1e-6, batches=batches)
+    assert not certificate.cropped
+    assert [layer.bound for layer in certificate.layers] == [0.0, 0.0]
+    assert certificate.end_to_end is not None
+    assert certificate.end_to_end.max_abs == 0
+
+
+def test_json_and_table(batches: list[Tensor]) -> None:
+    _, certificate = crop_model(small_network(), 0.02, batches=batches)
+    document = json.loads(certificate.to_json())
+    assert document == certificate.to_dict()
+    layer = document["layers"][0]
+    assert layer["kernel"] == [7, 7]
+    assert layer["offset"] == [(7 - layer["kept"][0]) // 2, (7 - layer["kept"][1]) // 2]
+    assert len(layer["magnitude"]) == 7
+    assert len(layer["magnitude"][0]) == 7
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(certificate.table())
+    text = " ".join(console.export_text().split())
+    assert "2 of 2 kernels cropped (tolerance 0.02, fp32)" in text
+    assert "7x7" in text
+
+
+class TestRanges:
+    """max|x|, measured and analytic."""
+
+    def test_measured_ranges_are_per_input_channel(self) -> None:
+        model = nn.Sequential(nn.ReLU(), nn.Conv2d(2, 1, 1))
+        x = torch.zeros(2, 2, 3, 3)
+        x[0, 0, 1, 1], x[1, 1, 0, 0], x[1, 1, 0, 1] = 3, 4, -9
+        ranges = measure_input_ranges(model, [x, x / 2])
+        assert ranges["1"].tolist() == [3, 4]
+
+    def test_the_model_is_left_as_it_was(self) -> None:
+        model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)).train()
+        model[1].eval()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        measure_input_ranges(model, [torch.randn(4, 1, 3, 3)])
+        analytic_input_ranges(model, torch.randn(4, 1, 3, 3))
+        assert model.training
+        assert not model[1].training
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert not model[0]._forward_pre_hooks
+
+    def test_bounded_activations_carry_through(self) -> None:
+        class Branches(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.summed, self.joined, self.lost = (nn.Conv2d(c, 2, 1) for c in (2, 2, 4, 2))
+
+            def forward(self, x: Tensor) -> Tensor:
+                a = torch.sigmoid(self.first(x))
+                b = nn.functional.hardtanh(x, -2, 1)
+                c = nn.functional.max_pool2d(nn.functional.pad(b, (1, 1, 1, 1)), 3, 1)
+                total: Tensor = self.summed(a + 3 * c).sum() + self.joined(torch.cat([a, b], 1)).sum()
+                return total + self.lost(self.first(x)).sum()
+
+        model = Branches()
+        ranges = analytic_input_ranges(model, torch.randn(1, 2, 6, 6))
+        assert ranges == {"summed": 7.0, "joined": 2.0}
+        assert analytic_input_ranges(model, torch.randn(1, 2, 6, 6), 0.5)["first"] == 0.5
+
+    def test_writing_in_place_forgets(self) -> None:
+        class Grows(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(1, 1, 1)
+
+            def forward(self, x: Tensor) -> Tensor:
+                y = torch.tanh(x)
+                y.exp_()
+                out: Tensor = self.conv(y)
+                return out
+
+        assert analytic_input_ranges(Grows(), torch.randn(1, 1, 2, 2)) == {}
+
+    def test_a_shared_layer_needs_a_bound_at_every_use(self) -> None:
+        class Shared(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(1, 1, 1)
+
+            def forward(self, x: Tensor) -> Tensor:
+                out: Tensor = self.conv(self.conv(torch.tanh(x)))
+                return out
+
+        assert analytic_input_ranges(Shared(), torch.randn(1, 1, 2, 2)) == {}
+
+
+def test_comparing_nothing_or_nan_is_an_error() -> None:
+    one = (torch.ones(1, 2),)
+    with pytest.raises(ValueError, match="nothing"):
+        output_error([], [])
+    with pytest.raises(ValueError, match="NaN"):
+        output_error([one], [(torch.full((1, 2), torch.nan),)])
+    with pytest.raises(ValueError):
+        output_error([one], [(torch.ones(1, 3),)])
+
+
+def test_macs_of_a_layer_that_runs_twice() -> None:
+    conv = nn.Conv2d(2, 2, 3, padding=1)
+    counts = count_macs(nn.Sequential(conv, conv), torch.zeros(3, 2, 4, 4))
+    assert counts["0"].macs == 2 * 16 * 2 * 2 * 9
+    assert counts["0"].input_shape == (2, 4, 4)
