@@ -31,6 +31,14 @@ class QueryTimes:
     end_d2h: float
 
 
+@dataclass(frozen=True, slots=True)
+class LayerTime:
+    """One layer of the built graph and its time in each profiled run, ms."""
+
+    name: str
+    times: tuple[float, ...]
+
+
 class Query(ABC):
     """One inference on a device with inputs, outputs, stream and events bound: what a GPU benchmark repeats."""
 
@@ -68,6 +76,18 @@ class Runner(ABC):
     ) -> list[Query] | None:
         """`count` queries on each of `streams` streams with CUDA-event clocks; None: the host clock is all there is."""
         return None
+
+    def layer_times(self, feeds: Mapping[str, Array], runs: int) -> list[LayerTime] | None:
+        """Per-layer times of `runs` runs from the engine's own profiler, apart from any timed run; None: it has none."""
+        return None
+
+    def layer_info(self) -> dict[str, Any] | None:
+        """The layers as the engine built them, `{"Layers": [...]}` as TensorRT's inspector writes; None: unknown."""
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        """What a timing depends on and `name` may not say: threads, providers, TF32, versions, ..."""
+        return {}
 
     def close(self) -> None:  # noqa: B027 (optional)
         """Release what the runner holds; idempotent."""
