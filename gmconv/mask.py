@@ -38,7 +38,8 @@ def gaussian_mask(
         kernel_size: `k` or `(kh, kw)`, positive; even and non-square sizes are allowed.
         sigma: standard deviation in taps, any shape. Its sign does not matter; 0 leaves the centre tap of an odd
             kernel alone, infinity leaves every tap.
-        dtype: of the result; default: sigma's, or torch's default for a plain number. Computed in float32 or wider.
+        dtype: of the result; default: sigma's, or torch's default for a plain number. Computed in float64 and rounded
+            once (float32 on MPS, which has no float64), so that every machine bakes the same bits.
         device: of the result; default: sigma's.
 
     Returns:
@@ -55,7 +56,7 @@ def gaussian_mask(
         sigma = torch.tensor(float(sigma), dtype=dtype or torch.get_default_dtype(), device=device)
     sigma = sigma if device is None else sigma.to(device)
     dtype = dtype or sigma.dtype
-    wide = torch.float64 if torch.float64 in (dtype, sigma.dtype) else torch.float32
+    wide = torch.float32 if sigma.device.type == "mps" else torch.float64
     deviation = sigma.to(wide).clamp(-_SIGMA_CEILING, _SIGMA_CEILING)
     variance = deviation.square().clamp_min(_VARIANCE_FLOOR)[..., None, None]
     return torch.exp(squared_distance(size, wide, sigma.device) / (-2 * variance)).to(dtype)

@@ -1,0 +1,212 @@
+"""From a baked torch module to an ONNX graph that carries nothing of the machine it was made on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.errors import RefusedError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+    from torch import nn
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+OLDEST_OPSET = 18  # the dynamo exporter writes no older one: asked for 17 it silently writes 18
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """Which axes of the input are free: the batch, and height and width."""
+
+    batch: bool = True
+    hw: bool = False
+
+
+def to_onnx(
+    model: nn.Module,
+    example: torch.Tensor,
+    *,
+    input_name: str,
+    output_names: Sequence[str],
+    axes: Axes,
+    opset: int,
+    log: Path,
+) -> ir.Model:
+    """Export `model` (baked, eval mode) with `torch.onnx.export(dynamo=True)`; the result is cleaned and checked.
+
+    Args:
+        model: any module that maps one image tensor to tensors.
+        example: float32 `(N, C, H, W)`; N >= 2 where the batch is dynamic (1 would be specialised).
+        input_name: of the graph's input.
+        output_names: of its outputs, in the order of `flatten_outputs`.
+        axes: the dynamic ones, named batch, height, width.
+        opset: of the default domain.
+        log: file that collects what the exporter prints.
+
+    Raises:
+        RefusedError: the network cannot be exported with these axes, or not as this opset.
+    """
+    import torch
+
+    free = {0: "batch"} if axes.batch else {}
+    free |= {2: "height", 3: "width"} if axes.hw else {}
+    try:
+        with captured(log):
+            program = torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                verbose=False,
+                opset_version=opset,
+                input_names=[input_name],
+                output_names=list(output_names),
+                dynamic_shapes=(free,) if free else None,
+            )
+    except Exception as error:  # the exporter raises its own types, torch.export's and plain ones
+        raise RefusedError(_why_not(error, axes)) from error
+    if program is None:
+        raise RefusedError("the exporter returned no program; run again with -v to see what it printed")
+    graph_model = program.model
+    written = graph_model.opset_imports.get("", 0)
+    if written != opset:
+        raise RefusedError(
+            f"asked for opset {opset}, the installed torch writes {written} instead; say --opset {written}"
+        )
+    strip_metadata(graph_model)
+    return graph_model
+
+
+def _why_not(error: Exception, axes: Axes) -> str:
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()]
+    reason = (lines[0] if lines else type(error).__name__)[:300]
+    advice = "run again with -v for the exporter's own report"
+    if any("onstraint" in str(link) or "specializ" in str(link) for link in chain):
+        what = "batch, height or width" if axes.hw else "batch"
+        advice = f"its forward fixes the {what}: give --batch N{' without --dynamic-hw' if axes.hw else ''}"
+    return f"the network cannot be exported ({reason}); {advice}"
+
+
+def strip_metadata(model: ir.Model) -> None:
+    """Keep of the exporter's metadata only the module path of each node.
+
+    The rest holds absolute paths and source lines of the exporting machine: a leak, and another file on every machine.
+    """
+    for node in model.graph.all_nodes():
+        scopes = node.metadata_props.get(SCOPES)
+        node.metadata_props.clear()
+        node.doc_string = None
+        if scopes is not None:
+            node.metadata_props[SCOPES] = scopes
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.doc_string = None
+    model.producer_name = "gmconv-deploy"
+    model.producer_version = ""
+
+
+def operator_histogram(model: ir.Model) -> dict[str, int]:
+    """How many nodes of each operator, sorted by name."""
+    counts = Counter(node.op_type for node in model.graph.all_nodes())
+    return dict(sorted(counts.items()))
+
+
+def require_no_mask(model: ir.Model, convolutions: int) -> None:
+    """Prove by structure that nothing of a mask is left in the graph.
+
+    Every Conv reads its kernel from an initializer, there are as many as the network has, and no node computes from
+    constants alone (an unbaked mask is such a chain: Pow, Div, Exp, Mul).
+
+    Raises:
+        RuntimeError: it is not so; a bug here, not in the user's network.
+    """
+    constant = {value.name for value in model.graph.initializers.values()}
+    kernels = 0
+    for node in model.graph:
+        names = [value.name for value in node.inputs if value is not None]
+        if node.op_type == "Conv":
+            kernels += 1
+            if node.inputs[1] is None or node.inputs[1].name not in constant:
+                raise RuntimeError(f"the kernel of {node.name} is computed in the graph, not stored")
+        masks = node.op_type in ("Exp", "Mul", "Div", "Pow", "Neg", "Sqrt", "Reciprocal")
+        if masks and names and all(name in constant for name in names):
+            raise RuntimeError(f"{node.op_type} node {node.name} computes from constants alone: a mask was not baked")
+        if node.op_type == "Constant":
+            constant.add(node.outputs[0].name)
+    if kernels < convolutions:
+        raise RuntimeError(f"the network runs {convolutions} convolutions, the graph has {kernels}")
+
+
+def simplify(path: Path) -> None:
+    """Rewrite the file with onnxslim. Raises UnavailableError when it is not installed."""
+    from runtime.cli import require
+
+    slim = require("onnxslim", "export")
+    slim.slim(str(path), str(path))
+
+
+@contextmanager
+def captured(log: Path) -> Iterator[None]:
+    """Send what is written to file descriptors 1 and 2 meanwhile (also by C++ code and loggers) to `log`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with log.open("ab") as stream, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        previous = logging.raiseExceptions
+        logging.raiseExceptions = False
+        try:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(saved[0], 1)
+            os.dup2(saved[1], 2)
+            os.close(saved[0])
+            os.close(saved[1])
+            logging.raiseExceptions = previous
+
+
+def temporary_log() -> Path:
+    """A new empty file for `captured`."""
+    handle, name = tempfile.mkstemp(prefix="gmconv-export-", suffix=".log")
+    os.close(handle)
+    return Path(name)
+
+
+def convolutions(model: nn.Module) -> int:
+    """How many distinct convolution layers the network has."""
+    from torch import nn as torch_nn
+
+    return sum(isinstance(module, torch_nn.Conv2d) for module in model.modules())
+
+
+def specs(model: ir.Model) -> tuple[list[tuple[str, str, tuple[Any, ...]]], list[tuple[str, str, tuple[Any, ...]]]]:
+    """Name, dtype and shape of each input and output (see `runtime.manifest.TensorSpec`)."""
+
+    def spec(value: ir.Value) -> tuple[str, str, tuple[Any, ...]]:
+        if value.dtype is None or value.shape is None:
+            raise RefusedError(f"the exporter could not infer the type of {value.name!r}")
+        shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+        return str(value.name), str(value.dtype.numpy()), shape
+
+    return [spec(v) for v in model.graph.inputs], [spec(v) for v in model.graph.outputs]

@@ -1,0 +1,325 @@
+"""The proof that comes with every export: live torch -> baked torch -> ONNX Runtime, on the same inputs.
+
+The live and the baked network run in a process of their own (`python -m export.verify`), which never sees the
+exporter: what it computes cannot be coloured by the exporter's patches, and it runs beside the export instead of
+after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import click
+import numpy as np
+
+from runtime.errors import RefusedError
+from runtime.runners.base import Array
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from runtime.compare import OutputComparison, YardstickComparison
+    from runtime.tolerances import Tolerance
+
+Outputs = dict[str, Array]
+BAKING = "live -> baked"  # must be bitwise; the other hops are judged by tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One batch of inputs: what it is ("noise, seed 0"), float32 `(N, C, H, W)`, whether the yardstick runs on it."""
+
+    label: str
+    batch: Array
+    yardstick: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the network computed as trained (`live`), once baked (`baked`), in float64 (`yardstick`), case by case."""
+
+    live: tuple[Outputs, ...]
+    baked: tuple[Outputs, ...]
+    yardstick: tuple[Outputs, ...]
+    certificate: dict[str, Any]
+
+
+class ReferenceProcess:
+    """Runs the reference in a child process; a context manager, so that a failed export leaves no child behind."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="gmconv-reference-")
+        self._path = Path(self._folder.name)
+        self._count = 0
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(path).resolve()) for path in sys.path)}
+        self._log = (self._path / "log").open("w+")
+        # Started before there is anything to do: importing torch takes as long here as in the parent.
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "export.verify", str(self._path)],
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=self._log,
+            env=environment,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._child.kill()
+        self._child.wait()
+        self._log.close()
+        self._folder.cleanup()
+
+    def start(
+        self, checkpoint: Path, load_options: Mapping[str, Any], names: Sequence[str], cases: Sequence[Case]
+    ) -> None:
+        """Hand over the work: `gmconv.load_checkpoint(checkpoint, **load_options)` on every case."""
+        self._count = len(cases)
+        for index, case in enumerate(cases):
+            np.save(self._path / f"input.{index}.npy", case.batch)
+        task = {
+            "checkpoint": str(checkpoint.resolve()),
+            "load_options": dict(load_options),
+            "names": list(names),
+            "yardstick": [index for index, case in enumerate(cases) if case.yardstick],
+        }
+        assert self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # a child that died says why in result()
+            self._child.stdin.write(json.dumps(task))
+            self._child.stdin.close()
+
+    def result(self) -> Reference:
+        """Wait for the reference. Raises RefusedError when the checkpoint is refused there, RuntimeError on a bug."""
+        status = self._child.wait()
+        folder = self._path
+        if status:
+            self._log.seek(0)
+            lines = self._log.read().strip()
+            if status == RefusedError.exit_code:
+                raise RefusedError(lines.splitlines()[-1].removeprefix("Error: "))
+            raise RuntimeError(f"the reference process failed with status {status}:\n{lines}")
+        hops = {
+            hop: tuple(_load(folder / f"{hop}.{index}.npz") for index in range(self._count))
+            for hop in ("live", "baked", "yardstick")
+        }
+        return Reference(**hops, certificate=json.loads((folder / "certificate.json").read_text()))
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One arrow of the proof on one case."""
+
+    hop: str
+    case: str
+    shape: tuple[int, ...]
+    bitwise: bool
+    comparisons: tuple[OutputComparison, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """All hops; `passed` only if there are some and each comparison of each passed."""
+
+    hops: tuple[Hop, ...]
+    yardstick: tuple[YardstickComparison, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything held."""
+        found = [comparison.passed for hop in self.hops for comparison in hop.comparisons]
+        found += [hop.bitwise for hop in self.hops if hop.hop == BAKING]
+        return bool(found) and all(found) and bool(self.yardstick) and all(y.passed for y in self.yardstick)
+
+    def failures(self) -> list[str]:
+        """One sentence per failed comparison."""
+        texts = [
+            f"{hop.hop} on {hop.case}: output {c.output!r}: {c.reason}"
+            for hop in self.hops
+            for c in hop.comparisons
+            if not c.passed
+        ]
+        texts += [f"{h.hop} on {h.case}: not bitwise equal" for h in self.hops if h.hop == BAKING and not h.bitwise]
+        texts += [f"float64 yardstick: output {y.output!r}: {y.reason}" for y in self.yardstick if not y.passed]
+        return texts or (["nothing was compared"] if not self.passed else [])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the manifest."""
+        return {
+            "passed": self.passed,
+            "hops": [
+                {
+                    "hop": hop.hop,
+                    "case": hop.case,
+                    "shape": list(hop.shape),
+                    "bitwise": hop.bitwise,
+                    "outputs": [c.to_dict() for c in hop.comparisons],
+                }
+                for hop in self.hops
+            ],
+            "yardstick": [y.to_dict() for y in self.yardstick],
+        }
+
+
+def judge(
+    cases: Sequence[Case],
+    reference: Reference,
+    hops: Mapping[str, Sequence[Outputs]],
+    tolerance: Tolerance,
+    classes: bool,
+) -> Verdict:
+    """Compare `reference.baked` with each of `hops` (outputs case by case), and live with baked.
+
+    The yardstick judges the last of `hops`: the artefact that is shipped.
+    """
+    from runtime.compare import Yardstick, compare_outputs
+
+    arrows: dict[str, tuple[Sequence[Outputs], Sequence[Outputs]]] = {BAKING: (reference.live, reference.baked)}
+    arrows |= {name: (reference.baked, outputs) for name, outputs in hops.items()}
+    found = tuple(
+        Hop(name, case.label, case.batch.shape, _bitwise(a, b), compare_outputs(a, b, tolerance, classes=classes))
+        for name, (left, right) in arrows.items()
+        for case, a, b in zip(cases, left, right, strict=True)
+    )
+    measure = Yardstick()
+    for exact, live, last in zip(reference.yardstick, reference.live, arrows[list(arrows)[-1]][1], strict=True):
+        if exact:
+            measure.add(exact, live, last)
+    return Verdict(found, measure.result())
+
+
+def _bitwise(left: Outputs, right: Outputs) -> bool:
+    return left.keys() == right.keys() and all(left[name].tobytes() == right[name].tobytes() for name in left)
+
+
+def flatten_outputs(value: Any, names: Sequence[str]) -> dict[str, Any]:
+    """A network's return value as named tensors: `names` if given, a dict's keys, `logits`, or `output_0`, ...
+
+    Raises RefusedError when the count of names differs from the count of tensors.
+    """
+    import torch
+    from torch.utils._pytree import tree_flatten
+
+    leaves, _ = tree_flatten(value)
+    leaves = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if not leaves:
+        raise RefusedError(f"the network returns a {type(value).__name__} without tensors; nothing to export")
+    if not names:
+        keyed = isinstance(value, Mapping) and len(value) == len(leaves)
+        names = [str(k) for k in value] if keyed else [f"output_{i}" for i in range(len(leaves))]
+        names = ["logits"] if len(leaves) == 1 and not keyed else names
+    if len(names) != len(leaves):
+        raise RefusedError(f"the network has {len(leaves)} outputs, --output-names gives {len(names)}; name each")
+    return dict(zip(names, leaves, strict=True))
+
+
+def _save(path: Path, outputs: Outputs) -> None:
+    np.savez(path, names=np.array(list(outputs)), *outputs.values())  # noqa: B026 (an output may be called "file")
+
+
+def _load(path: Path) -> Outputs:
+    if not path.exists():
+        return {}
+    with np.load(path) as archive:
+        return {str(name): archive[f"arr_{index}"] for index, name in enumerate(archive["names"])}
+
+
+def _run(model: nn.Module, batch: Array, names: Sequence[str], dtype: Any) -> Outputs:
+    import torch
+
+    with torch.no_grad():
+        outputs = model(torch.from_numpy(batch).to(dtype))
+    return {name: tensor.numpy() for name, tensor in flatten_outputs(outputs, names).items()}
+
+
+def _run_double(model: nn.Module, batch: Array, names: Sequence[str]) -> Outputs:
+    import torch
+
+    try:
+        with double_precision(model):
+            return _run(model, batch, names, torch.float64)
+    except RuntimeError:  # a parent that uses its child's weight without calling the child: widen everything at once
+        return _run(copy.deepcopy(model).double(), batch, names, torch.float64)
+
+
+def compute_reference(folder: Path) -> None:
+    """The child's work: a task on stdin, `input.*.npy` in `folder`; writes `live.*`, `baked.*`, `yardstick.*` there."""
+    import torch
+
+    import gmconv
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # the exporter has the other half
+    task = json.load(sys.stdin)
+    checkpoint = gmconv.load_checkpoint(task["checkpoint"], **task["load_options"])
+    model, names = checkpoint.model, task["names"]
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    inputs = [np.load(path) for path in sorted(folder.glob("input.*.npy"), key=lambda p: int(p.name.split(".")[1]))]
+    (folder / "certificate.json").write_text(json.dumps(gmconv.bake_certificate(model).to_dict()))
+    for index, batch in enumerate(inputs):
+        _save(folder / f"live.{index}.npz", _run(model, batch, names, dtype))
+    for index in task["yardstick"]:
+        _save(folder / f"yardstick.{index}.npz", _run_double(model, inputs[index], names))
+    gmconv.bake(model, inplace=True)
+    for index, batch in enumerate(inputs):
+        _save(folder / f"baked.{index}.npz", _run(model, batch, names, dtype))
+
+
+class double_precision:  # noqa: N801 (reads as a context manager)
+    """Run a float32 model in float64: each module's tensors are widened (exactly) for its own forward, then put back.
+
+    So the extra memory is one layer's, not twice the network's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __enter__(self) -> None:
+        import torch
+
+        self._hooks: list[Any] = []
+        self._kept: list[dict[str, torch.Tensor]] = []
+
+        def widen(module: nn.Module, _: Any) -> None:
+            tensors = {**module._parameters, **module._buffers}
+            kept = {n: t.data for n, t in tensors.items() if t is not None and t.is_floating_point()}
+            self._kept.append(kept)
+            for name, data in kept.items():
+                tensors[name].data = data.double()  # type: ignore[union-attr]
+
+        def restore(module: nn.Module, *_: Any) -> None:
+            tensors = {**module._parameters, **module._buffers}
+            for name, data in self._kept.pop().items():
+                tensors[name].data = data  # type: ignore[union-attr]
+
+        for module in self._model.modules():
+            self._hooks.append(module.register_forward_pre_hook(widen))
+            self._hooks.append(module.register_forward_hook(restore, always_call=True))
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def main(folder: Path) -> None:
+    """Compute a reference (internal: run by `ReferenceProcess`)."""
+    compute_reference(folder)
+
+
+if __name__ == "__main__":
+    main()
