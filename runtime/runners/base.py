@@ -78,7 +78,7 @@ class Runner(ABC):
         return None
 
     def layer_times(self, feeds: Mapping[str, Array], runs: int) -> list[LayerTime] | None:
-        """Per-layer times of `runs` runs from the engine's own profiler, apart from any timed run; None: it has none."""
+        """Per-layer times of `runs` runs by the engine's own profiler, apart from any timed run; None: it has none."""
         return None
 
     def layer_info(self) -> dict[str, Any] | None:
