@@ -47,7 +47,7 @@ Where = Callable[[str, nn.Conv2d], bool]
 
 def crop(
     model: M,
-    tolerance: Tolerance = 1e-3,
+    tolerance: float | str = 1e-3,
     *,
     precision: Precision = "fp32",
     where: Where | None = None,
@@ -78,7 +78,7 @@ def crop(
 
 def crop_model(
     model: M,
-    tolerance: Tolerance = "lossless",
+    tolerance: float | str = "lossless",
     *,
     precision: Precision = "fp32",
     where: Where | None = None,
@@ -97,6 +97,7 @@ def crop_model(
     Raises:
         SurgeryError, ValueError: as `crop`.
     """
+    tolerance = parse_tolerance(tolerance)
     windows = choose_windows(model, tolerance, precision=precision, where=where)
     cropped = crop_to(model, windows)
     certificate = certify(
@@ -113,7 +114,7 @@ def crop_model(
 
 
 def choose_windows(
-    model: nn.Module, tolerance: Tolerance, *, precision: Precision = "fp32", where: Where | None = None
+    model: nn.Module, tolerance: float | str, *, precision: Precision = "fp32", where: Where | None = None
 ) -> dict[str, Window]:
     """The window that `crop` would cut each layer to, by name; uncropped layers with a kernel over 1x1 included."""
     tolerance = parse_tolerance(tolerance)

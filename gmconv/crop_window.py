@@ -56,6 +56,19 @@ def centred_windows(kernel_size: tuple[int, int]) -> list[Window]:
     return sorted(windows, key=lambda w: (w.taps, w))
 
 
+def nested_windows(kernel_size: tuple[int, int]) -> list[Window]:
+    """The kernel itself, then ever smaller centred windows of it: what lies within so many taps of the centre.
+
+    7x7 -> 5x5, 3x3, 1x1; 3x7 -> 3x5, 3x3, 1x1; 4x4 -> 2x2.
+    """
+    half = [(k - 1) // 2 for k in kernel_size]
+    windows = []
+    for reach in range(max(half), -1, -1):
+        rows, columns = (max(0, h - reach) for h in half)
+        windows.append(Window(rows, columns, kernel_size[0] - 2 * rows, kernel_size[1] - 2 * columns))
+    return windows
+
+
 def removed_share(weight: Tensor, window: Window) -> float:
     """The largest share of an output channel's L1 norm that lies outside `window`, in 0..1.
 

@@ -1,0 +1,112 @@
+"""How long each convolution takes in ONNX Runtime at each window it could be cropped to."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from gmconv.crop import Where, croppable
+from gmconv.crop_conv import pads_of
+from gmconv.crop_window import Window, nested_windows
+from gmconv.macs import count_macs
+
+_ROUNDS = 15
+_SECONDS_PER_RUN = 0.02  # a round repeats a fast layer until it has run for about this long
+
+
+def measure_latencies(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    where: Where | None = None,
+    threads: int = 0,
+    rounds: int = _ROUNDS,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, dict[Window, float]]:
+    """Time each croppable layer of `model` alone, at the shapes it sees for `example` (batch first), window by window.
+
+    The windows of one layer take turns, so that a busy moment of the machine hits all of them. `threads` 0 lets ONNX
+    Runtime choose. Layers of equal geometry are timed once.
+
+    Returns:
+        Milliseconds (median of `rounds`) per layer and window, the whole kernel first.
+    """
+    shapes = count_macs(model, example)
+    known: dict[tuple[Any, ...], dict[Window, float]] = {}
+    found = {}
+    for name, conv in croppable(model, where).items():
+        if name not in shapes:
+            continue
+        shape = (example.shape[0], *shapes[name].input_shape)
+        kernel = (int(conv.kernel_size[0]), int(conv.kernel_size[1]))
+        key = (shape, conv.out_channels, kernel, conv.stride, conv.dilation, conv.groups, pads_of(conv))
+        if key not in known:
+            progress(name)
+            known[key] = _time_windows(conv, shape, nested_windows(kernel), threads, rounds)
+        found[name] = known[key]
+    return found
+
+
+def _time_windows(
+    conv: nn.Conv2d, shape: tuple[int, ...], windows: Sequence[Window], threads: int, rounds: int
+) -> dict[Window, float]:
+    feeds = {"x": np.random.default_rng(0).standard_normal(shape, dtype=np.float32)}
+    sessions = {window: _session(conv, shape, window, threads) for window in windows}
+    repeats = {}
+    for window, session in sessions.items():
+        session.run(None, feeds)
+        start = time.perf_counter()
+        session.run(None, feeds)
+        repeats[window] = max(1, min(50, round(_SECONDS_PER_RUN / max(time.perf_counter() - start, 1e-6))))
+    times: dict[Window, list[float]] = {window: [] for window in windows}
+    for _ in range(rounds):
+        for window, session in sessions.items():
+            start = time.perf_counter()
+            for _ in range(repeats[window]):
+                session.run(None, feeds)
+            times[window].append((time.perf_counter() - start) / repeats[window] * 1e3)
+    return {window: statistics.median(values) for window, values in times.items()}
+
+
+def _session(conv: nn.Conv2d, shape: tuple[int, ...], window: Window, threads: int) -> Any:
+    """A session of one Conv node with the window's kernel; negative pads are left at 0 (a Slice costs little)."""
+    import onnxruntime as ort
+    from onnx import TensorProto, helper, numpy_helper
+
+    left, right, top, bottom = pads_of(conv)
+    rows, columns = (int(d) for d in conv.dilation)
+    pads = [
+        top - rows * window.top,
+        left - columns * window.left,
+        bottom - rows * window.top,
+        right - columns * window.left,
+    ]
+    weight = np.random.default_rng(1).standard_normal(
+        (conv.out_channels, conv.in_channels // conv.groups, window.height, window.width), dtype=np.float32
+    )
+    node = helper.make_node(
+        "Conv",
+        ["x", "w"],
+        ["y"],
+        pads=[max(p, 0) for p in pads],
+        strides=[int(s) for s in conv.stride],
+        dilations=[rows, columns],
+        group=conv.groups,
+    )
+    graph = helper.make_graph(
+        [node],
+        "conv",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
