@@ -1,11 +1,21 @@
-"""GMConv: the layer as it was trained (arXiv 2302.04544), and the surgery that removes it."""
+"""GMConv: the layer as it was trained (arXiv 2302.04544), and the surgery that removes it.
 
-from gmconv import models
-from gmconv.certificate import BakeCertificate, LayerCertificate, bake_certificate
-from gmconv.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from gmconv.layer import GMConv2d
-from gmconv.mask import gaussian_mask
-from gmconv.surgery import bake, convert
+The names below are imported when first used, so that a command's `--help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gmconv import models
+    from gmconv.certificate import BakeCertificate, LayerCertificate, bake_certificate
+    from gmconv.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+    from gmconv.crop import crop, crop_model
+    from gmconv.layer import GMConv2d
+    from gmconv.mask import gaussian_mask
+    from gmconv.surgery import bake, convert
 
 __all__ = [
     "BakeCertificate",
@@ -15,8 +25,35 @@ __all__ = [
     "bake",
     "bake_certificate",
     "convert",
+    "crop",
+    "crop_model",
     "gaussian_mask",
     "load_checkpoint",
     "models",
     "save_checkpoint",
 ]
+
+_HOME = {
+    "BakeCertificate": "certificate",
+    "LayerCertificate": "certificate",
+    "bake_certificate": "certificate",
+    "Checkpoint": "checkpoint",
+    "load_checkpoint": "checkpoint",
+    "save_checkpoint": "checkpoint",
+    "crop": "crop",
+    "crop_model": "crop",
+    "GMConv2d": "layer",
+    "gaussian_mask": "mask",
+    "bake": "surgery",
+    "convert": "surgery",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "models":
+        return importlib.import_module("gmconv.models")
+    if name not in _HOME:
+        raise AttributeError(f"module 'gmconv' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"gmconv.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

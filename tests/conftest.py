@@ -1,0 +1,49 @@
+"""Fixtures that several rooms share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# Deadlines measure a noisy machine, not the code; derandomized in CI so that a red run can be run again.
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="session")
+def digits_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small GMConv network trained on the handwritten digits for a few seconds (well above chance, not 98 %)."""
+    path = tmp_path_factory.mktemp("digits") / "digits.pt"
+    command = ["--dataset", "digits", "--arch", "resnet20", "--seed", "1", "--epochs", "3", "--input-shape", "3,16,16"]
+    run_module("gmconv.train", *command, "-o", str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def digits_onnx(digits_checkpoint: Path) -> Path:
+    """`digits_checkpoint` exported, with its manifest."""
+    path = digits_checkpoint.with_suffix(".onnx")
+    run_module("export.onnx", str(digits_checkpoint), "-o", str(path))
+    return path
+
+
+def run_module(module: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run `python -m module arguments` and require its exit code; a traceback is never acceptable."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, f"python -m {module} {' '.join(arguments)}: exit {done.returncode}\n{done.stderr}"
+    if code not in (0, 1):
+        assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_module` for tests."""
+    return run_module

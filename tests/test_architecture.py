@@ -1,0 +1,112 @@
+"""The arrows of the design, enforced from the imports themselves: export -> runtime -> (one file) -> gmconv."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("gmconv", "runtime", "export")
+TORCH_RUNNER = Path("runtime/runners/torch.py")
+COMMANDS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    for room in ROOMS
+    for path in (ROOT / room).rglob("*.py")
+    if "\nif __name__ ==" in path.read_text() and path.name != "verify.py" and not path.name.startswith("_trt")
+)  # without the two that only our own child processes run
+
+
+def sources(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def imports(path: Path, *, top_level: bool = False) -> set[str]:
+    """Full names of the modules a file imports; with `top_level`, only those it imports when it is imported."""
+    tree = ast.parse(path.read_text())
+    lazy: set[ast.AST] = set()
+    if top_level:
+        for node in ast.walk(tree):
+            body = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            if body or typing_only:
+                lazy.update(ast.walk(node))
+    found = set()
+    for node in ast.walk(tree):
+        if node in lazy:
+            continue
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def packages(path: Path, *, top_level: bool = False) -> set[str]:
+    return {name.split(".")[0] for name in imports(path, top_level=top_level)}
+
+
+@pytest.mark.parametrize("path", sources("gmconv"), ids=str)
+def test_gmconv_imports_neither_runtime_nor_export(path: Path) -> None:
+    assert not packages(path) & {"runtime", "export"}
+
+
+@pytest.mark.parametrize("path", sources("runtime"), ids=str)
+def test_runtime_imports_no_export_and_gmconv_and_torch_in_the_torch_runner_alone(path: Path) -> None:
+    assert "export" not in packages(path)
+    if path.relative_to(ROOT) != TORCH_RUNNER:
+        assert not packages(path) & {"gmconv", "torch"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_tensorrt_and_cuda_have_one_door_each(room: str) -> None:
+    for path in sources(room):
+        name = str(path.relative_to(ROOT))
+        if name != "runtime/trt.py":
+            assert not packages(path) & {"tensorrt", "tensorrt_rtx"}, name
+        if name != "runtime/cuda.py":
+            assert not packages(path) & {"pycuda", "cuda"}, name
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_optional_packages_are_imported_when_used_not_when_loaded(room: str) -> None:
+    for path in sources(room):
+        assert not packages(path, top_level=True) & {"torchvision", "timm", "sklearn", "tensorrt", "pycuda"}, path
+
+
+def test_every_room_is_a_folder_of_the_house_and_no_other_code_is_at_top_level() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    folders = {name.split("/")[0] for name in tracked if "/" in name}
+    assert {f for f in folders if not f.startswith(".")} <= {"gmconv", "export", "runtime", "tests", "docker"}
+
+
+def test_there_is_a_command_line_for_each_public_command() -> None:
+    public = {"gmconv.train", "export.onnx", "export.tensorrt", "export.triton", "export.precision"}
+    public |= {"runtime.parity", "runtime.benchmark", "runtime.evaluate", "runtime.serve"}
+    assert public <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_is_quick_and_needs_no_heavy_import(module: str) -> None:
+    script = (
+        "import sys, runpy; sys.argv = ['x', '--help']\n"
+        f"try: runpy.run_module({module!r}, run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as done: assert not done.code, done.code\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'tensorrt', 'tensorrt_rtx', 'sklearn', 'matplotlib', 'PIL'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+        best = min(best, time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.strip().endswith("[]"), done.stderr
+        assert "--help" in done.stdout
+        if best < 0.3:
+            break
+    assert best < 1.0, "the README promises 0.3 s; three times that is a heavy import, not a noisy machine"
