@@ -1,1 +1,77 @@
-"""One `Runner` per inference engine; `open_runner` picks by artefact."""
+"""Engines behind one contract: `open_runner` picks by artefact."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from runtime.errors import RefusedError
+from runtime.runners.base import Runner
+
+Kind = Literal["checkpoint", "onnx", "engine"]
+
+_SUFFIXES: dict[str, Kind] = {
+    ".pt": "checkpoint",
+    ".pth": "checkpoint",
+    ".ckpt": "checkpoint",
+    ".safetensors": "checkpoint",
+    ".onnx": "onnx",
+    ".plan": "engine",
+    ".engine": "engine",
+    ".trt": "engine",
+}
+_RUNNERS: dict[Kind, tuple[str, str]] = {
+    "checkpoint": ("runtime.runners.torch", "TorchRunner"),
+    "onnx": ("runtime.runners.onnxruntime", "OnnxRuntimeRunner"),
+    "engine": ("runtime.runners.tensorrt", "TensorRTRunner"),
+}
+
+
+def artefact_kind(path: Path) -> Kind:
+    """What a file is: by its suffix, else by its first bytes. Raises RefusedError for anything else."""
+    if not path.is_file():
+        raise RefusedError(f"{path}: {'is a directory; name a file in it' if path.is_dir() else 'no such file'}")
+    if kind := _SUFFIXES.get(path.suffix.lower()):
+        return kind
+    with path.open("rb") as stream:
+        head = stream.read(8)
+    if head.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "checkpoint"
+    if head.startswith((b"ftrt", b"trtx")):
+        return "engine"
+    if (
+        len(head) > 2 and head[0] == 0x08 and head[1] < 0x20 and head[2] in (0x12, 0x3A, 0x42)
+    ):  # ir_version, then a field
+        return "onnx"
+    raise RefusedError(
+        f"{path}: is no artefact known here; give a .pt, .pth, .safetensors, .onnx, .plan or .engine file"
+    )
+
+
+def open_runner(path: str | Path, device: str = "cpu", **options: Any) -> Runner:
+    """Open an artefact on a device: a checkpoint in torch, ONNX in ONNX Runtime, an engine in TensorRT.
+
+    `options` are the keyword arguments of TorchRunner, OnnxRuntimeRunner or TensorRTRunner; None means not given. One
+    that the artefact's runner does not have is refused, never ignored.
+
+    Raises:
+        RefusedError: the file is missing, foreign, damaged, or not the one its manifest describes.
+        UnavailableError: the machine lacks what the device needs.
+        click.UsageError: an option that makes no sense for this artefact.
+    """
+    path = Path(path)
+    kind = artefact_kind(path)
+    module, name = _RUNNERS[kind]
+    runner: type[Runner] = getattr(importlib.import_module(module), name)
+    given = {key: value for key, value in options.items() if value is not None}
+    if unknown := sorted(given.keys() - inspect.signature(runner).parameters.keys()):
+        raise click.UsageError(f"{path.name} is {_A[kind]}: {', '.join(unknown)} does not apply to it")
+    opened: Runner = runner(path, device=device, **given)  # type: ignore[call-arg]
+    return opened
+
+
+_A: dict[Kind, str] = {"checkpoint": "a checkpoint", "onnx": "an ONNX file", "engine": "a TensorRT engine"}

@@ -1,0 +1,315 @@
+"""Checkpoints through PyTorch: the live or the baked network, eager or compiled. The only runtime file with torch."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from runtime.cli import require
+from runtime.errors import RefusedError, UnavailableError
+from runtime.manifest import Preprocessing, TensorSpec
+from runtime.runners.base import Array, Query, QueryTimes, Runner, validate_feeds
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Form = Literal["live", "baked"]
+
+
+class TorchRunner(Runner):
+    """A checkpoint's network in PyTorch.
+
+    Args:
+        path: `.pt`, `.pth` or `.safetensors`.
+        device: "cpu", "cuda" or "cuda:N".
+        form: "live" (masks computed in forward, as trained) or "baked" (plain convolutions).
+        compiled: through `torch.compile`; the first run of each shape compiles.
+        dtype: "float32", or "float64" for a yardstick: inputs stay float32 and are widened, outputs are float64.
+        channels_last: memory format of weights and inputs.
+        tf32: let CUDA use TF32 (off: strict fp32).
+        cuda_graph: capture the run on the first call for each shape and replay it.
+        threads: of the CPU kernels (process-wide in PyTorch); PyTorch's choice when None.
+        dynamic_hw: accept any height and width, not only the checkpoint's.
+        input_name, output_names: to go by the names of an exported file.
+        arch, num_classes, input_shape: for foreign checkpoints, as in `gmconv.load_checkpoint`.
+
+    `model` is the module in use, `checkpoint` what the file said.
+
+    Raises:
+        RefusedError, gmconv.errors.CheckpointError: the file is no checkpoint of a network we can build.
+        UnavailableError: torch or the GPU is missing.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str = "cpu",
+        form: Form = "live",
+        compiled: bool = False,
+        dtype: Literal["float32", "float64"] = "float32",
+        channels_last: bool = False,
+        tf32: bool = False,
+        cuda_graph: bool = False,
+        threads: int | None = None,
+        dynamic_hw: bool = False,
+        input_name: str = "input",
+        output_names: Sequence[str] = (),
+        arch: str | None = None,
+        num_classes: int | None = None,
+        input_shape: tuple[int, int, int] | None = None,
+    ) -> None:
+        torch = require("torch", "export")
+        gmconv = require("gmconv", "export")
+        self._torch = torch
+        self._device = _device(torch, device)
+        self.device = str(self._device)
+        if cuda_graph and self._device.type != "cuda":
+            raise UnavailableError("a CUDA graph needs a GPU; leave cuda_graph out on the CPU")
+        if threads:
+            torch.set_num_threads(threads)
+        self.checkpoint = gmconv.load_checkpoint(path, arch=arch, num_classes=num_classes, input_shape=input_shape)
+        model: nn.Module = self.checkpoint.model
+        if form == "baked":
+            model = gmconv.bake(model, inplace=True)
+        self._dtype = getattr(torch, dtype)
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        model = model.to(device=self._device, dtype=self._dtype).eval()
+        if channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model
+        self._call: Callable[[Any], Any] = torch.compile(model) if compiled else model
+        self._tf32, self._graph, self._output_names = tf32, cuda_graph, tuple(output_names)
+        self._graphs: dict[tuple[int, ...], _Captured] = {}
+        channels, height, width = self.checkpoint.input_shape
+        hw: tuple[int | str, ...] = ("height", "width") if dynamic_hw else (height, width)
+        self.inputs = (TensorSpec(input_name, "float32", ("batch", channels, *hw)),)
+        self.outputs = self._learn_outputs(dtype)
+        words = [form, "compiled" if compiled else "eager", "CUDA graph" if cuda_graph else ""]
+        words += [dtype if dtype != "float32" else "", "channels last" if channels_last else ""]
+        self.name = f"torch {self._device.type}, " + ", ".join(word for word in words if word)
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """What the checkpoint says about its images, or None."""
+        raw = self.checkpoint.preprocessing
+        if raw is None:
+            return None
+        msgspec = require("msgspec", "export")
+        try:
+            found: Preprocessing = msgspec.convert(raw, Preprocessing)
+        except msgspec.ValidationError as error:
+            raise RefusedError(f"the checkpoint's preprocessing is not usable ({error}); save it again") from error
+        return found
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once; float32 arrays in, arrays of the runner's dtype out."""
+        validate_feeds(self.inputs, feeds)
+        with self._mode(), self._words():
+            outputs = self._forward(self._tensor(feeds))
+        return {name: value.numpy(force=True).copy() for name, value in self._named(outputs).items()}
+
+    def bind(self, feeds: Mapping[str, Array]) -> Callable[[], object]:
+        """A call that runs on inputs already on the device, and waits for the GPU where there is one."""
+        self.run(feeds)  # compiles, captures and allocates; what cannot run fails here
+        tensor, call, inference = self._tensor(feeds), self._call, self._torch.inference_mode
+        if self._device.type == "cpu":
+
+            def bound() -> object:
+                with inference():
+                    return call(tensor)
+
+            return bound
+        synchronize = self._torch.cuda.synchronize
+
+        def bound_on_gpu() -> object:
+            with self._mode():
+                result = self._forward(tensor)
+            synchronize()
+            return result
+
+        return bound_on_gpu
+
+    def queries(
+        self, feeds: Mapping[str, Array], count: int, *, transfers: bool, cuda_graph: bool, streams: int = 1
+    ) -> list[Query] | None:
+        """On a GPU, queries clocked by CUDA events; None on the CPU."""
+        if self._device.type != "cuda":
+            return None
+        validate_feeds(self.inputs, feeds)
+        origin = self._torch.cuda.Event(enable_timing=True)
+        origin.record()
+        origin.synchronize()
+        start = time.perf_counter()
+        lanes = [self._torch.cuda.Stream(self._device) for _ in range(streams)]
+        host = self._torch.from_numpy(feeds[self.inputs[0].name]).pin_memory()
+        return [
+            _TorchQuery(self, host, lane, origin, start, transfers=transfers, graph=cuda_graph)
+            for lane in lanes
+            for _ in range(count)
+        ]
+
+    def close(self) -> None:
+        """Drop the network and its graphs."""
+        self._graphs = {}
+
+    def _learn_outputs(self, dtype: str) -> tuple[TensorSpec, ...]:
+        """Output names and shapes, from one run at batch 2."""
+        torch = self._torch
+        channels, height, width = self.checkpoint.input_shape
+        with torch.inference_mode(), self._words():
+            example = torch.zeros((2, channels, height, width), dtype=self._dtype, device=self._device)
+            named = self._named(self.model(example))
+        free = self.inputs[0].shape[2:] != (height, width)
+        return tuple(
+            TensorSpec(
+                name,
+                dtype if value.is_floating_point() else str(value.dtype).removeprefix("torch."),
+                tuple(
+                    "batch" if axis == 0 and n == 2 else f"{name}_{axis}" if free and axis > 1 else n
+                    for axis, n in enumerate(value.shape)
+                ),
+            )
+            for name, value in named.items()
+        )
+
+    def _tensor(self, feeds: Mapping[str, Array]) -> torch.Tensor:
+        import numpy as np
+
+        tensor = self._torch.from_numpy(np.ascontiguousarray(feeds[self.inputs[0].name]))
+        found: torch.Tensor = tensor.to(device=self._device, dtype=self._dtype, memory_format=self._format)
+        return found
+
+    def _forward(self, tensor: torch.Tensor) -> Any:
+        if not self._graph:
+            return self._call(tensor)
+        key = tuple(tensor.shape)
+        if key not in self._graphs:
+            self._graphs[key] = _Captured(self._torch, self._call, tensor)
+        return self._graphs[key](tensor)
+
+    def _named(self, outputs: Any) -> dict[str, torch.Tensor]:
+        """Outputs by name: those given, a dict's keys, `logits`, or `output_0`, ... (as the exporter names them)."""
+        from torch.utils._pytree import tree_flatten
+
+        leaves = [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, self._torch.Tensor)]
+        names = list(self._output_names)
+        if not names:
+            keyed = isinstance(outputs, Mapping) and len(outputs) == len(leaves)
+            names = [str(key) for key in outputs] if keyed else [f"output_{i}" for i in range(len(leaves))]
+            names = ["logits"] if len(leaves) == 1 and not keyed else names
+        if len(names) != len(leaves) or not leaves:
+            raise RefusedError(f"the checkpoint's network has {len(leaves)} outputs, {len(names)} names were given")
+        return dict(zip(names, leaves, strict=True))
+
+    @contextlib.contextmanager
+    def _mode(self) -> Iterator[None]:
+        """Inference mode, with TF32 as asked for and not as some other code of the process left it."""
+        torch = self._torch
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self._tf32
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+    @contextlib.contextmanager
+    def _words(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError, TypeError) as error:
+            text = " ".join(str(error).split())[:300]
+            if "compile" in type(error).__module__ or "inductor" in type(error).__module__ or "dynamo" in text:
+                raise UnavailableError(f"torch.compile does not work on this machine: {text}") from error
+            raise RefusedError(f"the checkpoint's network does not run on this input: {text}") from error
+
+
+class _Captured:
+    """One CUDA graph of the network, with its static input and output."""
+
+    def __init__(self, torch: Any, call: Callable[[Any], Any], example: torch.Tensor) -> None:
+        self._input = example.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries choose their kernels before the capture
+            for _ in range(3):
+                call(self._input)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._output = call(self._input)
+
+    def __call__(self, tensor: torch.Tensor) -> Any:
+        if tensor is not self._input:
+            self._input.copy_(tensor)
+        self._graph.replay()
+        return self._output
+
+
+class _TorchQuery(Query):
+    """One inference on one stream, with CUDA events around transfers and compute."""
+
+    def __init__(
+        self,
+        runner: TorchRunner,
+        host: torch.Tensor,
+        stream: Any,
+        origin: Any,
+        origin_s: float,
+        *,
+        transfers: bool,
+        graph: bool,
+    ) -> None:
+        torch = runner._torch
+        self._runner, self._host, self._stream, self._transfers = runner, host, stream, transfers
+        self._origin, self._origin_s = origin, origin_s
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        self._enqueue = (0.0, 0.0)
+        with runner._mode(), torch.cuda.stream(stream):
+            self._input = runner._tensor({runner.inputs[0].name: host.numpy()})
+            self._call: Callable[[Any], Any] = _Captured(torch, runner._call, self._input) if graph else runner._call
+            outputs = runner._named(self._call(self._input)).values()
+            self._results = [torch.empty(o.shape, dtype=o.dtype, pin_memory=True) for o in outputs]
+        stream.synchronize()
+
+    def enqueue(self) -> None:
+        began = time.perf_counter()
+        runner, events = self._runner, self._events
+        with runner._mode(), runner._torch.cuda.stream(self._stream):
+            events[0].record()
+            if self._transfers:
+                self._input.copy_(self._host, non_blocking=True)
+            events[1].record()
+            outputs = runner._named(self._call(self._input)).values()
+            events[2].record()
+            if self._transfers:
+                for result, output in zip(self._results, outputs, strict=True):
+                    result.copy_(output, non_blocking=True)
+            events[3].record()
+        self._enqueue = began, time.perf_counter()
+
+    def wait(self) -> QueryTimes:
+        self._events[3].synchronize()
+        h2d, compute, computed, done = (self._origin.elapsed_time(event) for event in self._events)
+        began, ended = (1000 * (moment - self._origin_s) for moment in self._enqueue)
+        return QueryTimes(began, ended, h2d, compute, compute, computed, computed, done)
+
+
+def _device(torch: Any, device: str) -> torch.device:
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda", "gpu") or (index and not index.isdigit()) or (kind == "cpu" and index):
+        raise UnavailableError(f"device {device!r} is unknown; cpu, cuda or cuda:N")
+    if kind != "cpu":
+        if not torch.cuda.is_available():
+            raise UnavailableError(
+                f"torch {torch.__version__} finds no GPU: it needs a CUDA build and an NVIDIA driver; use --device cpu"
+            )
+        if int(index or 0) >= torch.cuda.device_count():
+            raise UnavailableError(f"torch finds {torch.cuda.device_count()} GPUs; {device!r} was asked for")
+        return torch.device("cuda", int(index or 0))  # type: ignore[no-any-return]
+    return torch.device("cpu")  # type: ignore[no-any-return]
