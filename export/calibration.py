@@ -1,0 +1,189 @@
+"""Activation ranges for int8 and fp8: real images through the fp32 graph, one batch in memory at a time.
+
+ONNX Runtime's own calibrators keep every intermediate output of every image until the end. Here each batch is reduced
+at once to a minimum, a maximum and a histogram per tensor, so 10,000 images need the memory of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.calibration_images import ImageSet
+from export.onnx_graph import layer_upstream
+from runtime.errors import RefusedError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+Method = Literal["entropy", "percentile", "minmax"]
+Progress = Callable[[int, int], None]
+_BINS = 8192  # over [-limit, limit]
+_LEVELS = 128  # magnitudes an int8 can hold
+
+
+class RangeHistogram:
+    """Minimum, maximum and histogram of a stream of values, in constant memory.
+
+    Bins cover [-limit, limit]. When a larger value comes the limit doubles until it fits and neighbouring bins are
+    merged pairwise, which is exact: no count is ever redistributed.
+    """
+
+    def __init__(self) -> None:
+        self.low, self.high, self.limit = float("inf"), float("-inf"), 0.0
+        self.counts = np.zeros(_BINS, np.int64)
+
+    def add(self, values: NDArray[np.float32]) -> None:
+        """Count `values` (any shape, finite)."""
+        self.low = min(self.low, float(values.min()))
+        self.high = max(self.high, float(values.max()))
+        peak = max(-self.low, self.high)
+        if peak == 0:
+            self.counts[_BINS // 2] += values.size
+            return
+        if self.limit == 0:
+            zeros = self.counts[_BINS // 2]
+            self.limit = float(2.0 ** np.ceil(np.log2(peak)))
+            self.counts[:] = 0
+            self.counts[_BINS // 2] = zeros
+        while peak > self.limit:
+            merged = self.counts.reshape(-1, 2).sum(axis=1)
+            self.counts[:] = 0
+            self.counts[_BINS // 4 : _BINS // 4 + _BINS // 2] = merged
+            self.limit *= 2
+        flat = values.reshape(-1)
+        for start in range(0, flat.size, 1 << 20):
+            chunk = flat[start : start + (1 << 20)]
+            index = (chunk * np.float32(_BINS / (2 * self.limit)) + np.float32(_BINS / 2)).astype(np.intp)
+            np.minimum(index, _BINS - 1, out=index)
+            self.counts += np.bincount(index, minlength=_BINS)
+
+    def range(self, method: Method, percentile: float) -> tuple[float, float]:
+        """The range that `method` keeps, inside [minimum, maximum] and including zero."""
+        low, high = min(self.low, 0.0), max(self.high, 0.0)
+        if method == "minmax" or self.limit == 0:
+            return low, high
+        bound = self._percentile(percentile) if method == "percentile" else self._entropy()
+        return max(low, -bound), min(high, bound)
+
+    def _magnitudes(self) -> NDArray[np.int64]:
+        return self.counts[_BINS // 2 :] + self.counts[: _BINS // 2][::-1]
+
+    def _percentile(self, percentile: float) -> float:
+        magnitudes = self._magnitudes()
+        reached = np.searchsorted(np.cumsum(magnitudes), percentile / 100 * magnitudes.sum())
+        return float((reached + 1) * self.limit / magnitudes.size)
+
+    def _entropy(self) -> float:
+        """The clipping point whose 128-level histogram loses least information (Kullback-Leibler), as TensorRT 10 did.
+
+        The first bin is levelled with its neighbour: after a ReLU it holds mostly exact zeros, which any scale keeps.
+        """
+        histogram = self._magnitudes().astype(np.float64)
+        histogram = histogram.reshape(-1, 2).sum(axis=1)
+        histogram[0] = min(histogram[0], histogram[1])
+        used = int(np.flatnonzero(histogram)[-1]) + 1 if histogram.any() else 1
+        best, bound = float("inf"), used
+        for stop in [*range(_LEVELS, used, max(1, (used - _LEVELS) // 256)), used]:
+            reference = histogram[:stop].copy()
+            inside = reference.copy()
+            reference[-1] += histogram[stop:].sum()
+            divergence = _quantized_divergence(reference, inside)
+            if divergence < best:
+                best, bound = divergence, stop
+        return float(bound * self.limit / histogram.size)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What the images showed. `origin` says which images: source, number, seed and sha256 of the arrays fed."""
+
+    histograms: dict[str, RangeHistogram]
+    origin: dict[str, Any]
+
+    def ranges(self, method: Method, percentile: float = 99.99) -> dict[str, tuple[float, float]]:
+        """Tensor name -> (lowest, highest) value to represent."""
+        return {name: histogram.range(method, percentile) for name, histogram in self.histograms.items()}
+
+    def info(self, method: Method, percentile: float = 99.99) -> dict[str, Any]:
+        """For the manifest: the origin and how the ranges were chosen."""
+        chosen = {"method": method, "tensors": len(self.histograms)}
+        return self.origin | chosen | ({"percentile": percentile} if method == "percentile" else {})
+
+
+def calibrate(
+    model: ModelProto,
+    images: ImageSet,
+    tensors: Sequence[str],
+    *,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Run `images` through the fp32 `model` once and keep a histogram of each of `tensors`.
+
+    Raises RefusedError when an activation is NaN or infinite (its layer is named), or when the images show nothing: all
+    constant, or all the same.
+    """
+    wanted = list(dict.fromkeys(tensors))
+    histograms = {name: RangeHistogram() for name in wanted}
+    run = _tapped(model, wanted)
+    done = 0
+    for batch in images.batches():
+        for name, values in zip(wanted, run(batch), strict=True):
+            if not np.isfinite(values.min()) or not np.isfinite(values.max()):
+                raise RefusedError(
+                    f"calibration: layer {layer_upstream(model, name)!r} produced NaN or infinity (tensor {name!r}, "
+                    f"image {done}..{done + len(batch) - 1} of {images.name}); check the checkpoint's weights"
+                )
+            histograms[name].add(values)
+        done += len(batch)
+        if progress is not None:
+            progress(done, images.count)
+    images.refuse_uninformative()
+    origin = {"source": images.name, "images": done, "seed": images.seed, "sha256": images.sha256()}
+    return Calibration(histograms, origin)
+
+
+def _tapped(model: ModelProto, tensors: Sequence[str]) -> Callable[[NDArray[Any]], list[NDArray[np.float32]]]:
+    """A function that runs `model` on one batch and returns `tensors`."""
+    import onnx
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+
+    tapped = onnx.ModelProto()
+    tapped.CopyFrom(model)
+    fed = tapped.graph.input[0].name
+    known = {value.name for value in tapped.graph.output}
+    for name in tensors:
+        if name not in known and name != fed:
+            tapped.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # The arena would keep the peak of every shape seen; calibration is to stay within one batch.
+    options.enable_cpu_mem_arena = False
+    session = ort.InferenceSession(tapped.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    fetched = [name for name in tensors if name != fed]
+
+    def run(batch: NDArray[Any]) -> list[NDArray[np.float32]]:
+        values = dict(zip(fetched, session.run(fetched, {fed: batch}) if fetched else [], strict=True))
+        return [values.get(name, batch) for name in tensors]
+
+    return run
+
+
+def _quantized_divergence(reference: NDArray[np.float64], inside: NDArray[np.float64]) -> float:
+    """KL divergence between a clipped histogram and its copy held in `_LEVELS` levels."""
+    edges = np.linspace(0, inside.size, _LEVELS + 1).astype(np.intp)
+    starts = edges[:-1]
+    filled = inside > 0
+    totals = np.add.reduceat(inside, starts)
+    members = np.add.reduceat(filled.astype(np.float64), starts)
+    level = np.divide(totals, members, out=np.zeros_like(totals), where=members > 0)
+    candidate = np.where(filled, np.repeat(level, np.diff(edges)), 0.0)
+    p, q = reference / reference.sum(), candidate / max(candidate.sum(), 1e-300)
+    alive = p > 0
+    # A level the candidate cannot express counts as lost, not as impossible.
+    return float(np.sum(p[alive] * np.log(p[alive] / np.maximum(q[alive], 1e-12))))

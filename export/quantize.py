@@ -1,0 +1,196 @@
+"""fp32 graph + activation ranges -> int8 or fp8 graph in Q/DQ form, in the layout that a runtime wants.
+
+`tensorrt`: symmetric S8/S8 (or E4M3/E4M3), per-channel weights stored in 8 bits behind a DequantizeLinear, biases in
+fp32, Q/DQ only on the inputs of convolutions and matrix products, as TensorRT's explicit quantization asks.
+`cpu`: U8 activations, S8 weights, int32 biases, Q/DQ around every op ONNX Runtime has an 8-bit kernel for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from export.onnx_graph import (
+    WEIGHTED_OPS,
+    constants_to_initializers,
+    layers,
+    name_nodes,
+    opset,
+    strip_notes,
+)
+from runtime.errors import RefusedError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, TensorProto
+
+QuantType = Literal["int8", "fp8"]
+QuantTarget = Literal["tensorrt", "cpu"]
+FP8_MAX = 448.0  # largest finite E4M3FN value
+_MIN_OPSET = {"int8": 13, "fp8": 19}
+
+
+def tensors_to_calibrate(model: ModelProto, target: QuantTarget) -> tuple[str, ...]:
+    """The activations whose range `quantize_graph` needs, in graph order."""
+    from onnx import TensorProto
+
+    from export.onnx_graph import value_types
+
+    types = value_types(model)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    wanted: dict[str, None] = {}
+    if target == "tensorrt":
+        quantizable = {layer.node for layer in layers(model)}
+        for node in model.graph.node:
+            if node.name in quantizable:
+                wanted[node.input[0]] = None
+    else:
+        for node in model.graph.node:
+            for name in (*node.input, *node.output):
+                if name and name not in constants and types.get(name) == TensorProto.FLOAT:
+                    wanted[name] = None
+    return tuple(wanted)
+
+
+def quantize_graph(
+    model: ModelProto,
+    ranges: Mapping[str, tuple[float, float]],
+    *,
+    to: QuantType = "int8",
+    target: QuantTarget = "tensorrt",
+    exclude: Collection[str] = (),
+) -> ModelProto:
+    """A Q/DQ copy of fp32 `model`; the nodes named in `exclude` stay as they are and read unquantized tensors.
+
+    Raises RefusedError when the graph's opset has no such Q/DQ, the target has no such type, or nothing is left to
+    quantize.
+    """
+    import onnx
+
+    if to == "fp8" and target == "cpu":
+        raise RefusedError("fp8 has no CPU kernels in ONNX Runtime; --target cpu takes --to int8")
+    if opset(model) < _MIN_OPSET[to]:
+        raise RefusedError(f"opset {opset(model)} has no {to} Q/DQ; export with opset {_MIN_OPSET[to]} or newer")
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    name_nodes(copy)
+    constants_to_initializers(copy)
+    chosen = [layer.node for layer in layers(copy) if layer.node not in exclude]
+    if not chosen:
+        raise RefusedError("no layer is left to quantize; keep fewer layers or ask for fp16")
+    # ONNX Runtime's quantizer derives new names from tensor names; a weight without values is refused before it.
+    result = _run_quantizer(copy, ranges, target, chosen if target == "tensorrt" else None, exclude)
+    if target == "tensorrt":
+        _read_unquantized(result, {node.name for node in copy.graph.node} - set(chosen), set(exclude))
+    if to == "fp8":
+        _retype_to_fp8(result, model)
+    strip_notes(result)
+    return result
+
+
+def _run_quantizer(
+    model: ModelProto,
+    ranges: Mapping[str, tuple[float, float]],
+    target: QuantTarget,
+    nodes: list[str] | None,
+    exclude: Collection[str],
+) -> ModelProto:
+    from onnx import shape_inference
+    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+    from onnxruntime.quantization.quant_utils import QuantType as OrtType
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+
+    cpu = target == "cpu"
+    data = TensorsData(
+        CalibrationMethod.MinMax,
+        {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()},
+    )
+    options = {
+        "ActivationSymmetric": not cpu,
+        "WeightSymmetric": True,
+        "QuantizeBias": cpu,
+        # False stores the weights in 8 bits; True would store them in fp32 and quantize them at every start.
+        "AddQDQPairToWeight": False,
+        "OpTypesToExcludeOutputQuantization": [] if cpu else list(WEIGHTED_OPS),
+    }
+    op_types = sorted({*QLinearOpsRegistry, *QDQRegistry} - {"Softmax"}) if cpu else list(WEIGHTED_OPS)
+    inferred = shape_inference.infer_shapes(model)
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # the quantizer logs advice about its own defaults to the root logger
+    try:
+        quantizer = QDQQuantizer(
+            inferred,
+            per_channel=True,
+            reduce_range=False,
+            weight_qType=OrtType.QInt8,
+            activation_qType=OrtType.QUInt8 if cpu else OrtType.QInt8,
+            tensors_range=data,
+            nodes_to_quantize=nodes or [],
+            nodes_to_exclude=list(exclude),
+            op_types_to_quantize=op_types,
+            extra_options=options,
+        )
+        quantizer.quantize_model()
+        quantizer.model.topological_sort()
+    finally:
+        root.setLevel(level)
+    result: ModelProto = quantizer.model.model
+    return result
+
+
+def _read_unquantized(model: ModelProto, plain: set[str], kept: set[str]) -> None:
+    """Let kept layers read the tensor before its Q/DQ: the quantizer routes every consumer of a tensor through it.
+
+    Other ops (a residual Add) keep reading the Q/DQ output: TensorRT then fuses the addition into the int8 convolution.
+    """
+    original = {}
+    quantized = {node.output[0]: node for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in quantized:
+            original[node.output[0]] = quantized[node.input[0]].input[0]
+    for node in model.graph.node:
+        if node.name in plain & kept:
+            for index, name in enumerate(node.input):
+                node.input[index] = original.get(name, name)
+
+
+def _retype_to_fp8(model: ModelProto, source: ModelProto) -> None:
+    """Turn a symmetric int8 Q/DQ graph into E4M3FN, in place, quantizing the weights anew from `source`.
+
+    Scales map the largest magnitude to 448. (ONNX Runtime's own fp8 scales come from standard deviations and saturate
+    beyond 4.5 of them.)
+    """
+    import ml_dtypes
+    from onnx import TensorProto, helper, numpy_helper
+
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    originals = {tensor.name: tensor for tensor in source.graph.initializer}
+    rescaled: set[str] = set()
+    for node in model.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        scale, zero = initializers[node.input[1]], initializers[node.input[2]]
+        if scale.name not in rescaled:
+            values = numpy_helper.to_array(scale) * np.float32(127 / FP8_MAX)
+            scale.CopyFrom(numpy_helper.from_array(np.asarray(values, np.float32), scale.name))
+            _as_fp8(zero, np.zeros(tuple(zero.dims), ml_dtypes.float8_e4m3fn))
+            rescaled.add(scale.name)
+        stored = initializers.get(node.input[0])
+        if stored is not None and stored.data_type == TensorProto.INT8:
+            weight = numpy_helper.to_array(originals[stored.name.removesuffix("_quantized")])
+            axis = next((helper.get_attribute_value(a) for a in node.attribute if a.name == "axis"), 0)
+            step = numpy_helper.to_array(scale)
+            if step.size > 1:
+                step = step.reshape([-1 if k == axis % weight.ndim else 1 for k in range(weight.ndim)])
+            ratio = np.clip(weight / step, -FP8_MAX, FP8_MAX)
+            _as_fp8(stored, ratio.astype(ml_dtypes.float8_e4m3fn))
+
+
+def _as_fp8(tensor: TensorProto, values: Any) -> None:
+    from onnx import TensorProto, helper
+
+    tensor.CopyFrom(helper.make_tensor(tensor.name, TensorProto.FLOAT8E4M3FN, values.shape, values.tobytes(), raw=True))
