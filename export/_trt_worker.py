@@ -1,0 +1,306 @@
+"""The process that holds TensorRT's builder: `python -m export._trt_worker FD FLAVOR`, request as JSON on stdin.
+
+The native library stays out of the user's process: whatever kills it (bad bytes, a compiler crash, the memory limit,
+Ctrl-C in the middle of a long native call) ends this process alone, and its peak memory is the build's. Messages go
+to the pipe FD, one JSON object a line: {"phase": ...} while it works, then {"result": ...} or {"error": ...}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TextIO, cast
+
+from export import _trt_cache, _trt_profiles
+from runtime import trt
+from runtime.cuda import driver_problem
+from runtime.errors import BuildError, RefusedError, UnavailableError
+
+Emit = Callable[[dict[str, Any]], None]
+_PR_SET_PDEATHSIG = 1  # Linux: a killed parent takes this process with it
+# The record in which the builder lists the layers of the engine it made.
+LAYER_LIST = ("Layers:", "Engine Layer Information:")
+
+
+def main() -> None:
+    """Read one request, build, report; never a traceback for an expected failure."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    with os.fdopen(int(sys.argv[1]), "w", buffering=1) as pipe:
+
+        def emit(message: dict[str, Any]) -> None:
+            pipe.write(json.dumps(message) + "\n")
+
+        trt.quiet_native_output()
+        with contextlib.suppress(UnavailableError):
+            trt.api(cast(trt.Flavor, sys.argv[2]))  # load it while the request is being written
+        request = json.load(sys.stdin)
+        try:
+            emit({"result": build(request, emit)})
+        except BuildFailure as failure:
+            emit({"error": failure.to_dict()})
+
+
+class NodesRefusedError(RefusedError):
+    """The parser refused these nodes: each with keys node, op and reason."""
+
+    def __init__(self, nodes: list[dict[str, str]]) -> None:
+        super().__init__("TensorRT cannot parse the model")
+        self.nodes = nodes
+
+
+class BuildFailure(Exception):  # noqa: N818 (it crosses a process, it is not raised at users)
+    """An expected failure with TensorRT's own error lines, as it crosses the pipe."""
+
+    def __init__(self, error: RefusedError | BuildError | UnavailableError, log: list[str]) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.log = log
+
+    def to_dict(self) -> dict[str, Any]:
+        """The message that `export._trt_process` turns back into an error."""
+        nodes = self.error.nodes if isinstance(self.error, NodesRefusedError) else []
+        return {"exit": self.error.exit_code, "message": self.error.message, "log": self.log, "nodes": nodes}
+
+
+def build(request: Mapping[str, Any], emit: Emit, api: ModuleType | None = None) -> dict[str, Any]:
+    """Parse `request["onnx"]`, build, write `request["plan"]`; what the manifest needs to know about it.
+
+    Raises BuildFailure around RefusedError (profiles, unsupported nodes), BuildError (TensorRT gave up) or
+    UnavailableError.
+    """
+    # The folder of the plan is the parent's; a log file that cannot be opened was refused there.
+    log_file = open(request["log"], "w", buffering=1) if request.get("log") else None  # noqa: PTH123, SIM115
+    lines: list[str] = []
+    try:
+        api = api or trt.api(request["flavor"])
+        log = trt.Log(api, _sink(log_file, request.get("verbose", False)))
+        try:
+            return _build(api, log, request, emit)
+        finally:
+            lines = log.errors()
+    except (RefusedError, BuildError, UnavailableError) as error:
+        raise BuildFailure(error, lines) from error
+    finally:
+        if log_file:
+            log_file.close()
+
+
+def _build(api: ModuleType, log: trt.Log, request: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
+    started = time.perf_counter()
+    builder: trt.Builder | None = api.Builder(log.logger)
+    if builder is None:
+        raise UnavailableError(f"TensorRT's builder does not start: {'; '.join(log.errors()) or 'no reason given'}")
+    network = parse(api, log, builder, request["onnx"], emit)
+    parsed = time.perf_counter()
+    config: trt.IBuilderConfig = builder.create_builder_config()
+    configure(api, builder, config, request)
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    profiles = add_profiles(builder, config, inputs, request)
+    cache = _trt_cache.attach(api, config, request.get("timing_cache"))
+    monitor = progress_monitor(api, emit)
+    config.progress_monitor = monitor
+    emit({"phase": "build", "done": 0, "of": 0})
+    serialized: trt.IHostMemory | None = builder.build_serialized_network(network, config)
+    if serialized is None:
+        raise BuildError("TensorRT could not build the engine")
+    built = time.perf_counter()
+    warnings = log.warnings()
+    if cache:
+        warnings += cache.warnings
+        _trt_cache.save(config, cache)
+    emit({"phase": "write", "done": 0, "of": 0})
+    sha256 = write(serialized, Path(request["plan"]))
+    outputs = [network.get_output(i) for i in range(network.num_outputs)]
+    return {
+        "version": trt.version(api),
+        "inputs": [_tensor(t) for t in inputs],
+        "outputs": [_tensor(t) for t in outputs],
+        "profiles": profiles,
+        "sha256": sha256,
+        "bytes": serialized.nbytes,
+        "layers": layer_list(api, log, serialized),
+        "warnings": warnings,
+        "timing_cache": cache.summary() if cache else None,
+        "seconds": {"parse": round(parsed - started, 3), "build": round(built - parsed, 3)},
+        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def parse(api: ModuleType, log: trt.Log, builder: trt.Builder, path: str, emit: Emit) -> trt.INetworkDefinition:
+    """The network in the ONNX file `path`, strongly typed. Raises RefusedError listing the nodes TensorRT refuses."""
+    emit({"phase": "parse", "done": 0, "of": 0})
+    network: trt.INetworkDefinition = builder.create_network(1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser: trt.OnnxParser = api.OnnxParser(network, log.logger)
+    parsed = parser.parse_from_file(path)
+    if not parsed or parser.num_errors:
+        raise NodesRefusedError([_parser_error(parser.get_error(i)) for i in range(parser.num_errors)])
+    # Random bytes can parse "successfully" into nothing.
+    if network.num_layers == 0 or network.num_outputs == 0 or network.num_inputs == 0:
+        raise RefusedError(
+            f"TensorRT read {network.num_layers} layers, {network.num_inputs} inputs and {network.num_outputs} outputs "
+            f"from the model: there is nothing to build"
+        )
+    return network
+
+
+def _parser_error(error: trt.ParserError) -> dict[str, str]:
+    return {"node": error.node_name(), "op": error.node_operator(), "reason": error.desc().strip()}
+
+
+def configure(api: ModuleType, builder: trt.Builder, config: trt.IBuilderConfig, request: Mapping[str, Any]) -> None:
+    """Set the build options. Precision is not among them: it is in the ONNX file's types."""
+    # TF32 is on by default in TensorRT; here only when asked for.
+    if request["tf32"]:
+        config.set_flag(api.BuilderFlag.TF32)
+    else:
+        config.clear_flag(api.BuilderFlag.TF32)
+    if request["version_compatible"]:
+        config.set_flag(api.BuilderFlag.VERSION_COMPATIBLE)
+    if request["strip"]:
+        config.set_flag(api.BuilderFlag.STRIP_PLAN)
+    if request["refit"]:
+        config.set_flag(api.BuilderFlag.REFIT)
+    if request["workspace"] is not None:
+        config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, int(request["workspace"] * 2**20))
+    if request["optimization_level"] is not None:
+        config.builder_optimization_level = request["optimization_level"]
+    if request["hardware_compatibility"] == "ampere-plus":
+        config.hardware_compatibility_level = api.HardwareCompatibilityLevel.AMPERE_PLUS
+    elif request["hardware_compatibility"] == "same-compute-capability":
+        config.hardware_compatibility_level = api.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
+    config.profiling_verbosity = {
+        "detailed": api.ProfilingVerbosity.DETAILED,
+        "layer-names": api.ProfilingVerbosity.LAYER_NAMES_ONLY,
+        "none": api.ProfilingVerbosity.NONE,
+    }[request["profiling_verbosity"]]
+    if request["compute_capabilities"]:
+        rtx_targets(api, config, request["compute_capabilities"])
+
+
+def rtx_targets(api: ModuleType, config: trt.IBuilderConfig, capabilities: list[str]) -> None:
+    """Build for these compute capabilities ("8.9"): TensorRT-RTX alone has them."""
+    known = {
+        f"{name[2:-1]}.{name[-1]}": value
+        for name, value in api.ComputeCapability.__members__.items()
+        if name.startswith("SM")
+    }
+    unknown = [c for c in capabilities if c not in known]
+    if unknown:
+        raise BuildError(
+            f"--compute-capability {','.join(unknown)}: TensorRT-RTX {trt.version(api)} builds for {', '.join(known)}; "
+            f"leave the flag out for an engine that suits them all"
+        )
+    config.num_compute_capabilities = len(capabilities)
+    for index, capability in enumerate(capabilities):
+        if not config.set_compute_capability(known[capability], index):
+            raise BuildError(f"TensorRT-RTX does not accept --compute-capability {capability}")
+
+
+def add_profiles(
+    builder: trt.Builder, config: trt.IBuilderConfig, inputs: list[trt.ITensor], request: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Give `config` the optimization profiles asked for, fitted to the network, or raise RefusedError."""
+    described = [
+        _trt_profiles.NetworkInput(t.name, tuple(t.shape), tuple(t.get_dimension_name(a) for a in range(len(t.shape))))
+        for t in inputs
+    ]
+    resolved = _trt_profiles.resolve_profiles(_trt_profiles.from_json(request["profiles"]), described)
+    for shapes in resolved:
+        profile: trt.IOptimizationProfile = builder.create_optimization_profile()
+        for name, (low, opt, high) in shapes.items():
+            profile.set_shape(name, low, opt, high)
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(f"TensorRT does not accept the profile {shapes}")
+    return [dict(shapes) for shapes in resolved]
+
+
+def progress_monitor(api: ModuleType, emit: Emit) -> trt.IProgressMonitor:
+    """A monitor that reports each phase's steps, at most ten messages a second."""
+    last = [0.0]
+
+    class Monitor(api.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            api.IProgressMonitor.__init__(self)
+            self.sizes: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.sizes[phase_name] = num_steps
+            if parent_phase is None:
+                emit({"phase": phase_name, "done": 0, "of": num_steps})
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.sizes.pop(phase_name, None)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            now = time.monotonic()
+            if now - last[0] > 0.1:
+                last[0] = now
+                emit({"phase": phase_name, "done": step + 1, "of": self.sizes.get(phase_name, 0)})
+            return True
+
+    monitor: trt.IProgressMonitor = Monitor()
+    return monitor
+
+
+def write(serialized: trt.IHostMemory, path: Path) -> str:
+    """Write the engine and return its sha256, both at the same time: each is as long as a tenth of the build."""
+    data = memoryview(serialized)
+    sha256 = hashlib.sha256()
+    thread = threading.Thread(target=sha256.update, args=(data,))
+    thread.start()
+    try:
+        with path.open("wb") as stream:
+            stream.write(data)
+    except OSError as error:
+        raise RefusedError(f"the engine cannot be written: {error.strerror}") from error
+    finally:
+        thread.join()
+    return sha256.hexdigest()
+
+
+def layer_list(api: ModuleType, log: trt.Log, serialized: trt.IHostMemory) -> dict[str, str]:
+    """The engine's layers as text: the inspector's JSON where there is a driver, else the builder's list."""
+    text = next((r.message for r in reversed(log.records) if r.message.startswith(LAYER_LIST)), "")
+    if driver_problem() is None:
+        try:
+            runtime, engine = trt.deserialize(api, log, memoryview(serialized), "the new engine")
+        except UnavailableError:
+            return {"log": text}  # an engine for other GPUs than this one
+        inspected = trt.inspect_engine(api, engine)
+        del engine, runtime
+        return {"log": text, "inspector": inspected}
+    return {"log": text}
+
+
+def _tensor(tensor: trt.ITensor) -> dict[str, Any]:
+    return {"name": tensor.name, "dtype": trt.dtype_name(tensor.dtype), "shape": list(tensor.shape)}
+
+
+def _sink(log_file: TextIO | None, verbose: bool) -> Callable[[trt.LogRecord], None] | None:
+    if log_file is None and not verbose:
+        return None
+
+    def write_record(record: trt.LogRecord) -> None:
+        line = f"[{record.severity}] {record.message}\n"
+        if log_file:
+            log_file.write(line)
+        if verbose and record.severity != "VERBOSE":
+            sys.stderr.write(line)
+
+    return write_record
+
+
+if __name__ == "__main__":
+    main()
