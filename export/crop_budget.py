@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gmconv.crop import CropCertificate, Where, choose_windows, crop_to, croppable
+from gmconv.cropping import CropCertificate, Where, choose_windows, crop_to, croppable
 from gmconv.crop_certificate import certify
 from gmconv.crop_measure import Batch, output_error, run
 from gmconv.crop_window import Precision, Window, nested_windows

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from gmconv.crop import Where, croppable
+from gmconv.cropping import Where, croppable
 from gmconv.crop_conv import pads_of
 from gmconv.crop_window import Window, nested_windows
 from gmconv.macs import count_macs

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from export.verify import Case, Outputs, ReferenceProcess, Verdict
     from gmconv import Checkpoint
-    from gmconv.crop import CropCertificate
+    from gmconv.cropping import CropCertificate
     from runtime.manifest import Manifest
 
 DEFAULT_OPSET = 20
@@ -104,7 +104,7 @@ def _export_into(
     baked_sha256 = {name: _weight_sha256(model, name) for name in loaded.masked}
     cropped: CropCertificate | None = None
     if options.crop is not None:
-        from gmconv.crop import crop_model
+        from gmconv.cropping import crop_model
 
         note(f"cropping kernels, tolerance {options.crop}")
         model, cropped = crop_model(model, options.crop)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gmconv import models
     from gmconv.certificate import BakeCertificate, LayerCertificate, bake_certificate
     from gmconv.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-    from gmconv.crop import crop, crop_model
+    from gmconv.cropping import crop, crop_model
     from gmconv.layer import GMConv2d
     from gmconv.mask import gaussian_mask
     from gmconv.surgery import bake, convert
@@ -40,8 +40,8 @@ _HOME = {
     "Checkpoint": "checkpoint",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",
-    "crop": "crop",
-    "crop_model": "crop",
+    "crop": "cropping",
+    "crop_model": "cropping",
     "GMConv2d": "layer",
     "gaussian_mask": "mask",
     "bake": "surgery",

@@ -77,7 +77,7 @@ def test_a_larger_budget_buys_more(model: nn.Module, batches: list[Tensor]) -> N
 
 def test_the_choice_is_the_best_of_all_within_the_budget(model: nn.Module, batches: list[Tensor]) -> None:
     """Against every combination of windows, run end to end: at most 10 % of the saving is missed."""
-    from gmconv.crop import crop_to
+    from gmconv.cropping import crop_to
     from gmconv.macs import count_macs
 
     value = 0.02

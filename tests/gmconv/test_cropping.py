@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmconv.crop import CroppedConv2d, Window, choose_windows, crop, crop_to, parse_tolerance
+from gmconv.cropping import CroppedConv2d, Window, choose_windows, crop, crop_to, parse_tolerance
 from gmconv.crop_window import centred_windows, removed_share, smallest_window, zero_taps
 from gmconv.errors import SurgeryError
 from gmconv.layer import GMConv2d
@@ -329,3 +331,9 @@ class TestLossless:
             F.conv2d(x.double(), cropped.half()[0].weight.double(), padding=cropped[0].padding),
             F.conv2d(x.double(), baked.half()[0].weight.double(), padding=3),
         )
+
+
+def test_the_function_is_not_hidden_by_its_module() -> None:
+    """`gmconv.crop` is the function, whichever of the package's modules were imported before."""
+    code = "import gmconv.cropping, gmconv.crop_certificate, gmconv; assert gmconv.crop is gmconv.cropping.crop"
+    subprocess.run([sys.executable, "-c", code], check=True)
