@@ -70,6 +70,9 @@ def build(arch: str, kwargs: Mapping[str, Any], where: str, *, trusted: bool) ->
         raise CheckpointError(f"{where}: {arch[:80]!r} is not an architecture name; write e.g. gmconv.models:resnet50")
     try:
         model = _make(namespace, name, dict(kwargs), where, arch, trusted)
+    except CheckpointError as error:
+        message = error.message
+        raise CheckpointError(message if message.startswith(where) else f"{where}: {message}") from error
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {arch} cannot be built with {dict(kwargs)} ({error})") from error
     if not isinstance(model, nn.Module):

@@ -6,9 +6,9 @@ Always `weights_only=True`: nothing in a file may run code. Architecture factori
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,19 +96,18 @@ def save_checkpoint(
     }
     skeleton = _skeleton(arch, kwargs, masked, str(path), trusted=True)
     _require_same_keys(skeleton, state, f"{path}: {arch} with {kwargs} does not rebuild this model")
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as stream:
+        with temporary.open("xb") as stream:
             torch.save(record, stream)
             stream.flush()
             os.fsync(stream.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be written ({error})") from error
     finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(
