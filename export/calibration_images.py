@@ -34,6 +34,7 @@ class ImageSet:
     images: Images
     batch: int = 4
     fixed_batch: bool = False
+    classes: NDArray[np.int64] | None = None
     _hash: Any = field(default_factory=hashlib.sha256)
     _first: NDArray[np.float32] | None = None
     _varied: bool = False
@@ -87,20 +88,22 @@ def open_images(
     seed: int = 0,
     preprocessing: Preprocessing | None = None,
     dataset: dict[str, Any] | None = None,
+    held_out: bool = False,
 ) -> ImageSet:
     """The calibration images at `source`: "digits", a folder of images, or an .npz file.
 
     `limit` of them are drawn without repetition by `seed` (default 256; all if there are fewer). digits are taken from
-    the training part, so that they do not overlap the held-out part that accuracy is measured on.
+    the training part, so that they do not overlap the held-out part that accuracy is measured on (`held_out`).
 
     Raises RefusedError when the source is missing, unreadable, holds fewer than two images, or images of another shape.
     """
+    name, classes = Path(source).name, None
     if str(source) == "digits":
-        name, total, reader = "digits", *_digits(shape, dataset or {})
+        total, reader, classes = _digits(shape, dataset or {}, held_out)
     elif Path(source).is_dir():
-        name, (total, reader) = Path(source).name, _folder(Path(source), shape, preprocessing)
+        total, reader, classes = _folder(Path(source), preprocessing)
     elif Path(source).is_file():
-        name, (total, reader) = Path(source).name, _npz(Path(source), shape)
+        total, reader, classes = _npz(Path(source), shape)
     else:
         raise RefusedError(f"{source}: no such calibration folder or .npz file")
     if total < 2:
@@ -109,13 +112,18 @@ def open_images(
     if wanted < 2:
         raise RefusedError(f"{source}: --calibration-images {wanted}; ranges need at least two")
     chosen = np.sort(np.random.default_rng(seed).permutation(total)[:wanted])
-    return ImageSet(name, shape, wanted, seed, lambda: reader(chosen))
+    return ImageSet(
+        name, shape, wanted, seed, lambda: reader(chosen), classes=None if classes is None else classes[chosen]
+    )
 
 
 Reader = Callable[[NDArray[np.int64]], Iterator[NDArray[np.float32]]]
 
 
-def _digits(shape: tuple[int, int, int], dataset: dict[str, Any]) -> tuple[int, Reader]:
+Source = tuple[int, Reader, NDArray[np.int64] | None]
+
+
+def _digits(shape: tuple[int, int, int], dataset: dict[str, Any], held_out: bool) -> Source:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -123,23 +131,24 @@ def _digits(shape: tuple[int, int, int], dataset: dict[str, Any]) -> tuple[int, 
     if height != width or height % 8:
         raise RefusedError(f"digits fit square inputs of 8, 16, 24, … pixels; this network takes {height}x{width}")
     digits = load_digits()
-    train, _ = train_test_split(
+    train, test = train_test_split(
         np.arange(len(digits.target)),
         test_size=dataset.get("test_size", 0.2),
         random_state=dataset.get("split_seed", 0),
         stratify=digits.target,
     )
+    part = test if held_out else train
     block = np.ones((height // 8, width // 8), np.float32)
 
     def read(chosen: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
-        for index in train[chosen]:
+        for index in part[chosen]:
             image = np.kron(digits.images[index].astype(np.float32) / 16, block)
             yield np.repeat(image[None], channels, axis=0)
 
-    return len(train), read
+    return len(part), read, digits.target[part].astype(np.int64)
 
 
-def _folder(folder: Path, shape: tuple[int, int, int], preprocessing: Preprocessing | None) -> tuple[int, Reader]:
+def _folder(folder: Path, preprocessing: Preprocessing | None) -> Source:
     from runtime.images import load_image
 
     if preprocessing is None:
@@ -155,16 +164,21 @@ def _folder(folder: Path, shape: tuple[int, int, int], preprocessing: Preprocess
         for index in chosen:
             yield load_image(files[index], preprocessing)
 
-    return len(files), read
+    # One folder per class, named so that sorting them gives the class indices (the ImageNet layout).
+    folders = sorted({file.relative_to(folder).parts[0] for file in files if file.parent != folder})
+    labelled = len(folders) > 1 and all(file.parent != folder for file in files)
+    classes = [folders.index(file.relative_to(folder).parts[0]) for file in files] if labelled else None
+    return len(files), read, None if classes is None else np.asarray(classes, np.int64)
 
 
-def _npz(path: Path, shape: tuple[int, int, int]) -> tuple[int, Reader]:
+def _npz(path: Path, shape: tuple[int, int, int]) -> Source:
     """Images of an .npz member, streamed: the file is never held in memory whole."""
     try:
         with zipfile.ZipFile(path) as archive:
             member = _image_member(path, archive.namelist())
             with archive.open(member) as stream:
                 stored, dtype = _npy_header(stream)
+            classes = _npz_classes(archive, stored[0])
     except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
         raise RefusedError(f"{path}: not a readable .npz file ({error})") from error
     if len(stored) != 4 or stored[1:] != shape or dtype.kind != "f":
@@ -185,11 +199,22 @@ def _npz(path: Path, shape: tuple[int, int, int]) -> tuple[int, Reader]:
                 yield np.frombuffer(_exactly(stream, size, path), dtype).reshape(shape).astype(np.float32)
                 at += 1
 
-    return stored[0], read
+    return stored[0], read, classes
+
+
+def _npz_classes(archive: zipfile.ZipFile, count: int) -> NDArray[np.int64] | None:
+    name = next((name for name in ("labels.npy", "y.npy") if name in archive.namelist()), None)
+    if name is None:
+        return None
+    with archive.open(name) as stream:
+        classes = np.lib.format.read_array(stream, allow_pickle=False)
+    if classes.shape != (count,) or classes.dtype.kind not in "iu":
+        raise ValueError(f"{name} is {classes.dtype} {classes.shape}, not {count} integers")
+    return classes.astype(np.int64)
 
 
 def _image_member(path: Path, members: list[str]) -> str:
-    arrays = [member for member in members if member.endswith(".npy")]
+    arrays = [member for member in members if member.endswith(".npy") and member not in ("labels.npy", "y.npy")]
     for name in ("input.npy", "images.npy", "x.npy"):
         if name in arrays:
             return name

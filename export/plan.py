@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from runtime.errors import RefusedError
+
+if TYPE_CHECKING:
+    from export.converter import PrecisionOptions
 
 SCHEMA = "gmconv-deploy.precision-plan/v1"
 
@@ -26,6 +29,32 @@ class PrecisionPlan:
     budget: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     measured: list[dict[str, Any]] = field(default_factory=list)
+
+    def apply(self, options: PrecisionOptions) -> PrecisionOptions:
+        """`options` with this plan, its target and its calibration, so that the same graph comes out.
+
+        Calibration images that are not scikit-learn's digits have to be given again: a plan holds no paths.
+        """
+        used = self.calibration or {}
+        return replace(
+            options,
+            plan=self,
+            target=self.target,
+            calibration=options.calibration or ("digits" if used.get("source") == "digits" else None),
+            calibration_images=used.get("images", options.calibration_images),
+            calibration_method=used.get("method", options.calibration_method),
+            percentile=used.get("percentile", options.percentile),
+            seed=used.get("seed", options.seed),
+        )
+
+    def refuse_other_calibration(self, used: dict[str, Any] | None) -> None:
+        """Raise RefusedError when `used` (a manifest's calibration) rests on other images than the plan did."""
+        planned = (self.calibration or {}).get("sha256")
+        if planned and used and used.get("sha256") != planned:
+            raise RefusedError(
+                f"the plan was made with other calibration images (sha256 {planned[:12]}…, these {used['sha256'][:12]}…); "
+                "give the same --calibration, or make a new plan"
+            )
 
     def refuse_unless_fits(self, layers: Collection[str], precision: str) -> None:
         """Raise RefusedError when the plan is for another precision or names layers that this network has not."""

@@ -8,238 +8,42 @@ weights before it gets its name.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from export.converter import (
+    PRECISIONS,
+    Precision,
+    PrecisionAudit,
+    PrecisionConverter,
+    PrecisionOptions,
+    Progress,
+    convert_graph,
+    with_precision,
+)
 from runtime.cli import Command, print_json, progress_console, result_console
 from runtime.errors import RefusedError
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from rich.console import Console
 
-    from export.calibration import Calibration
-    from export.plan import PrecisionPlan
-    from export.tail_audit import LayerAudit
-    from runtime.manifest import Manifest, Preprocessing
+    from runtime.manifest import Manifest
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrecisionOptions:
-    """How to convert. The defaults are those of the command line.
-
-    `keep_fp32`: shell wildcards over layer, module path or node name. `target` is the runtime an int8 graph is laid out
-    for. `calibration` is "digits", a folder of images or an .npz file; None takes the data set that the manifest names.
-    `calibration_method` None is percentile for int8 and minmax for fp8 (a float type keeps small values without
-    clipping). `plan` fixes which layers stay in fp32 or fp16. `external_data` None follows the source file.
-    """
-
-    keep_fp32: tuple[str, ...] = ()
-    io_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    target: Literal["tensorrt", "cpu"] = "tensorrt"
-    calibration: str | Path | None = None
-    calibration_images: int | None = None
-    calibration_method: Literal["entropy", "percentile", "minmax"] | None = None
-    percentile: float = 99.99
-    calibration_batch: int = 4
-    seed: int = 0
-    plan: PrecisionPlan | None = None
-    external_data: bool | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrecisionAudit:
-    """What a conversion did. `kept`: node -> why it stayed in fp32. Sizes are bytes of all initializers."""
-
-    precision: Precision
-    layers: tuple[LayerAudit, ...]
-    kept: dict[str, str] = field(default_factory=dict)
-    weight_bytes: int = 0
-    weight_bytes_fp32: int = 0
-    quantization: dict[str, Any] | None = None
-    calibration: dict[str, Any] | None = None
-
-    @property
-    def size_ratio(self) -> float:
-        """Bytes of the weights over their bytes in fp32."""
-        return self.weight_bytes / self.weight_bytes_fp32
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for the certificate in the manifest and for --json."""
-        return {
-            "precision": self.precision,
-            "kept_fp32": self.kept,
-            "weight_bytes": self.weight_bytes,
-            "weight_bytes_fp32": self.weight_bytes_fp32,
-            "layers": [layer.to_dict() for layer in self.layers],
-        }
-
-
-class PrecisionConverter:
-    """One fp32 graph on its way to any number of precisions; the images are run through it once for all of them."""
-
-    def __init__(
-        self,
-        model: ModelProto,
-        options: PrecisionOptions,
-        *,
-        preprocessing: Preprocessing | None = None,
-        dataset: dict[str, Any] | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        """`model` is not changed. `preprocessing` and `dataset` are the manifest's; they say how to calibrate."""
-        import onnx
-
-        from export.onnx_graph import constants_to_initializers, effective_weights, name_nodes, refuse_unless_fp32
-
-        refuse_unless_fp32(model, model.graph.name or "the graph")
-        self.model = onnx.ModelProto()
-        self.model.CopyFrom(model)
-        name_nodes(self.model)
-        constants_to_initializers(self.model)
-        self.options, self.preprocessing, self.dataset, self.progress = options, preprocessing, dataset, progress
-        self.weights = effective_weights(self.model)
-        self._calibration: Calibration | None = None
-
-    def convert(self, precision: Precision) -> tuple[ModelProto, PrecisionAudit]:
-        """The graph in `precision`, checked and run once, and its audit.
-
-        Raises RefusedError: a weight overflows, an op has no such kernel, `keep_fp32` matches nothing, the calibration
-        images are unfit, or an activation is NaN.
-        """
-        from export.graph_check import check_and_run
-        from export.onnx_graph import layers, match_layers
-
-        options = self.options
-        keep = match_layers(self.model, options.keep_fp32)
-        half: set[str] = set()
-        if options.plan is not None:
-            by_layer = {layer.name: layer.node for layer in layers(self.model)}
-            options.plan.refuse_unless_fits(by_layer, precision)
-            keep |= {by_layer[name] for name, kind in options.plan.keep.items() if kind == "fp32"}
-            half = {by_layer[name] for name, kind in options.plan.keep.items() if kind == "fp16"}
-        converted, audit = self._convert(precision, keep, half)
-        check_and_run(converted, precision)
-        return converted, audit
-
-    def _convert(self, precision: Precision, keep: set[str], half: set[str]) -> tuple[ModelProto, PrecisionAudit]:
-        if precision == "fp32":
-            return self.model, self._audit("fp32", self.model)
-        if precision in ("fp16", "bf16"):
-            from export.cast import cast_graph
-
-            if self.options.io_dtype not in ("fp32", precision):
-                raise click.UsageError(f"--io-dtype {self.options.io_dtype} does not go with --to {precision}")
-            cast, report = cast_graph(self.model, precision, keep_fp32=keep, io_dtype=self.options.io_dtype)
-            return cast, self._audit(precision, cast, report.kept)
-        if self.options.io_dtype != "fp32":
-            raise click.UsageError(f"--to {precision} keeps fp32 inputs and outputs; drop --io-dtype")
-        return self.quantize(precision, keep, half)
-
-    def quantize(self, precision: Precision, keep: set[str], half: set[str]) -> tuple[ModelProto, PrecisionAudit]:
-        """int8 or fp8 with the nodes `keep` in fp32 and `half` in fp16; not checked."""
-        from export.cast import cast_graph
-        from export.quantize import quantize_graph
-
-        assert precision in ("int8", "fp8")
-        options, calibration, method = self.options, self.calibrate(), self.method(precision)
-        ranges = calibration.ranges(method, options.percentile)
-        graph = quantize_graph(self.model, ranges, to=precision, target=options.target, exclude=keep | half)
-        if half:
-            graph, _ = cast_graph(graph, "fp16", only=half)
-        quantization = {
-            "target": options.target,
-            "activations": ("u8" if options.target == "cpu" else "s8") if precision == "int8" else "e4m3fn",
-            "weights": "s8" if precision == "int8" else "e4m3fn",
-            "per_channel": True,
-            "quantized_bias": options.target == "cpu",
-        }
-        kept = dict.fromkeys(sorted(keep), "asked for") | dict.fromkeys(sorted(half), "asked for (fp16)")
-        audit = self._audit(precision, graph, kept)
-        return graph, replace(
-            audit, quantization=quantization, calibration=calibration.info(method, options.percentile)
-        )
-
-    def method(self, precision: Precision) -> Literal["entropy", "percentile", "minmax"]:
-        """The calibration method in force for `precision`."""
-        return self.options.calibration_method or ("minmax" if precision == "fp8" else "percentile")
-
-    def calibrate(self) -> Calibration:
-        """The histograms of the activations, measured on the first call."""
-        if self._calibration is None:
-            from export.calibration import calibrate
-            from export.calibration_images import open_images
-            from export.graph_check import image_shape
-            from export.quantize import tensors_to_calibrate
-
-            batch, shape = image_shape(self.model)
-            source = self.options.calibration or (self.dataset or {}).get("name")
-            if source is None:
-                raise RefusedError(
-                    "int8 and fp8 need calibration images: give --calibration DIR, --calibration-npz FILE or, for "
-                    "networks trained on them, --calibration digits"
-                )
-            images = open_images(
-                source,
-                shape,
-                limit=self.options.calibration_images,
-                seed=self.options.seed,
-                preprocessing=self.preprocessing,
-                dataset=self.dataset,
-            )
-            images.batch, images.fixed_batch = batch or self.options.calibration_batch, batch is not None
-            tensors = tensors_to_calibrate(self.model, self.options.target)
-            self._calibration = calibrate(self.model, images, tensors, progress=self.progress)
-        return self._calibration
-
-    def _audit(self, precision: Precision, graph: ModelProto, kept: dict[str, str] | None = None) -> PrecisionAudit:
-        from export.onnx_graph import effective_weights, precision_by_layer, weight_bytes
-        from export.tail_audit import audit_layers
-
-        return PrecisionAudit(
-            precision=precision,
-            layers=audit_layers(self.weights, effective_weights(graph), precision_by_layer(graph)),
-            kept=kept or {},
-            weight_bytes=weight_bytes(graph),
-            weight_bytes_fp32=weight_bytes(self.model),
-        )
-
-
-def convert_graph(
-    model: ModelProto, precision: Precision, options: PrecisionOptions | None = None, **source: Any
-) -> tuple[ModelProto, PrecisionAudit]:
-    """One precision of an fp32 graph in memory; see `PrecisionConverter`, whose keyword arguments `source` are."""
-    return PrecisionConverter(model, options or PrecisionOptions(), **source).convert(precision)
-
-
-def with_precision(manifest: Manifest, model: ModelProto, audit: PrecisionAudit) -> Manifest:
-    """`manifest` as it reads for the converted graph: precision, layers found, audit in the certificate, inputs.
-
-    What was proven or timed for the source file is dropped: this is another file.
-    """
-    from export.graph_check import tensor_specs
-
-    inputs, outputs = tensor_specs(model)
-    return replace(
-        manifest,
-        inputs=inputs,
-        outputs=outputs,
-        precision=audit.precision,
-        precision_found=dict(Counter(layer.precision for layer in audit.layers)),
-        certificate=(manifest.certificate or {}) | {"precision": audit.to_dict()},
-        quantization=audit.quantization,
-        calibration=audit.calibration,
-        parity=None,
-        benchmark=None,
-    )
+__all__ = [
+    "PRECISIONS",
+    "PrecisionAudit",
+    "PrecisionConverter",
+    "PrecisionOptions",
+    "convert_graph",
+    "convert_precision",
+    "options_from_flags",
+    "precision_flags",
+    "with_precision",
+]
 
 
 def convert_precision(
@@ -338,6 +142,7 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
 @click.option(
     "--images", default=None, metavar="DIR|digits", help="Images the budget is measured on [held-out digits]."
 )
+@click.option("--images-limit", type=click.IntRange(2), default=512, show_default=True, help="At most so many.")
 @click.option("--keep-as", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True)
 @click.option("--plan", type=click.Path(path_type=Path), help="Layers to keep, from an earlier --auto-precision.")
 @click.option(
@@ -362,11 +167,11 @@ def main(model: Path, precision: Precision | None, output: Path | None, **flags:
     if flags["plan"] is not None:
         from export.plan import read_plan
 
-        options = replace(options, plan=read_plan(flags["plan"]))
+        options = read_plan(flags["plan"]).apply(options)
     if automatic:
-        from export.sensitivity import auto_precision
-
-        manifest = auto_precision(model, output, automatic, options, flags, console)
+        plan_path = flags["save_plan"] or Path(f"{output or default_output(model, automatic)}.plan.json")
+        with_plan = _search_plan(model, automatic, options, flags, plan_path, console)
+        manifest = convert_precision(model, output, automatic, with_plan)
     else:
         assert precision is not None
         with progress_bar(console, "calibrating") as progress:
@@ -377,6 +182,49 @@ def main(model: Path, precision: Precision | None, output: Path | None, **flags:
         print_json(msgspec.to_builtins(manifest))
         return
     _print_result(manifest)
+
+
+def _search_plan(
+    path: Path, precision: Any, options: PrecisionOptions, flags: dict[str, Any], plan_path: Path, console: Console
+) -> PrecisionOptions:
+    """Search for the fewest kept layers, show and save the plan; the options that carry it."""
+    from export.graph_check import bare_manifest
+    from export.onnx_graph import load_fp32
+    from export.plan import write_plan
+    from export.progress import progress_bar
+    from export.sensitivity import (
+        Budget,
+        SensitivitySearch,
+        make_plan,
+        pareto_table,
+        read_evaluation_images,
+        sensitivity_table,
+    )
+    from runtime.manifest import find_manifest, sha256_file
+
+    model = load_fp32(path)
+    source = find_manifest(path) or bare_manifest(path, model)
+    with progress_bar(console, "calibrating") as progress:
+        converter = PrecisionConverter(
+            model, options, preprocessing=source.preprocessing, dataset=source.dataset, progress=progress
+        )
+        images = read_evaluation_images(flags["images"], converter, flags["images_limit"])
+        converter.calibrate()
+    budget = Budget(max_top1_drop=flags["max_top1_drop"], min_snr=flags["min_snr"])
+    with progress_bar(console, "searching") as progress:
+        search = SensitivitySearch(
+            converter, precision, images, keep_as=flags["keep_as"], note=lambda what, done, total: progress(done, total)
+        )
+        alone = search.sensitivities(budget)
+        chosen = search.fewest_kept(budget, list(alone))
+    plan = make_plan(search, budget, chosen, sha256_file(path))
+    write_plan(plan_path, plan)
+    tables = progress_console(flags["quiet"]) if flags["as_json"] else result_console()
+    tables.print(sensitivity_table(alone))
+    tables.print(pareto_table(list(search.tried.values()), chosen, len(search.nodes)))
+    judged = "top-1" if images.classes is not None else "agreement with fp32 (no classes known)"
+    tables.print(f"{judged} on {images.count} images of {images.name}; plan: {plan_path.name}")
+    return replace(options, plan=plan)
 
 
 def _print_result(manifest: Manifest) -> None:

@@ -1,0 +1,282 @@
+"""Which layers must not be quantized? Measure each alone, then keep the fewest that the budget needs.
+
+1. Each layer is quantized alone; what that does to the outputs is its sensitivity.
+2. Starting from everything quantized, the most sensitive layers are kept one by one until the budget holds.
+3. Each kept layer is then given back, least sensitive first, wherever the budget still holds without it.
+
+Every graph on the way is built, run on the same images and recorded; the result is a plan file that reproduces it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import ParityError, RefusedError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from rich.table import Table
+
+    from export.converter import PrecisionConverter
+    from export.plan import PrecisionPlan
+
+_TIMED_RUNS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What may be lost: points of top-1 (percent), and the least signal-to-noise ratio of the outputs in dB."""
+
+    max_top1_drop: float | None = None
+    min_snr: float | None = None
+
+    def holds(self, found: Measurement) -> bool:
+        """Whether `found` is within the budget."""
+        drop_fits = self.max_top1_drop is None or found.top1_drop <= self.max_top1_drop + 1e-9
+        return drop_fits and (self.min_snr is None or found.snr_db >= self.min_snr)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationImages:
+    """Batches (N, C, H, W) and, where known, their classes. `name` is for the plan."""
+
+    name: str
+    batches: tuple[NDArray[np.float32], ...]
+    classes: NDArray[np.int64] | None
+
+    @property
+    def count(self) -> int:
+        """How many images."""
+        return sum(len(batch) for batch in self.batches)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """One graph on the evaluation images.
+
+    `top1_drop` is in points, against the fp32 graph: of accuracy where classes are known, else of agreement. `snr_db`
+    compares the outputs; infinite when they are equal. `latency_ms`: ONNX Runtime CPU, batch 1, median.
+    """
+
+    kept: tuple[str, ...]
+    top1: float
+    top1_drop: float
+    snr_db: float
+    size_ratio: float
+    latency_ms: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; an infinite ratio becomes None."""
+        return {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in asdict(self).items()}
+
+
+class SensitivitySearch:
+    """The search over one graph, one precision and one set of images."""
+
+    def __init__(
+        self,
+        converter: PrecisionConverter,
+        precision: Literal["int8", "fp8"],
+        images: EvaluationImages,
+        *,
+        keep_as: Literal["fp16", "fp32"] = "fp16",
+        note: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        """Layers that the converter's `keep_fp32` names are kept throughout and are no part of the search."""
+        from export.onnx_graph import layers, match_layers
+
+        self.converter, self.precision, self.images = converter, precision, images
+        self.keep_as = keep_as
+        self.note = note or (lambda what, done, total: None)
+        self.always = match_layers(converter.model, converter.options.keep_fp32)
+        self.nodes = {layer.name: layer.node for layer in layers(converter.model) if layer.node not in self.always}
+        self.reference, _ = self._outputs(converter.model, "fp32")
+        self.tried: dict[frozenset[str], Measurement] = {}
+
+    def sensitivities(self, budget: Budget) -> dict[str, Measurement]:
+        """Each layer quantized alone, most sensitive first: by top-1 drop where the budget has one, then by SNR."""
+        found = {}
+        for done, name in enumerate(self.nodes):
+            others = set(self.nodes) - {name}
+            found[name] = self._measure(others)
+            self.note("each layer alone", done + 1, len(self.nodes))
+        by_drop = budget.max_top1_drop is not None
+        order = {name: (-max(m.top1_drop, 0.0) if by_drop else 0.0, m.snr_db) for name, m in found.items()}
+        return {name: found[name] for name in sorted(found, key=order.__getitem__)}
+
+    def fewest_kept(self, budget: Budget, ranking: Sequence[str]) -> Measurement:
+        """The smallest set of kept layers found that holds `budget`.
+
+        Raises ParityError (exit 4) when no set does; the best that was found is in the message.
+        """
+        kept: list[str] = []
+        found = self._try(kept)
+        while not budget.holds(found) and len(kept) < len(ranking) - 1:
+            kept.append(ranking[len(kept)])
+            found = self._try(kept)
+            self.note("keeping layers", len(kept), len(ranking))
+        if not budget.holds(found):
+            best = min(self.tried.values(), key=lambda m: (max(m.top1_drop, 0.0), -m.snr_db))
+            asked = " and ".join(
+                text
+                for text in (
+                    f"a top-1 drop of {budget.max_top1_drop:g} points" if budget.max_top1_drop is not None else "",
+                    f"{budget.min_snr:g} dB" if budget.min_snr is not None else "",
+                )
+                if text
+            )
+            raise ParityError(
+                f"no mix of {self.precision} and {self.keep_as} layers reaches {asked}: the best found keeps "
+                f"{len(best.kept)} of {len(self.nodes)} layers and loses {best.top1_drop:.2f} points at "
+                f"{best.snr_db:.1f} dB; ask for less, or take --to fp16"
+            )
+        for name in reversed(kept.copy()):
+            fewer = [other for other in kept if other != name]
+            without = self._try(fewer)
+            if budget.holds(without):
+                kept, found = fewer, without
+            self.note("giving layers back", len(self.tried), len(self.tried))
+        return found
+
+    def _try(self, kept: Sequence[str]) -> Measurement:
+        key = frozenset(kept)
+        if key not in self.tried:
+            self.tried[key] = self._measure(set(kept))
+        return self.tried[key]
+
+    def _measure(self, kept: set[str]) -> Measurement:
+        nodes = {self.nodes[name] for name in kept}
+        half = nodes if self.keep_as == "fp16" else set()
+        graph, audit = self.converter.quantize(self.precision, self.always | (nodes - half), half)
+        outputs, latency = self._outputs(graph, self.precision)
+        truth = self.reference.argmax(1) if self.images.classes is None else self.images.classes
+        top1 = float((outputs.argmax(1) == truth).mean())
+        before = float((self.reference.argmax(1) == truth).mean())
+        noise = float(np.square(outputs.astype(np.float64) - self.reference).sum())
+        signal = float(np.square(self.reference, dtype=np.float64).sum())
+        return Measurement(
+            kept=tuple(name for name in self.nodes if name in kept),
+            top1=top1,
+            top1_drop=100 * (before - top1),
+            snr_db=10 * math.log10(signal / noise) if noise else math.inf,
+            size_ratio=audit.size_ratio,
+            latency_ms=latency,
+        )
+
+    def _outputs(self, graph: ModelProto, precision: str) -> tuple[NDArray[np.float32], float]:
+        """First output on all images, Q/DQ as written, and the batch-1 latency of the graph as it would be served."""
+        as_written = _session(graph, precision, as_written=True)
+        name = as_written.get_inputs()[0].name
+        outputs = np.concatenate([as_written.run(None, {name: batch})[0] for batch in self.images.batches])
+        served = _session(graph, precision, as_written=False)
+        size = as_written.get_inputs()[0].shape[0]
+        one = self.images.batches[0][: size if isinstance(size, int) else 1]
+        times = []
+        for _ in range(_TIMED_RUNS + 1):
+            start = time.perf_counter()
+            served.run(None, {name: one})
+            times.append((time.perf_counter() - start) * 1e3)
+        return outputs.reshape(len(outputs), -1), statistics.median(times[1:])
+
+
+def make_plan(search: SensitivitySearch, budget: Budget, chosen: Measurement, source_sha256: str) -> PrecisionPlan:
+    """The plan file's content for `chosen`."""
+    from export.plan import PrecisionPlan
+
+    converter = search.converter
+    return PrecisionPlan(
+        precision=search.precision,
+        keep=dict.fromkeys(chosen.kept, search.keep_as),
+        target=converter.options.target,
+        source_sha256=source_sha256,
+        budget={k: v for k, v in asdict(budget).items() if v is not None} | {"images": float(search.images.count)},
+        calibration=converter.calibrate().info(converter.method(search.precision), converter.options.percentile),
+        measured=[m.to_dict() for m in search.tried.values()],
+    )
+
+
+def pareto(tried: Sequence[Measurement]) -> tuple[Measurement, ...]:
+    """Those that no other beats in both fewer kept layers and smaller drop (then higher ratio), fewest kept first."""
+    front: list[Measurement] = []
+    for found in sorted(tried, key=lambda m: (len(m.kept), m.top1_drop, -m.snr_db)):
+        if not front or found.top1_drop < front[-1].top1_drop or found.snr_db > front[-1].snr_db:
+            front.append(found)
+    return tuple(front)
+
+
+def pareto_table(tried: Sequence[Measurement], chosen: Measurement, total: int) -> Table:
+    """Layers kept against accuracy, size and latency; the chosen row is marked."""
+    from rich.table import Table
+
+    table = Table(title="Pareto front: layers kept against what is lost", title_justify="left")
+    for column in ("kept", "top-1 %", "drop, points", "SNR dB", "weights", "CPU ms", ""):
+        table.add_column(column, justify="right")
+    for found in pareto(tried):
+        table.add_row(
+            f"{len(found.kept)}/{total}",
+            f"{100 * found.top1:.2f}",
+            f"{found.top1_drop:+.2f}",
+            f"{found.snr_db:.1f}",
+            f"{found.size_ratio:.3f}x",
+            f"{found.latency_ms:.2f}",
+            "chosen" if found == chosen else "",
+        )
+    return table
+
+
+def sensitivity_table(found: dict[str, Measurement]) -> Table:
+    """Each layer quantized alone, most sensitive first."""
+    from rich.table import Table
+
+    table = Table(title="each layer quantized alone", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    table.add_column("drop, points", justify="right")
+    table.add_column("SNR dB", justify="right")
+    for name, measured in found.items():
+        table.add_row(name, f"{measured.top1_drop:+.2f}", f"{measured.snr_db:.1f}")
+    return table
+
+
+def read_evaluation_images(source: str | Path | None, converter: PrecisionConverter, limit: int) -> EvaluationImages:
+    """The images a budget is measured on: held-out digits, or a folder; never those of the calibration."""
+    from export.calibration_images import open_images
+    from export.graph_check import image_shape
+
+    batch, shape = image_shape(converter.model)
+    source = source or (converter.dataset or {}).get("name")
+    if source is None:
+        raise RefusedError("--auto-precision needs images to measure on: give --images DIR or --images digits")
+    images = open_images(
+        source,
+        shape,
+        limit=limit,
+        seed=converter.options.seed,
+        preprocessing=converter.preprocessing,
+        dataset=converter.dataset,
+        held_out=True,
+    )
+    images.batch, images.fixed_batch = batch or 16, batch is not None
+    batches = tuple(images.batches())
+    count = sum(len(part) for part in batches)
+    return EvaluationImages(images.name, batches, None if images.classes is None else images.classes[:count])
+
+
+def _session(graph: ModelProto, precision: str, *, as_written: bool) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    if precision == "fp8":
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    elif as_written:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
