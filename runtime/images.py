@@ -1,0 +1,102 @@
+"""From the bytes of an image to the network's input, by the manifest's preprocessing."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.cli import require
+from runtime.errors import RefusedError
+from runtime.manifest import Preprocessing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Floats = NDArray[np.float32]
+
+#: Decoders that a stranger's bytes may reach; the others of PIL stay shut.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
+#: Files that count as images in a folder. One of another format is refused by name rather than skipped.
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+#: Largest image in pixels (100 MB decoded), read from its header before anything is decoded.
+MAX_PIXELS = 2**25
+
+
+def load_image(source: bytes | Path, preprocessing: Preprocessing) -> Floats:
+    """Decode one image and prepare it: float32 `(C, H, W)`, C = 1 for channel order "L", else 3.
+
+    `source` is a file or its bytes: JPEG, PNG, WebP, BMP or PPM, turned as its EXIF orientation says, first frame.
+
+    Raises:
+        RefusedError: not such an image, truncated, or more than 33 million pixels.
+        UnavailableError: pillow is not installed.
+    """
+    pil = require("PIL.Image", "serve")
+    name = str(source) if isinstance(source, Path) else "the image"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's own bomb warning: the bound below is tighter
+            opened = pil.open(source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS)
+            with opened as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise RefusedError(f"{name}: {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")
+                return preprocess(image, preprocessing)
+    except FileNotFoundError as error:
+        raise RefusedError(f"{name}: no such file") from error
+    except pil.UnidentifiedImageError as error:
+        raise RefusedError(f"{name}: not a JPEG, PNG, WebP, BMP or PPM image; convert it") from error
+    except pil.DecompressionBombError as error:
+        raise RefusedError(f"{name}: too many pixels; at most {MAX_PIXELS:,} are decoded") from error
+    except RefusedError:
+        raise
+    except Exception as error:  # a hostile file can make a decoder raise anything
+        why = str(error) or type(error).__name__
+        raise RefusedError(f"{name}: cannot be decoded ({why[:120]}); save the image again") from error
+
+
+def preprocess(image: Image, preprocessing: Preprocessing) -> Floats:
+    """A PIL image as float32 `(C, H, W)`.
+
+    Turned upright by EXIF; converted to RGB or greyscale (alpha is dropped, 16 bit become 8); resampled to `size` by
+    PIL, from the whole image ("stretch") or from the centred part of the target's aspect ratio whose sides are
+    `crop_ratio` of the largest such part ("shortest-then-crop", without an intermediate image); then
+    `(x * scale - mean) / std` in float32.
+    """
+    from PIL import ImageOps
+    from PIL.Image import Resampling, fromarray
+
+    image = ImageOps.exif_transpose(image) or image
+    if image.mode.startswith(("I;16", "I")):
+        image = fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    image = image.convert("L" if preprocessing.channel_order == "L" else "RGB")
+    filters = {"nearest": Resampling.NEAREST, "bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}
+    height, width = preprocessing.size
+    image = image.resize((width, height), filters[preprocessing.interpolation], box=_box(image.size, preprocessing))
+    values = np.asarray(image, dtype=np.float32)
+    values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
+    if preprocessing.channel_order == "BGR":
+        values = values[::-1]
+    mean, std = (np.asarray(v, dtype=np.float32)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
+    if len(mean) != len(values) or len(std) != len(values):
+        raise RefusedError(
+            f"the preprocessing has {len(mean)} means and {len(std)} deviations for {len(values)} channels"
+        )
+    return np.ascontiguousarray((values * np.float32(preprocessing.scale) - mean) / std)
+
+
+def _box(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[float, float, float, float]:
+    """The part of the source that is resampled: left, upper, right, lower, in pixels."""
+    width, height = size
+    if preprocessing.resize == "stretch":
+        return (0, 0, width, height)
+    rows, columns = preprocessing.size
+    scale = max(rows / height, columns / width) / preprocessing.crop_ratio
+    part_w, part_h = min(width, columns / scale), min(height, rows / scale)
+    left, upper = (width - part_w) / 2, (height - part_h) / 2
+    return (left, upper, left + part_w, upper + part_h)
