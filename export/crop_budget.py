@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gmconv.cropping import CropCertificate, Where, choose_windows, crop_to, croppable
 from gmconv.crop_certificate import certify
 from gmconv.crop_measure import Batch, output_error, run
 from gmconv.crop_window import Precision, Window, nested_windows
+from gmconv.cropping import CropCertificate, Where, choose_windows, crop_to, croppable
 from gmconv.macs import count_macs
 
 M = TypeVar("M", bound=nn.Module)
@@ -85,6 +85,7 @@ def choose(
     precision: Precision = "fp32",
     where: Where | None = None,
     max_abs_input: float | None = None,
+    origin: str | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[M, CropCertificate]:
     """Crop a baked model as far as `budget` allows.
@@ -96,6 +97,7 @@ def choose(
         labels: (samples,) integer classes of `batches`, for a "top1" budget.
         latencies: gain by time instead of multiply-accumulates; see `export.crop_latency.measure_latencies`.
         precision, where, max_abs_input: as `gmconv.crop_model`. Taps that are zero in `precision` go for nothing.
+        origin: what `batches` are, for the record.
         progress: called with each layer's name before its options are measured.
 
     Returns:
@@ -123,6 +125,7 @@ def choose(
         "gain_by": "macs" if latencies is None else "latency_ms",
         "gain": sum(o.gain for o in options if windows[o.layer] == o.window),
         "choices_tried": tried,
+        "measured_on": origin,
         "labels": labels is not None,
         "options": [
             {

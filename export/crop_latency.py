@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from gmconv.cropping import Where, croppable
 from gmconv.crop_conv import pads_of
 from gmconv.crop_window import Window, nested_windows
+from gmconv.cropping import Where, croppable
 from gmconv.macs import count_macs
 
 _ROUNDS = 15

@@ -8,9 +8,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from gmconv.cropping import Window, analytic_input_ranges, crop_model, crop_to, measure_input_ranges
 from gmconv.crop_certificate import certify
 from gmconv.crop_measure import output_error
+from gmconv.cropping import Window, analytic_input_ranges, crop_model, crop_to, measure_input_ranges
 from gmconv.macs import count_macs
 from gmconv.surgery import bake, convert
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmconv.cropping import CroppedConv2d, Window, choose_windows, crop, crop_to, parse_tolerance
 from gmconv.crop_window import centred_windows, removed_share, smallest_window, zero_taps
+from gmconv.cropping import CroppedConv2d, Window, choose_windows, crop, crop_to, parse_tolerance
 from gmconv.errors import SurgeryError
 from gmconv.layer import GMConv2d
 from gmconv.surgery import bake, convert

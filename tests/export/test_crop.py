@@ -1,0 +1,101 @@
+"""The crop of an export: its data, its refusals, and what parity may expect of it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from export.crop import CropRequest, calibration_batches, crop_for_export, max_abs_pixel, parity_tolerance
+from export.crop_budget import Budget
+from gmconv.crop_measure import output_error, run
+from gmconv.surgery import bake, convert
+from runtime.errors import RefusedError
+from runtime.manifest import Preprocessing
+from runtime.tolerances import TOLERANCES
+
+SHAPE = (1, 16, 16)
+DIGITS = {"name": "digits", "test_size": 0.2, "split_seed": 0}
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Conv2d(1, 8, 7, stride=2, padding=3),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 7, padding=3),
+        nn.Flatten(),
+        nn.Linear(512, 10),
+    )
+    return bake(convert(plain, sigma=0.6)).eval()
+
+
+def test_digits_are_used_where_the_checkpoint_knows_them(model: nn.Module) -> None:
+    batches, origin = calibration_batches(model, CropRequest(), SHAPE, DIGITS, None)
+    assert origin == "64 of digits, seed 0"
+    assert [tuple(b.shape) for b in batches] == [(16, *SHAPE)] * 4
+    assert float(batches[0].max()) <= 1
+
+
+def test_images_come_before_the_data_set_and_noise_is_last(model: nn.Module, tmp_path: Path) -> None:
+    np.savez(tmp_path / "mine.npz", images=np.random.default_rng(0).random((5, *SHAPE), dtype=np.float32))
+    _, origin = calibration_batches(model, CropRequest(images=tmp_path / "mine.npz"), SHAPE, DIGITS, None)
+    assert origin == "5 of mine.npz, seed 0"
+    batches, origin = calibration_batches(model.double(), CropRequest(), SHAPE, None, None)
+    assert origin == "8 of noise, seed 0"
+    assert batches[0].dtype == torch.float64
+
+
+def test_missing_images_are_refused(model: nn.Module) -> None:
+    with pytest.raises(RefusedError, match="nowhere"):
+        crop_for_export(model, CropRequest(tolerance=1e-3, images="nowhere"), input_shape=SHAPE)
+
+
+def test_a_top1_budget_needs_classes() -> None:
+    conv = nn.Sequential(nn.Conv2d(1, 1, 3))
+    with pytest.raises(RefusedError, match="classes"):
+        crop_for_export(conv, CropRequest(budget=Budget("top1", 1.0)), input_shape=SHAPE)
+
+
+@pytest.mark.parametrize("request_", [CropRequest(tolerance=t) for t in ("lossless", 1e-3, 2e-2)], ids=str)
+def test_the_error_is_within_the_tolerance_predicted_from_the_weights(model: nn.Module, request_: CropRequest) -> None:
+    cropped, certificate = crop_for_export(model, request_, input_shape=SHAPE, dataset=DIGITS)
+    tolerance = parity_tolerance(certificate, TOLERANCES["fp32"])
+    for x in (torch.rand(16, *SHAPE), torch.randn(16, *SHAPE)):
+        seen = output_error([run(model, x)], [run(cropped, x)])
+        assert seen.relative_rms <= tolerance.rel_rms
+    if request_.tolerance == "lossless":
+        assert tolerance is TOLERANCES["fp32"]
+    else:
+        assert certificate.cropped
+        assert tolerance.rel_rms <= TOLERANCES["fp32"].rel_rms + request_.tolerance * 2**0.5  # type: ignore[operator]
+
+
+def test_a_budget_by_latency_is_measured(model: nn.Module) -> None:
+    request = CropRequest(budget=Budget("error", 0.05), gain="latency", samples=8)
+    cropped, certificate = crop_for_export(model, request, input_shape=SHAPE, dataset=DIGITS)
+    assert certificate.budget is not None
+    assert certificate.budget["gain_by"] == "latency_ms"
+    assert certificate.budget["measured_on"] == "8 of digits, seed 0"
+    assert certificate.budget["spent"] <= 0.05
+    assert all(layer.latency_before_ms is not None for layer in certificate.layers)
+    assert certificate.layers[0].kept == tuple(cropped[0].kernel_size)
+    assert parity_tolerance(certificate, TOLERANCES["fp32"]).rel_rms >= 0.05
+
+
+def test_the_input_range_of_images() -> None:
+    imagenet = Preprocessing(size=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    assert max_abs_pixel(imagenet) == pytest.approx((1 - 0.406) / 0.225)
+    assert max_abs_pixel(None) is None
+
+
+def test_the_first_layers_bound_holds_for_every_image(model: nn.Module) -> None:
+    digits = Preprocessing(size=(16, 16), mean=(0.0,), std=(1.0,), channel_order="L")
+    _, certificate = crop_for_export(
+        model, CropRequest(tolerance=1e-2), input_shape=SHAPE, dataset=DIGITS, preprocessing=digits
+    )
+    assert certificate.layers[0].max_abs_source == "analytic"
+    assert certificate.layers[0].max_abs_input == pytest.approx(1.0)
+    assert certificate.layers[1].max_abs_source == "calibration"
