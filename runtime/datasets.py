@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from runtime.manifest import Preprocessing
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
 Reader = Callable[[Labels], Iterator[Floats]]
+_Part = Literal["held-out", "train", "all"]
 
 NOISE_SAMPLES = 64
 _IMAGE_NAMES = ("input", "images", "x")
@@ -78,6 +79,7 @@ def load_samples(
     seed: int = 0,
     batch: int = 32,
     held_out_only: bool = True,
+    train_only: bool = False,
 ) -> Samples:
     """The samples that `spec` names, in the shape (C, H, W) a network takes.
 
@@ -92,6 +94,7 @@ def load_samples(
         seed: of the noise and of the draw.
         batch: samples per batch when iterated.
         held_out_only: of the digits, those not trained on (and of a folder split in train and val, the latter).
+        train_only: the opposite part instead, for calibration; wins over `held_out_only`.
 
     Raises:
         RefusedError: the source is missing, empty, unreadable, or does not have that shape.
@@ -99,14 +102,15 @@ def load_samples(
     """
     if limit is not None and limit < 1:
         raise RefusedError(f"{limit} samples were asked for; at least 1 is needed")
+    part: _Part = "train" if train_only else "held-out" if held_out_only else "all"
     classes: tuple[str, ...] | None = None
     if str(spec) == "noise":
         name, total, labels, read = "noise", limit or NOISE_SAMPLES, None, _noise(input_shape, seed)
     elif str(spec) == "digits":
-        name, (total, labels, classes, read) = "digits", _digits(input_shape, dataset or {}, held_out_only)
+        name, (total, labels, classes, read) = "digits", _digits(input_shape, dataset or {}, part)
     elif Path(spec).is_dir():
         name = Path(spec).name
-        total, labels, classes, read = _folder(Path(spec), input_shape, preprocessing, class_names, held_out_only)
+        total, labels, classes, read = _folder(Path(spec), input_shape, preprocessing, class_names, part)
     elif Path(spec).suffix == ".npz" and Path(spec).is_file():
         name, (total, labels, read) = Path(spec).name, _npz(Path(spec), input_shape)
     else:
@@ -130,7 +134,7 @@ def _noise(shape: tuple[int, int, int], seed: int) -> Reader:
 
 
 def _digits(
-    shape: tuple[int, int, int], dataset: dict[str, Any], held_out_only: bool
+    shape: tuple[int, int, int], dataset: dict[str, Any], part: _Part
 ) -> tuple[int, Labels, tuple[str, ...], Reader]:
     """The 1,797 digits of scikit-learn in [0, 1], pixels and channels repeated; split as `gmconv.train` splits them."""
     load_digits = require("sklearn.datasets", "export").load_digits
@@ -140,12 +144,13 @@ def _digits(
         raise RefusedError(f"digits are 8 x 8 and grow by whole factors; this network takes {height} x {width}")
     raw = load_digits()
     chosen = np.arange(len(raw.target))
-    if held_out_only:
+    if part != "all":
         size, seed = dataset.get("test_size", 0.2), dataset.get("split_seed", 0)
         try:
-            _, chosen = split(chosen, test_size=size, random_state=seed, stratify=raw.target)
+            train, held_out = split(chosen, test_size=size, random_state=seed, stratify=raw.target)
         except (ValueError, TypeError) as error:
             raise RefusedError(f"the digits cannot be split with test_size {size!r}, split_seed {seed!r}") from error
+        chosen = train if part == "train" else held_out
     pixels = np.ones((height // 8, width // 8), np.float32)
 
     def read(indices: Labels) -> Iterator[Floats]:
@@ -162,7 +167,7 @@ def _folder(
     shape: tuple[int, int, int],
     preprocessing: Preprocessing | None,
     class_names: Sequence[str] | None,
-    held_out_only: bool,
+    part: _Part,
 ) -> tuple[int, Labels | None, tuple[str, ...] | None, Reader]:
     if preprocessing is None:
         raise RefusedError(f"{folder}: the manifest has no preprocessing, so image files cannot be turned into inputs")
@@ -171,16 +176,18 @@ def _folder(
     if prepared != tuple(shape):
         raise RefusedError(f"{folder}: the preprocessing makes {prepared} images, the network takes {tuple(shape)}")
     parts = _folders(folder)
-    held = [part for part in parts if part.name in ("val", "test")]
-    if held_out_only and len(parts) == 2 and len(held) == 1 and "train" in {part.name for part in parts}:
-        folder, parts = held[0], _folders(held[0])
+    held = [entry for entry in parts if entry.name in ("val", "test")]
+    train = [entry for entry in parts if entry.name == "train"]
+    if part != "all" and len(parts) == 2 and len(held) == len(train) == 1:
+        folder = train[0] if part == "train" else held[0]
+        parts = _folders(folder)
     files = _images(folder)
     labels: Labels | None = None
     classes: tuple[str, ...] | None = None
     if parts and all(file.parent != folder for file in files):
-        classes = tuple(part.name for part in parts)
+        classes = tuple(entry.name for entry in parts)
         positions = _positions(folder, classes, class_names)
-        files = [file for part in parts for file in _images(part)]
+        files = [file for entry in parts for file in _images(entry)]
         labels = np.asarray([positions[file.relative_to(folder).parts[0]] for file in files], np.int64)
 
     def read(indices: Labels) -> Iterator[Floats]:

@@ -54,6 +54,16 @@ def test_digits_are_the_held_out_ones_of_the_manifests_split() -> None:
     assert len(load_samples("digits", input_shape=(1, 8, 8), held_out_only=False)) == 1797
 
 
+def test_the_training_part_of_the_digits_is_the_rest() -> None:
+    train = stack(load_samples("digits", input_shape=(1, 8, 8), train_only=True))
+    held_out = stack(load_samples("digits", input_shape=(1, 8, 8)))
+    assert len(train) == 1797 - len(held_out)
+    every = stack(load_samples("digits", input_shape=(1, 8, 8), held_out_only=False))
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate([train, held_out]).reshape(1797, -1), axis=0), np.sort(every.reshape(1797, -1), axis=0)
+    )
+
+
 def test_a_limit_draws_without_repetition_by_seed_and_keeps_labels_in_step() -> None:
     whole = load_samples("digits", input_shape=(1, 8, 8))
     some = load_samples("digits", input_shape=(1, 8, 8), limit=50, seed=1)
