@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from export.calibration_images import ImageSet
+from export.calibration_images import CalibrationImages
 from export.onnx_graph import layer_upstream
 from runtime.errors import RefusedError
 
@@ -117,7 +117,7 @@ class Calibration:
 
 def calibrate(
     model: ModelProto,
-    images: ImageSet,
+    images: CalibrationImages,
     tensors: Sequence[str],
     *,
     progress: Progress | None = None,

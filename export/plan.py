@@ -52,7 +52,7 @@ class PrecisionPlan:
         planned = (self.calibration or {}).get("sha256")
         if planned and used and used.get("sha256") != planned:
             raise RefusedError(
-                f"the plan was made with other calibration images (sha256 {planned[:12]}…, these {used['sha256'][:12]}…); "
+                f"the plan was made with other calibration images ({planned[:12]}…, these are {used['sha256'][:12]}…); "
                 "give the same --calibration, or make a new plan"
             )
 

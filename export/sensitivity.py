@@ -248,26 +248,25 @@ def sensitivity_table(found: dict[str, Measurement]) -> Table:
 
 def read_evaluation_images(source: str | Path | None, converter: PrecisionConverter, limit: int) -> EvaluationImages:
     """The images a budget is measured on: held-out digits, or a folder; never those of the calibration."""
-    from export.calibration_images import open_images
     from export.graph_check import image_shape
+    from runtime.datasets import load_samples
 
     batch, shape = image_shape(converter.model)
     source = source or (converter.dataset or {}).get("name")
     if source is None:
         raise RefusedError("--auto-precision needs images to measure on: give --images DIR or --images digits")
-    images = open_images(
+    samples = load_samples(
         source,
-        shape,
-        limit=limit,
-        seed=converter.options.seed,
+        input_shape=shape,
         preprocessing=converter.preprocessing,
         dataset=converter.dataset,
-        held_out=True,
+        limit=limit,
+        seed=converter.options.seed,
     )
-    images.batch, images.fixed_batch = batch or 16, batch is not None
-    batches = tuple(images.batches())
-    count = sum(len(part) for part in batches)
-    return EvaluationImages(images.name, batches, None if images.classes is None else images.classes[:count])
+    parts = [part for part in samples.batches(batch or 16) if batch is None or len(part.images) == batch]
+    labels = [part.labels for part in parts if part.labels is not None]
+    classes = np.concatenate(labels) if labels else None
+    return EvaluationImages(samples.name, tuple(part.images for part in parts), classes)
 
 
 def _session(graph: ModelProto, precision: str, *, as_written: bool) -> Any:
