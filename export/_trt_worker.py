@@ -102,7 +102,7 @@ def _build(api: ModuleType, log: trt.Log, request: Mapping[str, Any], emit: Emit
     builder: trt.Builder | None = api.Builder(log.logger)
     if builder is None:
         raise UnavailableError(f"TensorRT's builder does not start: {'; '.join(log.errors()) or 'no reason given'}")
-    network = parse(api, log, builder, request["onnx"], emit)
+    network: trt.INetworkDefinition = parse(api, log, builder, request["onnx"], emit)
     parsed = time.perf_counter()
     config: trt.IBuilderConfig = builder.create_builder_config()
     configure(api, builder, config, request)
