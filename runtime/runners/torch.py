@@ -229,6 +229,29 @@ class TorchRunner(Runner):
             raise RefusedError(f"the checkpoint's network does not run on this input: {text}") from error
 
 
+def write_twin(checkpoint: Path, output: Path) -> None:
+    """Write the plain-convolution twin: the checkpoint with every sigma so large that its mask is exactly 1.
+
+    Baked or exported, it is the network of the same topology and the same trained weights that never had a mask.
+    Raises gmconv.errors.CheckpointError.
+    """
+    gmconv = require("gmconv", "export")
+    found = gmconv.load_checkpoint(checkpoint)
+    for module in found.model.modules():
+        if isinstance(module, gmconv.GMConv2d):
+            module.sigma.data.fill_(1e12)
+    gmconv.save_checkpoint(
+        output,
+        found.model,
+        found.arch,
+        found.input_shape,
+        found.arch_kwargs,
+        preprocessing=found.preprocessing,
+        labels=found.labels,
+        dataset=found.dataset,
+    )
+
+
 class _Captured:
     """One CUDA graph of the network, with its static input and output."""
 

@@ -1,0 +1,125 @@
+"""Comparison of several artefacts: interleaved blocks, and ratios with a bootstrap confidence interval.
+
+Two numbers taken minutes apart differ by what the machine did in between. So the artefacts take turns (ABC, BCA, CAB,
+...) in blocks of about 20 ms, each round gives one ratio per artefact, and the rounds are resampled.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.bench.timing import Lane, quiet
+
+#: Seconds per block: long enough for some queries of a slow network, short against the machine's own drift.
+BLOCK_SECONDS = 0.02
+#: Queries at the start of each block that are run but not counted: the caches hold another network's weights.
+SETTLE = 2
+_MINIMUM = 3
+_RESAMPLES = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """An artefact's latency over the reference's: median over rounds, with a 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        """Half the interval: the "0.02" of "1.00 ± 0.02"."""
+        return (self.high - self.low) / 2
+
+    def __str__(self) -> str:
+        digits = 2 if self.half_width >= 0.005 else 3 if self.half_width >= 0.0005 else 4
+        return f"{self.value:.{digits}f} ± {self.half_width:.{digits}f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Interleaved:
+    """What the rounds gave: all latencies (ms) and the block medians (ms) of each artefact, round by round."""
+
+    latencies: tuple[NDArray[np.float64], ...]
+    medians: NDArray[np.float64]
+    interrupted: bool = False
+
+    @property
+    def rounds(self) -> int:
+        """Complete rounds."""
+        return int(self.medians.shape[1])
+
+    def ratio(self, artefact: int, reference: int = 0, seed: int = 0) -> Ratio:
+        """Latency of `artefact` over `reference`. Raises ValueError without a complete round."""
+        return bootstrap_ratio(self.medians[artefact], self.medians[reference], seed=seed)
+
+
+def orders(count: int, rounds: int) -> list[tuple[int, ...]]:
+    """Who goes when: each round starts with the next artefact, and every second cycle runs backwards.
+
+    Over `2 * count` rounds each artefact has each place equally often, and each pair is met in both orders.
+    """
+    forward = [tuple((start + i) % count for i in range(count)) for start in range(count)]
+    backward = [order[::-1] for order in forward]
+    cycle = forward + backward
+    return [cycle[r % len(cycle)] for r in range(rounds)]
+
+
+def interleave(
+    lanes: Sequence[Lane],
+    *,
+    warm_up: float,
+    seconds: float,
+    minimum: int = 10,
+    progress: Callable[[float, int], None] | None = None,
+) -> Interleaved:
+    """Run the lanes in turns for `seconds` per lane (at least `minimum` rounds), after `warm_up` ms each."""
+    count = len(lanes)
+    latencies: list[list[NDArray[np.float64]]] = [[] for _ in lanes]
+    rounds: list[list[float]] = []
+    interrupted = False
+    try:
+        with quiet():
+            for lane in lanes:
+                if warm_up:
+                    lane.block(warm_up / 1000, 1)
+            begin = looked = time.perf_counter()
+            until = begin + seconds * count
+            cycle = orders(count, 2 * count)
+            while time.perf_counter() < until or len(rounds) < minimum:
+                row: list[NDArray[np.float64]] = [np.empty(0)] * count
+                for i in cycle[len(rounds) % len(cycle)]:
+                    row[i] = lanes[i].block(BLOCK_SECONDS, SETTLE + _MINIMUM)[SETTLE:]
+                for kept, values in zip(latencies, row, strict=True):
+                    kept.append(values)
+                rounds.append([float(np.median(values)) for values in row])
+                if progress and (now := time.perf_counter()) - looked >= 1:
+                    looked = now
+                    progress(now - begin, len(rounds))
+    except KeyboardInterrupt:
+        interrupted = True
+    joined = tuple(np.concatenate(values) if values else np.empty(0) for values in latencies)
+    medians = np.asarray(rounds, dtype=np.float64).reshape(-1, count).T
+    return Interleaved(joined, medians, interrupted)
+
+
+def bootstrap_ratio(
+    candidate: NDArray[np.float64], reference: NDArray[np.float64], *, confidence: float = 0.95, seed: int = 0
+) -> Ratio:
+    """Median of the paired ratios `candidate / reference`, with a percentile bootstrap over the pairs.
+
+    Raises ValueError for no pairs or unequal lengths.
+    """
+    if len(candidate) != len(reference) or not len(candidate):
+        raise ValueError("a ratio needs at least one pair of measurements, and as many of one as of the other")
+    ratios = candidate / reference
+    picks = np.random.default_rng(seed).integers(0, len(ratios), size=(_RESAMPLES, len(ratios)))
+    medians = np.median(ratios[picks], axis=1)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(medians, [tail, 1 - tail])
+    return Ratio(float(np.median(ratios)), float(low), float(high))

@@ -1,0 +1,216 @@
+"""From an artefact's path to numbers: open it, feed it, run the loop, say what was measured and what disturbed it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import click
+
+from runtime.bench import machine
+from runtime.bench.inputs import make_feeds
+from runtime.bench.options import Options, refuse_device_flags
+from runtime.bench.statistics import as_json, central_cv, describe, drift
+from runtime.bench.timing import DeviceLane, HostLane, Lane, Progress, Trace
+from runtime.bench.trtexec import device_warnings
+from runtime.errors import RefusedError
+from runtime.manifest import Manifest, find_manifest
+from runtime.runners import artefact_kind, open_runner
+from runtime.runners.base import Array, Runner
+
+#: Above this spread of the central 98 % of the latencies, a run on the host clock is called unstable.
+HOST_CV = 0.05
+#: Above this change of the median from the first to the last third, a run is called drifting.
+DRIFT = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """A file and the runner options written behind it: `ckpt.pt@form=baked,compiled=true`."""
+
+    path: Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """For tables: the file's base name and its own options, or the label given."""
+        own = ",".join(f"{k}={v}" for k, v in self.options.items())
+        return self.label or (f"{self.path.name}@{own}" if own else self.path.name)
+
+
+def parse_artefact(text: str) -> Artefact:
+    """`FILE` or `FILE@key=value,...`. Raises click.UsageError for options that are not of this form."""
+    if Path(text).exists() or "@" not in Path(text).name:
+        return Artefact(Path(text))
+    file, _, tail = text.rpartition("@")
+    options: dict[str, Any] = {}
+    for part in tail.split(","):
+        key, equals, value = part.partition("=")
+        if not (key.isidentifier() and equals and value):
+            raise click.UsageError(f"{text}: expected FILE@option=value,..., and found {part!r}")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value
+    return Artefact(Path(file), options)
+
+
+class Prepared:
+    """An open artefact with its inputs and its lane. A context manager; `on_device` says which clock it has."""
+
+    def __init__(self, artefact: Artefact, options: Options) -> None:
+        self.artefact = artefact
+        self._stack = ExitStack()
+        try:
+            self._open(artefact, options)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _open(self, artefact: Artefact, options: Options) -> None:
+        own = dict(artefact.options)
+        default = "cuda:0" if artefact_kind(artefact.path) == "engine" else "cpu"
+        self.device: str = own.pop("device", None) or options.device or default
+        self.runner_options: dict[str, Any] = {**options.runner, **own}
+        runner: Runner = self._stack.enter_context(
+            open_runner(artefact.path, device=self.device, **self.runner_options)
+        )
+        self.runner = runner
+        self.manifest: Manifest | None = getattr(runner, "manifest", None)
+        if self.manifest is None and artefact_kind(artefact.path) != "checkpoint":
+            self.manifest = find_manifest(artefact.path)
+        self.feeds: dict[str, Array] = make_feeds(runner, options.shapes, options.files, options.seed)
+        depth = 2 if options.overlap else 1
+        queries = runner.queries(
+            self.feeds, depth, transfers=options.transfers, cuda_graph=options.cuda_graph, streams=options.streams
+        )
+        self.on_device = queries is not None
+        self.lane: Lane
+        if queries is None:
+            refuse_device_flags(options, artefact.name, runner.name)
+            self.lane = HostLane(runner.bind(self.feeds))
+        else:
+            self.lane = DeviceLane(queries, options.streams)
+
+    def mode(self, options: Options) -> dict[str, Any]:
+        """What will be measured, in words a reader of the log needs."""
+        mode: dict[str, Any] = {
+            "runner": self.runner.name,
+            "device": self.runner.device,
+            "clock": self.lane.clock,
+            "inputs": {name: f"{'x'.join(map(str, a.shape))} {a.dtype}" for name, a in self.feeds.items()},
+        }
+        if self.on_device:
+            mode |= {
+                "cuda_graph": options.cuda_graph,
+                "data_transfers": options.transfers,
+                "spin_wait": options.spin,
+                "streams": options.streams,
+                "queries_in_flight": 2 if options.overlap else 1,
+            }
+        else:
+            mode |= {"cuda_graph": False, "data_transfers": "none: inputs and outputs stay where the engine runs"}
+        threads = self.runner_options.get("threads")
+        mode["threads"] = threads if threads else "the engine's default"
+        return mode | self.runner.settings()
+
+    @property
+    def gpu(self) -> int | None:
+        """The CUDA ordinal this artefact runs on, or None."""
+        kind, _, index = self.runner.device.partition(":")
+        return int(index or 0) if kind == "cuda" else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One artefact's run."""
+
+    name: str
+    mode: dict[str, Any]
+    trace: Trace
+    on_device: bool
+    machine: dict[str, Any]
+    warnings: tuple[str, ...]
+
+    def to_dict(self, percentiles: tuple[float, ...]) -> dict[str, Any]:
+        """Plain values for --json and the report; times in ms."""
+        trace = self.trace
+        if not len(trace):
+            return {"artefact": self.name, "mode": self.mode, "queries": 0, "interrupted": trace.interrupted}
+        metrics = {"latency": trace.latency}
+        if self.on_device:
+            metrics |= {
+                "enqueue": trace.enqueue,
+                "h2d": trace.h2d,
+                "gpu_compute": trace.compute,
+                "d2h": trace.d2h,
+            }
+        return {
+            "artefact": self.name,
+            "mode": self.mode,
+            "queries": len(trace),
+            "warm_up_queries": trace.warm_up_queries,
+            "throughput_qps": trace.throughput,
+            "wall_time_s": trace.wall_time / 1000,
+            **{f"{name}_ms": as_json(describe(values, percentiles)) for name, values in metrics.items()},
+            "drift": drift(trace.latency),
+            "machine": self.machine,
+            "warnings": list(self.warnings),
+            "interrupted": trace.interrupted,
+        }
+
+
+def measure(prepared: Prepared, options: Options, progress: Progress | None = None) -> Measured:
+    """Time one artefact. Raises RefusedError when not one query was completed, unless interrupted."""
+    before = machine.snapshot(prepared.gpu)
+    trace = prepared.lane.run(options.loop, progress)
+    after = machine.snapshot(prepared.gpu)
+    if not len(trace) and not trace.interrupted:
+        raise RefusedError(f"{prepared.artefact.name}: no query was completed")
+    disturbed = machine.compare(before, after)
+    warnings = [*stability(trace, on_device=prepared.on_device, streams=options.streams), *disturbed.warnings]
+    facts = {"cpu": machine.processor(), **disturbed.facts}
+    return Measured(prepared.artefact.name, prepared.mode(options), trace, prepared.on_device, facts, tuple(warnings))
+
+
+def stability(trace: Trace, *, on_device: bool, streams: int = 1) -> list[str]:
+    """Warnings that the trace itself gives rise to: spread, drift, and on a device trtexec's own."""
+    if not len(trace):
+        return []
+    warnings = list(device_warnings(trace, streams)) if on_device else []
+    spread = central_cv(trace.latency)
+    if not on_device and spread > HOST_CV:
+        warnings.append(
+            f"* Latency is unstable: the central 98 % of the queries have a coefficient of variation of {spread:.1%}."
+        )
+    change = drift(trace.latency)
+    if change is not None and abs(change) > DRIFT:
+        warnings.append(
+            f"* Latency drifted by {change:+.1%} from the first to the last third of the run: warm up longer, or look "
+            f"for a change of clocks or load."
+        )
+    return warnings
+
+
+def progress_line(echo: Callable[[str], None], loop_seconds: float) -> Progress:
+    """A progress callback that writes one short line per call."""
+
+    def show(elapsed: float, queries: int) -> None:
+        whole = f" of {loop_seconds:g}" if loop_seconds >= 0 else ""
+        echo(f"{elapsed:.0f}{whole} s, {queries:,} queries")
+
+    return show
