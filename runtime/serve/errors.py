@@ -1,0 +1,46 @@
+"""What can go wrong with one request, in the protocol's own terms."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Code(Enum):
+    """Triton's error codes: (HTTP status, name of the gRPC status, reason label of the failure metric)."""
+
+    INVALID = (400, "INVALID_ARGUMENT", "OTHER")
+    UNAUTHENTICATED = (401, "UNAUTHENTICATED", "REJECTED")
+    NOT_FOUND = (404, "NOT_FOUND", "OTHER")
+    TIMEOUT_BODY = (408, "DEADLINE_EXCEEDED", "OTHER")
+    TOO_LARGE = (413, "RESOURCE_EXHAUSTED", "REJECTED")
+    UNSUPPORTED_TYPE = (415, "INVALID_ARGUMENT", "OTHER")
+    CANCELLED = (499, "CANCELLED", "CANCELED")
+    INTERNAL = (500, "INTERNAL", "BACKEND")
+    UNSUPPORTED = (501, "UNIMPLEMENTED", "OTHER")
+    OVERLOADED = (503, "RESOURCE_EXHAUSTED", "REJECTED")
+    UNAVAILABLE = (503, "UNAVAILABLE", "REJECTED")
+    EXPIRED = (503, "DEADLINE_EXCEEDED", "REJECTED")
+
+    @property
+    def http(self) -> int:
+        """HTTP status."""
+        return self.value[0]
+
+    @property
+    def grpc(self) -> str:
+        """Name of the grpc.StatusCode member."""
+        return self.value[1]
+
+    @property
+    def reason(self) -> str:
+        """`reason` label of nv_inference_request_failure (Triton's values)."""
+        return self.value[2]
+
+
+class RequestError(Exception):
+    """A request that cannot be answered; the message goes to the client, so it never holds a path or a trace."""
+
+    def __init__(self, message: str, code: Code = Code.INVALID) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code

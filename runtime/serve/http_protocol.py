@@ -1,0 +1,126 @@
+"""uvicorn's HTTP/1.1 protocol with the bounds it lacks: header bytes, header time, connections; errors as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from runtime.serve.settings import Settings
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """`scope["connection"]` is the protocol itself: the batcher reads `gone` from it."""
+
+    settings: Settings
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gone = False
+        self._head = 0
+        """Bytes received since the last message ended, or -1 while a body is being read."""
+        self._wire = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._refusal = (400, "malformed HTTP request")
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Refuse the connection that is one too many; give the others time-limited headers."""
+        super().connection_made(transport)
+        if len(self.connections) > self.settings.max_connections:
+            self._refuse(503, "too many connections")
+        else:
+            self._timer = self.loop.call_later(self.settings.header_timeout, self._too_slow)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Note that the client is gone: what it queued never reaches the engine."""
+        self.gone = True
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Count bytes before the parser, which would buffer a header of any length."""
+        if self.transport.is_closing() or self.parser is None:
+            return
+        size = len(data)
+        if self._head >= 0:
+            if not self._head and self._timer is None:
+                self._timer = self.loop.call_later(self.settings.header_timeout, self._too_slow)
+            self._head += size
+        self._wire += size
+        super().data_received(data)
+        if self._head < 0 and self._timer is None:
+            self._timer = self.loop.call_later(self.settings.body_timeout, self._too_slow)
+        if self._head > self.settings.max_header_bytes:
+            self._refuse(431, "the request header is too large")
+        elif self._wire > 8 * self.settings.max_request_bytes + self.settings.max_header_bytes:
+            self._refuse(413, "the request is too large on the wire")
+
+    def on_message_begin(self) -> None:
+        """Put the connection in the scope."""
+        super().on_message_begin()
+        self.scope["connection"] = self  # type: ignore[typeddict-unknown-key]
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Trailers (headers after a chunked body) are read and ignored."""
+        if self._head >= 0:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is in; the body is bounded elsewhere."""
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size <= self.settings.max_header_bytes and len(self.headers) <= 128:
+            self._head = -1
+            self._stop_timer()
+            super().on_headers_complete()
+        else:
+            self._refusal = (431, "the request header is too large")
+            raise ValueError("header too large")
+
+    def on_message_complete(self) -> None:
+        """Start counting the next head."""
+        super().on_message_complete()
+        self._stop_timer()
+        self._head = 0
+        self._wire = 0
+
+    def send_400_response(self, msg: str) -> None:
+        """A request the parser refused."""
+        self._refuse(*self._refusal)
+
+    def _should_upgrade_to_ws(self) -> bool:
+        return False
+
+    def _unsupported_upgrade_warning(self) -> None:
+        pass
+
+    def _too_slow(self) -> None:
+        self._timer = None
+        if self._head:
+            self._refuse(408, "the request took too long to arrive")
+        else:
+            self.transport.close()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _refuse(self, status: int, message: str) -> None:
+        if self.transport.is_closing():
+            return
+        self._stop_timer()
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            body = b'{"error":"' + message.encode() + b'"}'
+            self.transport.write(
+                STATUS_LINE[status]
+                + b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
+                + (b"retry-after: 1\r\n" if status == 503 else b"")
+                + b"connection: close\r\n\r\n"
+                + body
+            )
+        self.gone = True
+        self.transport.close()

@@ -1,0 +1,360 @@
+"""The models a server holds: found in a folder, verified, loaded, warmed up, replaced without a gap, closed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import RefusedError
+from runtime.manifest import Manifest, TensorSpec, find_manifest, read_manifest
+from runtime.runners.base import Array, Runner, numpy_dtype
+from runtime.serve.batcher import Batcher, Policy, RunsFeeds
+from runtime.serve.errors import Code, RequestError
+from runtime.serve.fair_queue import Batch, Item
+from runtime.serve.settings import Settings
+from runtime.serve.signature import ITEM_BYTES, Signature, make_port
+from runtime.serve.stats import Stats
+
+log = logging.getLogger("gmconv.serve")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+SUFFIXES = {".onnx": "onnxruntime", ".plan": "tensorrt", ".engine": "tensorrt"}
+Opener = Callable[[Path, Settings], list[Runner]]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One artefact to serve and the name and version it is served under."""
+
+    name: str
+    version: str
+    path: Path
+
+
+@dataclass(slots=True, eq=False)
+class ModelVersion:
+    """A loaded, warmed-up artefact. `users` counts requests that hold it, so that closing waits for them."""
+
+    source: Source
+    manifest: Manifest | None
+    sha256: str
+    signature: Signature
+    specs: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
+    runners: list[Runner]
+    stats: Stats
+    batcher: Batcher = field(init=False)
+    users: int = 0
+
+    @property
+    def platform(self) -> str:
+        """Triton's platform string of the artefact."""
+        return "tensorrt_plan" if SUFFIXES[self.source.path.suffix] == "tensorrt" else "onnxruntime_onnx"
+
+    async def infer(self, item: Item) -> dict[str, Array]:
+        """Queue `item` and wait for its outputs."""
+        return await self.batcher.submit(item)
+
+    async def close(self, timeout: float) -> None:
+        """Let the requests that hold this version finish, then end its threads and release its engines."""
+        end = time.monotonic() + timeout
+        while self.users and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        if await self.batcher.close(max(0.1, end - time.monotonic())):
+            for runner in self.runners:
+                runner.close()
+
+
+def find_sources(settings: Settings) -> list[Source]:
+    """What `settings.source` holds: an artefact; or a folder of artefacts, of models, or of one model's versions.
+
+    Raises RefusedError when there is nothing to serve or a name cannot be part of a URL.
+    """
+    root = settings.source
+    if root.is_file():
+        if root.suffix not in SUFFIXES:
+            raise RefusedError(f"{root}: not a .onnx, .plan or .engine file; export or build one first")
+        sources = [Source(settings.model_name or root.stem, "1", root)]
+    elif root.is_dir():
+        sources = _scan(root, settings.model_name)
+        if not sources:
+            raise RefusedError(f"{root}: holds no .onnx, .plan or .engine file, nor NAME/VERSION/model.onnx")
+    else:
+        raise RefusedError(f"{root}: no such file or folder")
+    seen: set[tuple[str, str]] = set()
+    for source in sources:
+        if not NAME.fullmatch(source.name):
+            raise RefusedError(f"{source.path}: model name {source.name!r} must match {NAME.pattern}")
+        if (source.name, source.version) in seen:
+            raise RefusedError(f"{source.path}: a second artefact for model {source.name!r} version {source.version}")
+        seen.add((source.name, source.version))
+    return sources
+
+
+def _scan(root: Path, model_name: str | None) -> list[Source]:
+    sources = [Source(p.stem, "1", p) for p in _artefacts(root)]
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    for folder in folders:
+        if folder.name.isdigit():
+            sources += [Source(model_name or root.resolve().name, _version(folder), p) for p in _artefacts(folder)]
+            continue
+        versions = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
+        sources += [Source(folder.name, "1", p) for p in _artefacts(folder)]
+        sources += [Source(folder.name, _version(v), p) for v in versions for p in _artefacts(v)]
+    if model_name and len({s.name for s in sources}) == 1:
+        sources = [Source(model_name, s.version, s.path) for s in sources]
+    elif model_name:
+        raise RefusedError(f"{root}: --model-name names one model, this folder has {len({s.name for s in sources})}")
+    return sources
+
+
+def _version(folder: Path) -> str:
+    return str(int(folder.name))
+
+
+def _artefacts(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file() and not p.name.startswith("."))
+
+
+def read_source(source: Source, settings: Settings) -> Manifest | None:
+    """The verified manifest of a source (its sha256 is checked); None for a foreign file where that is allowed."""
+    return read_manifest(source.path) if settings.require_manifest else find_manifest(source.path)
+
+
+def open_runners(path: Path, settings: Settings) -> list[Runner]:
+    """One runner per instance. Raises RefusedError or UnavailableError."""
+    from runtime.runners import open_runner
+
+    options: dict[str, Any] = {}
+    if SUFFIXES[path.suffix] == "onnxruntime":
+        spinning = {"session.intra_op.allow_spinning": str(int(settings.spinning))}
+        options = {"threads": settings.intra_op_threads, "config": spinning}
+    return [open_runner(path, device_for(path, settings), **options) for _ in range(settings.instances)]
+
+
+def device_for(path: Path, settings: Settings) -> str:
+    """The device an artefact runs on."""
+    if settings.device != "auto":
+        return settings.device
+    return "cuda" if SUFFIXES[path.suffix] == "tensorrt" else "cpu"
+
+
+def make_signature(runner: Runner, manifest: Manifest | None, settings: Settings) -> Signature:
+    """What the runner takes, in the protocol's terms and within the settings' bounds.
+
+    Raises RefusedError for a tensor type that the protocol cannot carry.
+    """
+    profiles = runner.profiles or (manifest.profiles if manifest else ())
+    first = runner.inputs[0].shape[0] if runner.inputs and runner.inputs[0].shape else None
+    batched = isinstance(first, str) and all(s.shape and s.shape[0] == first for s in (*runner.inputs, *runner.outputs))
+    try:
+        inputs = {s.name: make_port(s) for s in runner.inputs}
+        outputs = {s.name: make_port(s) for s in runner.outputs}
+    except KeyError as error:
+        raise RefusedError(f"a tensor of type {error} cannot be served: the protocol has no name for it") from error
+    max_rows, min_rows = (settings.max_batch, 1) if batched else (0, 1)
+    limits: dict[str, tuple[tuple[int, int], ...]] = {}
+    if profiles:
+        limits = {
+            name: tuple(
+                (min(p[name].min[a] for p in profiles), max(p[name].max[a] for p in profiles))
+                for a in range(len(port.shape))
+            )
+            for name, port in inputs.items()
+            if all(name in p for p in profiles)
+        }
+        if batched and limits:
+            min_rows = max(r[0][0] for r in limits.values())
+            max_rows = min(r[0][1] for r in limits.values())
+    elements = 0
+    for name, port in inputs.items():
+        most = [h for _, h in limits[name]] if name in limits else [max_rows if d < 0 else d for d in port.shape[:1]]
+        rest = [] if name in limits else list(port.shape[1:])
+        known = all(d >= 0 for d in rest)
+        cap = settings.max_request_bytes // ITEM_BYTES[port.datatype]
+        elements += min(cap, math.prod([*most, *rest])) if known else cap
+    return Signature(
+        inputs=inputs,
+        outputs=outputs,
+        max_rows=max_rows,
+        min_rows=min_rows,
+        max_tensor_bytes=settings.max_request_bytes,
+        max_elements=elements,
+        limits=limits,
+        labels=manifest.labels if manifest else None,
+    )
+
+
+def warm_up(runner: Any, signature: Signature) -> None:
+    """Run once per shape that serving meets first: every profile's opt shape, or 1 row and the largest batch."""
+    shapes: list[Mapping[str, tuple[int, ...]]] = [{n: r.opt for n, r in p.items()} for p in runner.profiles]
+    if not shapes:
+        batches = {1, signature.max_rows} if signature.max_rows else {1}
+        shapes = [
+            {
+                s.name: tuple(rows if a == 0 and signature.max_rows else _extent(d) for a, d in enumerate(s.shape))
+                for s in runner.inputs
+            }
+            for rows in sorted(batches)
+        ]
+    for shape in shapes:
+        runner.run({s.name: np.zeros(shape[s.name], numpy_dtype(s.dtype)) for s in runner.inputs})
+
+
+def _extent(dim: int | str) -> int:
+    return dim if isinstance(dim, int) else 32
+
+
+class Repository:
+    """All models by name and version. Requests look up, `reload` swaps: both on the event loop, so neither locks."""
+
+    def __init__(
+        self, settings: Settings, on_fatal: Callable[[BaseException], None], opener: Opener = open_runners
+    ) -> None:
+        self.settings = settings
+        self.ready = False
+        self._opener = opener
+        self._on_fatal = on_fatal
+        self._models: dict[str, dict[str, ModelVersion]] = {}
+        self._stats: dict[tuple[str, str], Stats] = {}
+        self._reloading = asyncio.Lock()
+        self._background: set[asyncio.Task[None]] = set()
+
+    def get(self, name: str, version: str = "") -> ModelVersion:
+        """The version asked for, by default the highest. Raises RequestError(NOT_FOUND)."""
+        versions = self._models.get(name)
+        if not versions:
+            raise RequestError(f"Request for unknown model: '{name[:128]}' is not found", Code.NOT_FOUND)
+        if not version:
+            return next(reversed(versions.values()))
+        found = versions.get(version)
+        if found is None:
+            raise RequestError(
+                f"Request for unknown model: '{name}' version {version[:32]} is not found", Code.NOT_FOUND
+            )
+        return found
+
+    def versions(self, name: str) -> list[str]:
+        """Versions of a model, ascending."""
+        return list(self._models.get(name, {}))
+
+    def all(self) -> list[ModelVersion]:
+        """Every loaded version."""
+        return [v for versions in self._models.values() for v in versions.values()]
+
+    async def load(self) -> None:
+        """First load: all sources, or the error of the first that fails."""
+        for source in find_sources(self.settings):
+            self._install(await self._open(source))
+        self.ready = True
+
+    async def reload(self) -> bool:
+        """Look at the folder again: load what is new or changed, then drop what is gone. False if anything failed.
+
+        A version is swapped in only after it passed its warm-up; one that fails leaves the old one serving.
+        """
+        async with self._reloading:
+            try:
+                sources = await asyncio.to_thread(find_sources, self.settings)
+            except (RefusedError, OSError) as error:
+                log.error("reload: %s; still serving what was loaded", error)
+                return False
+            complete = True
+            for source in sources:
+                old = self._models.get(source.name, {}).get(source.version)
+                try:
+                    manifest = await asyncio.to_thread(read_source, source, self.settings)
+                    same = old and manifest and old.sha256 == manifest.artefact.sha256 and old.manifest == manifest
+                    if not same:
+                        self._install(await self._open(source))
+                        log.info("reload: %s version %s is in service", source.name, source.version)
+                except Exception as error:
+                    complete = False
+                    log.error("reload: %s version %s: %s; not loaded", source.name, source.version, error)
+            wanted = {(s.name, s.version) for s in sources}
+            for model in self.all():
+                if (model.source.name, model.source.version) not in wanted:
+                    self._remove(model)
+            return complete
+
+    async def _open(self, source: Source) -> ModelVersion:
+        manifest, runners, signature = await asyncio.to_thread(self._open_blocking, source)
+        stats = self._stats.setdefault((source.name, source.version), Stats())
+        sha256 = manifest.artefact.sha256 if manifest else ""
+        model = ModelVersion(
+            source, manifest, sha256, signature, (runners[0].inputs, runners[0].outputs), runners, stats
+        )
+        fixed = all(d >= 0 for p in signature.inputs.values() for d in p.shape[1:]) or bool(signature.limits)
+        policy = Policy(
+            max_rows=signature.max_rows,
+            inline=device_for(source.path, self.settings) == "cpu",
+            probe=None if fixed else lambda runner: warm_up(runner, signature),
+            queue_size=self.settings.queue_size,
+            delay_ns=int(self.settings.max_queue_delay * 1e9),
+            shed_target_ns=int(self.settings.shed_target * 1e9),
+            burst_ns=int(self.settings.burst_window * 1e9),
+        )
+
+        def count(batch: Batch) -> None:
+            stats.executed(batch.rows, batch.fed - batch.taken, batch.inferred - batch.fed, batch.done - batch.inferred)
+
+        engines: list[RunsFeeds] = list(runners)
+        model.batcher = Batcher(engines, policy, on_batch=count, on_fatal=self._on_fatal, name=source.name)
+        return model
+
+    def _open_blocking(self, source: Source) -> tuple[Manifest | None, list[Runner], Signature]:
+        manifest = read_source(source, self.settings)
+        runners = self._opener(source.path, self.settings)
+        try:
+            signature = make_signature(runners[0], manifest, self.settings)
+            for runner in runners:
+                warm_up(runner, signature)
+        except BaseException:
+            for runner in runners:
+                with contextlib.suppress(Exception):
+                    runner.close()
+            raise
+        return manifest, runners, signature
+
+    def _install(self, model: ModelVersion) -> None:
+        versions = self._models.setdefault(model.source.name, {})
+        old = versions.get(model.source.version)
+        versions[model.source.version] = model
+        self._models[model.source.name] = dict(sorted(versions.items(), key=lambda kv: int(kv[0])))
+        if old:
+            self._retire(old)
+
+    def _remove(self, model: ModelVersion) -> None:
+        versions = self._models[model.source.name]
+        del versions[model.source.version]
+        if not versions:
+            del self._models[model.source.name]
+        self._stats.pop((model.source.name, model.source.version), None)
+        self._retire(model)
+        log.info("reload: %s version %s left service", model.source.name, model.source.version)
+
+    def _retire(self, model: ModelVersion) -> None:
+        task = asyncio.create_task(model.close(self.settings.drain_timeout))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def drain(self) -> None:
+        """From now on admit whatever fits the queues: it was sent before anyone could know."""
+        for model in self.all():
+            model.batcher.draining = True
+
+    def abort(self) -> int:
+        """Fail everything still queued; how many requests that was."""
+        return sum(m.batcher.abort(RequestError("the server is stopping", Code.UNAVAILABLE)) for m in self.all())
+
+    async def close(self, timeout: float) -> None:
+        """Close every version."""
+        await asyncio.gather(*(m.close(timeout) for m in self.all()), *self._background)

@@ -1,0 +1,70 @@
+"""Every limit and choice of a running server, in one frozen value."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the command line decides. Sizes are bytes, times seconds unless the name says otherwise."""
+
+    source: Path
+    model_name: str | None = None
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    http: bool = True
+    grpc: bool = True
+    metrics: bool = True
+
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:N"; "auto" is cuda for an engine and cpu for an ONNX file."""
+    threads: int = 0
+    """Intra-op threads of one instance; 0 is the machine's cores divided by `instances`."""
+    instances: int = 1
+    spinning: bool = False
+    """Let idle ONNX Runtime threads spin. Off: on few cores they starve the event loop (README has the figures)."""
+    require_manifest: bool = True
+
+    max_batch: int = 32
+    """Rows per execution where the artefact has no profile to say."""
+    max_queue_delay: float = 0.0
+    queue_size: int = 2048
+    queue_timeout: float = 10.0
+    shed_target: float = 0.02
+    """Under sustained overload, the queueing time (s) that admission aims at."""
+    burst_window: float = 0.25
+    """How long a backlog may stand before it counts as overload rather than as a burst."""
+    priority_levels: int = 0
+
+    max_request_bytes: int = 64 * MIB
+    max_inflight_bytes: int = 512 * MIB
+    max_header_bytes: int = 32 * 1024
+    max_image_bytes: int = 16 * MIB
+    max_connections: int = 2048
+    header_timeout: float = 10.0
+    body_timeout: float = 30.0
+    keep_alive: float = 75.0
+    drain_timeout: float = 30.0
+
+    access_log: bool = True
+    otel: str | None = None
+    token: str | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+    @property
+    def intra_op_threads(self) -> int:
+        """Threads per instance, resolved."""
+        return self.threads or max(1, available_cores() // self.instances)
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
