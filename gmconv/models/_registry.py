@@ -46,9 +46,9 @@ def names() -> list[str]:
 def create(name: str, gmconv: bool = True, **kwargs: Any) -> nn.Module:
     """A freshly initialised network of the zoo, in train mode.
 
-    `gmconv=False` gives the plain twin: the same parameters without the sigmas. Keywords of every network: `num_classes`,
-    `in_channels`, `sigma` (initial value, taps), `sigma_per` ("layer" or "channel"); the CIFAR ResNets also take
-    `kernel_size`.
+    `gmconv=False` gives the plain twin: the same parameters without the sigmas. Keywords of every network:
+    `num_classes`, `in_channels`, `sigma` (initial value, taps), `sigma_per` ("layer" or "channel"); the CIFAR ResNets
+    also take `kernel_size`.
 
     Raises CheckpointError for a name or keyword the zoo does not have, or a value out of range.
     """

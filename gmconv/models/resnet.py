@@ -54,7 +54,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """7x7 stem, four stages, global average pool, `fc`. Any input of at least 32x32; height and width may be dynamic."""
+    """7x7 stem, four stages, global average pool, `fc`. Inputs of 32x32 and up, also of dynamic size."""
 
     def __init__(
         self,

@@ -1,0 +1,293 @@
+"""The training loop behind `python -m gmconv.train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gmconv import models
+from gmconv.checkpoint import save_checkpoint
+from gmconv.data import Dataset, Samples, batches, load_dataset
+from gmconv.errors import CheckpointError
+from gmconv.penalty import LayerReach, reach, sigma_penalty
+from gmconv.surgery import masked_layers
+
+
+class TrainingError(click.ClickException):
+    """Exit 5: training did not yield a network."""
+
+    exit_code = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """What `train` needs to know; the defaults reach 99 % on digits with resnet20 in 8 epochs.
+
+    `arch` is a name of `gmconv.models`. `input_shape` is (C, H, W). `sigma` is the initial one, in taps, and `sigma_lr`
+    its learning rate. `shift` is the augmentation's largest translation in pixels (None: an eighth of the height).
+    """
+
+    arch: str
+    dataset: str = "digits"
+    gmconv: bool = True
+    seed: int = 1
+    epochs: int = 8
+    batch_size: int = 32
+    lr: float = 3e-3
+    weight_decay: float = 0.05
+    sigma: float = 5.0
+    sigma_per: str = "layer"
+    sigma_lr: float = 0.02
+    sigma_penalty: float = 0.0
+    crop_tolerance: float = 1e-3
+    kernel_size: int | None = None
+    input_shape: tuple[int, int, int] = (3, 32, 32)
+    test_size: float = 0.2
+    split_seed: int = 0
+    shift: int | None = None
+    flip: bool = False
+    bf16: bool = False
+    device: str = "cpu"
+
+    def arch_kwargs(self, num_classes: int) -> dict[str, Any]:
+        """Keywords that rebuild the network with `gmconv.models.create`."""
+        kwargs: dict[str, Any] = {"gmconv": self.gmconv, "num_classes": num_classes, "in_channels": self.input_shape[0]}
+        if self.gmconv:
+            kwargs |= {"sigma": self.sigma, "sigma_per": self.sigma_per}
+        if self.kernel_size is not None:
+            kwargs["kernel_size"] = self.kernel_size
+        return kwargs
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """One pass over the training data: mean loss (the penalty left out), and what the held-out images said after it."""
+
+    epoch: int
+    loss: float
+    held_out_loss: float
+    held_out_accuracy: float
+
+    def better_than(self, other: Epoch) -> bool:
+        """Higher held-out accuracy, or the same with a lower loss."""
+        return (self.held_out_accuracy, -self.held_out_loss) > (other.held_out_accuracy, -other.held_out_loss)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """The best epoch (held-out accuracy, then loss), every epoch, and each layer's reach at the crop tolerance."""
+
+    best: Epoch
+    history: tuple[Epoch, ...]
+    layers: tuple[LayerReach, ...]
+    held_out_images: int
+
+    @property
+    def macs_kept(self) -> float:
+        """Share of the convolutions' multiply-adds that is left after cropping."""
+        total = sum(layer.macs for layer in self.layers)
+        return sum(layer.kept_macs for layer in self.layers) / total if total else 1.0
+
+
+def train(
+    options: TrainOptions, output: Path, on_step: Callable[[Epoch | None], None] = lambda epoch: None
+) -> TrainResult:
+    """Train and write the best epoch's checkpoint to `output` (atomically, each time it improves).
+
+    The same options on the same machine and thread count give the same file. `on_step` is called with None after each
+    optimizer step and with the `Epoch` after each epoch.
+
+    Raises:
+        DataError: the data was refused.
+        CheckpointError: the network is unknown, does not fit the input, or the checkpoint cannot be written.
+        TrainingError: the loss became NaN or infinite.
+    """
+    _require_writable(output)
+    torch.manual_seed(options.seed)
+    data = load_dataset(options.dataset, options.input_shape, options.test_size, options.split_seed)
+    model = models.create(options.arch, **options.arch_kwargs(len(data.labels)))
+    _require_fit(model, options)
+    model = model.to(options.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(parameter_groups(model, options), lr=options.lr)
+    history: list[Epoch] = []
+    best: Epoch | None = None
+    run = _Run(model, optimizer, data, options, on_step)
+    for number in range(1, options.epochs + 1):
+        epoch = run.epoch(number)
+        history.append(epoch)
+        if best is None or epoch.better_than(best):
+            best = epoch
+            layers = _save(output, model, data, options, history)
+        on_step(epoch)
+    assert best is not None
+    return TrainResult(best, tuple(history), layers, len(data.held_out.targets))
+
+
+def parameter_groups(model: nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
+    """The optimizer's groups: weights with decay; vectors without; sigmas without, and at their own learning rate."""
+    sigmas = {id(layer.sigma): layer.sigma for layer in masked_layers(model).values()}
+    rest = [p for p in model.parameters() if id(p) not in sigmas]
+    groups: list[dict[str, Any]] = [
+        {"name": "weights", "params": [p for p in rest if p.ndim > 1], "weight_decay": options.weight_decay},
+        {"name": "vectors", "params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        {"name": "sigma", "params": list(sigmas.values()), "weight_decay": 0.0, "lr": options.sigma_lr},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def schedule(step: int, steps_per_epoch: int, epochs: int) -> float:
+    """Factor on every learning rate: linear warm-up (two epochs, at most a quarter), under a cosine that ends at 0."""
+    total = steps_per_epoch * epochs
+    warmup = max(1, min(2 * steps_per_epoch, total // 4))
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def augment(images: Tensor, shift: int, flip: bool) -> Tensor:
+    """Each image (N, C, H, W) moved by up to `shift` pixels on either axis, zeros coming in; half of them mirrored."""
+
+    count, _, height, width = images.shape
+    if flip:
+        mirrored = (torch.rand(count) < 0.5).view(-1, 1, 1, 1)
+        images = torch.where(mirrored, images.flip(-1), images)
+    if shift:
+        padded = F.pad(images, (shift,) * 4)
+        rows = torch.randint(0, 2 * shift + 1, (count, 1)) + torch.arange(height)
+        columns = torch.randint(0, 2 * shift + 1, (count, 1)) + torch.arange(width)
+        images = padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(
+            0, 3, 1, 2
+        )
+    return images
+
+
+@dataclass(slots=True)
+class _Run:
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    data: Dataset
+    options: TrainOptions
+    on_step: Callable[[Epoch | None], None]
+
+    def epoch(self, number: int) -> Epoch:
+        """Train for one epoch, then measure."""
+
+        options = self.options
+        shift = options.input_shape[1] // 8 if options.shift is None else options.shift
+        order = torch.randperm(len(self.data.train.targets)).numpy()
+        plan = batches(len(order), options.batch_size, order)
+        peaks = [group.setdefault("peak_lr", group["lr"]) for group in self.optimizer.param_groups]
+        self.model.train()
+        losses: list[float] = []
+        for index, indices in enumerate(plan):
+            factor = schedule((number - 1) * len(plan) + index, len(plan), options.epochs)
+            for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            images = augment(torch.from_numpy(self.data.train.batch(indices)), shift, options.flip)
+            targets = torch.from_numpy(self.data.train.targets[indices]).to(options.device)
+            loss = F.cross_entropy(self._logits(images).float(), targets)
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise TrainingError(
+                    f"the loss became {losses[-1]} in epoch {number}; nothing of it was saved: lower --lr or --sigma-lr"
+                )
+            if options.sigma_penalty:
+                loss = loss + options.sigma_penalty * sigma_penalty(self.model)
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self.on_step(None)
+        held_out_loss, accuracy = self.measure(self.data.held_out)
+        return Epoch(number, sum(losses) / len(losses), held_out_loss, accuracy)
+
+    def measure(self, samples: Samples) -> tuple[float, float]:
+        """Mean cross entropy and top-1 accuracy in eval mode, float32."""
+
+        self.model.eval()
+        loss, correct = 0.0, 0
+        with torch.no_grad():
+            for indices in batches(len(samples.targets), 128):
+                images = torch.from_numpy(samples.batch(indices))
+                logits = self.model(self._to_device(images))
+                targets = torch.from_numpy(samples.targets[indices]).to(self.options.device)
+                loss += float(F.cross_entropy(logits, targets, reduction="sum"))
+                correct += int((logits.argmax(1) == targets).sum())
+        return loss / len(samples.targets), correct / len(samples.targets)
+
+    def _logits(self, images: Tensor) -> Tensor:
+
+        with torch.autocast(torch.device(self.options.device).type, torch.bfloat16, enabled=self.options.bf16):
+            logits: Tensor = self.model(self._to_device(images))
+        return logits
+
+    def _to_device(self, images: Tensor) -> Tensor:
+
+        return images.to(self.options.device, memory_format=torch.channels_last)
+
+
+def _save(
+    output: Path, model: nn.Module, data: Dataset, options: TrainOptions, history: list[Epoch]
+) -> tuple[LayerReach, ...]:
+
+    layers = reach(model, options.input_shape, options.crop_tolerance)
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    save_checkpoint(
+        output,
+        model,
+        f"gmconv.models:{options.arch}",
+        options.input_shape,
+        options.arch_kwargs(len(data.labels)),
+        preprocessing=data.preprocessing,
+        labels=data.labels,
+        dataset=data.record,
+        training={
+            "dataset": data.name,
+            "options": {k: v for k, v in dataclasses.asdict(options).items() if k != "dataset"},
+            "best_epoch": history[-1].epoch,
+            "held_out_accuracy": history[-1].held_out_accuracy,
+            "held_out_images": len(data.held_out.targets),
+            "history": [dataclasses.asdict(epoch) for epoch in history],
+            "macs": sum(layer.macs for layer in layers),
+            "macs_kept": sum(layer.kept_macs for layer in layers),
+        },
+    )
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return layers
+
+
+def _require_writable(output: Path) -> None:
+    """An hour of training should not end at a folder that cannot be written to."""
+    if output.is_dir():
+        raise CheckpointError(f"{output}: is a directory; give -o a file name")
+    try:
+        with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp"):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{output}: cannot be written ({error.strerror or error}); choose another -o") from error
+
+
+def _require_fit(model: nn.Module, options: TrainOptions) -> None:
+    """Refuse an input too small for the network's pools and strides before the first epoch."""
+
+    probe = torch.zeros(2, *options.input_shape)
+    state = {
+        key: value.clone() for key, value in model.state_dict().items() if "running" in key or "num_batches" in key
+    }
+    try:
+        with torch.no_grad():
+            model.train()(probe)
+    except (RuntimeError, ValueError) as error:
+        shape = "x".join(map(str, options.input_shape))
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{options.arch} cannot train on {shape} input ({reason}); give a larger --input-shape"
+        ) from error
+    model.load_state_dict(state, strict=False)
