@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runtime.errors import RefusedError
 
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
     from torch import nn
+
+    from runtime.manifest import TensorSpec
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 OLDEST_OPSET = 18  # the dynamo exporter writes no older one: asked for 17 it silently writes 18
@@ -186,13 +187,6 @@ def captured(log: Path) -> Iterator[None]:
             logging.raiseExceptions = previous
 
 
-def temporary_log() -> Path:
-    """A new empty file for `captured`."""
-    handle, name = tempfile.mkstemp(prefix="gmconv-export-", suffix=".log")
-    os.close(handle)
-    return Path(name)
-
-
 def convolutions(model: nn.Module) -> int:
     """How many distinct convolution layers the network has."""
     from torch import nn as torch_nn
@@ -200,13 +194,14 @@ def convolutions(model: nn.Module) -> int:
     return sum(isinstance(module, torch_nn.Conv2d) for module in model.modules())
 
 
-def specs(model: ir.Model) -> tuple[list[tuple[str, str, tuple[Any, ...]]], list[tuple[str, str, tuple[Any, ...]]]]:
-    """Name, dtype and shape of each input and output (see `runtime.manifest.TensorSpec`)."""
+def specs(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The graph's inputs and outputs. Raises RefusedError when the exporter left a type open."""
+    from runtime.manifest import TensorSpec
 
-    def spec(value: ir.Value) -> tuple[str, str, tuple[Any, ...]]:
+    def spec(value: ir.Value) -> TensorSpec:
         if value.dtype is None or value.shape is None:
             raise RefusedError(f"the exporter could not infer the type of {value.name!r}")
         shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
-        return str(value.name), str(value.dtype.numpy()), shape
+        return TensorSpec(str(value.name), str(value.dtype.numpy()), shape)
 
-    return [spec(v) for v in model.graph.inputs], [spec(v) for v in model.graph.outputs]
+    return tuple(spec(v) for v in model.graph.inputs), tuple(spec(v) for v in model.graph.outputs)

@@ -6,52 +6,64 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+BAKING = "live -> baked"
+
 if TYPE_CHECKING:
     from rich.table import Table
 
     from runtime.manifest import Manifest
 
 
-def print_export(output: Path, manifest: Manifest) -> None:
-    """Print certificate, parity and a closing line on stdout."""
+def print_export(output: Path) -> None:
+    """Print what the manifest of `output` says: certificate, crop, parity and a closing line, on stdout."""
     from gmconv.certificate import certificate_table
     from runtime.cli import result_console
+    from runtime.manifest import read_manifest
 
+    manifest = read_manifest(output, verify=False)
     console = result_console()
-    if manifest.certificate and manifest.certificate["layers"]:
+    if manifest.certificate and manifest.certificate["layers"] and manifest.precision == "fp32":
         console.print(certificate_table(manifest.certificate))
+    if manifest.crop:
+        from gmconv.crop_certificate import crop_summary, crop_table
+
+        console.print(crop_table(manifest.crop))
+        console.print(crop_summary(manifest.crop))
     if manifest.parity:
-        console.print(parity_table(manifest.parity))
+        console.print(parity_table(manifest.parity, baking=manifest.precision == "fp32"))
         for measured in manifest.parity["yardstick"]:
-            console.print(
-                f"float64 yardstick, {measured['samples']} samples: {measured['output']} is "
-                f"{measured['candidate_rel_rms']:.1e} from exact in ONNX Runtime, {measured['reference_rel_rms']:.1e} "
-                f"in torch fp32 (allowed: {measured['factor']:g} times that)"
-            )
+            console.print(_yardstick_line(measured, manifest))
     size = manifest.artefact.bytes + sum(entry.bytes for entry in manifest.external)
     console.print(
-        f"[bold green]PASSED[/bold green]  {output}  {size:,} bytes  sha256 {manifest.artefact.sha256[:16]}…  "
-        f"(manifest: {output.name}.json)"
+        f"[bold green]PASSED[/bold green] {output}: {manifest.precision}, {size:,} bytes, "
+        f"sha256 {manifest.artefact.sha256[:16]}…, manifest {output.name}.json",
+        soft_wrap=True,
     )
 
 
-def parity_table(parity: dict[str, Any]) -> Table:
-    """The rich table of a manifest's `parity`."""
+def _yardstick_line(measured: dict[str, Any], manifest: Manifest) -> str:
+    line = f"float64 yardstick on {measured['samples']} samples: torch fp32 is {measured['reference_rel_rms']:.1e} away"
+    if manifest.precision == "fp32" and not manifest.crop:
+        line += f", ONNX Runtime {measured['candidate_rel_rms']:.1e} (allowed: {measured['factor']:g} times torch's)"
+    return line
+
+
+def parity_table(parity: dict[str, Any], *, baking: bool = True) -> Table:
+    """The rich table of a manifest's `parity`; `baking` False leaves out the bitwise hop, shown before."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(
-        title="Parity, hop by hop: errors of the right side against the left",
-        title_justify="left",
-        title_style="bold",
-    )
-    table.add_column("hop", no_wrap=True)
-    table.add_column("inputs", no_wrap=True)
-    for column in ("shape", "max abs", "mean abs", "err/RMS", "1-cosine", "top-1", "tol.", "margin"):
+    title = "Parity, hop by hop: errors of the right side against the left"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    for column in ("hop", "inputs"):
+        table.add_column(column, no_wrap=True)
+    for column in ("shape", "max abs", "mean abs", "err/RMS", "1-cosine", "top-1", "tolerance", "margin", ""):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
     for hop in parity["hops"]:
+        if hop["hop"] == BAKING and not baking:
+            continue
         for output in hop["outputs"]:
-            exact = hop["bitwise"]
+            margin = "-" if output["margin"] is None else f"{output['margin']:.3g}x"
             table.add_row(
                 hop["hop"],
                 hop["case"],
@@ -61,8 +73,8 @@ def parity_table(parity: dict[str, Any]) -> Table:
                 number(output["rel_rms"]),
                 number(None if output["cosine"] is None else max(0.0, 1 - output["cosine"])),
                 "-" if output["top1"] is None else f"{output['top1']:.1%}",
-                "bitwise" if hop["hop"] == "live -> baked" else number(output["tolerance"]),
-                "equal" if exact else f"{output['margin']:.3g}x" if output["margin"] is not None else "-",
+                "bitwise" if hop["hop"] == BAKING else number(output["tolerance"]),
+                "equal" if hop["bitwise"] else margin,
                 "[green]ok[/green]" if output["passed"] else "[red]FAILED[/red]",
             )
     return table

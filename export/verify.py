@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 import numpy as np
 
+from export.tables import BAKING
 from runtime.errors import RefusedError
-from runtime.runners.base import Array
+from runtime.runners.base import Array, numpy_dtype
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,16 +34,16 @@ if TYPE_CHECKING:
     from runtime.tolerances import Tolerance
 
 Outputs = dict[str, Array]
-BAKING = "live -> baked"  # must be bitwise; the other hops are judged by tolerance
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One batch of inputs: what it is ("noise, seed 0"), float32 `(N, C, H, W)`, whether the yardstick runs on it."""
+    """One batch of inputs: what it is, float32 `(N, C, H, W)`, and whether the yardstick runs on it."""
 
     label: str
     batch: Array
     yardstick: bool = False
+    noise: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,11 @@ class Verdict:
         texts += [f"float64 yardstick: output {y.output!r}: {y.reason}" for y in self.yardstick if not y.passed]
         return texts or (["nothing was compared"] if not self.passed else [])
 
+    def summary(self) -> str:
+        """The first failures, in one line."""
+        failures = self.failures()
+        return "; ".join(failures[:3]) + (f" and {len(failures) - 3} more" if len(failures) > 3 else "")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
         return {
@@ -175,35 +181,73 @@ class Verdict:
         }
 
 
-def judge(
-    cases: Sequence[Case],
-    reference: Reference,
-    hops: Mapping[str, Sequence[Outputs]],
-    tolerance: Tolerance,
-    classes: bool,
-) -> Verdict:
-    """Compare `reference.baked` with each of `hops` (outputs case by case), and live with baked.
-
-    The yardstick judges the last of `hops`: the artefact that is shipped.
-    """
-    from runtime.compare import Yardstick, compare_outputs
-
-    arrows: dict[str, tuple[Sequence[Outputs], Sequence[Outputs]]] = {BAKING: (reference.live, reference.baked)}
-    arrows |= {name: (reference.baked, outputs) for name, outputs in hops.items()}
-    found = tuple(
-        Hop(name, case.label, case.batch.shape, _bitwise(a, b), compare_outputs(a, b, tolerance, classes=classes))
-        for name, (left, right) in arrows.items()
-        for case, a, b in zip(cases, left, right, strict=True)
-    )
-    measure = Yardstick()
-    for exact, live, last in zip(reference.yardstick, reference.live, arrows[list(arrows)[-1]][1], strict=True):
-        if exact:
-            measure.add(exact, live, last)
-    return Verdict(found, measure.result())
-
-
 def _bitwise(left: Outputs, right: Outputs) -> bool:
     return left.keys() == right.keys() and all(left[name].tobytes() == right[name].tobytes() for name in left)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Everything that was computed; `judge` turns it into a verdict.
+
+    `shipped` are the outputs of the artefact, case by case; `cropped` those of the cropped torch network, if kernels
+    were cropped, and `crop_limit` the relative RMS error that the crop was allowed to cost.
+    """
+
+    cases: Sequence[Case]
+    reference: Reference
+    shipped: Sequence[Outputs]
+    classes: bool
+    cropped: Sequence[Outputs] | None = None
+    crop_limit: float = 0.0
+
+    def cases_in(self, dtype: str) -> list[Case]:
+        """The cases with their batches in another input dtype."""
+        return [replace(case, batch=case.batch.astype(numpy_dtype(dtype))) for case in self.cases]
+
+    def on_images(self) -> Proof:
+        """The same proof without noise, if there is anything else: a quantized network was calibrated on images."""
+        keep = [index for index, case in enumerate(self.cases) if not case.noise]
+        if not keep:
+            return self
+        live, baked, wide = (
+            tuple(outputs[index] for index in keep)
+            for outputs in (self.reference.live, self.reference.baked, self.reference.yardstick)
+        )
+        reference = replace(self.reference, live=live, baked=baked, yardstick=wide)
+        cropped = None if self.cropped is None else [self.cropped[index] for index in keep]
+        shipped = [self.shipped[index] for index in keep]
+        cases = [self.cases[index] for index in keep]
+        return replace(self, cases=cases, reference=reference, shipped=shipped, cropped=cropped)
+
+    def judge(self, precision: str) -> Verdict:
+        """Live -> baked (bitwise) -> cropped, if so (by the crop's limit) -> shipped (by the precision's tolerance).
+
+        An fp32 artefact that was not cropped must also hold against the float64 yardstick.
+        """
+        from runtime.compare import Yardstick, compare_outputs
+        from runtime.tolerances import tolerance_for
+
+        exact, last = tolerance_for("fp32"), "ORT" if precision == "fp32" else f"ORT {precision}"
+        arrows: list[tuple[str, Sequence[Outputs], Sequence[Outputs], Tolerance]] = [
+            (BAKING, self.reference.live, self.reference.baked, exact)
+        ]
+        before, name = self.reference.baked, "baked"
+        if self.cropped is not None:
+            limit = exact.override(self.crop_limit) if self.crop_limit > exact.rel_rms else exact
+            arrows.append(("baked -> cropped", before, self.cropped, limit))
+            before, name = tuple(self.cropped), "cropped"
+        arrows.append((f"{name} -> {last}", before, self.shipped, tolerance_for(precision)))
+        hops = tuple(
+            Hop(arrow, case.label, case.batch.shape, _bitwise(a, b), compare_outputs(a, b, limit, classes=self.classes))
+            for arrow, left, right, limit in arrows
+            for case, a, b in zip(self.cases, left, right, strict=True)
+        )
+        strict = precision == "fp32" and self.cropped is None
+        measure = Yardstick()
+        for wide, live, shipped in zip(self.reference.yardstick, self.reference.live, self.shipped, strict=True):
+            if wide:  # what was rounded or cropped on purpose is judged above; torch fp32 itself must still hold
+                measure.add(wide, live, shipped if strict else live)
+        return Verdict(hops, measure.result())
 
 
 def flatten_outputs(value: Any, names: Sequence[str]) -> dict[str, Any]:
@@ -236,6 +280,14 @@ def _load(path: Path) -> Outputs:
         return {}
     with np.load(path) as archive:
         return {str(name): archive[f"arr_{index}"] for index, name in enumerate(archive["names"])}
+
+
+def run_torch(model: nn.Module, cases: Sequence[Case], names: Sequence[str]) -> list[Outputs]:
+    """Every case through a torch network, in its own precision."""
+    import torch
+
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    return [_run(model, case.batch, names, dtype) for case in cases]
 
 
 def _run(model: nn.Module, batch: Array, names: Sequence[str], dtype: Any) -> Outputs:

@@ -1,0 +1,61 @@
+# Every command here works in a fresh clone: the virtual environment is made when it is missing or out of date.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+DEMO   ?= demo
+export PYTHONPATH :=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types fast slow gpu docker bench lock clean
+.PHONY: test-slow test-gpu test-docker bench-export bench-benchmark bench-engine bench-precision bench-crop bench-serve
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(BIN)/.installed  ## make the virtual environment
+.PHONY: install
+
+$(DEMO)/digits.pt: $(BIN)/.installed
+	@mkdir -p $(DEMO)
+	$(BIN)/python -m gmconv.train --dataset digits --arch resnet20 --seed 1 -o $@
+
+demo: $(DEMO)/digits.pt  ## train on the digits, bake, export to ONNX and TensorRT-RTX, with proof
+	$(BIN)/python -m export.onnx $(DEMO)/digits.pt -o $(DEMO)/digits.onnx
+	$(BIN)/python -m export.tensorrt $(DEMO)/digits.onnx --flavor rtx --min 1 --opt 8 --max 32 -o $(DEMO)/digits.plan
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(BIN)/.installed
+	$(BIN)/mypy
+
+fast: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered $(ARGS)
+
+test: lint types fast  ## lint, types and the default tests (no GPU, no Docker)
+
+test-slow: $(BIN)/.installed  ## minutes and gigabytes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: $(BIN)/.installed  ## on a machine with an NVIDIA card
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-docker: $(BIN)/.installed  ## build and run the serving image (root, Debian)
+	$(BIN)/python -m pytest -m docker $(ARGS)
+
+bench: bench-export bench-benchmark bench-engine bench-precision bench-crop bench-serve  ## every ratio of the README
+
+bench-export bench-benchmark bench-engine bench-precision bench-crop bench-serve: $(BIN)/.installed
+	$(BIN)/python -m tests.bench.$(subst bench-,,$@)
+
+lock: $(BIN)/.installed  ## write constraints.txt from what is installed
+	$(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+)\+cpu$$/\1/' > constraints.txt
+
+clean:  ## remove what the targets above made
+	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

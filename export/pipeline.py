@@ -1,0 +1,425 @@
+"""checkpoint -> bake -> (crop) -> ONNX -> (other precisions), proven before anything appears under its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from runtime.errors import ParityError, RefusedError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import nn
+
+    from export.converter import Precision, PrecisionOptions
+    from export.verify import Case, Outputs, Proof
+    from gmconv import Checkpoint
+    from gmconv.crop_certificate import CropCertificate
+    from runtime.manifest import Manifest
+
+DEFAULT_OPSET = 20
+_EXTERNAL_ABOVE = 2**31 - 2**20  # protobuf cannot hold 2 GiB; the graph itself needs a little
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """How to export. The defaults are those of the command line.
+
+    `arch`, `num_classes` and `input_shape` (C, H, W) are for foreign checkpoints. `batch` None leaves the batch axis
+    dynamic; `dynamic_hw` frees height and width too. `samples` real images are compared besides seeded noise. `crop` is
+    a tolerance or "lossless" (see `gmconv.crop`), `crop_budget` what `export.crop_budget.parse_budget` reads.
+    `precisions`: the first is written to the output's name, further ones beside it as `NAME.PRECISION.onnx`.
+    """
+
+    arch: str | None = None
+    num_classes: int | None = None
+    input_shape: tuple[int, int, int] | None = None
+    batch: int | None = None
+    dynamic_hw: bool = False
+    opset: int = DEFAULT_OPSET
+    input_name: str = "input"
+    output_names: tuple[str, ...] = ()
+    simplify: bool = False
+    external_data: bool = False
+    images: Path | None = None
+    samples: int = 64
+    seed: int = 0
+    crop: float | Literal["lossless"] | None = None
+    crop_budget: str | None = None
+    precisions: tuple[Precision, ...] = ("fp32",)
+    precision: PrecisionOptions | None = None
+
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """Keyword arguments of `gmconv.load_checkpoint`."""
+        return {"arch": self.arch, "num_classes": self.num_classes, "input_shape": self.input_shape}
+
+    def outputs(self, output: Path) -> list[Path]:
+        """The files that an export to `output` writes, manifests and external data aside."""
+        return [output, *(output.with_name(f"{output.stem}.{p}.onnx") for p in self.precisions[1:])]
+
+
+@dataclass(slots=True)
+class _Exported:
+    """The graph as written, and what of the network is still needed once its memory is free."""
+
+    file: Path
+    facts: Checkpoint
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    operators: dict[str, int]
+    baked_sha256: dict[str, str]
+    crop: CropCertificate | None
+    cropped: list[Outputs] | None
+
+    @property
+    def classifies(self) -> bool:
+        return any(len(spec.shape) == 2 for spec in self.outputs)
+
+
+def export_onnx(
+    checkpoint: Path, output: Path, options: ExportOptions | None = None, *, note: Note = lambda text: None
+) -> Manifest:
+    """Export `checkpoint` to `output` and prove the result.
+
+    Args:
+        checkpoint: `.pt`, `.pth` or `.safetensors`, ours or foreign.
+        output: the `.onnx` file; its manifest is written beside it. Nothing appears under any name on failure.
+        options: see `ExportOptions`.
+        note: called with a few words when a step begins.
+
+    Returns:
+        The manifest of `output`.
+
+    Raises:
+        RefusedError: the output cannot be written, or the network cannot be exported like this.
+        gmconv.errors.CheckpointError, BakeError: the checkpoint was refused.
+        ParityError: ONNX Runtime does not compute what the network as trained computes.
+    """
+    from export.verify import ReferenceProcess
+    from runtime.manifest import read_manifest, staged
+
+    options = options or ExportOptions()
+    with staged(output) as folder, ReferenceProcess() as reference:
+        note(f"loading {checkpoint}")
+        import gmconv
+
+        loaded = gmconv.load_checkpoint(checkpoint, **options.load_options)
+        cases = comparison_cases(loaded, options)
+        reference.start(checkpoint, options.load_options, options.output_names, cases)
+        name = output.name if options.precisions[0] == "fp32" else f".fp32.{output.name}"
+        exported = _write_fp32(loaded, cases, folder / name, options, note)
+        del loaded  # ONNX Runtime is about to need as much memory again
+        note("running ONNX Runtime and comparing")
+        proof = _prove(exported, cases, reference.result(), options)
+        manifest = _manifest(checkpoint, exported, proof, options)
+        _write_variants(exported, manifest, proof, output, options, note)
+    return read_manifest(output, verify=False)
+
+
+def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: ExportOptions, note: Note) -> _Exported:
+    import gmconv
+    from export import graph
+    from export.verify import run_torch
+    from gmconv.certificate import tensor_sha256
+
+    names = _output_names(loaded, options)
+    note(f"baking {len(loaded.masked)} masks")
+    model = gmconv.bake(loaded.model, inplace=True)
+    baked = {name: tensor_sha256(model.get_submodule(name).weight) for name in loaded.masked}  # type: ignore[arg-type]
+    model, crop = _crop(model, loaded, options, note)
+    cropped = run_torch(model, cases, names) if crop else None
+    note("exporting to ONNX")
+    log = file.with_name("exporter.log")
+    try:
+        exported = graph.to_onnx(
+            model,
+            _example(loaded, options),
+            input_name=options.input_name,
+            output_names=names,
+            axes=graph.Axes(batch=options.batch is None, hw=options.dynamic_hw),
+            opset=options.opset,
+            log=log,
+        )
+    finally:
+        chatter = log.read_text(errors="replace") if log.exists() else ""
+        note(f"[exporter] {chatter.strip()}") if chatter.strip() else None
+    log.unlink(missing_ok=True)
+    graph.require_no_mask(exported, graph.convolutions(model))
+    inputs, outputs = graph.specs(exported)
+    _save(exported, file, options)
+    import torch
+
+    facts = replace(loaded, model=torch.nn.Identity())
+    return _Exported(file, facts, inputs, outputs, graph.operator_histogram(exported), baked, crop, cropped)
+
+
+def _crop(
+    model: nn.Module, loaded: Checkpoint, options: ExportOptions, note: Note
+) -> tuple[nn.Module, CropCertificate | None]:
+    """The model with smaller kernels, where that was asked for; measured on the comparison's images or noise."""
+    if options.crop is None and options.crop_budget is None:
+        return model, None
+    import torch
+
+    precision = options.precisions[0] if options.precisions[0] in ("fp16", "bf16") else "fp32"
+    images = images_of(loaded, options)
+    generator = torch.Generator().manual_seed(options.seed)
+    noise = torch.randn(4, *loaded.input_shape, generator=generator)
+    batches = [torch.from_numpy(images[1])] if images else [noise]
+    if options.crop is not None:
+        from gmconv.cropping import crop_model
+
+        note(f"cropping kernels, tolerance {options.crop}")
+        return crop_model(model, options.crop, precision=precision, batches=batches)
+    from export.crop_budget import choose, parse_budget
+
+    assert options.crop_budget is not None
+    note(f"choosing what to crop within {options.crop_budget}")
+    labels = None if images is None or images[2] is None else torch.from_numpy(images[2])
+    origin = images[0] if images else f"noise, seed {options.seed}"
+    try:
+        budget = parse_budget(options.crop_budget)
+        return choose(model, batches, budget, labels=labels, precision=precision, origin=origin)
+    except ValueError as error:
+        raise RefusedError(f"--crop-budget {options.crop_budget}: {error}") from error
+
+
+def comparison_cases(loaded: Checkpoint, options: ExportOptions) -> list[Case]:
+    """Noise at batch 1, 2 and an odd larger one (or the fixed batch), another size if H and W are free, real images."""
+    import numpy as np
+
+    from export.verify import Case
+
+    generator = np.random.default_rng(options.seed)
+    channels, height, width = loaded.input_shape
+    sizes = (1, 2, 3) if options.batch is None else (options.batch,)
+    shapes = [(n, channels, height, width) for n in sizes]
+    if options.dynamic_hw:
+        shapes.append((sizes[-1], channels, _larger(height), _larger(width) + 32))
+    cases = [
+        Case(
+            f"noise, seed {options.seed}", generator.standard_normal(shape, dtype=np.float32), shape[0] != 3, noise=True
+        )
+        for shape in shapes
+    ]
+    images = images_of(loaded, options)
+    if images is not None:
+        label, samples, _ = images
+        batches = [(0, 1), (1, 3), (3, len(samples) - (len(samples) % 2 == 1))]
+        if options.batch is not None:
+            batches = [(i, i + options.batch) for i in range(0, len(samples) - options.batch + 1, options.batch)]
+        for start, stop in batches:
+            if stop > start:
+                small = samples[0].size * (stop - start) <= 2**20
+                cases.append(Case(label, np.ascontiguousarray(samples[start:stop]), yardstick=small))
+    return cases
+
+
+def images_of(loaded: Checkpoint, options: ExportOptions) -> tuple[str, Any, Any] | None:
+    """Label, float32 `(N, C, H, W)` and labels of real images: `--images`, or the data the checkpoint says it knows."""
+    import msgspec
+    import numpy as np
+
+    from runtime.manifest import Preprocessing
+
+    given = options.images or (options.precision.calibration if options.precision else None)
+    source = str(given) if given else (loaded.dataset or {}).get("name")
+    if not given and source != "digits":
+        return None
+    from runtime.datasets import load_samples
+
+    try:
+        preprocessing = msgspec.convert(loaded.preprocessing, Preprocessing) if loaded.preprocessing else None
+    except msgspec.ValidationError as error:
+        raise RefusedError(f"the checkpoint's preprocessing is damaged ({error}); save it again") from error
+    samples = load_samples(
+        str(source),
+        input_shape=loaded.input_shape,
+        preprocessing=preprocessing,
+        dataset=loaded.dataset,
+        class_names=loaded.labels,
+        limit=options.samples,
+        seed=options.seed,
+    )
+    batch = np.concatenate([batch.images for batch in samples])
+    return ("held-out digits" if source == "digits" else f"images, {Path(str(source)).name}"), batch, samples.labels
+
+
+def _larger(pixels: int) -> int:
+    return (pixels + pixels // 4 + 7) // 8 * 8
+
+
+def _output_names(loaded: Checkpoint, options: ExportOptions) -> list[str]:
+    import torch
+
+    from export.verify import flatten_outputs
+
+    example = _example(loaded, options)
+    try:
+        with torch.no_grad():
+            outputs = loaded.model(example[:1] if options.batch is None else example)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        shape = tuple(example.shape)
+        raise RefusedError(
+            f"the network does not run on an input of {shape} ({reason}); check --input-shape"
+        ) from error
+    return list(flatten_outputs(outputs, options.output_names))
+
+
+def _example(loaded: Checkpoint, options: ExportOptions) -> Any:
+    import torch
+
+    dtype = next((p.dtype for p in loaded.model.parameters()), torch.float32)
+    return torch.zeros((options.batch or 2, *loaded.input_shape), dtype=dtype)
+
+
+def _save(exported: ir.Model, file: Path, options: ExportOptions) -> None:
+    import onnx
+    import onnx_ir
+
+    from export import graph
+
+    size = sum(v.const_value.nbytes for v in exported.graph.initializers.values() if v.const_value is not None)
+    external = file.name + ".data" if options.external_data or size > _EXTERNAL_ABOVE else None
+    onnx_ir.save(exported, file, external_data=external)
+    if options.simplify:
+        graph.simplify(file)
+    onnx.checker.check_model(str(file))
+
+
+def run_onnx(file: Path, input_name: str, cases: list[Case], **runner_options: Any) -> list[Outputs]:
+    """Every case through ONNX Runtime on the CPU."""
+    from runtime.runners import open_runner
+
+    with open_runner(file, device="cpu", **runner_options) as runner:
+        return [runner.run({input_name: case.batch}) for case in cases]
+
+
+def _prove(exported: _Exported, cases: list[Case], reference: Any, options: ExportOptions) -> Proof:
+    from export.verify import Proof
+
+    for layer in reference.certificate["layers"]:
+        if layer["baked_sha256"] != exported.baked_sha256[layer["name"]]:
+            raise ParityError(
+                f"layer {layer['name']!r}: two processes baked different weights; refusing to ship either"
+            )
+    outputs = run_onnx(exported.file, options.input_name, cases)
+    return Proof(cases, reference, outputs, exported.classifies, exported.cropped, crop_limit(exported.crop))
+
+
+def crop_limit(crop: CropCertificate | None) -> float:
+    """The relative RMS error of the outputs that a crop may cost, end to end.
+
+    Ten times a tolerance (which bounds each layer's share of removed taps; errors of layers add), an error budget as it
+    stands, twice what was measured for a top-1 budget (its own measure is accuracy), nothing for a lossless crop.
+    """
+    if crop is None or crop.tolerance == "lossless":
+        return 0.0
+    if crop.tolerance is not None:
+        return min(0.5, 10 * crop.tolerance)
+    asked = str((crop.budget or {}).get("asked", ""))
+    measured = crop.end_to_end.relative_rms if crop.end_to_end else 0.0
+    return 2 * measured if asked.startswith("top1") or not asked else float(asked)
+
+
+def _manifest(checkpoint: Path, exported: _Exported, proof: Proof, options: ExportOptions) -> Manifest:
+    """Judge the fp32 file and describe it. Raises ParityError when it does not hold."""
+    import msgspec
+
+    from runtime.manifest import FileDigest, Manifest, Preprocessing, digest, sidecar, utc_now
+
+    facts, file = exported.facts, exported.file
+    verdict = proof.judge("fp32")
+    if not verdict.passed:
+        raise ParityError(f"{file.name.removeprefix('.fp32.')}: not written, parity failed: {verdict.summary()}")
+    data = file.with_name(file.name + ".data")
+    manifest = Manifest(
+        artefact=digest(file, "onnx"),
+        external=(digest(data, "external-data"),) if data.exists() else (),
+        inputs=exported.inputs,
+        outputs=exported.outputs,
+        created=utc_now(),
+        chain=(FileDigest("checkpoint", checkpoint.name, facts.sha256, checkpoint.stat().st_size),),
+        preprocessing=msgspec.convert(facts.preprocessing, Preprocessing) if facts.preprocessing else None,
+        labels=facts.labels,
+        dataset=facts.dataset,
+        arch=facts.arch,
+        precision_found={"fp32": exported.operators.get("Conv", 0) + exported.operators.get("Gemm", 0)},
+        certificate=proof.reference.certificate,
+        crop=exported.crop.to_dict() if exported.crop else None,
+        parity=verdict.to_dict(),
+        build={
+            "opset": options.opset,
+            "batch": options.batch or "dynamic",
+            "dynamic_hw": options.dynamic_hw,
+            "simplify": options.simplify,
+            "operators": exported.operators,
+            "notes": list(facts.notes),
+        },
+        versions=versions("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "gmconv-deploy"),
+    )
+    sidecar(file).write_text(manifest.to_json())
+    return manifest
+
+
+def _write_variants(
+    exported: _Exported, manifest: Manifest, proof: Proof, output: Path, options: ExportOptions, note: Note
+) -> None:
+    """The other precisions, each judged against the live network by the tolerance of its precision."""
+    if options.precisions == ("fp32",):
+        return
+    import onnx
+
+    from export.converter import PrecisionConverter, PrecisionOptions, with_precision
+    from export.graph_check import save_graph
+    from runtime.manifest import sidecar
+
+    folder, settings = exported.file.parent, options.precision or PrecisionOptions()
+    converter = PrecisionConverter(
+        onnx.load(exported.file), settings, preprocessing=manifest.preprocessing, dataset=manifest.dataset
+    )
+    for precision, final in zip(options.precisions, options.outputs(output), strict=True):
+        name = final.name
+        if precision == "fp32":
+            continue
+        note(f"converting to {precision} and comparing")
+        graph, audit = converter.convert(precision)
+        chain = (*manifest.chain, replace(manifest.artefact, file=manifest.artefact.file.removeprefix(".fp32.")))
+        described = replace(with_precision(manifest, graph, audit), chain=chain)
+        written = save_graph(graph, folder / name, described, external=bool(manifest.external))
+        quantized = precision in ("int8", "fp8")
+        checked = proof.on_images() if quantized else proof
+        outputs = run_onnx(
+            folder / name,
+            options.input_name,
+            checked.cases_in(written.inputs[0].dtype),
+            quantized_as_written=quantized or None,
+            optimization="disable" if precision == "fp8" else None,
+        )
+        verdict = replace(checked, shipped=outputs).judge(precision)
+        if not verdict.passed:
+            raise ParityError(f"{name}: nothing was written, parity failed: {verdict.summary()}")
+        sidecar(folder / name).write_text(replace(written, parity=verdict.to_dict()).to_json())
+    if "fp32" not in options.precisions:
+        for file in folder.glob(f"{exported.file.name}*"):
+            file.unlink()
+    elif exported.file.name != output.name:
+        raise RefusedError("name fp32 first in --precision: it is what the others are made from")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions of those packages that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
