@@ -31,15 +31,14 @@ class Statistics:
 def percentile(ascending: Values | Sequence[float], percentage: float) -> float:
     """trtexec's percentile of an ascending sequence: index `max(n - 1 - int((1 - p / 100) * n), 0)`.
 
-    Raises ValueError for an empty sequence or a percentage outside 0..100. The index is computed in float32, as trtexec
-    does: in float64 `(1 - 0.9) * 10` is below 1 and would pick another query.
+    Where `(1 - p / 100) * n` is a whole number, trtexec's own float32 may round to the neighbouring query.
+    Raises ValueError for an empty sequence or a percentage outside 0..100.
     """
     if not 0 <= percentage <= 100:
         raise ValueError(f"percentile {percentage:g} is not in [0, 100]")
     if len(ascending) == 0:
         raise ValueError("no queries")
-    share = np.float32(1) - np.float32(percentage) / np.float32(100)
-    exclude = int(share * np.float32(len(ascending)))
+    exclude = int((1 - percentage / 100) * len(ascending))
     return float(ascending[max(len(ascending) - 1 - exclude, 0)])
 
 

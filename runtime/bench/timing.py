@@ -119,10 +119,9 @@ class HostLane(Lane):
         stamps = array("q")
         warm = 0
         interrupted = False
-        begin = clock()
         with quiet():
             try:
-                warm_until = begin + int(options.warm_up * 1e6)
+                warm_until = clock() + int(options.warm_up * 1e6)
                 while clock() < warm_until:
                     call()
                     warm += 1
@@ -130,12 +129,10 @@ class HostLane(Lane):
                 until = _FOREVER if options.endless else started + int(options.duration * 1e9)
                 stops = _stops(started, until, progress is not None)
                 for stop in stops:
-                    _until(call, stop, stamps, options.idle)
+                    _until(call, stop, 1 if stop < until else options.iterations, stamps, options.idle)
                     if progress is not None and stop < until:
                         progress((clock() - started) / 1e9, len(stamps) // 2)
                         call()
-                while len(stamps) < 2 * options.iterations:
-                    _until(call, 0, stamps, options.idle)
             except KeyboardInterrupt:
                 interrupted = True
         return Trace(_host_times(stamps), warm, interrupted)
@@ -143,9 +140,7 @@ class HostLane(Lane):
     def block(self, seconds: float, minimum: int) -> NDArray[np.float64]:
         """See `Lane.block`."""
         stamps = array("q")
-        _until(self._call, time.perf_counter_ns() + int(seconds * 1e9), stamps)
-        while len(stamps) < 2 * minimum:
-            _until(self._call, 0, stamps)
+        _until(self._call, time.perf_counter_ns() + int(seconds * 1e9), minimum, stamps)
         pairs = np.frombuffer(stamps, dtype=np.int64).reshape(-1, 2)
         latencies: NDArray[np.float64] = (pairs[:, 1] - pairs[:, 0]) / 1e6
         return latencies
@@ -165,11 +160,10 @@ class DeviceLane(Lane):
         records: list[QueryTimes] = []
         warm = recorded = 0
         interrupted = False
-        begin = time.perf_counter()
-        warm_until = begin + options.warm_up / 1000
-        until = float("inf") if options.endless else warm_until + options.duration
-        look = warm_until + PROGRESS_EVERY if progress else float("inf")
         with quiet():
+            warm_until = time.perf_counter() + options.warm_up / 1000
+            until = float("inf") if options.endless else warm_until + options.duration
+            look = warm_until + PROGRESS_EVERY if progress else float("inf")
             try:
                 while True:
                     for stream in self._streams:
@@ -252,27 +246,19 @@ def quiet() -> Iterator[None]:
             gc.enable()
 
 
-def _until(call: Callable[[], object], deadline: int, stamps: array[int], idle: float = 0.0) -> None:
-    """Run until `deadline` (ns), at least once, adding the start and end (ns) of every query to `stamps`."""
+def _until(call: Callable[[], object], deadline: int, minimum: int, stamps: array[int], idle: float = 0.0) -> None:
+    """Run until `deadline` (ns) and until `stamps` holds `minimum` queries: the start and end (ns) of each."""
     clock, append = time.perf_counter_ns, stamps.append
-    if idle:
-        while True:
-            start = clock()
-            call()
-            end = clock()
-            append(start)
-            append(end)
-            if end >= deadline:
-                return
-            time.sleep(idle / 1000)
     while True:
         start = clock()
         call()
         end = clock()
         append(start)
         append(end)
-        if end >= deadline:
+        if end >= deadline and len(stamps) >= 2 * minimum:
             return
+        if idle:
+            time.sleep(idle / 1000)
 
 
 def _stops(started: int, until: int, looking: bool) -> Iterator[int]:
