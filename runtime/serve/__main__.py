@@ -30,9 +30,7 @@ TOKEN_VARIABLE = "GMCONV_SERVE_TOKEN"
 @click.option("--http/--no-http", default=True, help="Serve REST.")
 @click.option("--grpc/--no-grpc", default=True, help="Serve gRPC.")
 @click.option("--metrics/--no-metrics", default=True, help="Serve metrics.")
-@click.option(
-    "--device", default=DEFAULT.device, show_default=True, help="cpu, cuda or cuda:N; auto: cuda for engines."
-)
+@click.option("--device", default=DEFAULT.device, show_default=True, help="cpu, cuda, cuda:N; auto: cuda for engines.")
 @click.option(
     "--threads", type=click.IntRange(0), default=0, help="CPU threads per instance [default: cores/instances]."
 )
@@ -78,6 +76,20 @@ TOKEN_VARIABLE = "GMCONV_SERVE_TOKEN"
 )
 @click.option(
     "--max-inflight-mib", type=click.IntRange(1), default=512, show_default=True, help="Request bytes held at once."
+)
+@click.option(
+    "--header-timeout",
+    type=click.FloatRange(0.1),
+    default=DEFAULT.header_timeout,
+    show_default=True,
+    help="Seconds for a request's header to arrive.",
+)
+@click.option(
+    "--body-timeout",
+    type=click.FloatRange(0.1),
+    default=DEFAULT.body_timeout,
+    show_default=True,
+    help="Seconds for a request's body to arrive.",
 )
 @click.option("--max-connections", type=click.IntRange(1), default=DEFAULT.max_connections, show_default=True)
 @click.option(

@@ -55,6 +55,8 @@ class Instance:
         self.wake = threading.Lock()
         self.wake.acquire()
         self.staging: dict[str, Array] = {}
+        self.items: list[Item] = []
+        """What is being executed."""
 
     def gather(self, items: list[Item], capacity: int) -> dict[str, Array]:
         """The items' rows in one array per input. A lone aligned request is passed on as it lies."""
@@ -100,11 +102,10 @@ class Batcher:
         self._shedding = False
         self._last_shed = 0
         self._sweeping = False
-        instances = [Instance(runner) for runner in runners]
-        self._share = len(instances)
+        self._instances = [Instance(runner) for runner in runners]
         self._threads = [
             threading.Thread(target=self._work, args=(i,), name=f"{name}-{n}", daemon=True)
-            for n, i in enumerate(instances)
+            for n, i in enumerate(self._instances)
         ]
         for thread in self._threads:
             thread.start()
@@ -201,9 +202,11 @@ class Batcher:
         return not any(t.is_alive() for t in self._threads)
 
     def abort(self, error: RequestError) -> int:
-        """Fail everything queued (the drain's limit is reached); how many that was."""
+        """Fail everything queued or being executed (the drain's limit is reached); how many that was."""
         with self._lock:
             items = self._queue.clear()
+            for instance in self._instances:
+                items += instance.items
         for item in items:
             _fail(item, error)
         return len(items)
@@ -256,6 +259,7 @@ class Batcher:
     def _execute(self, instance: Instance, items: list[Item], call: Callable[..., None]) -> None:
         batch = items[0].batch
         assert batch is not None
+        instance.items = items
         try:
             feeds = instance.gather(items, self.policy.max_rows)
             batch.fed = monotonic_ns()
@@ -269,7 +273,7 @@ class Batcher:
                 results.append(outputs if len(items) == 1 else {n: a[start:end] for n, a in outputs.items()})
                 start = end
             batch.done = monotonic_ns()
-            cost = (batch.done - batch.taken) / max(batch.rows, 1) / self._share
+            cost = (batch.done - batch.taken) / max(batch.rows, 1) / len(self._instances)
             self._row_ns = 0.8 * self._row_ns + 0.2 * cost if self._row_ns else cost
             call(self._deliver, batch, items, results)
         except BaseException as error:
@@ -277,6 +281,8 @@ class Batcher:
                 call(self._refuse, items, RequestError(_no_path(error.message)))
             else:
                 call(self._break, items, error)
+        finally:
+            instance.items = []
 
     def _works(self, instance: Instance, refusal: RefusedError) -> bool:
         if refusal.__cause__ is None:  # refused before it reached the engine

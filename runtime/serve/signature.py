@@ -72,7 +72,7 @@ class Signature:
             if axis == 0 and self.max_rows and want < 0:
                 low, high = self.min_rows, self.max_rows
                 if got > high:
-                    raise RequestError(f"inference request batch-size must be <= {high}, got {got} rows")
+                    raise RequestError(f"inference request batch-size must be <= {high}, got {short([got])}")
             if not low <= got <= high:
                 raise RequestError(
                     f"unexpected shape for input '{port.name}': {short(shape)}, expected {list(port.shape)}"

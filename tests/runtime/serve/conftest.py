@@ -109,7 +109,7 @@ def adder(path: Path) -> Path:
     )
 
 
-def heavy(path: Path, size: int = 700, layers: int = 12, limit: int = 16) -> Path:
+def heavy(path: Path, size: int = 400, layers: int = 12) -> Path:
     """A network that takes tens of milliseconds per row on one core, for queues to build up."""
     rng = np.random.default_rng(0)
     weights = [
@@ -120,7 +120,6 @@ def heavy(path: Path, size: int = 700, layers: int = 12, limit: int = 16) -> Pat
         for i in range(layers)
     ]
     info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", size, size]) for n in "xy"]
-    del limit
     return write_model(path, nodes, info[:1], info[1:], weights)
 
 

@@ -1,0 +1,278 @@
+"""Start, drain, reload, failure: what the process does, and with which exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import pytest
+import tritonclient.grpc.aio as tga
+from tritonclient.grpc import InferInput
+
+from .conftest import Server, classifier, heavy
+
+Start = Callable[..., Server]
+
+
+def body_for(shape: tuple[int, ...], name: str = "input") -> tuple[bytes, dict[str, str]]:
+    data = np.random.default_rng(0).random(shape, np.float32).tobytes()
+    header = json.dumps(
+        {"inputs": [{"name": name, "shape": shape, "datatype": "FP32", "parameters": {"binary_data_size": len(data)}}]}
+    ).encode()
+    return header + data, {"Inference-Header-Content-Length": str(len(header))}
+
+
+async def fire(server: Server, path: str, body: bytes, headers: dict[str, str], count: int, after: float) -> Counter:
+    """`count` requests at once; SIGTERM after `after` seconds."""
+    seen: Counter = Counter()
+    connector = aiohttp.TCPConnector(limit=count)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(60)) as session:
+
+        async def one() -> None:
+            try:
+                async with session.post(f"http://{server.http}{path}", data=body, headers=headers) as answer:
+                    await answer.read()
+                    seen[answer.status] += 1
+            except Exception as error:
+                seen[type(error).__name__] += 1
+
+        tasks = [asyncio.create_task(one()) for _ in range(count)]
+        await asyncio.sleep(after)
+        server.process.send_signal(signal.SIGTERM)
+        await asyncio.gather(*tasks)
+    return seen
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_sigterm_answers_everything_in_flight_and_exits_0(start: Start, tmp_path: Path, count: int) -> None:
+    server = start(heavy(tmp_path / "m.onnx", size=64, layers=24))
+    body, headers = body_for((1, 64, 64), "x")
+    seen = asyncio.run(fire(server, "/v2/models/m/infer", body, headers, count, 0.05))
+    assert seen == {200: count}
+    assert server.stop() == 0, server.log
+
+
+def test_sigterm_answers_grpc_requests_in_flight(start: Start, tmp_path: Path) -> None:
+    server = start(heavy(tmp_path / "m.onnx", size=160))
+    tensor = InferInput("x", [1, 160, 160], "FP32")
+    tensor.set_data_from_numpy(np.ones((1, 160, 160), "f4"))
+
+    async def run() -> None:
+        async with tga.InferenceServerClient(server.grpc) as client:
+            tasks = [asyncio.create_task(client.infer("m", [tensor])) for _ in range(60)]
+            await asyncio.sleep(0.1)
+            server.process.send_signal(signal.SIGTERM)
+            assert len(await asyncio.gather(*tasks)) == 60
+
+    asyncio.run(run())
+    assert server.stop() == 0, server.log
+
+
+def test_not_ready_at_once_while_draining(start: Start, tmp_path: Path) -> None:
+    server = start(heavy(tmp_path / "m.onnx"), "--max-batch", "1")
+    body, headers = body_for((1, 400, 400), "x")
+    threads = [
+        threading.Thread(target=server.request, args=("POST", "/v2/models/m/infer", body, headers)) for _ in range(24)
+    ]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    assert server.request("GET", "/v2/health/live")[0] == 200
+    status, headers, _ = server.request("GET", "/v2/health/ready")
+    assert status == 503
+    assert headers["connection"] == "close"
+    for thread in threads:
+        thread.join()
+    assert server.stop() == 0
+
+
+def test_idle_server_stops_quickly(start: Start, tmp_path: Path) -> None:
+    server = start(classifier(tmp_path / "m.onnx"))
+    began = time.monotonic()
+    assert server.stop(signal.SIGINT) == 0
+    assert time.monotonic() - began < 3
+
+
+def test_drain_timeout_answers_the_rest_503(start: Start, tmp_path: Path) -> None:
+    server = start(heavy(tmp_path / "m.onnx", size=500, layers=16), "--drain-timeout", "0.5", "--max-batch", "1")
+    body, headers = body_for((1, 500, 500), "x")
+    seen = asyncio.run(fire(server, "/v2/models/m/infer", body, headers, 40, 0.3))
+    assert set(seen) <= {200, 503}
+    assert seen[503] > 0
+    assert server.stop() == 0
+    assert "not finished within" in server.log
+
+
+def test_reload_swaps_a_changed_model_and_keeps_the_old_when_the_new_is_bad(start: Start, tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    classifier(root / "m" / "1" / "model.onnx", seed=1)
+    server = start(root)
+    body, headers = body_for((1, 3, 8, 8))
+
+    def answer(version: str = "") -> tuple[int, bytes]:
+        path = f"/v2/models/m/versions/{version}/infer" if version else "/v2/models/m/infer"
+        status, _, content = server.request("POST", path, body, headers)
+        return status, content
+
+    def reload_until(text: str) -> None:
+        server.process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 20
+        while text not in server.log and time.monotonic() < end:
+            time.sleep(0.02)
+        assert text in server.log
+
+    first = answer()
+    classifier(root / "m" / "2" / "model.onnx", seed=2)
+    reload_until("m version 2 is in service")
+    second = answer()
+    assert second[0] == 200
+    assert second[1] != first[1]
+    assert answer("1") == first
+    # A version that does not match its manifest is refused, and the one in service stays.
+    artefact = root / "m" / "2" / "model.onnx"
+    artefact.write_bytes(artefact.read_bytes()[:-1] + b"\0")
+    reload_until("not loaded")
+    assert answer() == second
+    # A file that passes the check and cannot be loaded leaves the old one serving too.
+    classifier(root / "m" / "2" / "model.onnx", seed=5, batch=1)
+    shutil.rmtree(root / "m" / "1")
+    reload_until("m version 1 left service")
+    assert answer("1")[0] == 404
+    assert server.stop() == 0
+
+
+def test_reloading_under_load_loses_nothing(start: Start, tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    path = classifier(root / "m.onnx", seed=0)
+    server = start(root)
+    body, headers = body_for((1, 3, 8, 8))
+    seen: Counter = Counter()
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            seen[server.request("POST", "/v2/models/m/infer", body, headers)[0]] += 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for cycle in range(1, 9):
+        classifier(path, seed=cycle)
+        server.process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 10
+        while server.log.count("is in service") < cycle and time.monotonic() < end:
+            time.sleep(0.01)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert server.log.count("is in service") == 8
+    assert set(seen) == {200}
+    assert server.metric("nv_inference_request_success", model="m") == seen[200]
+
+
+FAILING = """
+import asyncio, json, sys
+from pathlib import Path
+import numpy as np
+from runtime.manifest import TensorSpec
+from runtime.serve.server import serve
+from runtime.serve.settings import Settings
+
+class Failing:
+    inputs = (TensorSpec("input", "float32", ("b", 4)),)
+    outputs = (TensorSpec("y", "float32", ("b", 4)),)
+    profiles = ()
+    def run(self, feeds):
+        if feeds["input"].any():
+            raise RuntimeError("the device is lost at /secret/path")
+        return {"y": feeds["input"]}
+    def close(self): pass
+
+settings = Settings(source=Path(sys.argv[1]), http_port=0, grpc_port=0, metrics_port=0)
+sys.exit(asyncio.run(serve(settings, lambda e: print(json.dumps(e), flush=True), lambda p, s: [Failing()])))
+"""
+
+
+def test_an_engine_failure_is_500_with_an_id_then_the_process_ends(tmp_path: Path) -> None:
+    path = classifier(tmp_path / "m.onnx")
+    process = subprocess.Popen(
+        [sys.executable, "-c", FAILING, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    port = json.loads(process.stdout.readline())["http_port"]
+    process.stdout.readline()
+    server = Server.__new__(Server)
+    server.http_port = port
+    body, headers = body_for((1, 4))
+    status, got, content = server.request("POST", "/v2/models/m/infer", body, {**headers, "X-Request-Id": "lost-1"})
+    assert status == 500
+    assert got["x-request-id"] == "lost-1"
+    assert json.loads(content) == {"error": "the engine failed (request id lost-1)"}
+    assert process.wait(20) == 6
+    process.communicate()
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "runtime.serve", *args], capture_output=True, text=True, timeout=60)
+
+
+def test_refusals_at_start(tmp_path: Path) -> None:
+    good = classifier(tmp_path / "good.onnx")
+    bare = tmp_path / "bare.onnx"
+    shutil.copy(good, bare)
+    tampered = classifier(tmp_path / "tampered.onnx")
+    tampered.write_bytes(tampered.read_bytes() + b"\0")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short").write_text("abc")
+    for arguments, text in (
+        ([str(tmp_path / "none.onnx")], "no such file"),
+        ([str(bare)], "manifest"),
+        ([str(tampered)], "sha256"),
+        ([str(tmp_path / "empty")], "holds no"),
+        ([str(good), "--model-name", "a/b"], "must match"),
+        ([str(good), "--token-file", str(tmp_path / "short")], "at least 16"),
+        ([str(good), "--tls-cert", str(good)], "go together"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 3, (arguments, done.stderr)
+        assert text in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not done.stdout
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run(str(classifier(tmp_path / "m.onnx")), "--http-port", str(taken.getsockname()[1]))
+    assert done.returncode == 6
+    assert "--http-port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_torch_and_a_quick_help() -> None:
+    code = (
+        "import sys, runtime.serve.server, runtime.serve.grpc_server, runtime.runners.onnxruntime, onnxruntime;"
+        "sys.exit(any(m.split('.')[0] in ('torch', 'onnx', 'gmconv', 'export') for m in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    best = min(_timed_help() for _ in range(3))
+    assert best < 0.3
+
+
+def _timed_help() -> float:
+    began = time.perf_counter()
+    assert run("--help").returncode == 0
+    return time.perf_counter() - began
