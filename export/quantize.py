@@ -86,7 +86,10 @@ def quantize_graph(
         _read_unquantized(result, {node.name for node in copy.graph.node} - set(chosen), set(exclude))
     if to == "fp8":
         _retype_to_fp8(result, model)
-    strip_notes(result)
+    if target == "tensorrt":
+        _share_zero_points(result)
+    _shorten_names(result)
+    strip_notes(result, scopes=False)
     return result
 
 
@@ -188,6 +191,51 @@ def _retype_to_fp8(model: ModelProto, source: ModelProto) -> None:
                 step = step.reshape([-1 if k == axis % weight.ndim else 1 for k in range(weight.ndim)])
             ratio = np.clip(weight / step, -FP8_MAX, FP8_MAX)
             _as_fp8(stored, ratio.astype(ml_dtypes.float8_e4m3fn))
+
+
+def _share_zero_points(model: ModelProto) -> None:
+    """Let all symmetric Q/DQ of one type and length use one zero point, in place: in a small network the many equal
+    ones, with their names, weigh as much as a layer."""
+    from onnx import helper
+
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    shared: dict[tuple[Any, ...], str] = {}
+    replaced: set[str] = set()
+    for node in model.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        zero = initializers[node.input[2]]
+        name = f"zero_{helper.tensor_dtype_to_string(zero.data_type).split('.')[-1].lower()}"
+        name += "".join(f"_{size}" for size in zero.dims)
+        shared.setdefault((zero.data_type, *zero.dims), name)
+        if node.input[2] != name:
+            replaced.add(node.input[2])
+            if name not in initializers:
+                model.graph.initializer.append(zero)
+                model.graph.initializer[-1].name = name
+                initializers[name] = model.graph.initializer[-1]
+            node.input[2] = name
+    kept = [tensor for tensor in model.graph.initializer if tensor.name not in replaced]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
+def _shorten_names(model: ModelProto) -> None:
+    """Give the tensors between Q, DQ and their consumers short names, in place."""
+    endings = (("_QuantizeLinear_Output", "_q"), ("_DequantizeLinear_Output", "_dq"), ("_zero_point", "_zp"))
+    taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
+    short: dict[str, str] = {}
+    for name in taken:
+        for long, brief in endings:
+            if name.endswith(long) and name.removesuffix(long) + brief not in taken:
+                short[name] = name.removesuffix(long) + brief
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                if name in short:
+                    names[index] = short[name]
+    for tensor in model.graph.initializer:
+        tensor.name = short.get(tensor.name, tensor.name)
 
 
 def _as_fp8(tensor: TensorProto, values: Any) -> None:
