@@ -291,7 +291,7 @@ def main(arguments: tuple[str, ...]) -> None:
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
-    raise Interrupted("stopped before the server started")
+    os._exit(Interrupted.exit_code)  # raising here could surface inside any import; there is nothing to clean up yet
 
 
 if __name__ == "__main__":
