@@ -9,7 +9,10 @@ from torch import nn
 
 from export.crop import CropRequest, calibration_batches, crop_for_export, max_abs_pixel, parity_tolerance
 from export.crop_budget import Budget
+from gmconv.crop_conv import CroppedConv2d
 from gmconv.crop_measure import output_error, run
+from gmconv.crop_window import Window
+from gmconv.cropping import crop_to
 from gmconv.surgery import bake, convert
 from runtime.errors import RefusedError
 from runtime.manifest import Preprocessing
@@ -99,3 +102,35 @@ def test_the_first_layers_bound_holds_for_every_image(model: nn.Module) -> None:
     assert certificate.layers[0].max_abs_source == "analytic"
     assert certificate.layers[0].max_abs_input == pytest.approx(1.0)
     assert certificate.layers[1].max_abs_source == "calibration"
+
+
+def test_a_crop_exports_as_convolutions_that_compute_the_same(tmp_path: Path) -> None:
+    """Zero padding stays inside the Conv node, whatever its sides; a crop beyond the padding is a Slice before it."""
+    import onnx
+    import onnxruntime as ort
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Conv2d(2, 4, 7, stride=2, padding=3),
+        nn.Conv2d(4, 4, 4, padding="same", groups=2),
+        nn.Conv2d(4, 4, 5, padding=4, dilation=2),
+        nn.Conv2d(4, 4, 3, padding=2, padding_mode="circular"),
+        nn.Conv2d(4, 4, 3),
+    ).eval()
+    windows = [Window(2, 1, 3, 5), Window(1, 1, 2, 2), Window(1, 2, 2, 2), Window(1, 1, 1, 1), Window(1, 1, 1, 1)]
+    cropped = crop_to(plain, {str(i): window for i, window in enumerate(windows)})
+    assert [type(layer) for layer in cropped] == [nn.Conv2d, nn.Conv2d, CroppedConv2d, nn.Conv2d, CroppedConv2d]
+    example = (torch.randn(2, 2, 20, 20),)
+    path = tmp_path / "cropped.onnx"
+    torch.onnx.export(cropped, example, path, dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
+
+    graph = onnx.load(path).graph
+    assert [node.op_type for node in graph.node] == ["Conv", "Conv", "Conv", "Pad", "Conv", "Slice", "Slice", "Conv"]
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    x = torch.randn(3, 2, 20, 20)
+    with torch.no_grad():
+        for layer, window in zip(plain, windows, strict=True):
+            layer.weight -= window.removed(layer.weight)
+        expected = plain(x)
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-5)
