@@ -30,7 +30,7 @@ def sigma_penalty(model: nn.Module) -> Tensor:
 def _log_energy(layer: GMConv2d) -> Tensor:
     size = (layer.kernel_size[0], layer.kernel_size[1])
     distance = squared_distance(size, layer.sigma.dtype, layer.sigma.device)
-    variance = layer.sigma.square().clamp_min(1e-4)[:, None, None]
+    variance = layer.sigma.clamp(-1e12, 1e12).square().clamp_min(1e-4)[:, None, None]  # 0/0 and inf/inf kept out
     return torch.logsumexp((-(distance - distance.min()) / variance).flatten(1), dim=1)
 
 
