@@ -1,5 +1,6 @@
 """The crop of an export: its data, its refusals, and what parity may expect of it."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from export.crop import CropRequest, calibration_batches, crop_for_export, max_abs_pixel, parity_tolerance
+from export.crop import CropRequest, calibration_batches, crop_for_export, max_abs_pixel
 from export.crop_budget import Budget
 from gmconv.crop_conv import CroppedConv2d
 from gmconv.crop_measure import output_error, run
@@ -16,7 +17,6 @@ from gmconv.cropping import crop_to
 from gmconv.surgery import bake, convert
 from runtime.errors import RefusedError
 from runtime.manifest import Preprocessing
-from runtime.tolerances import TOLERANCES
 
 SHAPE = (1, 16, 16)
 DIGITS = {"name": "digits", "test_size": 0.2, "split_seed": 0}
@@ -36,17 +36,19 @@ def model() -> nn.Module:
 
 
 def test_digits_are_used_where_the_checkpoint_knows_them(model: nn.Module) -> None:
-    batches, origin = calibration_batches(model, CropRequest(), SHAPE, DIGITS, None)
-    assert origin == "64 of digits, seed 0"
-    assert [tuple(b.shape) for b in batches] == [(16, *SHAPE)] * 4
+    batches, labels, origin = calibration_batches(model, CropRequest(), SHAPE, DIGITS, None)
+    assert origin == "128 of digits, seed 0"
+    assert [tuple(b.shape) for b in batches] == [(16, *SHAPE)] * 8
+    assert labels is not None
+    assert len(labels) == 128
     assert float(batches[0].max()) <= 1
 
 
 def test_images_come_before_the_data_set_and_noise_is_last(model: nn.Module, tmp_path: Path) -> None:
     np.savez(tmp_path / "mine.npz", images=np.random.default_rng(0).random((5, *SHAPE), dtype=np.float32))
-    _, origin = calibration_batches(model, CropRequest(images=tmp_path / "mine.npz"), SHAPE, DIGITS, None)
+    _, _, origin = calibration_batches(model, CropRequest(images=tmp_path / "mine.npz"), SHAPE, DIGITS, None)
     assert origin == "5 of mine.npz, seed 0"
-    batches, origin = calibration_batches(model.double(), CropRequest(), SHAPE, None, None)
+    batches, _, origin = calibration_batches(model.double(), CropRequest(), SHAPE, None, None)
     assert origin == "8 of noise, seed 0"
     assert batches[0].dtype == torch.float64
 
@@ -63,17 +65,12 @@ def test_a_top1_budget_needs_classes() -> None:
 
 
 @pytest.mark.parametrize("request_", [CropRequest(tolerance=t) for t in ("lossless", 1e-3, 2e-2)], ids=str)
-def test_the_error_is_within_the_tolerance_predicted_from_the_weights(model: nn.Module, request_: CropRequest) -> None:
+def test_the_outputs_move_by_about_the_tolerance(model: nn.Module, request_: CropRequest) -> None:
     cropped, certificate = crop_for_export(model, request_, input_shape=SHAPE, dataset=DIGITS)
-    tolerance = parity_tolerance(certificate, TOLERANCES["fp32"])
+    predicted = math.sqrt(sum(layer.l1_removed**2 for layer in certificate.layers))
     for x in (torch.rand(16, *SHAPE), torch.randn(16, *SHAPE)):
-        seen = output_error([run(model, x)], [run(cropped, x)])
-        assert seen.relative_rms <= tolerance.rel_rms
-    if request_.tolerance == "lossless":
-        assert tolerance is TOLERANCES["fp32"]
-    else:
-        assert certificate.cropped
-        assert tolerance.rel_rms <= TOLERANCES["fp32"].rel_rms + request_.tolerance * 2**0.5  # type: ignore[operator]
+        assert output_error([run(model, x)], [run(cropped, x)]).relative_rms <= predicted + 1e-6
+    assert bool(certificate.cropped) is (request_.tolerance != "lossless")
 
 
 def test_a_budget_by_latency_is_measured(model: nn.Module) -> None:
@@ -85,7 +82,6 @@ def test_a_budget_by_latency_is_measured(model: nn.Module) -> None:
     assert certificate.budget["spent"] <= 0.05
     assert all(layer.latency_before_ms is not None for layer in certificate.layers)
     assert certificate.layers[0].kept == tuple(cropped[0].kernel_size)
-    assert parity_tolerance(certificate, TOLERANCES["fp32"]).rel_rms >= 0.05
 
 
 def test_the_input_range_of_images() -> None:
@@ -134,3 +130,14 @@ def test_a_crop_exports_as_convolutions_that_compute_the_same(tmp_path: Path) ->
         expected = plain(x)
     found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-5)
+
+
+def test_crops_choose_on_training_images_not_on_held_out_ones(model: nn.Module) -> None:
+    from runtime.datasets import load_samples
+
+    batches, _, _ = calibration_batches(model, CropRequest(samples=2000), SHAPE, DIGITS, None)
+    held_out = load_samples("digits", input_shape=SHAPE, dataset=DIGITS)
+    seen = {image.numpy().tobytes() for image in torch.cat(batches)}
+    shared = sum(image.tobytes() in seen for batch in held_out for image in batch.images)
+    assert len(torch.cat(batches)) == 1437
+    assert shared == 0
