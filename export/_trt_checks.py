@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_INT64 = 7
 # onnx.TensorProto.DataType -> numpy (or ml_dtypes) name, and the precision it stands for in a manifest.
 _DTYPES = {
     1: "float32",
@@ -26,7 +27,6 @@ _DTYPES = {
     7: "int64",
     9: "bool",
     10: "float16",
-    11: "float64",
     16: "bfloat16",
     17: "float8_e4m3fn",
 }
@@ -90,6 +90,7 @@ def read_graph(path: Path, *, check: bool = True) -> GraphFacts:
         UnicodeDecodeError,
     ) as error:
         raise RefusedError(f"{path}: not a valid ONNX model ({_first_line(error)}); export the model again") from error
+    _refuse_wild_integers(graph, path)
     known = {i.name for i in graph.initializer}
     inputs = tuple(_spec(v, path) for v in graph.input if v.name not in known)
     outputs = tuple(_spec(v, path) for v in graph.output)
@@ -107,6 +108,25 @@ def read_graph(path: Path, *, check: bool = True) -> GraphFacts:
     )
 
 
+def _refuse_wild_integers(graph: GraphProto, path: Path) -> None:
+    """Indices and sizes beyond int32 are no network's: TensorRT builds them into engines that read anywhere.
+
+    Slice is excepted: the largest int64 is its "to the end".
+    """
+    from onnx.numpy_helper import to_array
+
+    for tensor in graph.initializer:
+        if tensor.data_type != _INT64 or tensor.data_location == tensor.EXTERNAL:
+            continue
+        users = {node.op_type for node in graph.node if tensor.name in node.input}
+        values = to_array(tensor)
+        if users - {"Slice"} and values.size and max(abs(int(values.min())), abs(int(values.max()))) > 2**31 - 1:
+            raise RefusedError(
+                f"{path}: the int64 constant {tensor.name!r} of a {', '.join(sorted(users))} holds {values.max()}, beyond "
+                f"int32; export the model again"
+            )
+
+
 def _first_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text[:300] + ("…" if len(text) > 300 else "")
@@ -115,7 +135,7 @@ def _first_line(error: Exception) -> str:
 def _spec(value: ValueInfoProto, path: Path) -> TensorSpec:
     tensor = value.type.tensor_type
     if not value.type.HasField("tensor_type") or tensor.elem_type not in _DTYPES:
-        raise RefusedError(f"{path}: {value.name!r} is no tensor of a type that TensorRT takes")
+        raise RefusedError(f"{path}: {value.name!r} is no tensor of a type that TensorRT takes; use float32")
     if not tensor.HasField("shape"):
         raise RefusedError(f"{path}: {value.name!r} has no shape; export the model with shapes")
     shape: list[int | str] = []

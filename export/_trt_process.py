@@ -27,7 +27,7 @@ _KNOWN = (
     ),
     (("out of memory", "outofmemory", "bad_alloc", "cudaerrormemory"), "memory ran out; lower --max or --workspace"),
     (
-        ("compute capability", "sm version", "unsupported sm"),
+        ("compute capability", "turing", "unsupported sm"),
         "this GPU generation is not supported for that; change --compute-capability",
     ),
 )

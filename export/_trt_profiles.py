@@ -45,6 +45,8 @@ def batch_request(low: int | None, opt: int | None, high: int | None) -> Profile
     for flag, value in (("--min", low), ("--opt", opt), ("--max", high)):
         if value is not None and value < 1:
             raise ValueError(f"{flag} {value}: a batch is 1 or more")
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"--min {low} is larger than --max {high}")
     lowest = low if low is not None else min(DEFAULT_BATCH[0], *(v for v in (opt, high) if v is not None), 10**9)
     highest = high if high is not None else max(DEFAULT_BATCH[2], lowest, opt or 1)
     middle = opt if opt is not None else min(max(DEFAULT_BATCH[1], lowest), highest)

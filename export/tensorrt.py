@@ -39,7 +39,11 @@ NOT_RUN = "not run (no device)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
-    """How to build. `workspace` in MiB; `profiles` empty: batch 1, 8, 32 where the batch is dynamic."""
+    """How to build. `workspace` in MiB; `profiles` empty: batch 1, 8, 32 where the batch is dynamic.
+
+    `verify`: parity and a short benchmark where there is a GPU, against `checkpoint` or the one that the manifest names
+    if it lies beside the ONNX file, else against the ONNX file.
+    """
 
     flavor: Literal["auto", "tensorrt", "rtx"] = "auto"
     profiles: tuple[ProfileRequest, ...] = ()
@@ -54,6 +58,7 @@ class BuildOptions:
     strip: bool = False
     refit: bool = False
     verify: bool = True
+    checkpoint: Path | None = None
     log: Path | None = None
     verbose: bool = False
 
@@ -90,7 +95,9 @@ def build_engine(
         manifest = _manifest(onnx_path, output, flavor, why, options, source, onnx_digest, facts, built)
         sidecar(plan).write_text(manifest.to_json())
         if options.verify and cuda.driver_problem() is None:
-            manifest = _verify_on_gpu(onnx_path, plan, manifest)
+            from export._trt_verify import verify_engine
+
+            manifest = verify_engine(onnx_path, plan, manifest, options.checkpoint)
             sidecar(plan).write_text(manifest.to_json())
     return manifest
 
@@ -101,6 +108,8 @@ def _refuse_options(flavor: trt.Flavor, options: BuildOptions) -> None:
         raise BuildError(
             f"--compute-capability is TensorRT-RTX's; {title} builds for the GPU it runs on (--flavor rtx)"
         )
+    if options.version_compatible and flavor == "rtx":
+        raise BuildError("--version-compatible is TensorRT's; TensorRT-RTX has no lean runtime that would load it")
     if options.hardware_compatibility != "none" and flavor == "rtx":
         raise BuildError("--hardware-compatibility is TensorRT's; TensorRT-RTX takes --compute-capability 8.9,12.0")
     problem = cuda.driver_problem()
@@ -240,13 +249,6 @@ def refuse_other_precision(
             f"{path}: {asked} was asked for, yet {wide} of {fusion.convolutions} convolutions compute in fp32, where "
             f"the ONNX file has {wanted_wide}; convert the ONNX file again with --precision {asked}"
         )
-
-
-def _verify_on_gpu(onnx_path: Path, plan: Path, manifest: Manifest) -> Manifest:
-    """Parity at every corner of the profiles and a short benchmark; both into the manifest."""
-    from export._trt_verify import verify_engine
-
-    return verify_engine(onnx_path, plan, manifest)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -405,6 +407,8 @@ def main(
 ) -> None:
     """Build MODEL, an ONNX file or a checkpoint, into a TensorRT engine with a manifest beside it."""
     options = BuildOptions(profiles=_profiles(low, opt, high, min_shapes, opt_shapes, max_shapes), **flags)
+    if is_checkpoint(model):
+        options = dataclasses.replace(options, checkpoint=model)
     output = output or model.with_name(model.stem + (f".{precision}" if precision else "") + ".plan")
     if output.resolve() == model.resolve():
         raise click.UsageError(f"-o {output} is the model itself: name another file")

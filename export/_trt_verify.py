@@ -1,0 +1,69 @@
+"""After the build, where there is a GPU: parity at every profile corner and a short benchmark, into the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from runtime import cuda, trt
+from runtime.errors import ParityError
+from runtime.manifest import Manifest, sha256_file
+
+# Short: a build is not the place to measure; enough to see an engine that is ten times too slow.
+WARM_UP_MS, DURATION_S, ITERATIONS = 200.0, 1.0, 10
+
+
+def verify_engine(onnx_path: Path, plan: Path, manifest: Manifest, checkpoint: Path | None) -> Manifest:
+    """The manifest with the results of `plan` against its source: the live checkpoint if found, else the ONNX file.
+
+    Raises ParityError when an output is out of tolerance.
+    """
+    reason = why_not(manifest)
+    if reason:
+        return dataclasses.replace(manifest, parity={"result": f"not run ({reason})"})
+    parity = check_parity(find_checkpoint(manifest, onnx_path.parent, checkpoint) or onnx_path, plan)
+    return dataclasses.replace(manifest, parity=parity, benchmark=time_engine(plan))
+
+
+def why_not(manifest: Manifest) -> str | None:
+    """Why this engine cannot be verified on this GPU, or None."""
+    if manifest.build["strip"]:
+        return "weights stripped"
+    return trt.gpu_fits(manifest, cuda.device_info().compute_capability)
+
+
+def find_checkpoint(manifest: Manifest, folder: Path, known: Path | None = None) -> Path | None:
+    """The checkpoint at the start of the chain, when the very file is `known` or lies in `folder`."""
+    link = manifest.source("checkpoint")
+    if link is None:
+        return None
+    candidates = (path for path in (known, folder / link.file) if path is not None and path.is_file())
+    return next((path for path in candidates if sha256_file(path) == link.sha256), None)
+
+
+def check_parity(reference: Path, plan: Path) -> dict[str, Any]:
+    """Compare at every corner of the profiles. Raises ParityError with the first failure."""
+    from runtime.parity_run import ParityOptions, compare_artefacts
+
+    report = compare_artefacts(reference, [plan], ParityOptions(device="cuda:0"))
+    candidate = report.candidates[0]
+    if not report.passed:
+        raise ParityError(f"{plan.name}: differs from {reference.name}: {'; '.join(candidate.failures()[:3])}")
+    found = candidate.to_dict()
+    # Base names only: a manifest travels.
+    kept = ("engine", "precision", "tolerance", "cases", "yardstick", "notes")
+    return {"result": "passed", "reference": reference.name, **{key: found[key] for key in kept}}
+
+
+def time_engine(plan: Path) -> dict[str, Any]:
+    """A short benchmark with trtexec's defaults: no transfers, CUDA graphs."""
+    from runtime.bench.measure import Artefact, Prepared, measure
+    from runtime.bench.options import Options
+    from runtime.bench.timing import LoopOptions
+
+    loop = LoopOptions(warm_up=WARM_UP_MS, duration=DURATION_S, iterations=ITERATIONS)
+    options = Options(loop=loop, device="cuda:0")
+    with Prepared(Artefact(plan), options) as prepared:
+        measured = measure(prepared, options)
+        return {"mode": prepared.mode(options), **measured.to_dict(options.percentiles)}
