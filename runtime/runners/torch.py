@@ -153,6 +153,47 @@ class TorchRunner(Runner):
             for _ in range(count)
         ]
 
+    def activations(self, feeds: Mapping[str, Array]) -> dict[str, list[Array]]:
+        """What each module returned in one run, call by call, in the order in which they returned first.
+
+        Modules that return something other than one tensor are left out. The arrays are copies: an in-place operation
+        further on does not change them.
+        """
+        validate_feeds(self.inputs, feeds)
+        found: dict[str, list[Array]] = {}
+
+        def hook(name: str) -> Callable[[Any, Any, Any], None]:
+            def keep(module: Any, given: Any, output: Any) -> None:
+                if isinstance(output, self._torch.Tensor):
+                    found.setdefault(name, []).append(output.numpy(force=True).copy())
+
+            return keep
+
+        handles = [module.register_forward_hook(hook(name)) for name, module in self.model.named_modules() if name]
+        try:
+            with self._mode(), self._words():
+                self.model(self._tensor(feeds))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def sigmas(self) -> dict[str, str]:
+        """Each masked layer's sigma in words: a number, or the range over its channels."""
+        found = {}
+        for name, module in self.model.named_modules():
+            sigma = getattr(module, "sigma", None)
+            if isinstance(sigma, self._torch.Tensor):
+                low, high = float(sigma.detach().min()), float(sigma.detach().max())
+                found[name] = f"{low:.3f}" if low == high else f"{low:.3f}..{high:.3f}"
+        return found
+
+    def weighted_modules(self) -> set[str]:
+        """Names of the convolutions and linear layers."""
+        nn = self._torch.nn
+        kinds = (nn.modules.conv._ConvNd, nn.Linear)
+        return {name for name, module in self.model.named_modules() if isinstance(module, kinds)}
+
     def close(self) -> None:
         """Drop the network and its graphs."""
         self._graphs = {}
@@ -237,12 +278,9 @@ def write_twin(checkpoint: Path, output: Path) -> None:
     """
     gmconv = require("gmconv", "export")
     found = gmconv.load_checkpoint(checkpoint)
-    for module in found.model.modules():
-        if isinstance(module, gmconv.GMConv2d):
-            module.sigma.data.fill_(1e12)
     gmconv.save_checkpoint(
         output,
-        found.model,
+        require("gmconv.erf", "export").without_masks(found.model),
         found.arch,
         found.input_shape,
         found.arch_kwargs,
@@ -250,6 +288,14 @@ def write_twin(checkpoint: Path, output: Path) -> None:
         labels=found.labels,
         dataset=found.dataset,
     )
+
+
+def receptive_fields(checkpoint: Path, samples: int = 32) -> tuple[Array, Array]:
+    """Effective receptive field without and with the masks, each (H, W) float64; see `gmconv.erf`."""
+    gmconv = require("gmconv", "export")
+    found = gmconv.load_checkpoint(checkpoint)
+    fields = require("gmconv.erf", "export").receptive_fields(found.model, found.input_shape, samples)
+    return fields.before.numpy(), fields.after.numpy()
 
 
 class _Captured:

@@ -1,0 +1,106 @@
+"""The HTML report of a run and of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from runtime.bench.comparison import Comparison
+from runtime.bench.measure import Measured, Prepared
+from runtime.bench.options import Options
+from runtime.report import (
+    Facts,
+    Latency,
+    LatencyRun,
+    LayerTimes,
+    ManifestText,
+    RatioRow,
+    ReceptiveField,
+    Section,
+    manifest_sections,
+    write_report,
+)
+from runtime.runners import artefact_kind
+from runtime.runners.base import LayerTime
+
+_SAMPLES = 32
+
+
+def write_run(
+    path: Path, prepared: Prepared, measured: Measured, layers: Sequence[LayerTime] | None, options: Options
+) -> None:
+    """Write the report of one artefact's run. Raises RefusedError when the file cannot be written."""
+    found = measured.to_dict(options.percentiles)
+    latency = found["latency_ms"]
+    rows = {
+        "Median latency": f"{latency['median']:.4g} ms",
+        "Throughput": f"{found['throughput_qps']:,.1f} queries/s",
+        "Queries": f"{found['queries']:,}",
+        **_words(measured.mode),
+        **_words(measured.machine),
+    }
+    run = LatencyRun(
+        name=measured.name,
+        runner=prepared.runner.name,
+        latencies=measured.trace.latency,
+        percentiles=options.percentiles,
+    )
+    warnings = [warning.removeprefix("* ").strip() for warning in measured.warnings]
+    sections: list[Section] = [Facts(rows=rows, title="What was measured", warnings=warnings), Latency(runs=[run])]
+    if layers:
+        times = {layer.name: float(np.mean(layer.times)) for layer in layers}
+        sections.append(LayerTimes(name=measured.name, times=times))
+    write_report(path, f"Benchmark of {measured.name}", [*sections, *_artefact_sections([prepared])])
+
+
+def write_comparison(path: Path, prepared: Sequence[Prepared], result: Comparison, options: Options) -> None:
+    """Write the report of an interleaved comparison. Raises RefusedError when the file cannot be written."""
+    runs = [
+        LatencyRun(name=row.name, runner=row.runner, latencies=values, percentiles=options.percentiles)
+        for row, values in zip(result.rows, result.interleaved.latencies, strict=True)
+    ]
+    ratios = [
+        RatioRow(name=r.name, reference=r.reference, value=r.ratio.value, low=r.ratio.low, high=r.ratio.high)
+        for r in result.rows
+        if r.ratio
+    ]
+    facts = {"Rounds": f"{result.interleaved.rounds:,}", "Order": "rotated each round", **_words(result.machine)}
+    sections: list[Section] = [
+        Facts(rows=facts, title="What was measured", warnings=result.warnings),
+        Latency(runs=runs, ratios=ratios, note="The artefacts took turns in short blocks; each round gives one ratio."),
+    ]
+    title = "Comparison of " + ", ".join(row.name for row in result.rows)
+    write_report(path, title, [*sections, *_artefact_sections(prepared)])
+
+
+def _artefact_sections(prepared: Sequence[Prepared]) -> list[Section]:
+    """Each artefact's manifest, the receptive field of the first checkpoint, and the manifests in full last."""
+    sections: list[Section] = []
+    texts: list[Section] = []
+    fields = False
+    for opened in prepared:
+        path = opened.artefact.path
+        if artefact_kind(path) == "checkpoint" and not fields:
+            from runtime.runners.torch import receptive_fields
+
+            before, after = receptive_fields(path, _SAMPLES)
+            fields = True
+            sections.append(ReceptiveField(before=before, after=after, samples=_SAMPLES))
+        if opened.manifest is not None:
+            sections += manifest_sections(opened.artefact.name, opened.manifest)
+            texts.append(ManifestText(name=opened.artefact.name, manifest=opened.manifest))
+    return sections + texts
+
+
+def _words(values: dict[str, object]) -> dict[str, str]:
+    """Nested facts as a flat table of text."""
+    rows: dict[str, str] = {}
+    for key, value in values.items():
+        name = key.replace("_", " ").capitalize()
+        if isinstance(value, dict):
+            rows[name] = ", ".join(f"{k} {v}" for k, v in value.items())
+        else:
+            rows[name] = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    return rows

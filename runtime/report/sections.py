@@ -1,0 +1,213 @@
+"""What a report can hold. Each section is plain data; `runtime.report.render` knows how to draw it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.manifest import Manifest
+
+Values = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """Names and values at the top of a report. `passed` draws a verdict; `warnings` are one sentence each."""
+
+    rows: Mapping[str, str]
+    title: str = "Summary"
+    passed: bool | None = None
+    warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """What an artefact is: inputs, outputs, precision, provenance, versions."""
+
+    name: str
+    manifest: Manifest
+    title: str = "Network"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Masks:
+    """The masks that were baked: a manifest's `certificate` (`BakeCertificate.to_dict()`)."""
+
+    certificate: Mapping[str, Any]
+    title: str = "Masks"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceptiveField:
+    """Mean |d output centre / d input|, summed over channels, shape (H, W), without and with the masks."""
+
+    before: Values
+    after: Values
+    samples: int
+    title: str = "Effective receptive field"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityRow:
+    """One comparison. Errors are relative RMS; `margin` is tolerance over error, above 1 passes; None: no number."""
+
+    case: str
+    output: str
+    passed: bool
+    tolerance: float
+    rel_rms: float | None
+    precision: str = ""
+    shape: str = ""
+    max_abs: float | None = None
+    cosine: float | None = None
+    top1: float | None = None
+    margin: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parity:
+    """One candidate against its reference."""
+
+    reference: str
+    candidate: str
+    rows: Sequence[ParityRow]
+    note: str = ""
+    title: str = "Parity"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyRun:
+    """One artefact's latencies in ms, in the order they were measured."""
+
+    name: str
+    runner: str
+    latencies: Values
+    percentiles: Sequence[float] = (90.0, 95.0, 99.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RatioRow:
+    """One artefact's latency over the reference's, with its 95 % interval."""
+
+    name: str
+    reference: str
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """Distributions of one or several runs, and ratios where they were interleaved."""
+
+    runs: Sequence[LatencyRun]
+    ratios: Sequence[RatioRow] = ()
+    note: str = ""
+    title: str = "Latency"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTimes:
+    """Mean time of each layer of a built graph, ms, in order of execution."""
+
+    name: str
+    times: Mapping[str, float]
+    note: str = ""
+    title: str = "Time per layer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crop:
+    """What cropping kept: a manifest's `crop` (`CropCertificate.to_dict()`)."""
+
+    certificate: Mapping[str, Any]
+    title: str = "Crop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TailAudit:
+    """What a precision did to each kernel's tail: `LayerAudit.to_dict()` of every layer."""
+
+    layers: Sequence[Mapping[str, Any]]
+    title: str = "Kernel tails at this precision"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestText:
+    """A manifest in full."""
+
+    name: str
+    manifest: Manifest
+    title: str = "Manifest"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """Paragraphs of plain text."""
+
+    title: str
+    paragraphs: Sequence[str] = field(default_factory=tuple)
+
+
+Section = (
+    Facts | Network | Masks | ReceptiveField | Parity | Latency | LayerTimes | Crop | TailAudit | ManifestText | Text
+)
+
+
+def manifest_sections(name: str, manifest: Manifest) -> list[Section]:
+    """Everything a manifest can tell about an artefact: network, masks, crop, tails, and the manifest itself last."""
+    sections: list[Section] = [Network(name=name, manifest=manifest)]
+    if (manifest.certificate or {}).get("layers"):
+        sections.append(Masks(certificate=manifest.certificate or {}))
+    if (manifest.crop or {}).get("layers"):
+        sections.append(Crop(certificate=manifest.crop or {}))
+    if audit := find_audit(manifest):
+        sections.append(TailAudit(layers=audit))
+    if rows := manifest_parity(manifest):
+        sections.append(
+            Parity(reference="the trained network", candidate=name, rows=rows, title="Parity, as proven at export")
+        )
+    return sections
+
+
+def find_audit(manifest: Manifest) -> Sequence[Mapping[str, Any]]:
+    """The tail audit that a precision conversion left in a manifest's certificate, or nothing."""
+    found = ((manifest.certificate or {}).get("precision") or {}).get("layers") or ()
+    return [entry for entry in found if isinstance(entry, Mapping) and "layer" in entry]
+
+
+def manifest_parity(manifest: Manifest) -> list[ParityRow]:
+    """The parity hops that the exporter proved, as rows."""
+    rows = []
+    for hop in (manifest.parity or {}).get("hops", ()):
+        shape = "x".join(map(str, hop.get("shape", ())))
+        label = f"{hop.get('hop', '')}, {hop.get('case', '')}"
+        rows += [comparison_row(label, shape, output) for output in hop.get("outputs", ())]
+    return rows
+
+
+def comparison_row(case: str, shape: str, output: Mapping[str, Any]) -> ParityRow:
+    """A `ParityRow` from `OutputComparison.to_dict()`."""
+    return ParityRow(
+        case=case,
+        output=output["output"],
+        passed=bool(output["passed"]),
+        tolerance=float(output["tolerance"]),
+        rel_rms=_number(output.get("rel_rms")),
+        precision=output.get("precision", ""),
+        shape=shape,
+        max_abs=_number(output.get("max_abs")),
+        cosine=_number(output.get("cosine")),
+        top1=_number(output.get("top1")),
+        margin=_number(output.get("margin")),
+        reason=output.get("reason", ""),
+    )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
