@@ -54,7 +54,14 @@ def parity_table(parity: dict[str, Any], *, baking: bool = True) -> Table:
     from rich.table import Table
 
     title = "Parity, hop by hop: errors of the right side against the left"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+    )
     for column in ("hop", "inputs"):
         table.add_column(column, no_wrap=True)
     for column in ("shape", "max abs", "mean abs", "err/RMS", "1-cosine", "top-1", "tolerance", "margin", ""):

@@ -1,0 +1,70 @@
+"""The exported graph: a plain convolution network's, with nothing of a mask and nothing of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import gmconv
+from export import graph
+from gmconv.surgery import masked_layers
+from runtime.errors import RefusedError
+
+ZOO = [("resnet20", 32), ("resnet18", 64), ("mobilenet_v2", 64), ("alexnet", 96)]
+REST = [("vgg11_bn", 64), ("resnet50", 64), ("vgg16", 64), ("resnet56", 32)]
+
+
+def exported(model: nn.Module, shape: tuple[int, ...], log: Path, opset: int = 20) -> graph.ir.Model:  # type: ignore[name-defined]
+    return graph.to_onnx(
+        model.eval(),
+        torch.zeros(2, *shape),
+        input_name="input",
+        output_names=["logits"],
+        axes=graph.Axes(),
+        opset=opset,
+        log=log,
+    )
+
+
+@pytest.mark.parametrize(("name", "size"), [*ZOO, *(pytest.param(*entry, marks=pytest.mark.slow) for entry in REST)])
+def test_a_baked_network_has_its_plain_twins_operators(name: str, size: int, tmp_path: Path) -> None:
+    live = gmconv.models.create(name, num_classes=10)
+    for layer in masked_layers(live).values():
+        nn.init.uniform_(layer.sigma, 0.4, 5)
+    baked = exported(gmconv.bake(live), (3, size, size), tmp_path / "log")
+    twin = exported(gmconv.models.create(name, num_classes=10, gmconv=False), (3, size, size), tmp_path / "log")
+    assert graph.operator_histogram(baked) == graph.operator_histogram(twin)
+    graph.require_no_mask(baked, graph.convolutions(live))
+
+
+def test_an_unbaked_network_is_noticed(tmp_path: Path) -> None:
+    live = nn.Sequential(gmconv.GMConv2d(3, 64, 7), nn.ReLU(), gmconv.GMConv2d(64, 64, 3), nn.Flatten())
+    unbaked = exported(live, (3, 12, 12), tmp_path / "log")
+    with pytest.raises(RuntimeError, match="is computed in the graph, not stored|a mask was not baked"):
+        graph.require_no_mask(unbaked, 2)
+
+
+def test_a_missing_convolution_is_noticed(tmp_path: Path) -> None:
+    model = exported(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), (3, 8, 8), tmp_path / "log")
+    with pytest.raises(RuntimeError, match="runs 2 convolutions, the graph has 1"):
+        graph.require_no_mask(model, 2)
+
+
+def test_a_network_that_fixes_its_batch_is_refused_with_the_flag_to_use(tmp_path: Path) -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.reshape(2, -1) if x.shape[0] == 2 else x
+
+    with pytest.raises(RefusedError, match="--batch N"):
+        exported(Fixed(), (3, 8, 8), tmp_path / "log")
+
+
+def test_what_the_exporter_prints_goes_to_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with graph.captured(tmp_path / "log"):
+        print("chatter", flush=True)
+    print("afterwards", flush=True)
+    assert (tmp_path / "log").read_text() == "chatter\n"
+    assert capfd.readouterr().out == "afterwards\n"

@@ -1,0 +1,357 @@
+"""`python -m export.onnx`: a checkpoint becomes an ONNX file with a proof, or one sentence and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import gmconv
+from export import pipeline, verify
+from export.onnx import main
+from gmconv.surgery import masked_layers
+from runtime.manifest import read_manifest, sha256_file
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+MY_NETWORK = """
+import torch
+from torch import nn
+import gmconv
+
+class Squeeze(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(width, 2, 1), nn.Conv2d(2, width, 1)
+    def forward(self, x):
+        scale = self.up(torch.relu(self.down(x.mean((2, 3), keepdim=True))))
+        return x * torch.sigmoid(scale)
+
+class Net(nn.Module):
+    def __init__(self, num_classes=7):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 7, stride=2, padding=3, padding_mode="reflect", bias=False)
+        self.norm = nn.GroupNorm(2, 8)
+        self.depthwise = nn.Conv2d(8, 8, 5, padding="same", groups=8)
+        self.even = nn.Conv2d(8, 8, 4, padding=1)
+        self.squeeze = Squeeze(8)
+        self.shared = nn.Conv2d(8, 8, 3, padding=2, dilation=2)
+        self.head, self.other = nn.Linear(8, num_classes), nn.Linear(8, 3)
+    def forward(self, image):
+        x = torch.nn.functional.silu(self.norm(self.stem(image)))
+        x = self.squeeze(self.even(self.depthwise(x)))
+        x = self.shared(torch.relu(self.shared(x))).mean((2, 3))
+        return {"logits": self.head(x), "aux": self.other(x)}
+
+def make(num_classes=7):
+    return gmconv.convert(Net(num_classes))
+"""
+
+
+def export(*arguments: str | Path) -> int:
+    """The command line in this process; its exit code."""
+    try:
+        main([str(a) for a in arguments])
+    except SystemExit as done:
+        return int(done.code or 0)
+    return 0
+
+
+def random_checkpoint(path: Path, name: str, shape: tuple[int, int, int], **kwargs: Any) -> Path:
+    torch.manual_seed(0)
+    model = gmconv.models.create(name, **kwargs)
+    for layer in masked_layers(model).values():
+        nn.init.uniform_(layer.sigma, 0.4, 5)
+    gmconv.save_checkpoint(path, model, f"gmconv.models:{name}", shape, kwargs)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint(tmp_path_factory.mktemp("net") / "net.pt", "resnet20", (3, 16, 16))
+
+
+def test_the_manifest_tells_the_whole_story(digits_checkpoint: Path, digits_onnx: Path) -> None:
+    manifest = read_manifest(digits_onnx)
+    assert manifest.artefact.sha256 == sha256_file(digits_onnx)
+    assert [(link.kind, link.sha256) for link in manifest.chain] == [("checkpoint", sha256_file(digits_checkpoint))]
+    assert [(s.name, s.dtype, s.shape) for s in manifest.inputs] == [("input", "float32", ("batch", 3, 16, 16))]
+    assert [(s.name, s.dtype, s.shape) for s in manifest.outputs] == [("logits", "float32", ("batch", 10))]
+    assert manifest.labels == tuple("0123456789")
+    assert manifest.dataset is not None
+    assert manifest.certificate is not None
+    assert len(manifest.certificate["layers"]) == 19
+    assert manifest.parity is not None
+    assert manifest.parity["passed"] is True
+    hops = {(hop["hop"], hop["case"], tuple(hop["shape"])) for hop in manifest.parity["hops"]}
+    for batch in (1, 2, 3):
+        assert ("live -> baked", "noise, seed 0", (batch, 3, 16, 16)) in hops
+        assert ("baked -> ORT", "noise, seed 0", (batch, 3, 16, 16)) in hops
+    assert ("baked -> ORT", "held-out digits", (61, 3, 16, 16)) in hops
+    assert all(hop["bitwise"] for hop in manifest.parity["hops"] if hop["hop"] == "live -> baked")
+    assert {"torch", "onnx", "onnxruntime"} <= set(manifest.versions)
+
+
+def test_onnx_runtime_computes_what_the_checkpoint_computes(digits_checkpoint: Path, digits_onnx: Path) -> None:
+    import onnxruntime
+
+    model = gmconv.load_checkpoint(digits_checkpoint).model
+    x = np.random.default_rng(5).standard_normal((4, 3, 16, 16), dtype=np.float32)
+    session = onnxruntime.InferenceSession(str(digits_onnx), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        live = model(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(session.run(None, {"input": x})[0], live, atol=1e-4 * np.abs(live).max())
+
+
+def test_no_path_of_this_machine_is_in_the_file_but_module_names_are(digits_onnx: Path) -> None:
+    raw = digits_onnx.read_bytes()
+    root = str(Path(__file__).parent.parent.parent)
+    for leak in (root, sys.prefix, str(Path.home()), "site-packages", ".py"):
+        assert leak.encode() not in raw, leak
+    assert str(digits_onnx.parent) not in digits_onnx.with_name(digits_onnx.name + ".json").read_text()
+    nodes = onnx.load(digits_onnx).graph.node
+    scopes = [p.value for node in nodes for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"]
+    assert any("layer1.0.conv2" in scope or "layer1.0.bn2" in scope for scope in scopes)
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent.parent
+    hashes = set()
+    for index, seed in enumerate(("0", "123")):
+        folder = tmp_path / f"somewhere-{index}"
+        folder.mkdir()
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(root)}
+        command = [sys.executable, "-m", "export.onnx", str(checkpoint), "-o", f"{folder}/net.onnx", "--quiet"]
+        subprocess.run(command, check=True, cwd=folder, env=environment)
+        hashes.add(sha256_file(folder / "net.onnx"))
+    assert len(hashes) == 1
+
+
+def test_a_network_never_seen_before(tmp_path: Path, cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mynets.py").write_text(MY_NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    import mynets  # type: ignore[import-not-found]
+
+    model = mynets.make()
+    for layer in masked_layers(model).values():
+        nn.init.uniform_(layer.sigma, 0.4, 5)
+    torch.save({"model": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "net.pt")
+    arguments = [tmp_path / "net.pt", "--arch", "mynets:make", "--num-classes", "7", "--input-shape", "3,40,36"]
+    done = cli("export.onnx", *map(str, arguments), "--json")
+    manifest = json.loads(done.stdout)
+    assert [spec["name"] for spec in manifest["outputs"]] == ["logits", "aux"]
+    assert manifest["parity"]["passed"] is True
+    assert {o["output"] for hop in manifest["parity"]["hops"] for o in hop["outputs"]} == {"logits", "aux"}
+
+
+def test_dynamic_height_and_width_are_compared_at_another_size(tmp_path: Path) -> None:
+    path = random_checkpoint(tmp_path / "net.pt", "resnet20", (3, 16, 16))
+    assert export(path, "--dynamic-hw", "-q") == 0
+    manifest = read_manifest(tmp_path / "net.onnx")
+    assert manifest.inputs[0].shape == ("batch", 3, "height", "width")
+    assert manifest.parity is not None
+    assert [3, 3, 24, 56] in [hop["shape"] for hop in manifest.parity["hops"]]
+
+
+def test_fixed_batch_names_and_external_data(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "fixed.onnx"
+    names = ("--input-names", "image", "--output-names", "scores")
+    assert export(checkpoint, "-o", out, "--batch", "4", *names, "--external-data", "-q") == 0
+    manifest = read_manifest(out)
+    assert (manifest.inputs[0].name, manifest.inputs[0].shape) == ("image", (4, 3, 16, 16))
+    assert manifest.outputs[0].name == "scores"
+    assert [entry.file for entry in manifest.external] == ["fixed.onnx.data"]
+    assert (tmp_path / "fixed.onnx.data").stat().st_size > 10 * out.stat().st_size
+
+
+def test_simplified_graphs_are_proven_too(checkpoint: Path, tmp_path: Path) -> None:
+    assert export(checkpoint, "-o", tmp_path / "slim.onnx", "--simplify", "-q") == 0
+    manifest = read_manifest(tmp_path / "slim.onnx")
+    assert manifest.parity is not None
+    assert manifest.parity["passed"]
+
+
+def test_several_precisions_share_one_export(digits_checkpoint: Path, tmp_path: Path) -> None:
+    assert export(digits_checkpoint, "-o", tmp_path / "net.onnx", "--precision", "fp16,fp32,int8", "-q") == 0
+    fp32 = read_manifest(tmp_path / "net.onnx")
+    for precision in ("fp16", "int8"):
+        manifest = read_manifest(tmp_path / f"net.{precision}.onnx")
+        assert manifest.precision == precision
+        assert [link.sha256 for link in manifest.chain] == [fp32.chain[0].sha256, fp32.artefact.sha256]
+        assert manifest.parity is not None
+        assert manifest.parity["passed"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_one_other_precision_leaves_only_that_file(digits_checkpoint: Path, tmp_path: Path) -> None:
+    assert export(digits_checkpoint, "-o", tmp_path / "half.onnx", "--precision", "fp16", "-q") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half.onnx", "half.onnx.json"]
+    assert read_manifest(tmp_path / "half.onnx").precision == "fp16"
+
+
+def test_a_crop_is_proven_against_the_uncropped_network(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = gmconv.models.create("resnet20", kernel_size=7, sigma=0.6)
+    gmconv.save_checkpoint(tmp_path / "net.pt", model, "gmconv.models:resnet20", (3, 16, 16), {"kernel_size": 7})
+    assert export(tmp_path / "net.pt", "--crop", "1e-3", "-q") == 0
+    manifest = read_manifest(tmp_path / "net.onnx")
+    assert manifest.crop is not None
+    assert manifest.parity is not None
+    assert [hop["hop"] for hop in manifest.parity["hops"]][::3] == [
+        "live -> baked",
+        "baked -> cropped",
+        "cropped -> ORT",
+    ]
+    shapes = [tuple(i.dims) for i in onnx.load(tmp_path / "net.onnx").graph.initializer if len(i.dims) == 4]
+    assert max(shape[2] for shape in shapes) < 7
+
+
+@pytest.mark.parametrize("opset", [18, 21])
+def test_the_opset_asked_for_is_the_opset_written(opset: int, checkpoint: Path, tmp_path: Path) -> None:
+    assert export(checkpoint, "-o", tmp_path / "net.onnx", "--opset", str(opset), "-q") == 0
+    assert onnx.load(tmp_path / "net.onnx").opset_import[0].version == opset
+
+
+def outputs_with(change: Callable[[dict[str, np.ndarray[Any, Any]]], None]) -> Callable[..., Any]:
+    real = pipeline.run_onnx
+
+    def run(*arguments: Any, **options: Any) -> list[Any]:
+        outputs = real(*arguments, **options)
+        for output in outputs:
+            change(output)
+        return outputs
+
+    return run
+
+
+WRONG = {
+    "a wrong value": (lambda o: o["logits"].__setitem__((0, 0), o["logits"][0, 0] * 1.01 + 0.1), "relative RMS error"),
+    "NaN": (lambda o: o["logits"].__setitem__((0, 0), np.nan), "NaN or Inf in the candidate"),
+    "a missing output": (lambda o: o.clear(), "missing in the candidate"),
+    "another shape": (lambda o: o.update(logits=o["logits"][:, :1]), "shapes differ"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_failed_parity_is_exit_4_and_leaves_nothing(
+    case: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, words = WRONG[case]
+    monkeypatch.setattr(pipeline, "run_onnx", outputs_with(change))
+    assert export(checkpoint, "-o", tmp_path / "net.onnx", "-q") == 4
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_cases_is_a_failure_not_a_pass(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "comparison_cases", lambda *_: [])
+    assert export(checkpoint, "-o", tmp_path / "net.onnx", "-q") == 4
+    assert "nothing was compared" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["missing.pt"], 3, "no such file"),
+        (["{ckpt}", "-o", "{tmp}/nowhere/net.onnx"], 3, "cannot be written"),
+        (["{ckpt}", "-o", "{tmp}"], 3, "is a directory"),
+        (["{ckpt}", "--opset", "17"], 2, "17"),
+        (["{ckpt}", "--opset", "99"], 3, "opset"),
+        (["{ckpt}", "--input-shape", "3,16"], 2, "C,H,W"),
+        (["{ckpt}", "--input-shape", "4,16,16"], 3, "does not run on an input of"),
+        (["{ckpt}", "--output-names", "a,b"], 3, "has 1 outputs"),
+        (["{ckpt}", "--input-names", "a,b"], 2, "one name"),
+        (["{ckpt}", "--crop", "2"], 2, "between 0 and 1"),
+        (["{ckpt}", "--precision", "fp12"], 2, "'fp12' is none of"),
+        (["{ckpt}", "--images", "{tmp}/nothing"], 3, "nothing"),
+        (["{ckpt}", "--arch", "resnet21"], 3, "resnet21"),
+        (["{ckpt}", "--arch", "timm:resnet18"], 6, "pip install timm"),
+    ],
+)
+def test_bad_arguments_are_one_sentence_and_the_documented_exit_code(
+    arguments: Sequence[str],
+    code: int,
+    words: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    given = [a.format(ckpt=checkpoint, tmp=tmp_path) for a in arguments]
+    if "-o" not in given:
+        given += ["-o", str(tmp_path / "net.onnx")]
+    assert export(*given, "-q") == code
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("Error:") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+        "from export.onnx import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", script, str(checkpoint), "-o", str(tmp_path / "net.onnx"), "-q"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert "cannot be written" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def start_export(checkpoint: Path, out: Path, seconds: float, with_signal: signal.Signals) -> int:
+    command = [sys.executable, "-m", "export.onnx", str(checkpoint), "-o", str(out), "-q"]
+    child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    time.sleep(seconds)
+    child.send_signal(with_signal)
+    return child.wait(60)
+
+
+def test_ctrl_c_leaves_nothing_and_exits_130(checkpoint: Path, tmp_path: Path) -> None:
+    code = start_export(checkpoint, tmp_path / "net.onnx", 2.0, signal.SIGINT)
+    assert code in (130, 0)
+    if code:
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seconds", [1.0, 3.0])
+def test_a_kill_never_leaves_a_half_written_file_under_a_final_name(
+    seconds: float, checkpoint: Path, tmp_path: Path
+) -> None:
+    start_export(checkpoint, tmp_path / "net.onnx", seconds, signal.SIGKILL)
+    if (tmp_path / "net.onnx.json").exists():
+        read_manifest(tmp_path / "net.onnx")
+    else:
+        assert not (tmp_path / "net.onnx").exists()
+
+
+def test_the_reference_says_why_it_refused(tmp_path: Path) -> None:
+    (tmp_path / "net.pt").write_bytes(b"not a checkpoint")
+    case = verify.Case("noise", np.zeros((1, 3, 8, 8), np.float32))
+    with verify.ReferenceProcess() as process:
+        process.start(tmp_path / "net.pt", {}, (), [case])
+        with pytest.raises(Exception, match="not a readable PyTorch checkpoint"):
+            process.result()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), [("resnet50", 224), ("alexnet", 224)])
+def test_full_size_networks_with_random_sigmas(name: str, size: int, tmp_path: Path) -> None:
+    path = random_checkpoint(tmp_path / "net.pt", name, (3, size, size))
+    assert export(path, "-q") == 0

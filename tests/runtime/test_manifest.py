@@ -1,0 +1,173 @@
+"""Artefacts are pairs: a file and its manifest, written together, refused when they are not from one export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.errors import RefusedError
+from runtime.manifest import (
+    FileDigest,
+    Manifest,
+    Preprocessing,
+    TensorSpec,
+    digest,
+    find_manifest,
+    read_manifest,
+    sidecar,
+    staged,
+)
+
+
+def write_pair(path: Path, content: bytes = b"weights", **fields: Any) -> Manifest:
+    with staged(path) as folder:
+        (folder / path.name).write_bytes(content)
+        described = Manifest(
+            artefact=digest(folder / path.name, "onnx"),
+            inputs=(TensorSpec("input", "float32", ("batch", 3, 8, 8)),),
+            outputs=(TensorSpec("logits", "float32", ("batch", 10)),),
+            **fields,
+        )
+        sidecar(folder / path.name).write_text(described.to_json())
+    return described
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    written = write_pair(
+        tmp_path / "m.onnx",
+        preprocessing=Preprocessing(size=(8, 8), mean=(0.5,), std=(0.2,), channel_order="L"),
+        chain=(FileDigest("checkpoint", "c.pt", "00", 3),),
+        labels=("a", "b"),
+    )
+    assert read_manifest(tmp_path / "m.onnx") == written
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.json"]
+
+
+def test_the_newest_link_of_a_kind(tmp_path: Path) -> None:
+    chain = (
+        FileDigest("checkpoint", "c.pt", "00", 3),
+        FileDigest("onnx", "a", "1", 1),
+        FileDigest("onnx", "b", "2", 1),
+    )
+    manifest = write_pair(tmp_path / "m.onnx", chain=chain)
+    newest = manifest.source("onnx")
+    assert newest is not None
+    assert newest.file == "b"
+    assert manifest.source("engine") is None
+
+
+def test_a_file_without_sidecar_is_foreign_not_an_error(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"x")
+    assert find_manifest(tmp_path / "m.onnx") is None
+    with pytest.raises(RefusedError, match=r"its manifest m\.onnx\.json is missing"):
+        read_manifest(tmp_path / "m.onnx")
+
+
+def test_an_edited_artefact_is_refused_with_both_hashes(tmp_path: Path) -> None:
+    written = write_pair(tmp_path / "m.onnx")
+    (tmp_path / "m.onnx").write_bytes(b"weightz")
+    with pytest.raises(RefusedError, match="not from one export") as refusal:
+        read_manifest(tmp_path / "m.onnx")
+    assert written.artefact.sha256[:12] in refusal.value.message
+    assert digest(tmp_path / "m.onnx", "onnx").sha256[:12] in refusal.value.message
+
+
+def test_external_data_is_part_of_the_pair(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx.data").write_bytes(b"1234")
+    write_pair(tmp_path / "m.onnx", external=(digest(tmp_path / "m.onnx.data", "external-data"),))
+    read_manifest(tmp_path / "m.onnx")
+    (tmp_path / "m.onnx.data").write_bytes(b"1235")
+    with pytest.raises(RefusedError, match=r"m\.onnx\.data: sha256 is"):
+        read_manifest(tmp_path / "m.onnx")
+    (tmp_path / "m.onnx.data").unlink()
+    with pytest.raises(RefusedError, match=r"its external data m\.onnx\.data is missing"):
+        read_manifest(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not a manifest"),
+        ("{", "not a manifest"),
+        ("[1]", "not a manifest"),
+        ('"x"', "not a manifest"),
+        ("{}", "schema 'None'"),
+        ('{"schema": "gmconv-deploy.manifest/v9"}', "schema 'gmconv-deploy.manifest/v9'"),
+        ('{"schema": "gmconv-deploy.manifest/v1"}', "not a manifest"),
+        ("[" * 100_000, "not a manifest"),
+    ],
+)
+def test_a_damaged_sidecar_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    write_pair(tmp_path / "m.onnx")
+    sidecar(tmp_path / "m.onnx").write_text(text)
+    with pytest.raises(RefusedError, match=words):
+        read_manifest(tmp_path / "m.onnx")
+
+
+def test_a_sidecar_may_not_name_files_elsewhere(tmp_path: Path) -> None:
+    write_pair(tmp_path / "m.onnx")
+    raw = json.loads(sidecar(tmp_path / "m.onnx").read_text())
+    raw["external"] = [{"kind": "external-data", "file": "../../etc/passwd", "sha256": "0", "bytes": 1}]
+    sidecar(tmp_path / "m.onnx").write_text(json.dumps(raw))
+    with pytest.raises(RefusedError, match="outside its folder"):
+        read_manifest(tmp_path / "m.onnx")
+
+
+@given(cut=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_sidecar_is_refused(cut: float, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("cut") / "m.onnx"
+    write_pair(path)
+    text = sidecar(path).read_text().rstrip()
+    sidecar(path).write_text(text[: int(len(text) * cut)])
+    with pytest.raises(RefusedError):
+        read_manifest(path)
+
+
+def test_an_exception_leaves_the_old_pair(tmp_path: Path) -> None:
+    old = write_pair(tmp_path / "m.onnx")
+
+    def fail() -> None:
+        with staged(tmp_path / "m.onnx") as folder:
+            (folder / "m.onnx").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert read_manifest(tmp_path / "m.onnx") == old
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_kill_between_the_renames_is_refused_by_every_reader(
+    renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pair(tmp_path / "m.onnx", b"old")
+    real, done = Path.replace, []
+
+    def replace_then_die(self: Path, target: Path) -> Path:
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(target)
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        write_pair(tmp_path / "m.onnx", b"new")
+    monkeypatch.undo()
+    if renames == 0:
+        assert read_manifest(tmp_path / "m.onnx").artefact.bytes == 3
+    else:
+        with pytest.raises(RefusedError, match="not from one export"):
+            read_manifest(tmp_path / "m.onnx")
+
+
+def test_where_nothing_can_be_written_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="cannot be written"):
+        write_pair(tmp_path / "nowhere" / "m.onnx")
+    with pytest.raises(RefusedError, match="is a directory"):
+        write_pair(tmp_path)
