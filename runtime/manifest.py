@@ -150,13 +150,11 @@ def read_manifest(artefact: Path, *, verify: bool = True) -> Manifest:
         raise RefusedError(f"{path}: not a manifest ({error}); export the artefact again") from error
     except OSError as error:
         raise RefusedError(f"{path}: cannot be read ({error.strerror})") from error
+    if any(Path(entry.file).name != entry.file for entry in manifest.external):
+        raise RefusedError(f"{path}: names a file outside its folder; export the artefact again")
     if verify:
-        for entry, file in [
-            (manifest.artefact, artefact),
-            *((e, artefact.with_name(e.file)) for e in manifest.external),
-        ]:
-            if "/" in entry.file or "\\" in entry.file:
-                raise RefusedError(f"{path}: names a file outside its folder; export the artefact again")
+        external = [(entry, artefact.with_name(entry.file)) for entry in manifest.external if entry.file]
+        for entry, file in [(manifest.artefact, artefact), *external]:
             if not file.is_file():
                 raise RefusedError(f"{artefact}: its external data {entry.file} is missing; copy it beside the model")
             found = sha256_file(file)
