@@ -32,7 +32,7 @@ PRECISIONS = {
 
 _LINE = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), Inputs: \[(?P<inputs>.*)\], Constants: \[(?P<constants>.*)\], "
-    r"Outputs: \[(?P<outputs>.*)\], TacticName: (?P<tactic>.*?), StreamId: -?\d+, Metadata: (?P<metadata>.*)$"
+    r"Outputs: \[(?P<outputs>.*)\], TacticName: (?P<tactic>.*?), StreamId: -?\d+, Metadata:(?P<metadata>.*)$"
 )
 _TENSOR = re.compile(r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[-\d, ]*)\].*?Datatype: (?P<type>\w+)")
 _ONNX = re.compile(r"\[ONNX Layer: (.*?)\](?=\[ONNX|\x1e|\s|$)")

@@ -104,6 +104,11 @@ class BuilderProcess:
         except BrokenPipeError:
             pass  # it died at once: `result` says how
 
+    @property
+    def pid(self) -> int:
+        """The process."""
+        return self._process.pid
+
     def _read(self, descriptor: int) -> None:
         with os.fdopen(descriptor, "rb") as pipe:
             for line in pipe:

@@ -1,0 +1,87 @@
+"""Reading back what TensorRT built, from its log and from its inspector."""
+
+from __future__ import annotations
+
+import json
+
+from export._trt_layers import count_fusions, layers_of_inspector, layers_of_log, precision_histogram
+
+# TensorRT-RTX 1.7.1, VERBOSE log of an fp16 build, shortened.
+LOG = """Layers:
+Name: __mye349_0_myl0_0, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, Metadata: 
+Name: __myl_Move_myl0_1, LayerType: kgen, Inputs: [ { Name: input, Dimensions: [-1,3,32,32], Strides: [3072,1024,32,1], StrideOrder: [3,2,1,0], Datatype: Half, Format: (Linear) Row major linear format }], Constants: [], Outputs: [ { Name: x, Dimensions: [-1,4,32,32], Strides: [1], StrideOrder: [3], Datatype: Half, Format: (NHWC) Channel major format }], TacticName: __myl_Move_0xf7, StreamId: 0, Metadata: [ONNX Layer: conv1][ONNX Layer: relu1]
+Name: conv1_myl0_2, LayerType: correlation, Inputs: [ { Name: x, Dimensions: [-1,4,32,32], Strides: [1], StrideOrder: [3], Datatype: Half, Format: (NHWC) }], Constants: [ { Name: k, Dimensions: [16,4,3,3], Strides: [36], StrideOrder: [3], Datatype: Half, Format: (NHWC) }, { Name: a, Dimensions: [1], Strides: [1], StrideOrder: [0], Datatype: Float, Format: (Linear) }, { Name: b, Dimensions: [1,16,1,1], Strides: [16], StrideOrder: [3], Datatype: Half, Format: (NHWC) }], Outputs: [ { Name: y, Dimensions: [-1,16,32,32], Strides: [1], StrideOrder: [3], Datatype: Half, Format: (NHWC) }], TacticName: stub, StreamId: 0, Metadata: [ONNX Layer: conv1][ONNX Layer: relu1]
+Name: conv2_myl0_3, LayerType: correlation, Inputs: [ { Name: y, Dimensions: [-1,16,32,32], Strides: [1], StrideOrder: [3], Datatype: Int8, Format: (NHWC) }], Constants: [ { Name: k2, Dimensions: [16,16,3,3], Strides: [144], StrideOrder: [3], Datatype: Int8, Format: (NHWC) }], Outputs: [ { Name: z, Dimensions: [-1,16,32,32], Strides: [1], StrideOrder: [3], Datatype: Float, Format: (NHWC) }], TacticName: stub, StreamId: 0, Metadata: [ONNX Layer: conv2][ONNX Layer: relu_QuantizeLinear]
+Name: masks_myl0_4, LayerType: kgen, Inputs: [ { Name: k, Dimensions: [16,4,3,3], Strides: [36], StrideOrder: [3], Datatype: Float, Format: (NHWC) }], Constants: [], Outputs: [ { Name: m, Dimensions: [16,4,3,3], Strides: [1], StrideOrder: [3], Datatype: Float, Format: (NHWC) }], TacticName: t, StreamId: 0, Metadata: [ONNX Layer: mask1]
+
+I/O Tensors:
+ Name: input, IOMode: Input, DataType: Half, Dimensions: [-1,3,32,32], Location: Device
+"""  # noqa: E501, W291
+CONVOLUTIONS = frozenset({"conv1", "conv2"})
+
+
+def test_the_log_lists_each_layer_with_its_tensors_and_its_onnx_nodes() -> None:
+    shapes, move, conv1, conv2, mask = layers_of_log(LOG)
+    assert shapes.precision == ""
+    assert move.kind == "kgen"
+    assert move.inputs[0].shape == (-1, 3, 32, 32)
+    assert conv1.sources == ("conv1", "relu1")
+    assert conv1.kernel is not None
+    assert conv1.kernel.shape == (16, 4, 3, 3)
+    assert [layer.precision for layer in (move, conv1, conv2, mask)] == ["fp16", "fp16", "int8", "fp32"]
+
+
+def test_the_histogram_counts_layers_that_compute() -> None:
+    assert precision_histogram(layers_of_log(LOG)) == {"fp16": 2, "int8": 1, "fp32": 1}
+
+
+def test_fusions_are_counted_once_and_quantizers_are_no_epilogue() -> None:
+    found = count_fusions(layers_of_log(LOG), CONVOLUTIONS, frozenset({"mask1"}))
+    assert found.convolutions == 2  # the layout change before conv1 carries its name too
+    assert found.fused_epilogues == 1
+    assert found.by_precision == {"fp16": 1, "int8": 1}
+    assert found.mask_multiplications == 1
+
+
+def test_other_text_holds_no_layers() -> None:
+    assert layers_of_log("") == ()
+    assert layers_of_log("Layers:\nsomething else\n") == ()
+
+
+def test_the_inspector_json_says_the_same_in_both_of_its_dialects() -> None:
+    def tensor(name: str, shape: list[int], words: dict[str, str]) -> dict[str, object]:
+        return {"Name": name, "Location": "Device", "Dimensions": shape, **words}
+
+    text = json.dumps(
+        {
+            "Layers": [
+                {
+                    "Name": "conv1 + relu1",
+                    "LayerType": "CaskConvolution",
+                    "Inputs": [tensor("x", [-1, 3, 8, 8], {"Format/Datatype": "Channel major FP16 format"})],
+                    "Outputs": [tensor("y", [-1, 16, 8, 8], {"Format/Datatype": "Channel major FP16 format"})],
+                    "Weights": {"Type": "Half", "Count": 432},
+                    "Metadata": "[ONNX Layer: conv1]\x1e[ONNX Layer: relu1]",
+                },
+                {
+                    "Name": "fc",
+                    "LayerType": "gemm",
+                    "Inputs": [tensor("f", [-1, 16], {"Datatype": "Float", "Format": "Row major linear format"})],
+                    "Outputs": [tensor("logits", [-1, 10], {"Datatype": "Float"})],
+                    "Constants": [tensor("w", [16, 10], {"Datatype": "Float"})],
+                    "Metadata": "",
+                },
+            ],
+            "Bindings": ["input", "logits"],
+        }
+    )
+    layers = layers_of_inspector(text)
+    assert [layer.precision for layer in layers] == ["fp16", "fp32"]
+    assert layers[0].sources == ("conv1", "relu1")
+    assert count_fusions(layers, frozenset({"conv1"})).fused_epilogues == 1
+
+
+def test_an_engine_built_with_layer_names_only_has_names() -> None:
+    layers = layers_of_inspector('{"Layers": ["a", "b"]}')
+    assert [layer.name for layer in layers] == ["a", "b"]
+    assert precision_histogram(layers) == {}
