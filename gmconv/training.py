@@ -154,7 +154,6 @@ def schedule(step: int, steps_per_epoch: int, epochs: int) -> float:
 
 def augment(images: Tensor, shift: int, flip: bool) -> Tensor:
     """Each image (N, C, H, W) moved by up to `shift` pixels on either axis, zeros coming in; half of them mirrored."""
-
     count, _, height, width = images.shape
     if flip:
         mirrored = (torch.rand(count) < 0.5).view(-1, 1, 1, 1)
@@ -179,7 +178,6 @@ class _Run:
 
     def epoch(self, number: int) -> Epoch:
         """Train for one epoch, then measure."""
-
         options = self.options
         shift = options.input_shape[1] // 8 if options.shift is None else options.shift
         order = torch.randperm(len(self.data.train.targets)).numpy()
@@ -196,9 +194,7 @@ class _Run:
             loss = F.cross_entropy(self._logits(images).float(), targets)
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
-                raise TrainingError(
-                    f"the loss became {losses[-1]} in epoch {number}; nothing of it was saved: lower --lr or --sigma-lr"
-                )
+                raise _diverged(losses[-1], number)
             if options.sigma_penalty:
                 loss = loss + options.sigma_penalty * sigma_penalty(self.model)
             self.optimizer.zero_grad()
@@ -206,11 +202,12 @@ class _Run:
             self.optimizer.step()
             self.on_step(None)
         held_out_loss, accuracy = self.measure(self.data.held_out)
+        if not math.isfinite(held_out_loss):
+            raise _diverged(held_out_loss, number)
         return Epoch(number, sum(losses) / len(losses), held_out_loss, accuracy)
 
     def measure(self, samples: Samples) -> tuple[float, float]:
         """Mean cross entropy and top-1 accuracy in eval mode, float32."""
-
         self.model.eval()
         loss, correct = 0.0, 0
         with torch.no_grad():
@@ -223,20 +220,24 @@ class _Run:
         return loss / len(samples.targets), correct / len(samples.targets)
 
     def _logits(self, images: Tensor) -> Tensor:
-
         with torch.autocast(torch.device(self.options.device).type, torch.bfloat16, enabled=self.options.bf16):
             logits: Tensor = self.model(self._to_device(images))
         return logits
 
     def _to_device(self, images: Tensor) -> Tensor:
-
         return images.to(self.options.device, memory_format=torch.channels_last)
+
+
+def _diverged(loss: float, epoch: int) -> TrainingError:
+    return TrainingError(
+        f"the loss became {loss} in epoch {epoch}, which was not saved (an earlier epoch may have been): lower --lr "
+        f"or --sigma-lr"
+    )
 
 
 def _save(
     output: Path, model: nn.Module, data: Dataset, options: TrainOptions, history: list[Epoch]
 ) -> tuple[LayerReach, ...]:
-
     layers = reach(model, options.input_shape, options.crop_tolerance)
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     save_checkpoint(
