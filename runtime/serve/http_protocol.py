@@ -78,8 +78,10 @@ class BoundedProtocol(HttpToolsProtocol):
             raise ValueError("header too large")
 
     def on_message_complete(self) -> None:
-        """Start counting the next head."""
+        """Start counting the next head. Go on reading, which a large body may have paused: it shows a hang-up."""
         super().on_message_complete()
+        if not self.pipeline:
+            self.flow.resume_reading()
         self._stop_timer()
         self._head = 0
         self._wire = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import math
 import re
@@ -322,6 +323,10 @@ class Repository:
                 with contextlib.suppress(Exception):
                     runner.close()
             raise
+        if manifest and manifest.preprocessing:
+            with contextlib.suppress(ImportError):  # so that the first image does not wait for these imports
+                importlib.import_module("runtime.images")
+                importlib.import_module("PIL.Image").init()
         return manifest, runners, signature
 
     def _install(self, model: ModelVersion) -> None:

@@ -1,0 +1,266 @@
+"""What an operator sees: tokens, TLS, metrics, the access log, traces, classification."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import ssl
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import tritonclient.grpc as tg
+import tritonclient.http as th
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from tritonclient.utils import InferenceServerException
+
+from runtime.images import load_image
+from runtime.serve.auth import Gate
+from runtime.serve.classify import softmax
+
+from .conftest import IMAGE, LABELS, Server, classifier
+
+Start = Callable[..., Server]
+TOKEN = "a-token-of-32-characters-or-more"
+
+
+def test_bearer_token_on_every_route_but_the_probes_and_the_page(start: Start, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text(TOKEN + "\n")
+    server = start(classifier(tmp_path / "m.onnx"), "--token-file", str(token))
+    good = {"Authorization": f"Bearer {TOKEN}"}
+    for path in ("/v2/health/live", "/v2/health/ready", "/", "/page.css", "/page.js"):
+        assert server.request("GET", path)[0] == 200
+    for path in (
+        "/v2",
+        "/v2/models",
+        "/v2/models/m",
+        "/v2/models/m/manifest",
+        "/openapi.json",
+        "/nothing",
+        "/v2/logging",
+    ):
+        status, headers, body = server.request("GET", path)
+        assert (status, headers["www-authenticate"]) == (401, "Bearer")
+        assert TOKEN not in body.decode()
+        for wrong in ("", "Bearer", "Bearer x", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \xff\xfe"):
+            assert server.request("GET", path, headers={"Authorization": wrong})[0] == 401
+        assert server.request("GET", path, headers=good)[0] == (404 if path == "/nothing" else 200)
+    for path in ("/v2/models/m/infer", "/v2/models/m/classify", "/v2/models/m/versions/1/infer"):
+        assert server.request("POST", path, b"{}")[0] == 401
+        assert server.request("POST", path, b"{}", good)[0] == 400
+    client = tg.InferenceServerClient(server.grpc)
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
+        client.get_model_metadata("m")
+    with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
+        client.get_model_metadata("m", headers={"authorization": "Bearer wrong"})
+    assert client.get_model_metadata("m", headers={"authorization": f"Bearer {TOKEN}"}).name == "m"
+
+
+def test_token_from_the_environment(start: Start, tmp_path: Path) -> None:
+    server = start(classifier(tmp_path / "m.onnx"), env={"GMCONV_SERVE_TOKEN": TOKEN})
+    assert server.request("GET", "/v2")[0] == 401
+    assert server.request("GET", "/v2", headers={"Authorization": f"bearer {TOKEN}"})[0] == 200
+
+
+def test_gate() -> None:
+    assert Gate(None).allows(None)
+    gate = Gate("s3cret")
+    assert gate.allows(b"Bearer s3cret")
+    assert gate.allows("Bearer s3cret")
+    for wrong in (None, b"", b"s3cret", b"Bearer s3cre", b"Basic s3cret", "Bearer \udcff"):
+        assert not gate.allows(wrong)
+
+
+def test_tls(start: Start, tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+        + ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)],
+        check=True,
+        capture_output=True,
+    )
+    server = start(classifier(tmp_path / "m.onnx"), "--tls-cert", str(cert), "--tls-key", str(key))
+    assert server.listening["tls"] is True
+    context = ssl.create_default_context(cafile=str(cert))
+    connection = http.client.HTTPSConnection("127.0.0.1", server.http_port, context=context, timeout=20)
+    connection.request("GET", "/v2/health/ready")
+    assert connection.getresponse().status == 200
+    client = tg.InferenceServerClient(f"localhost:{server.grpc_port}", ssl=True, root_certificates=str(cert))
+    assert client.is_model_ready("m")
+    triton = th.InferenceServerClient(server.http, ssl=True, ssl_options={"ca_certs": str(cert)}, insecure=True)
+    assert triton.is_model_ready("m")
+    assert server.stop() == 0
+
+
+def test_metrics_under_tritons_names(start: Start, tmp_path: Path) -> None:
+    server = start(classifier(tmp_path / "m.onnx"))
+    client = th.InferenceServerClient(server.http)
+    x = th.InferInput("input", [3, 3, 8, 8], "FP32")
+    x.set_data_from_numpy(np.zeros((3, 3, 8, 8), "f4"))
+    for _ in range(4):
+        client.infer("m", [x])
+    server.request("POST", "/v2/models/m/infer", b"{")
+    labels = {"model": "m", "version": "1"}
+    for name, value in (
+        ("nv_inference_request_success", 4),
+        ("nv_inference_count", 12),
+        ("nv_inference_exec_count", 4),
+        ("nv_inference_pending_request_count", 0),
+        ("gmconv_inference_batch_size_sum", 12),
+        ("gmconv_inference_latency_us_count", 4),
+    ):
+        assert server.metric(name, **labels) == value
+    assert server.metric("nv_inference_request_failure", reason="OTHER", **labels) == 1
+    total = server.metric("nv_inference_request_duration_us", **labels)
+    assert 0 < server.metric("nv_inference_compute_infer_duration_us", **labels) < total
+    status, headers, text = server.request("GET", "/metrics", port=server.metrics_port)
+    assert headers["content-type"].startswith("text/plain")
+    families = {f.name: f for f in text_string_to_metric_families(text.decode())}
+    assert families["gmconv_inference_latency_us"].type == "histogram"
+    assert "nv_inference_count_total" not in text.decode()
+    assert "# TYPE nv_inference_count counter" in text.decode()
+    assert "process_resident_memory_bytes" in families
+    assert server.request("GET", "/other", port=server.metrics_port)[0] == 404
+    assert status == 200
+
+
+def test_access_log_and_request_ids(start: Start, tmp_path: Path) -> None:
+    server = start(classifier(tmp_path / "m.onnx"))
+    status, headers, _ = server.request("GET", "/v2/models/none", headers={"X-Request-Id": "abc-1"})
+    assert headers["x-request-id"] == "abc-1"
+    bad = server.request("GET", "/v2", headers={"X-Request-Id": "a b"})[1]["x-request-id"]
+    assert bad != "a b"
+    client = tg.InferenceServerClient(server.grpc)
+    x = tg.InferInput("input", [2, 3, 8, 8], "FP32")
+    x.set_data_from_numpy(np.zeros((2, 3, 8, 8), "f4"))
+    client.infer("m", [x], headers={"x-request-id": "from-grpc"})
+    server.request("POST", "/v2/logging", b'{"log_info": false}')
+    server.request("GET", "/v2", headers={"X-Request-Id": "unlogged"})
+    server.stop()
+    lines = {e["request_id"]: e for e in map(json.loads, server.errors) if "request_id" in e}
+    assert lines["abc-1"]["status"] == status == 404
+    assert lines["abc-1"]["path"] == "/v2/models/none"
+    assert lines["abc-1"]["total_us"] > 0
+    assert lines["from-grpc"]["rows"] == 2
+    assert lines["from-grpc"]["queue_us"] >= 0
+    assert "unlogged" not in lines
+
+
+def test_a_reader_that_stops_reading_the_log_does_not_stop_the_server(tmp_path: Path) -> None:
+    import sys
+
+    path = classifier(tmp_path / "m.onnx")
+    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runtime.serve", str(path), *ports], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        assert process.stdout
+        server = Server.__new__(Server)
+        server.http_port = json.loads(process.stdout.readline())["http_port"]
+        process.stdout.readline()
+        connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=10)
+        for _ in range(1500):  # some 250 kB of lines into a pipe of 64 kB
+            connection.request("GET", "/v2/health/live", headers={"X-Request-Id": "x" * 100})
+            assert connection.getresponse().read() == b""
+        connection.close()
+        process.terminate()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_opentelemetry_spans_continue_the_callers_trace(start: Start, tmp_path: Path) -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    server = start(classifier(tmp_path / "m.onnx"), "--otel", "console")
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    server.request("GET", "/v2/models/m", headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"})
+    assert server.json("/v2/trace/setting")["trace_level"] == ["TIMESTAMPS"]
+    process = server.process
+    process.terminate()
+    assert process.stdout
+    text = process.stdout.read()
+    assert process.wait(20) == 0
+    assert f'"trace_id": "0x{trace}"' in text
+    assert '"name": "GET /v2/models/m"' in text
+
+
+def encode(image: Image.Image, kind: str) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(4).integers(0, 256, (37, 53, 3), np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("path", ["/v2/models/tiny", "/v2/models/tiny/versions/1"])
+def test_classify_is_bitwise_the_evaluation_pipeline(
+    server: Server, models: Path, photo: Image.Image, kind: str, path: str
+) -> None:
+    data = encode(photo, kind)
+    status, _, body = server.request("POST", f"{path}/classify?k=4", data)
+    assert status == 200, body
+    answer = json.loads(body)
+    version = "1" if "versions" in path else "2"
+    session = ort.InferenceSession(models / "tiny" / version / "model.onnx", providers=["CPUExecutionProvider"])
+    logits = session.run(None, {"input": load_image(data, IMAGE)[None]})[0][0]
+    scores = {c["index"]: c["score"] for c in answer["classes"]}
+    assert [np.float32(scores[i]) for i in range(4)] == list(logits)
+    assert [c["label"] for c in answer["classes"]] == [LABELS[i] for i in np.argsort(-logits)]
+    assert sum(c["probability"] for c in answer["classes"]) == pytest.approx(1)
+    times = answer["times_ms"]
+    assert times["decode"] + times["queue"] + times["compute"] <= times["total"]
+
+
+def test_classify_refusals(server: Server, photo: Image.Image) -> None:
+    good = encode(photo, "PNG")
+    huge = good[:16] + (60_000).to_bytes(4, "big") * 2 + good[24:]
+    for path, body, status in (
+        ("/v2/models/tiny/classify", b"", 400),
+        ("/v2/models/tiny/classify", b"not an image", 400),
+        ("/v2/models/tiny/classify", good[: len(good) // 2], 400),
+        ("/v2/models/tiny/classify", huge, 400),
+        ("/v2/models/tiny/classify", b"<svg xmlns='http://www.w3.org/2000/svg'/>", 400),
+        ("/v2/models/tiny/classify?k=0", good, 400),
+        ("/v2/models/tiny/classify?k=x", good, 400),
+        ("/v2/models/tiny/classify", b"\0" * ((16 << 20) + 1), 413),
+        ("/v2/models/add/classify", good, 400),
+        ("/v2/models/nobody/classify", good, 404),
+    ):
+        got, _, answer = server.request("POST", path, body)
+        assert got == status, (path, answer)
+        assert set(json.loads(answer)) == {"error"}
+        assert "/work" not in answer.decode()
+        assert "Traceback" not in answer.decode()
+    assert server.request("POST", "/v2/models/tiny/classify", good)[0] == 200
+
+
+def test_softmax_of_odd_scores() -> None:
+    np.testing.assert_allclose(softmax(np.array([1e308, 0.0])), [1, 0])
+    assert softmax(np.array([np.nan, np.nan])).tolist() == [0, 0]
+    assert softmax(np.array([np.inf, 1.0])).tolist() == [1, 0]
+    np.testing.assert_allclose(softmax(np.zeros(4)), 0.25)
+
+
+def test_readiness_waits_for_the_models(start: Start, tmp_path: Path) -> None:
+    server = start(classifier(tmp_path / "m.onnx"), wait=False)
+    statuses = set()
+    end = time.monotonic() + 20
+    while 200 not in statuses and time.monotonic() < end:
+        statuses.add(server.request("GET", "/v2/health/ready")[0])
+    assert statuses <= {200, 503}
+    assert server.request("GET", "/v2/models/m")[0] == 200
