@@ -12,7 +12,7 @@ lock() {
   output=docker/requirements-$1.txt
   shift
   "$python" -m uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_34 --generate-hashes \
-    --constraint "$tested" --no-annotate --custom-compile-command "make lock" --output-file "$output" "$@"
+    --constraint "$tested" --no-annotate --custom-compile-command "make lock-image" --output-file "$output" "$@"
   echo "$output: $(grep -c '^[a-z0-9].*==' "$output") packages"
 }
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -175,13 +176,9 @@ def engine() -> Engine:
     work = Path(os.environ.get("GMCONV_IMAGE_TEST_DIR", "/var/tmp/gmconv-image-test"))
     work.mkdir(parents=True, exist_ok=True)
     engine = Engine(work)
-    if engine.podman("image", "exists", BASE, check=False) or not _exists(engine, BASE):
+    if not engine.podman("images", "-q", BASE, check=False):
         _make_base(engine)
     return engine
-
-
-def _exists(engine: Engine, image: str) -> bool:
-    return bool(engine.podman("images", "-q", image, check=False))
 
 
 def _make_base(engine: Engine) -> None:
@@ -209,3 +206,20 @@ def _make_base(engine: Engine) -> None:
 @pytest.fixture(scope="session")
 def cpu_image(engine: Engine) -> str:
     return engine.build("cpu")
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GMConv ResNet-20 exported by export.onnx, with its manifest; its weights are as initialized."""
+    import gmconv
+    import gmconv.models
+
+    folder = tmp_path_factory.mktemp("exported")
+    net = gmconv.models.create("resnet20", num_classes=10, in_channels=3).eval()
+    labels = [f"class {i}" for i in range(10)]
+    gmconv.save_checkpoint(
+        folder / "resnet20.pt", net, arch="gmconv.models:resnet20", input_shape=(3, 32, 32),
+        arch_kwargs={"num_classes": 10, "in_channels": 3}, labels=labels,
+    )  # fmt: skip
+    sh([sys.executable, "-m", "export.onnx", folder / "resnet20.pt", "-o", folder / "resnet20.onnx"])
+    return folder / "resnet20.onnx"

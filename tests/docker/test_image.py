@@ -37,23 +37,23 @@ class Running:
 
 
 @pytest.fixture(scope="module")
-def model_dir(digits_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as it would be mounted at /models, readable by the image's user."""
     folder = tmp_path_factory.mktemp("models")
     folder.chmod(0o755)
     for parent in list(folder.parents)[:2]:
         parent.chmod(0o755)
-    for file in (digits_onnx, digits_onnx.with_name(digits_onnx.name + ".json")):
+    for file in (exported, exported.with_name(exported.name + ".json")):
         (folder / file.name).write_bytes(file.read_bytes())
         (folder / file.name).chmod(0o644)
     return folder
 
 
 @pytest.fixture(scope="module")
-def reference(digits_onnx: Path) -> tuple[np.ndarray, np.ndarray]:
+def reference(exported: Path) -> tuple[np.ndarray, np.ndarray]:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(digits_onnx, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
     shape = [d if isinstance(d, int) else 3 for d in session.get_inputs()[0].shape]
     batch = np.random.default_rng(0).random(shape, dtype=np.float32)
     return batch, session.run(None, {"input": batch})[0]
@@ -152,7 +152,7 @@ def test_http_and_grpc_answer_what_onnx_runtime_computes(running: Running) -> No
             assert client.is_server_ready()
             tensor = module.InferInput("input", running.batch.shape, "FP32")
             tensor.set_data_from_numpy(running.batch)
-            answer = client.infer("digits", [tensor]).as_numpy("logits")
+            answer = client.infer("resnet20", [tensor]).as_numpy("logits")
             np.testing.assert_allclose(answer, running.expected, rtol=1e-5, atol=1e-5)
 
 
@@ -182,7 +182,7 @@ def test_sigterm_finishes_what_was_sent_and_exits_0(
     output = http_client.InferRequestedOutput("logits", binary_data=False)
     body, length = http_client.InferenceServerClient.generate_request_body([tensor], outputs=[output])
     headers = {"Inference-Header-Content-Length": str(length)}
-    url = f"http://127.0.0.1:{running.http}/v2/models/digits/infer"
+    url = f"http://127.0.0.1:{running.http}/v2/models/resnet20/infer"
     pid = running.container.state()["Pid"]
     late = []
 
