@@ -159,7 +159,8 @@ def _build(
         if sha256_file(onnx_path) not in {link.sha256 for link in manifest.chain if link.kind == "onnx"}:
             raise BuildError(f"{onnx_path}: changed while the engine was built; start again")
         note("comparing the engine with ONNX Runtime")
-        _succeed(run(["runtime.parity", str(onnx_path), str(engine)]), f"{onnx_path}: the engine was not served")
+        compare = ["runtime.parity", str(onnx_path), str(engine), "--device", "cuda", "--no-yardstick", "--quiet"]
+        _succeed(run(compare), f"{onnx_path}: the engine was not served")
         record = {"identity": identity, "engine": manifest.artefact.sha256, "verified": utc_now()}
         (folder / VERIFIED).write_text(json.dumps(record, indent=1))
         shutil.rmtree(entry, ignore_errors=True)
