@@ -86,7 +86,7 @@ def test_truncation_at_any_byte_is_refused_or_harmless(classifier: Make, tmp_pat
             read_graph(path)
         except RefusedError as error:
             refused += 1
-            assert str(path) in error.message
+            assert str(path) in error.message  # noqa: PT017 (not every cut is refused)
     assert refused > 150
 
 
