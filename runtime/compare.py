@@ -118,6 +118,12 @@ class Comparator:
             else:
                 sums.add(reference[name], candidate[name], self._tolerance, classes=self._classes)
 
+    def refused(self, reference: Mapping[str, Array], why: str) -> tuple[OutputComparison, ...]:
+        """The verdict when the candidate would not run on inputs that the reference ran on."""
+        for name in reference:
+            self._outputs.setdefault(name, _Sums()).fail(f"the candidate does not run on this input: {why}")
+        return self.result()
+
     def result(self) -> tuple[OutputComparison, ...]:
         """One verdict per output seen; one failure when there was none."""
         if not self._outputs:
@@ -297,11 +303,11 @@ class _Sums:
         cosine = min(1.0, cosine)
         ranks = self._ranks(2 * tolerance.rel_rms * scale)
         reasons = [
-            f"{what} {found:.3g}, {limit} is {bound:.3g}"
+            f"{what} {found:.3g}, {limit} {bound:.3g}"
             for what, found, limit, bound, bad in (
                 ("relative RMS error", rel_rms, "tolerance", tolerance.rel_rms, rel_rms > tolerance.rel_rms),
                 ("largest error / RMS", max_rel, "tolerance", tolerance.max_rel_rms, max_rel > tolerance.max_rel_rms),
-                ("cosine", cosine, "at least", tolerance.cosine, cosine < tolerance.cosine - 1e-12),
+                ("1 - cosine", 1 - cosine, "tolerance", 1 - tolerance.cosine, cosine < tolerance.cosine - 1e-12),
                 ("top-1 agreement", ranks["top1_decided"], "at least", tolerance.top1,
                  ranks["top1_decided"] < tolerance.top1),
             )

@@ -38,6 +38,11 @@ class Tolerance:
     source: str
     overridden: bool = False
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether ranges were calibrated on data: noise then lies outside what the graph was made for."""
+        return self.precision in ("int8", "fp8")
+
     def override(self, rel_rms: float) -> Tolerance:
         """The same precision with another `rel_rms`, the limits that follow from it, and a source that says so."""
         if not 0 < rel_rms < 1:

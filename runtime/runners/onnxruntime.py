@@ -80,6 +80,7 @@ class OnnxRuntimeRunner(Runner):
         manifest: Manifest | None = None,
     ) -> None:
         path = Path(path)
+        self.path = path
         self.manifest = manifest or find_manifest(path)
         ort = _import()
         kind, index, self.device = _device(device)
@@ -153,6 +154,27 @@ class OnnxRuntimeRunner(Runner):
             graph = len(self._bindings) + 1 if self._graph else -1
             self._bindings[key] = _Binding(self._ort, self._session, feeds, self.outputs, index, graph)
         return self._bindings[key]
+
+
+def run_bytes(model: bytes, path: Path, outputs: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Run a model held in memory once on the CPU, exactly as written (no graph rewrites).
+
+    `path` is the file it was derived from: external data is looked for beside it, and messages name it.
+    """
+    ort = _import()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    try:
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        values = session.run(list(outputs), dict(feeds))
+    except Exception as error:
+        if not _from_ort(error):
+            raise
+        raise RefusedError(f"{path}: cannot be run layer by layer ({_reason(error)})") from error
+    return dict(zip(outputs, values, strict=True))
 
 
 class _Binding:

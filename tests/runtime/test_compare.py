@@ -61,7 +61,7 @@ def test_a_value_near_zero_does_not_explode_the_relative_error() -> None:
 def test_an_error_beyond_tolerance_fails_and_says_by_how_much() -> None:
     found = one(LOGITS, LOGITS * np.float32(1.001))
     assert not found.passed
-    assert "relative RMS error 0.001, tolerance is 2e-05" in found.reason
+    assert "relative RMS error 0.001, tolerance 2e-05" in found.reason
     assert found.margin < 1
 
 

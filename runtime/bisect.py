@@ -1,0 +1,327 @@
+"""Which layer first? The layers of two artefacts of one network are compared in topological order.
+
+Each layer is judged by its own error: computed from the reference's values, so that an error upstream does not blur it.
+Only where no single layer is out of tolerance (the error grew over many) the accumulated error decides.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.bisect_graph import Graph, Match
+from runtime.manifest import Manifest, find_manifest, sha256_file
+from runtime.runners import artefact_kind
+from runtime.runners.base import Array, Runner, numpy_dtype
+from runtime.tolerances import Tolerance
+
+if TYPE_CHECKING:
+    from runtime.runners.onnxruntime import OnnxRuntimeRunner
+    from runtime.runners.torch import TorchRunner
+
+#: A layer whose own error is this many times the median one stands out, though it is within tolerance.
+_OUTLIER = 16.0
+#: Numbers in the batch that is looked at, so that the tensors of all layers fit in memory.
+_ELEMENTS = 2**19
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerError:
+    """One layer: `own` is its relative RMS error from the reference's inputs (NaN where that cannot be run),
+    `accumulated` the one in the candidate's own run. `name` is the user's module, `sigma` its mask's, in taps."""
+
+    name: str
+    ops: str
+    tensor: str
+    sigma: str | None
+    own: float
+    own_max: float
+    accumulated: float
+    accumulated_max: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bisection:
+    """The first layer out of tolerance (None: no layer is), the sentence to print, and all layers in order."""
+
+    culprit: LayerError | None
+    sentence: str
+    layers: tuple[LayerError, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; what is not finite becomes None."""
+        layers = [
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(layer).items()}
+            for layer in self.layers
+        ]
+        return {"culprit": self.culprit.name if self.culprit else None, "sentence": self.sentence, "layers": layers}
+
+
+def bisect(
+    reference: Runner,
+    candidate: Path,
+    feeds: Mapping[str, Array],
+    tolerance: Tolerance,
+    manifest: Manifest | None = None,
+) -> Bisection:
+    """Name the first layer of `candidate` that is out of tolerance.
+
+    Args:
+        reference: an open checkpoint or ONNX file.
+        candidate: an ONNX file, a checkpoint, or an engine whose ONNX file lies beside it.
+        feeds: inputs of the candidate on which the two differ.
+        tolerance: what a layer may be off.
+        manifest: the candidate's.
+    """
+    kind = artefact_kind(candidate)
+    if kind == "engine":
+        source = manifest.source("onnx") if manifest else None
+        onnx_file = candidate.with_name(source.file) if source else None
+        if onnx_file is None or not onnx_file.is_file() or sha256_file(onnx_file) != (source and source.sha256):
+            return Bisection(
+                None, "an engine shows no intermediate tensors; put the ONNX file it was built from beside it"
+            )
+        found = bisect(reference, onnx_file, feeds, tolerance, find_manifest(onnx_file))
+        if found.culprit is None:
+            return Bisection(None, f"the ONNX file it was built from agrees layer by layer: {found.sentence}")
+        return Bisection(found.culprit, f"in the ONNX file it was built from: {found.sentence}", found.layers)
+    if hasattr(reference, "checkpoint"):
+        return _from_checkpoint(reference, candidate, feeds, tolerance, checkpoint=kind == "checkpoint")  # type: ignore[arg-type]
+    if hasattr(reference, "path") and kind == "onnx":
+        return _from_onnx(reference, candidate, feeds, tolerance, manifest)  # type: ignore[arg-type]
+    return Bisection(None, "layers can be compared when the reference is a checkpoint, or both are ONNX files")
+
+
+def _from_checkpoint(
+    reference: TorchRunner, path: Path, feeds: Mapping[str, Array], tolerance: Tolerance, *, checkpoint: bool
+) -> Bisection:
+    feeds = _smaller(feeds, reference)
+    own = {
+        spec.name: array.astype(numpy_dtype(spec.dtype))
+        for spec, array in zip(reference.inputs, feeds.values(), strict=True)
+    }
+    modules = reference.activations(own)
+    sigmas = reference.sigmas()
+    if checkpoint:
+        return _from_two_checkpoints(modules, path, own, tolerance, sigmas)
+    graph = Graph(path)
+    matches = graph.module_outputs({name: len(values) for name, values in modules.items()})
+    values = {match.tensor: modules[match.other][match.call] for match in matches}
+    names = _module_names(graph, matches, list(modules), reference.weighted_modules())
+    return _judge(graph, matches, values, feeds, tolerance, names, sigmas)
+
+
+def _from_onnx(
+    reference: OnnxRuntimeRunner,
+    path: Path,
+    feeds: Mapping[str, Array],
+    tolerance: Tolerance,
+    manifest: Manifest | None,
+) -> Bisection:
+    feeds = _smaller(feeds, reference)
+    graph, other = Graph(path), Graph(reference.path)
+    matches = graph.same_tensors(other)
+    own = dict(zip((spec.name for spec in reference.inputs), feeds.values(), strict=True))
+    found = other.run([match.other for match in matches], own) if matches else {}
+    values = {match.tensor: found[match.other] for match in matches}
+    layers = ((manifest.certificate or {}) if manifest else {}).get("layers", [])
+    sigmas = {layer["name"]: _sigma(layer["sigma"]["min"], layer["sigma"]["max"]) for layer in layers}
+    names = _module_names(graph, matches, [], set())
+    return _judge(graph, matches, values, feeds, tolerance, names, sigmas)
+
+
+def _from_two_checkpoints(
+    modules: Mapping[str, Sequence[Array]],
+    path: Path,
+    feeds: Mapping[str, Array],
+    tolerance: Tolerance,
+    sigmas: Mapping[str, str],
+) -> Bisection:
+    from runtime.runners.torch import TorchRunner
+
+    with TorchRunner(path, dynamic_hw=True) as other:
+        theirs = other.activations(dict(zip((s.name for s in other.inputs), feeds.values(), strict=True)))
+    layers = []
+    for name, values in modules.items():
+        pairs = list(zip(values, theirs.get(name, ()), strict=False))
+        if len(pairs) == len(values) and all(a.shape == b.shape for a, b in pairs):
+            errors = [_error(a, b) for a, b in pairs]
+            rms, peak = max(errors)
+            layers.append(_layer(name, "module", name, sigmas.get(name), (math.nan, math.nan), (rms, peak)))
+    return judge_layers(layers, tolerance)
+
+
+def _judge(
+    graph: Graph,
+    matches: Sequence[Match],
+    values: Mapping[str, Array],
+    feeds: Mapping[str, Array],
+    tolerance: Tolerance,
+    names: Mapping[str, str],
+    sigmas: Mapping[str, str],
+) -> Bisection:
+    """Run the graph twice (on its own, and from the reference's values) and compare tensor by tensor."""
+    tensors = [match.tensor for match in matches]
+    if not tensors:
+        return Bisection(
+            None, "no tensor of the graph could be matched: it carries no module names (another exporter?)"
+        )
+    running = graph.run(tensors, feeds)
+    tensors = [name for name in tensors if running[name].shape == values[name].shape]
+    accumulated = {name: _error(values[name], running[name]) for name in tensors}
+    while True:
+        boundary = set(tensors)
+        segments = {name: graph.segment(name, boundary) for name in tensors}
+        wrong = _mismatched(tensors, segments, accumulated, tolerance)
+        if not wrong:
+            break
+        tensors = [name for name in tensors if name not in wrong]
+    local = graph.run(tensors, feeds, given=values)
+    layers = []
+    for name in tensors:
+        nodes, _ = segments[name]
+        title = _title(graph, nodes, names.get(name, name))
+        own = _error(values[name], local[name])
+        layers.append(_layer(title, graph.ops(nodes), name, _sigma_of(title, sigmas), own, accumulated[name]))
+    return judge_layers(layers, tolerance)
+
+
+def judge_layers(layers: Sequence[LayerError], tolerance: Tolerance) -> Bisection:
+    """The first layer out of tolerance by its own error; else one that stands out; else where the errors add up."""
+    own = [layer.own for layer in layers]
+    for index, layer in enumerate(layers):
+        if _fails(layer.own, layer.own_max, tolerance):
+            before = max((layer.own for layer in layers[:index] if layer.own == layer.own), default=0.0)
+            count = f"the {index} layers before it agree" if index > 1 else "the layer before it agrees"
+            agree = f"{count} (at most {before:.1e})" if index else "there is none before it"
+            more = sum(_fails(other.own, other.own_max, tolerance) for other in layers[index + 1 :])
+            also = f"; {more} later {'layers are' if more > 1 else 'layer is'} out of tolerance too" if more else ""
+            return Bisection(
+                layer,
+                f"first layer out of tolerance: {_words(layer)}. From the reference's own input its output is off by "
+                f"{layer.own:.1e} of its RMS (at most {layer.own_max:.1e}; tolerance {tolerance.rel_rms:.0e}); "
+                f"{agree}{also}",
+                tuple(layers),
+            )
+    finite = [error for error in own if math.isfinite(error)]
+    if finite:
+        layer = max((layer for layer in layers if math.isfinite(layer.own)), key=lambda layer: layer.own)
+        typical = float(np.median([error for error in finite if error > 0] or [0.0]))
+        if typical and layer.own > _OUTLIER * typical:
+            return Bisection(
+                layer,
+                f"no layer alone is out of tolerance, but one stands out: {_words(layer)} is off by {layer.own:.1e} of "
+                f"its RMS from the reference's own input, {layer.own / typical:.0f} times the median layer",
+                tuple(layers),
+            )
+    for layer in layers:
+        if _fails(layer.accumulated, layer.accumulated_max, tolerance):
+            alone = (
+                ""
+                if math.isnan(layer.own)
+                else f" (alone it is off by {layer.own:.1e}: the error grew over the layers before it)"
+            )
+            return Bisection(
+                layer,
+                f"the error leaves the tolerance at {_words(layer)}: {layer.accumulated:.1e} of its RMS{alone}",
+                tuple(layers),
+            )
+    return Bisection(
+        None,
+        f"all {len(layers)} layers agree with ONNX Runtime's graph rewrites off: the difference comes from the engine "
+        f"that ran it, or from inputs other than those looked at",
+        tuple(layers),
+    )
+
+
+def _mismatched(
+    tensors: Sequence[str],
+    segments: Mapping[str, tuple[list[int], set[str]]],
+    accumulated: Mapping[str, tuple[float, float]],
+    tolerance: Tolerance,
+) -> set[str]:
+    """Tensors that look wrong though what is computed from them is right: paired with the wrong module, or unused."""
+    right_after: set[str] = set()
+    for name in tensors:
+        if not _fails(*accumulated[name], tolerance):
+            right_after |= segments[name][1]
+    return {name for name in tensors if _fails(*accumulated[name], tolerance) and name in right_after}
+
+
+def _module_names(graph: Graph, matches: Sequence[Match], order: Sequence[str], weighted: set[str]) -> dict[str, str]:
+    """By tensor: the module it belongs to; where a fold put a convolution into its BatchNorm, the convolution."""
+    names = {}
+    for match in matches:
+        scope = graph.scopes[graph.producer[match.tensor]]
+        module = match.other if match.other in order else (scope[-1] if scope else match.tensor)
+        node = graph.nodes[graph.producer[match.tensor]]
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm") and order and module not in weighted and module in order:
+            before = [name for name in order[: order.index(module)] if name in weighted]
+            module = before[-1] if before else module
+        names[match.tensor] = module
+    return names
+
+
+def _title(graph: Graph, nodes: Sequence[int], module: str) -> str:
+    """What to call a segment: the layers its weights are named after (`val_12` is no name), else the module."""
+    weights = [name for name in graph.weight_names(nodes) if not re.fullmatch(r"(onnx::.*|val|w|weight)?_?\d*", name)]
+    return " or ".join(dict.fromkeys(weights)) or module
+
+
+def _sigma_of(title: str, sigmas: Mapping[str, str]) -> str | None:
+    found = [sigmas[name] for name in title.split(" or ") if name in sigmas]
+    return ", ".join(found) or None
+
+
+def _sigma(low: float, high: float) -> str:
+    return f"{low:.3f}" if low == high else f"{low:.3f}..{high:.3f}"
+
+
+def _layer(
+    name: str, ops: str, tensor: str, sigma: str | None, own: tuple[float, float], accumulated: tuple[float, float]
+) -> LayerError:
+    return LayerError(
+        name=name,
+        ops=ops,
+        tensor=tensor,
+        sigma=sigma,
+        own=own[0],
+        own_max=own[1],
+        accumulated=accumulated[0],
+        accumulated_max=accumulated[1],
+    )
+
+
+def _words(layer: LayerError) -> str:
+    return f"{layer.name} ({layer.ops}{f', sigma {layer.sigma}' if layer.sigma else ''})"
+
+
+def _error(reference: Array, candidate: Array) -> tuple[float, float]:
+    """RMS and largest error over the reference's RMS; infinite where only one side is finite, or not zero."""
+    a, b = reference.astype(np.float64), candidate.astype(np.float64)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return math.inf, math.inf
+    error, scale = b - a, math.sqrt(float(np.mean(np.square(a)))) if a.size else 0.0
+    rms, peak = (math.sqrt(float(np.mean(np.square(error)))), float(np.abs(error).max())) if a.size else (0.0, 0.0)
+    if scale == 0:
+        return (0.0, 0.0) if peak == 0 else (math.inf, math.inf)
+    return rms / scale, peak / scale
+
+
+def _fails(rms: float, peak: float, tolerance: Tolerance) -> bool:
+    return rms > tolerance.rel_rms or peak > tolerance.max_rel_rms
+
+
+def _smaller(feeds: Mapping[str, Array], reference: Runner) -> dict[str, Array]:
+    """Fewer samples, where the batch is free and they are large."""
+    size = sum(array.size for array in feeds.values())
+    count = len(next(iter(feeds.values())))
+    keep = max(2, count * _ELEMENTS // size) if size > _ELEMENTS else count
+    free = all(isinstance(spec.shape[0], str) for spec in reference.inputs if spec.shape)
+    return {name: array[:keep] if free else array for name, array in feeds.items()}

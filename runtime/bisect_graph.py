@@ -1,0 +1,208 @@
+"""The ONNX side of `--bisect`: which tensor is which module's output, and graphs that show their tensors."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.cli import require
+from runtime.errors import RefusedError
+from runtime.runners.base import Array
+
+if TYPE_CHECKING:
+    import onnx
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "QLinearConv", "ConvInteger"})
+_GIVEN, _USED, _SHOWN = "__given", "__used", "__shown"
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A tensor of the graph and what it is called on the other side: a module (and which call of it), or a tensor."""
+
+    tensor: str
+    other: str
+    call: int = 0
+
+
+class Graph:
+    """An ONNX graph to be looked into. Weights in external files stay there."""
+
+    def __init__(self, path: Path) -> None:
+        onnx = require("onnx", "export")
+        self.path = path
+        try:
+            self.model: Any = onnx.load(str(path), load_external_data=False)
+        except Exception as error:
+            raise RefusedError(f"{path}: is not a readable ONNX file; export it again") from error
+        self.nodes = list(self.model.graph.node)
+        self.initializers = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        self.outputs = [output.name for output in self.model.graph.output]
+        self.producer = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
+        self.consumers: dict[str, list[int]] = defaultdict(list)
+        for index, node in enumerate(self.nodes):
+            for name in node.input:
+                self.consumers[name].append(index)
+        self.scopes = [_scopes(node) for node in self.nodes]
+
+    def module_outputs(self, calls: Mapping[str, int]) -> list[Match]:
+        """The tensors that modules return, by the exporter's metadata; `calls` is how often each module ran.
+
+        A tensor that leaves a module's scope is its output: also the Conv that a BatchNorm was folded into, which the
+        exporter puts in the BatchNorm's scope. A module whose count differs from its calls is left out.
+        """
+        inside: dict[str, list[int]] = defaultdict(list)
+        for index, scopes in enumerate(self.scopes):
+            for scope in scopes:
+                inside[scope].append(index)
+        found: dict[str, Match] = {}
+        for module in sorted(inside, key=lambda name: -name.count(".")):  # an inner module's name wins
+            members = set(inside[module])
+            leaving = [
+                name
+                for index in inside[module]
+                for name in self.nodes[index].output
+                if name in self.outputs or any(user not in members for user in self.consumers[name])
+            ]
+            if len(leaving) == calls.get(module, 0):
+                for call, name in enumerate(leaving):
+                    found.setdefault(name, Match(name, module, call))
+        return self._in_order(found.values())
+
+    def same_tensors(self, reference: Graph) -> list[Match]:
+        """Tensors of another export of the network: by name, or by position among the layers with weights."""
+        mine, theirs = self._weighted(), reference._weighted()
+        common = [Match(name, name) for name in self.producer if name in reference.producer]
+        if len({m.tensor for m in common} & {name for _, name in mine}) * 2 >= len(mine) > 0:
+            return self._in_order(common)
+        if [op for op, _ in mine] != [op for op, _ in theirs]:
+            return self._in_order(common)
+        return [Match(name, other) for (_, name), (_, other) in zip(mine, theirs, strict=True)]
+
+    def segment(self, tensor: str, boundary: set[str]) -> tuple[list[int], set[str]]:
+        """The nodes that compute `tensor` from the tensors in `boundary` (and inputs), in order, and those tensors."""
+        nodes: set[int] = set()
+        reached: set[str] = set()
+        todo = [tensor]
+        while todo:
+            index = self.producer.get(todo.pop())
+            if index is None or index in nodes:
+                continue
+            nodes.add(index)
+            for name in self.nodes[index].input:
+                if name in boundary:
+                    reached.add(name)
+                else:
+                    todo.append(name)
+        return sorted(nodes), reached
+
+    def weight_names(self, nodes: Sequence[int]) -> list[str]:
+        """What the weights of these nodes' layers are called, without `.weight`, in order."""
+        names = []
+        for index in nodes:
+            node = self.nodes[index]
+            if node.op_type in _WEIGHTED:
+                sources = [name for given in node.input[:2] for name in self._initializer(given)]
+                names += [name.rsplit(".weight", 1)[0] for name in sources[:1]]
+        return names
+
+    def ops(self, nodes: Sequence[int]) -> str:
+        """Operator names, for a table: "Conv", "Add, Relu"."""
+        return ", ".join(dict.fromkeys(self.nodes[index].op_type for index in nodes))
+
+    def showing(self, tensors: Sequence[str], *, given: bool) -> bytes:
+        """The model with `tensors` among its outputs as float32, named `<tensor>__shown`.
+
+        With `given`, whatever consumes one of them takes an input `<tensor>__given` (float32) in its place: each layer
+        is computed from the reference's values, and shows its own error alone.
+        """
+        onnx = require("onnx", "export")
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        graph, wanted, nodes = model.graph, set(tensors), []
+        for node in self.nodes:
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            if given:
+                copy.input[:] = [name + _USED if name in wanted else name for name in node.input]
+            nodes.append(copy)
+            for name in (name for name in node.output if name in wanted):
+                nodes.append(onnx.helper.make_node("Cast", [name], [name + _SHOWN], to=onnx.TensorProto.FLOAT))
+                if given:
+                    nodes.append(onnx.helper.make_node("CastLike", [name + _GIVEN, name], [name + _USED]))
+        del graph.node[:]
+        graph.node.extend(nodes)
+        kind = onnx.TensorProto.FLOAT
+        graph.output.extend(onnx.helper.make_tensor_value_info(name + _SHOWN, kind, None) for name in tensors)
+        if given:
+            graph.input.extend(onnx.helper.make_tensor_value_info(name + _GIVEN, kind, None) for name in tensors)
+        return bytes(model.SerializeToString())
+
+    def run(
+        self, tensors: Sequence[str], feeds: Mapping[str, Array], given: Mapping[str, Array] | None = None
+    ) -> dict[str, Array]:
+        """The values of `tensors`, float32, without ONNX Runtime's rewrites; from `given` values if there are any."""
+        from runtime.runners.onnxruntime import run_bytes
+
+        every = dict(feeds)
+        for name in tensors if given is not None else ():
+            assert given is not None
+            every[name + _GIVEN] = np.ascontiguousarray(given[name], dtype=np.float32)
+        model = self.showing(tensors, given=given is not None)
+        shown = run_bytes(model, self.path, [name + _SHOWN for name in tensors], every)
+        return {name.removesuffix(_SHOWN): value for name, value in shown.items()}
+
+    def _in_order(self, matches: Any) -> list[Match]:
+        return sorted(matches, key=lambda match: self.producer[match.tensor])
+
+    def _weighted(self) -> list[tuple[str, str]]:
+        return [(node.op_type, node.output[0]) for node in self.nodes if node.op_type in _WEIGHTED]
+
+    def _initializer(self, name: str, depth: int = 4) -> list[str]:
+        """The initializer that `name` is, or is made from by Q/DQ, casts and reshapes alone."""
+        if name in self.initializers:
+            return [name]
+        index = self.producer.get(name)
+        if index is None or depth == 0 or self.nodes[index].op_type not in _UNWRAPPED:
+            return []
+        return self._initializer(self.nodes[index].input[0], depth - 1)
+
+
+_UNWRAPPED = frozenset({"QuantizeLinear", "DequantizeLinear", "Cast", "Transpose", "Reshape", "Identity"})
+
+
+def graph_precision(path: Path) -> str | None:
+    """The lowest precision that the graph's types show; None for plain fp32, or where the onnx package is missing."""
+    try:
+        import onnx
+    except ImportError:
+        return None
+    graph = Graph(path)
+    types = {tensor.data_type for tensor in graph.initializers.values()}
+    if any(node.op_type in ("DequantizeLinear", "QLinearConv", "ConvInteger") for node in graph.nodes):
+        fp8 = types & {onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2}
+        return "fp8" if fp8 else "int8"
+    if onnx.TensorProto.BFLOAT16 in types:
+        return "bf16"
+    return "fp16" if onnx.TensorProto.FLOAT16 in types else None
+
+
+def _scopes(node: onnx.NodeProto) -> tuple[str, ...]:
+    """The modules around a node, outermost first, by the exporter's metadata (its last entry is the node itself)."""
+    text = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), None)
+    if text is None:
+        return ()
+    try:
+        names = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return ()
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return ()
+    return tuple(name for name in names[:-1] if name)

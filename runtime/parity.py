@@ -1,0 +1,187 @@
+"""`python -m runtime.parity REFERENCE CANDIDATE...`: is it the same network? A table, and exit 4 when it is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runtime.cli import Command
+from runtime.errors import ParityError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from runtime.bisect import Bisection
+    from runtime.parity_run import CandidateReport, ParityReport
+
+_PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")
+
+
+def _shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int, int] | None:
+    if value is None:
+        return None
+    parts = value.split(",")
+    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{value!r} is not C,H,W, e.g. 3,224,224")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("reference", type=click.Path(path_type=Path))
+@click.argument("candidates", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="CANDIDATE...")
+@click.option("--images", metavar="DIR|FILE.npz|digits", help="Real samples; digits by default where trained on them.")
+@click.option("--inputs", type=click.Path(path_type=Path), metavar="FILE.npz", help="One array per input, used alone.")
+@click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="How many real samples.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise and of the draw of samples.")
+@click.option("--device", default="cpu", show_default=True, help="Of the candidates: cpu, cuda, cuda:N.")
+@click.option("--reference-device", default="cpu", show_default=True, help="Of the reference.")
+@click.option("--precision", type=click.Choice(_PRECISIONS), help="Judge by this row instead of the manifest's.")
+@click.option("--tolerance", type=float, help="Relative RMS error allowed, instead of the table's.")
+@click.option("--bisect", is_flag=True, help="On failure, name the first layer that is out of tolerance.")
+@click.option("--yardstick/--no-yardstick", default=True, help="Measure fp32 candidates against a float64 run too.")
+@click.option("--classes/--no-classes", default=True, help="Whether outputs of shape (N, K) are class scores.")
+@click.option("--arch", help="Architecture of a foreign checkpoint, e.g. torchvision.models:resnet50.")
+@click.option("--num-classes", type=click.IntRange(1), help="Of a foreign checkpoint.")
+@click.option("--input-shape", callback=_shape, metavar="C,H,W", help="Of a foreign checkpoint.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
+@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Also write an HTML report.")
+@click.option("-q", "--quiet", is_flag=True, help="Print the verdict lines alone.")
+def main(
+    reference: Path,
+    candidates: tuple[Path, ...],
+    as_json: bool,
+    report: Path | None,
+    quiet: bool,
+    arch: str | None,
+    num_classes: int | None,
+    input_shape: tuple[int, int, int] | None,
+    **flags: Any,
+) -> None:
+    """Run REFERENCE (usually the checkpoint) and each CANDIDATE on the same inputs and compare their outputs.
+
+    Every corner of the shapes a candidate takes is tried, in seeded noise and in real samples. Exit code 4 when one
+    differs by more than the tolerance of its precision, or when nothing could be compared.
+    """
+    from runtime.cli import print_json, progress_console, result_console
+    from runtime.parity_run import ParityOptions, compare_artefacts
+
+    progress = progress_console(quiet or as_json)
+    load = {"arch": arch, "num_classes": num_classes, "input_shape": input_shape}
+    given = {key: value for key, value in load.items() if value is not None}
+    with progress.status("") as status:
+        found = compare_artefacts(
+            reference,
+            candidates,
+            ParityOptions(**flags, load_options=given or None),
+            note=lambda text: status.update(text) if progress.is_terminal else progress.print(text, style="dim"),
+        )
+    if report is not None:
+        from runtime.parity_report import write_parity_report
+
+        write_parity_report(report, found)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        console = result_console()
+        for candidate in found.candidates:
+            if not quiet:
+                console.print(parity_table(found, candidate))
+                for text in _remarks(candidate):
+                    console.print(text, highlight=False, soft_wrap=True)
+            click.echo(_verdict(candidate))
+            if candidate.bisection is not None:
+                click.echo(candidate.bisection.sentence)
+    if not found.passed:
+        failed = [candidate for candidate in found.candidates if not candidate.passed]
+        raise ParityError(f"{failed[0].path}: {failed[0].failures()[0]}")
+
+
+def parity_table(report: ParityReport, candidate: CandidateReport) -> Table:
+    """The comparisons of one candidate as a rich table."""
+    from rich.table import Table
+
+    tolerance = candidate.tolerance
+    table = Table(
+        title=f"{candidate.path.name} ({candidate.engine}) against {report.reference.name} ({report.engine})",
+        caption=f"{tolerance.precision} tolerance {tolerance.rel_rms:.1e} ({tolerance.source})",
+        title_justify="left",
+        caption_justify="left",
+    )
+    several = len({output.output for case in candidate.cases for output in case.outputs}) > 1
+    table.add_column("inputs", no_wrap=True)
+    table.add_column("batch", no_wrap=True)
+    if several:
+        table.add_column("output")
+    for heading in ("max abs", "mean abs", "err/RMS", "SNR dB", "1-cosine", "top-1", "top-5", "margin", ""):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for case in candidate.cases:
+        for o in case.outputs:
+            table.add_row(
+                case.label,
+                case.shape,
+                *([o.output] if several else []),
+                _number(o.max_abs),
+                _number(o.mean_abs),
+                _number(o.rel_rms),
+                _fixed(o.snr_db),
+                _number(max(0.0, 1 - o.cosine)),
+                _share(o.top1),
+                _share(o.top5),
+                "equal" if o.rel_rms == 0 else f"{o.margin:.3g}x" if o.margin == o.margin else "",
+                "[green]ok[/]" if o.passed else "[red]FAIL[/]",
+            )
+    return table
+
+
+def _remarks(candidate: CandidateReport) -> list[str]:
+    texts = [
+        f"float64 yardstick, {item.samples} samples: {item.output} is {item.candidate_rel_rms:.1e} from exact, torch "
+        f"fp32 {item.reference_rel_rms:.1e} (allowed: {item.factor:g} times that and 2e-07)"
+        for item in candidate.yardstick
+    ]
+    margins = [o.disagreement_margin for case in candidate.cases for o in case.outputs if o.top1 < 1]
+    if margins:
+        texts.append(f"where classes differ, the reference decides by at most {max(margins):.3g}")
+    texts += [f"note: {text}" for text in candidate.notes]
+    if candidate.bisection is not None and candidate.bisection.layers:
+        texts += _layers(candidate.bisection)
+    return texts
+
+
+def _layers(bisection: Bisection) -> list[str]:
+    """The layers around the culprit, with their own errors."""
+    if bisection.culprit is None:
+        return []
+    at = bisection.layers.index(bisection.culprit)
+    return [
+        f"{'->' if layer is bisection.culprit else '  '} {layer.name:32s} own {_number(layer.own):>8s}  "
+        f"accumulated {_number(layer.accumulated):>8s}  {layer.ops}"
+        for layer in bisection.layers[max(0, at - 3) : at + 3]
+    ]
+
+
+def _verdict(candidate: CandidateReport) -> str:
+    if candidate.passed:
+        margins = [output.margin for case in candidate.cases for output in case.outputs]
+        return f"PASSED  {candidate.path}  {candidate.precision}, smallest margin {min(margins):.3g}x"
+    failures = candidate.failures()
+    more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+    return f"FAILED  {candidate.path}  {failures[0]}{more}"
+
+
+def _number(value: float) -> str:
+    return "" if value != value else "0" if value == 0 else f"{value:.1e}"
+
+
+def _fixed(value: float) -> str:
+    return "" if value != value else "inf" if value == float("inf") else f"{value:.1f}"
+
+
+def _share(value: float) -> str:
+    return "" if value != value else f"{100 * value:.1f}%"
+
+
+if __name__ == "__main__":
+    main()

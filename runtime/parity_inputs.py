@@ -1,0 +1,279 @@
+"""What a parity check runs on: every corner of the shapes a network takes, in noise and in real samples."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.datasets import load_samples, npz_array, npz_header, npz_names
+from runtime.errors import RefusedError, UnavailableError
+from runtime.manifest import Preprocessing, ShapeRange, TensorSpec
+from runtime.runners.base import Array, numpy_dtype
+
+#: Batches tried where the batch is free and no profile bounds it: one, two, an odd one, a round one.
+FREE_BATCHES = (1, 2, 5, 8)
+Feeds = dict[str, Array]
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a network's data, from a manifest or a checkpoint."""
+
+    input_shape: tuple[int, ...] | None = None
+    preprocessing: Preprocessing | None = None
+    dataset: dict[str, Any] | None = None
+    labels: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Inputs compared together: `label` ("noise", "digits"), the shapes of one batch, and where the batches come from.
+
+    Iterating gives one dict of arrays per batch, in the dtypes of the network's inputs. `real` samples come from data.
+    """
+
+    label: str
+    shapes: Shapes
+    batches: Any
+    real: bool = False
+
+    def __iter__(self) -> Iterator[Feeds]:
+        return iter(self.batches)
+
+    @property
+    def shape(self) -> str:
+        """The shapes in words: "8x3x32x32"."""
+        return ", ".join("x".join(map(str, shape)) for shape in self.shapes.values())
+
+
+def make_cases(
+    specs: Sequence[TensorSpec],
+    profiles: Sequence[Mapping[str, ShapeRange]],
+    facts: Facts,
+    *,
+    images: str | Path | None,
+    inputs: Path | None,
+    samples: int,
+    seed: int,
+    calibrated: bool,
+) -> tuple[list[Case], list[str]]:
+    """The cases for one candidate, and notes on what was left out.
+
+    Args:
+        specs, profiles: of the candidate.
+        facts: its data; "digits" are used by themselves when it was trained on them.
+        images: a folder, an .npz file of images or "digits" to use instead.
+        inputs: an .npz file with one array per input, used alone.
+        samples: of real data, and of noise at the main shape.
+        seed: of noise and draws.
+        calibrated: the candidate's ranges were calibrated on data: corners are then filled with real samples, because
+            noise lies outside what it was made for.
+
+    Raises RefusedError when a source is missing or does not fit.
+    """
+    if inputs is not None:
+        return _given(inputs, specs, profiles), []
+    corners, main = corner_shapes(specs, profiles, facts)
+    notes: list[str] = []
+    real = _real(specs, main, facts, images, samples, seed, notes)
+    cases = [] if real else [Case("noise", main, _noise(specs, main, seed, samples))]
+    if real and calibrated:
+        filled = [_corner(real[0], corner) for corner in corners if _same_image(corner, main)]
+        return [*filled, *real], notes
+    if calibrated:
+        notes.append("no real images: a calibrated graph is judged on noise, outside its ranges perhaps; use --images")
+    noise = [Case("noise", c, _noise(specs, c, (seed, i))) for i, c in enumerate(corners)]
+    return [*noise, *cases, *real], notes
+
+
+def corner_shapes(
+    specs: Sequence[TensorSpec], profiles: Sequence[Mapping[str, ShapeRange]], facts: Facts
+) -> tuple[list[Shapes], Shapes]:
+    """Every corner of what a network takes, each once, and the main shape (opt, or a batch of 8)."""
+    if profiles:
+        corners = [corner for profile in profiles for corner in _profile_corners(profile)]
+        main = {name: shape.opt for name, shape in profiles[0].items()}
+        fixed = {s.name: s.shape for s in specs if s.name not in main}
+        corners, main = [{**fixed, **c} for c in corners], {**fixed, **main}  # type: ignore[dict-item]
+    else:
+        corners = _free_corners(specs, facts)
+        main = corners[min(3, len(corners) - 1)] if isinstance(specs[0].shape[0], str) else corners[0]
+    unique: list[Shapes] = []
+    for corner in corners:
+        if corner not in unique:
+            unique.append(corner)
+    return unique, main
+
+
+def _profile_corners(profile: Mapping[str, ShapeRange]) -> Iterator[Shapes]:
+    """Min, opt and max of the batch with each of the image, and a middle odd batch."""
+    ends = {end: {name: tuple(getattr(r, end)) for name, r in profile.items()} for end in ("min", "opt", "max")}
+    yield from ends.values()
+    for batch_from, image_from in itertools.permutations(ends, 2):
+        yield {n: (ends[batch_from][n][0], *ends[image_from][n][1:]) for n in profile}
+    low, high = (next(iter(ends[end].values()))[0] for end in ("min", "max"))
+    odd = (low + high) // 2 | 1
+    if low < odd < high:
+        yield {name: (odd, *shape[1:]) for name, shape in ends["opt"].items()}
+
+
+def _free_corners(specs: Sequence[TensorSpec], facts: Facts) -> list[Shapes]:
+    free_batch = isinstance(specs[0].shape[0], str) if specs[0].shape else False
+    free_side = any(isinstance(d, str) for spec in specs for d in spec.shape[1:])
+    batches: Sequence[int] = FREE_BATCHES if free_batch else (0,)
+    corners = [{s.name: _concrete(s, batch, facts, 0) for s in specs} for batch in batches]
+    if free_side:
+        corners += [{s.name: _concrete(s, batches[-1], facts, grown) for s in specs} for grown in (1, 2)]
+    return corners
+
+
+def _concrete(spec: TensorSpec, batch: int, facts: Facts, grown: int) -> tuple[int, ...]:
+    """A spec's shape with numbers: free sides are the training size, or (`grown`) larger by whole multiples of 8."""
+    shape: list[int] = []
+    for axis, dim in enumerate(spec.shape):
+        known = facts.input_shape
+        if isinstance(dim, int):
+            shape.append(dim)
+        elif axis == 0:
+            shape.append(batch)
+        elif known is None or len(known) != len(spec.shape) - 1:
+            raise RefusedError(f"input {spec.name!r} has a free axis {dim!r} of unknown usual length; give --inputs")
+        else:
+            side = known[axis - 1]
+            wider = 32 if axis == len(spec.shape) - 1 and grown == 1 else 0
+            shape.append((side + (side // 4 + 7) // 8 * 8 + wider) if grown else side)
+    return tuple(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _noise:  # noqa: N801
+    """Standard normal batches (whole numbers 0..255 for integer inputs); `samples` None is one batch."""
+
+    specs: Sequence[TensorSpec]
+    shapes: Shapes
+    seed: Any
+    samples: int | None = None
+
+    def __iter__(self) -> Iterator[Feeds]:
+        generator = np.random.default_rng(self.seed)
+        batch = next(iter(self.shapes.values()))[0]
+        for _ in range(1 if self.samples is None else -(-self.samples // batch)):
+            yield {spec.name: _draw(generator, self.shapes[spec.name], spec.dtype) for spec in self.specs}
+
+
+def _draw(generator: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
+    kind = numpy_dtype(dtype)
+    if kind == np.bool_:
+        return generator.random(shape) < 0.5
+    if kind.kind in "iu":
+        return generator.integers(0, 128, shape).astype(kind)
+    return generator.standard_normal(shape, dtype=np.float32).astype(kind)
+
+
+def _real(
+    specs: Sequence[TensorSpec],
+    main: Shapes,
+    facts: Facts,
+    images: str | Path | None,
+    samples: int,
+    seed: int,
+    notes: list[str],
+) -> list[Case]:
+    spec = images or ((facts.dataset or {}).get("name") == "digits" and "digits")
+    if not spec:
+        return []
+    shape = main[specs[0].name]
+    if len(specs) != 1 or len(shape) != 4 or numpy_dtype(specs[0].dtype).kind not in "fV":
+        if images:
+            raise RefusedError(f"--images needs a network with one image input; this one takes {_taken(specs)}")
+        return []
+    try:
+        found = load_samples(
+            spec,
+            input_shape=(shape[1], shape[2], shape[3]),
+            preprocessing=facts.preprocessing,
+            dataset=facts.dataset,
+            class_names=facts.labels,
+            limit=samples,
+            seed=seed,
+        )
+    except (UnavailableError, RefusedError) as error:
+        if images:
+            raise
+        notes.append(f"not compared on digits, which the network was trained on: {error.message}")
+        return []
+    feeds = _sample_feeds(found, specs[0], shape[0], isinstance(specs[0].shape[0], int))
+    if found.count < shape[0] and feeds.fixed:
+        raise RefusedError(f"{spec}: {found.count} samples do not fill one batch of {shape[0]}")
+    return [Case(found.name, main, feeds, real=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class _sample_feeds:  # noqa: N801
+    """Real samples as feeds, in batches of `size`; with a fixed batch what does not fill one is left out."""
+
+    samples: Any
+    spec: TensorSpec
+    size: int
+    fixed: bool
+    only: int | None = None
+
+    def __iter__(self) -> Iterator[Feeds]:
+        for index, batch in enumerate(self.samples.batches(self.size)):
+            if self.fixed and len(batch.images) < self.size:
+                return
+            if self.only is not None and index >= self.only:
+                return
+            yield {self.spec.name: batch.images.astype(numpy_dtype(self.spec.dtype))}
+
+
+def _corner(real: Case, corner: Shapes) -> Case:
+    """One batch of real samples at a corner's batch size (repeating none: fewer samples make a smaller batch)."""
+    size = next(iter(corner.values()))[0]
+    return replace(real, shapes=corner, batches=replace(real.batches, size=size, only=1))
+
+
+def _same_image(corner: Shapes, main: Shapes) -> bool:
+    return all(corner[name][1:] == main[name][1:] for name in main)
+
+
+def _given(path: Path, specs: Sequence[TensorSpec], profiles: Sequence[Mapping[str, ShapeRange]]) -> list[Case]:
+    """One case from an .npz file with an array per input, cut into batches the network takes."""
+    names = npz_names(path)
+    single = names[0] if len(names) == len(specs) == 1 else None
+    chosen = {spec.name: single or spec.name for spec in specs}
+    if missing := [spec.name for spec in specs if chosen[spec.name] not in names]:
+        raise RefusedError(
+            f"{path}: has no array {missing[0]!r} (it has {', '.join(names) or 'none'}); {_taken(specs)}"
+        )
+    headers = {spec.name: npz_header(path, chosen[spec.name]) for spec in specs}
+    for spec in specs:
+        shape, dtype = headers[spec.name]
+        fits = len(shape) == len(spec.shape) and all(
+            isinstance(want, str) or got == want for got, want in zip(shape[1:], spec.shape[1:], strict=False)
+        )
+        if not fits or dtype != numpy_dtype(spec.dtype):
+            raise RefusedError(f"{path}: {chosen[spec.name]!r} is {dtype} {shape}; {_taken(specs)}")
+    counts = {shape[0] for shape, _ in headers.values()}
+    if len(counts) != 1 or counts == {0}:
+        raise RefusedError(f"{path}: its arrays hold {sorted(counts)} samples; the same number, at least 1, is needed")
+    count, first = counts.pop(), specs[0].shape[0]
+    size = first if isinstance(first, int) else min(count, FREE_BATCHES[-1])
+    if profiles:
+        size = min(size, max(next(iter(profile.values())).max[0] for profile in profiles))
+    if size > count:
+        raise RefusedError(f"{path}: {count} samples do not fill one batch of {size}")
+    arrays = {name: npz_array(path, chosen[name]) for name in headers}
+    starts = range(0, count - count % size if isinstance(first, int) else count, size)
+    batches = [{name: array[start : start + size] for name, array in arrays.items()} for start in starts]
+    return [Case(path.name, {n: (size, *s[1:]) for n, (s, _) in headers.items()}, batches, real=True)]
+
+
+def _taken(specs: Sequence[TensorSpec]) -> str:
+    return "the network takes " + ", ".join(f"{s.name} {s.dtype} {tuple(s.shape)}" for s in specs)

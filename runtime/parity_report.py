@@ -1,0 +1,86 @@
+"""The HTML report of a parity check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from runtime.manifest import find_manifest
+from runtime.parity_run import CandidateReport, ParityReport
+from runtime.report import (
+    Facts,
+    ManifestText,
+    Parity,
+    ReceptiveField,
+    Section,
+    Text,
+    comparison_row,
+    manifest_sections,
+    write_report,
+)
+from runtime.runners import artefact_kind
+
+_SAMPLES = 32
+
+
+def write_parity_report(path: Path, found: ParityReport) -> None:
+    """Write one self-contained HTML file: verdicts, tables with margins drawn, masks, receptive field, manifests.
+
+    Raises RefusedError when the file cannot be written, UnavailableError when the plotting libraries are missing.
+    """
+    texts: list[Section] = []
+    sections: list[Section] = [
+        section for candidate in found.candidates for section in _candidate(found, candidate, texts)
+    ]
+    if artefact_kind(found.reference) == "checkpoint" and (field := _receptive_field(found.reference)) is not None:
+        sections.append(field)
+    names = ", ".join(candidate.path.name for candidate in found.candidates)
+    write_report(path, f"Parity of {names} with {found.reference.name}", [*sections, *texts])
+
+
+def _candidate(found: ParityReport, candidate: CandidateReport, texts: list[Section]) -> list[Section]:
+    name = candidate.path.name
+    rows = {
+        "Reference": f"{found.reference.name} ({found.engine})",
+        "Candidate": f"{name} ({candidate.engine})",
+        "Precision": candidate.precision,
+        "Tolerance": f"{candidate.tolerance.rel_rms:.1e} ({candidate.tolerance.source})",
+        "Samples": str(sum(case.outputs[0].samples for case in candidate.cases if case.outputs)),
+    }
+    for item in candidate.yardstick:
+        rows[f"Distance of {item.output} from float64"] = (
+            f"{item.candidate_rel_rms:.1e}; torch fp32 {item.reference_rel_rms:.1e}, {item.factor:g} times that allowed"
+        )
+    if candidate.bisection is not None:
+        rows["First layer that differs"] = candidate.bisection.sentence
+    sections: list[Section] = [
+        Facts(rows=rows, title=f"{name}: verdict", passed=candidate.passed, warnings=candidate.failures()),
+        Parity(
+            reference=found.reference.name,
+            candidate=name,
+            rows=[
+                comparison_row(case.label, case.shape, output.to_dict())
+                for case in candidate.cases
+                for output in case.outputs
+            ],
+        ),
+    ]
+    if candidate.notes:
+        sections.append(Text(title=f"{name}: notes", paragraphs=candidate.notes))
+    manifest = None if artefact_kind(candidate.path) == "checkpoint" else find_manifest(candidate.path)
+    if manifest is not None:
+        sections += manifest_sections(name, manifest)
+        texts.append(ManifestText(name=name, manifest=manifest))
+    return sections
+
+
+def _receptive_field(checkpoint: Path) -> Section | None:
+    """The mask's effect on the receptive field; None for a foreign checkpoint that does not say its architecture."""
+    from runtime.runners.torch import receptive_fields
+
+    try:
+        before, after = receptive_fields(checkpoint, _SAMPLES)
+    except click.ClickException:
+        return None
+    return ReceptiveField(before=before, after=after, samples=_SAMPLES)

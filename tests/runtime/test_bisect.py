@@ -1,0 +1,235 @@
+"""`--bisect` names the corrupted layer in the words of the user's model, wherever the error was planted."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+import gmconv
+from runtime.bisect import Bisection, LayerError, judge_layers
+from runtime.parity_run import ParityOptions, compare_artefacts
+from runtime.tolerances import TOLERANCES
+
+
+class Small(nn.Module):
+    """In-place and reused ReLU, a branch, a BatchNorm that folds, a convolution without one, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+        self.relu = nn.ReLU(inplace=True)
+        self.left = nn.Conv2d(8, 8, 3, padding=1)
+        self.right = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False), nn.BatchNorm2d(8))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.stem(x))
+        x = self.relu(self.left(x) + self.right(x))
+        return self.head(x.mean((2, 3)))
+
+
+Plant = Callable[[str], Path]
+
+
+def plant_in(source: Path, folder: Path) -> Plant:
+    def plant(name: str, change: Callable[[Any], Any] = lambda w: w * 1.3 + 0.05) -> Path:
+        model = onnx.load(source)
+        tensor = next(t for t in model.graph.initializer if t.name == name)
+        weight = numpy_helper.to_array(tensor).copy()
+        weight[0] = change(weight[0])
+        tensor.CopyFrom(numpy_helper.from_array(weight, name))
+        onnx.save(model, folder / "bad.onnx")
+        return folder / "bad.onnx"
+
+    return plant
+
+
+def save(model: nn.Module, folder: Path, arch: str, shape: tuple[int, int, int]) -> tuple[Path, Path]:
+    model = model.eval()
+    gmconv.save_checkpoint(folder / "net.pt", model, arch=arch, input_shape=shape)
+    torch.onnx.export(
+        gmconv.bake(model),
+        (torch.zeros(2, *shape),),
+        str(folder / "net.onnx"),
+        dynamo=True,
+        input_names=["input"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+        external_data=False,
+        verbose=False,
+    )
+    return folder / "net.pt", folder / "net.onnx"
+
+
+def randomize_norms(model: nn.Module) -> nn.Module:
+    """Running statistics as after training, so that folding a BatchNorm changes the weights."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    import sys
+    import types
+
+    module = types.ModuleType("bisect_small")
+    module.Small = Small  # type: ignore[attr-defined]
+    sys.modules["bisect_small"] = module
+    torch.manual_seed(0)
+    model = gmconv.convert(randomize_norms(Small()), sigma=1.2)
+    return save(model, tmp_path_factory.mktemp("small"), "bisect_small:Small", (3, 12, 12))
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    torch.manual_seed(0)
+    model = randomize_norms(gmconv.models.create("resnet20", sigma=0.9))
+    return save(model, tmp_path_factory.mktemp("resnet"), "gmconv.models:resnet20", (3, 16, 16))
+
+
+SMALL = ParityOptions(bisect=True, yardstick=False, samples=8, load_options={"arch": "bisect_small:Small"})
+LARGE = ParityOptions(bisect=True, yardstick=False, samples=8)
+
+
+def found_in(reference: Path, bad: Path, options: ParityOptions) -> Bisection:
+    (candidate,) = compare_artefacts(reference, [bad], options).candidates
+    assert not candidate.passed
+    assert candidate.bisection is not None
+    return candidate.bisection
+
+
+@pytest.mark.parametrize("layer", ["stem.0", "left", "right.0", "head"])
+def test_a_planted_error_is_found_in_every_layer(small: tuple[Path, Path], tmp_path: Path, layer: str) -> None:
+    found = found_in(small[0], plant_in(small[1], tmp_path)(f"{layer}.weight"), SMALL)
+    assert found.culprit is not None
+    assert found.culprit.name == layer
+    assert found.culprit.own > 1e-3
+    assert layer in found.sentence
+    assert (found.culprit.sigma == "1.200") == (layer != "head")
+
+
+def test_twenty_of_twenty_in_resnet20(resnet: tuple[Path, Path], tmp_path: Path) -> None:
+    plant = plant_in(resnet[1], tmp_path)
+    graph = onnx.load(resnet[1]).graph
+    weights = [node.input[1] for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    assert len(set(weights)) == 20
+    named = {}
+    for weight in weights:
+        found = found_in(resnet[0], plant(weight), LARGE)
+        named[weight.removesuffix(".weight")] = found.culprit and found.culprit.name
+    assert named == {name: name for name in named}
+
+
+def test_onnx_against_onnx_names_the_layer_too(resnet: tuple[Path, Path], tmp_path: Path) -> None:
+    found = found_in(resnet[1], plant_in(resnet[1], tmp_path)("layer2.1.conv2.weight"), LARGE)
+    assert found.culprit is not None
+    assert found.culprit.name == "layer2.1.conv2"
+
+
+def test_onnx_against_onnx_with_other_tensor_names(resnet: tuple[Path, Path], tmp_path: Path) -> None:
+    bad = plant_in(resnet[1], tmp_path)("layer2.1.conv2.weight")
+    model = onnx.load(bad)
+    kept = {"input", "logits"} | {t.name for t in model.graph.initializer}
+    for node in model.graph.node:
+        node.input[:] = [n if n in kept or not n else f"other_{n}" for n in node.input]
+        node.output[:] = [n if n in kept else f"other_{n}" for n in node.output]
+        del node.metadata_props[:]
+    del model.graph.value_info[:]
+    onnx.save(model, bad)
+    found = found_in(resnet[1], bad, LARGE)
+    assert found.culprit is not None
+    assert found.culprit.name == "layer2.1.conv2"
+
+
+def test_a_wrong_bias_is_found(small: tuple[Path, Path], tmp_path: Path) -> None:
+    found = found_in(small[0], plant_in(small[1], tmp_path)("left.bias"), SMALL)
+    assert found.culprit is not None
+    assert found.culprit.name == "left"
+
+
+def test_of_two_corrupted_layers_the_first_is_named(resnet: tuple[Path, Path], tmp_path: Path) -> None:
+    bad = plant_in(resnet[1], tmp_path)("layer3.0.conv1.weight")
+    bad = plant_in(bad, tmp_path)("layer1.2.conv1.weight")
+    found = found_in(resnet[0], bad, LARGE)
+    assert found.culprit is not None
+    assert found.culprit.name == "layer1.2.conv1"
+    assert "1 later layer is out of tolerance too" in found.sentence
+
+
+def layers(*own: float, accumulated: tuple[float, ...] | None = None) -> list[LayerError]:
+    return [
+        LayerError(
+            name=f"layer{i}",
+            ops="Conv",
+            tensor=f"t{i}",
+            sigma=None,
+            own=error,
+            own_max=4 * error,
+            accumulated=total,
+            accumulated_max=4 * total,
+        )
+        for i, (error, total) in enumerate(zip(own, accumulated or own, strict=True))
+    ]
+
+
+def test_an_error_that_is_within_tolerance_and_stands_out_is_named() -> None:
+    found = judge_layers(layers(1e-7, 2e-7, 1e-5, 1e-7, 1e-7), TOLERANCES["fp32"])
+    assert found.culprit is not None
+    assert found.culprit.name == "layer2"
+    assert "no layer alone is out of tolerance" in found.sentence
+
+
+def test_an_error_that_grows_over_many_layers_is_named_where_it_leaves_the_tolerance() -> None:
+    found = judge_layers(layers(*[1e-5] * 4, accumulated=(1e-5, 1.6e-5, 2.4e-5, 3e-5)), TOLERANCES["fp32"])
+    assert found.culprit is not None
+    assert found.culprit.name == "layer2"
+    assert "the error grew" in found.sentence
+
+
+def test_layers_that_all_agree_point_at_the_engine() -> None:
+    found = judge_layers(layers(1e-7, 2e-7, 0.0), TOLERANCES["fp32"])
+    assert found.culprit is None
+    assert "all 3 layers agree" in found.sentence
+
+
+def test_without_module_names_it_says_so(resnet: tuple[Path, Path], tmp_path: Path) -> None:
+    bad = plant_in(resnet[1], tmp_path)("conv1.weight")
+    model = onnx.load(bad)
+    for node in model.graph.node:
+        del node.metadata_props[:]
+    onnx.save(model, bad)
+    found = found_in(resnet[0], bad, LARGE)
+    assert found.culprit is None
+    assert "no module names" in found.sentence
+
+
+def test_an_engine_without_its_onnx_file_says_what_to_do(resnet: tuple[Path, Path], tmp_path: Path) -> None:
+    from runtime.bisect import bisect
+    from runtime.runners import open_runner
+
+    (tmp_path / "net.plan").write_bytes(b"ftrt")
+    with open_runner(resnet[0]) as reference:
+        feeds = {"input": np.zeros((1, 3, 16, 16), np.float32)}
+        found = bisect(reference, tmp_path / "net.plan", feeds, TOLERANCES["fp32"])
+    assert found.culprit is None
+    assert "put the ONNX file it was built from beside it" in found.sentence
+
+
+def test_two_checkpoints_are_compared_module_by_module(resnet: tuple[Path, Path], tmp_path: Path) -> None:
+    loaded = gmconv.load_checkpoint(resnet[0])
+    with torch.no_grad():
+        loaded.model.get_submodule("layer2.0.conv1").weight[0] += 0.05  # type: ignore[index, operator]
+    gmconv.save_checkpoint(tmp_path / "bad.pt", loaded.model, arch=loaded.arch, input_shape=loaded.input_shape)
+    found = found_in(resnet[0], tmp_path / "bad.pt", LARGE)
+    assert found.culprit is not None
+    assert found.culprit.name == "layer2.0.conv1"

@@ -1,0 +1,400 @@
+"""`python -m runtime.parity` says whether two artefacts are one network, on every corner of the shapes they take."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+import gmconv
+from runtime.errors import RefusedError
+from runtime.manifest import FileDigest, Manifest, ShapeRange, TensorSpec, digest, sidecar
+from runtime.parity_inputs import Facts, corner_shapes
+from runtime.parity_run import ParityOptions, compare_artefacts
+from runtime.tolerances import TOLERANCES
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+SPEC = (TensorSpec("input", "float32", ("batch", 3, 16, 16)),)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint of a small random GMConv network, and its ONNX file without a manifest."""
+    folder = tmp_path_factory.mktemp("pair")
+    torch.manual_seed(0)
+    model = gmconv.models.create("resnet20", sigma=1.0).eval()
+    gmconv.save_checkpoint(folder / "net.pt", model, arch="gmconv.models:resnet20", input_shape=(3, 16, 16))
+    export(gmconv.bake(model), folder / "net.onnx", (3, 16, 16))
+    return folder / "net.pt", folder / "net.onnx"
+
+
+def export(model: nn.Module, path: Path, shape: tuple[int, int, int], *, free_sides: bool = False) -> None:
+    axes = {0: torch.export.Dim.DYNAMIC} | (
+        {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC} if free_sides else {}
+    )
+    torch.onnx.export(
+        model,
+        (torch.zeros(2, *shape),),
+        str(path),
+        dynamo=True,
+        input_names=["input"],
+        output_names=["logits"],
+        dynamic_shapes=(axes,),
+        external_data=False,
+        verbose=False,
+        optimize=True,
+    )
+
+
+def changed(source: Path, target: Path, change: Callable[[Any], None]) -> Path:
+    model = onnx.load(source)
+    change(model)
+    onnx.save(model, target)
+    return target
+
+
+def scale_first_channel(name: str) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        tensor = next(t for t in model.graph.initializer if t.name == name)
+        weight = numpy_helper.to_array(tensor).copy()
+        weight[0] = weight[0] * 1.3 + 0.05
+        tensor.CopyFrom(numpy_helper.from_array(weight, name))
+
+    return change
+
+
+def test_an_export_is_its_checkpoints_network(pair: tuple[Path, Path]) -> None:
+    report = compare_artefacts(pair[0], [pair[1]])
+    (found,) = report.candidates
+    assert report.passed
+    assert [case.shape for case in found.cases] == ["1x3x16x16", "2x3x16x16", "5x3x16x16", "8x3x16x16", "8x3x16x16"]
+    assert found.cases[-1].outputs[0].samples == 64
+    assert found.yardstick[0].passed
+    assert 0 < found.yardstick[0].candidate_rel_rms < 1e-5
+
+
+@pytest.mark.parametrize("name", ["conv1.weight", "layer3.2.conv2.weight", "linear.weight"])
+def test_one_corrupted_channel_fails_the_whole_network(pair: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+    bad = changed(pair[1], tmp_path / "bad.onnx", scale_first_channel(name))
+    report = compare_artefacts(pair[0], [bad], ParityOptions(yardstick=False, samples=8))
+    assert not report.passed
+    assert "relative RMS error" in report.candidates[0].failures()[0]
+
+
+def test_onnx_against_onnx(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    bad = changed(pair[1], tmp_path / "bad.onnx", scale_first_channel("layer1.0.conv1.weight"))
+    report = compare_artefacts(pair[1], [pair[1], bad], ParityOptions(samples=8))
+    assert [candidate.passed for candidate in report.candidates] == [True, False]
+    assert report.candidates[0].cases[0].outputs[0].max_abs == 0
+    assert report.candidates[0].yardstick == ()
+
+
+def test_names_may_differ_from_the_checkpoints(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    def rename(model: Any) -> None:
+        for node in model.graph.node:
+            node.input[:] = ["pixels" if n == "input" else n for n in node.input]
+            node.output[:] = ["scores" if n == "logits" else n for n in node.output]
+        model.graph.input[0].name, model.graph.output[0].name = "pixels", "scores"
+
+    renamed = changed(pair[1], tmp_path / "renamed.onnx", rename)
+    assert compare_artefacts(pair[0], [renamed], ParityOptions(samples=8)).passed
+
+
+def test_an_output_that_one_side_lacks_fails(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    def add_output(model: Any) -> None:
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(model.graph.node[0].output[0]))
+
+    more = changed(pair[1], tmp_path / "more.onnx", add_output)
+    report = compare_artefacts(pair[0], [more], ParityOptions(samples=8))
+    assert not report.passed
+    assert "missing in the reference" in report.candidates[0].failures()[0]
+
+
+def test_nan_on_both_sides_fails(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    def poison(model: Any) -> None:
+        tensor = next(t for t in model.graph.initializer if t.name == "linear.bias")
+        tensor.CopyFrom(numpy_helper.from_array(np.full(10, np.nan, np.float32), tensor.name))
+
+    bad = changed(pair[1], tmp_path / "nan.onnx", poison)
+    report = compare_artefacts(bad, [bad], ParityOptions(samples=8))
+    assert not report.passed
+    assert "NaN or Inf in both sides" in report.candidates[0].failures()[0]
+
+
+def test_a_constant_network_fails(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    def numb(model: Any) -> None:
+        tensor = next(t for t in model.graph.initializer if t.name == "linear.weight")
+        tensor.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(tensor)), tensor.name))
+
+    constant = changed(pair[1], tmp_path / "constant.onnx", numb)
+    report = compare_artefacts(constant, [constant], ParityOptions(samples=8))
+    assert not report.passed
+    assert any("the network is constant" in text for text in report.candidates[0].failures())
+
+
+def test_a_batch_that_the_graph_claims_and_cannot_run_fails(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    def fix_batch_inside(model: Any) -> None:
+        graph = model.graph
+        graph.initializer.append(numpy_helper.from_array(np.array([2, 10], np.int64), "fixed"))
+        graph.node[-1].output[0] = "before"
+        graph.node.append(onnx.helper.make_node("Reshape", ["before", "fixed"], ["logits"]))
+
+    bad = changed(pair[1], tmp_path / "fixed.onnx", fix_batch_inside)
+    found = compare_artefacts(pair[0], [bad], ParityOptions(samples=8)).candidates[0]
+    verdicts = {case.shape: case.outputs[0] for case in found.cases}
+    assert verdicts["2x3x16x16"].passed
+    assert "does not run on this input" in verdicts["5x3x16x16"].reason
+
+
+def test_the_manifest_decides_the_precision_and_is_verified(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    path = changed(pair[1], tmp_path / "net.onnx", scale_first_channel("layer3.2.conv2.weight"))
+    manifest = Manifest(
+        artefact=digest(path, "onnx"),
+        inputs=SPEC,
+        outputs=(TensorSpec("logits", "float32", ("batch", 10)),),
+        precision="fp8",
+        chain=(FileDigest("checkpoint", "other.pt", "0" * 64, 1),),
+    )
+    sidecar(path).write_text(manifest.to_json())
+    found = compare_artefacts(pair[0], [path], ParityOptions(samples=8)).candidates[0]
+    assert found.precision == "fp8"
+    assert found.yardstick == ()
+    assert any("was made from other.pt" in text for text in found.notes)
+    sidecar(path).write_text(replace(manifest, artefact=replace(manifest.artefact, sha256="0" * 64)).to_json())
+    with pytest.raises(RefusedError, match="sha256"):
+        compare_artefacts(pair[0], [path])
+
+
+def test_a_crop_is_judged_by_its_certificate(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    path = changed(pair[1], tmp_path / "net.onnx", lambda model: None)
+    manifest = Manifest(
+        artefact=digest(path, "onnx"),
+        inputs=SPEC,
+        outputs=(TensorSpec("logits", "float32", ("batch", 10)),),
+        crop={"end_to_end": {"relative_rms": 0.01}},
+    )
+    sidecar(path).write_text(manifest.to_json())
+    found = compare_artefacts(pair[0], [path], ParityOptions(samples=8)).candidates[0]
+    assert found.tolerance.rel_rms == 0.02
+    assert any("cropped" in text for text in found.notes)
+
+
+def test_half_precision_inputs_are_compared_on_equal_terms(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """The reference gets the candidate's rounded inputs, so that only the network's error is judged."""
+
+    def halve(model: Any) -> None:
+        graph = model.graph
+        for node in graph.node:
+            node.input[:] = ["wide" if n == "input" else n for n in node.input]
+        graph.node.insert(0, onnx.helper.make_node("Cast", ["input"], ["wide"], to=1))
+        graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+
+    half = changed(pair[1], tmp_path / "half.onnx", halve)
+    found = compare_artefacts(pair[0], [half], ParityOptions(samples=8)).candidates[0]
+    assert found.passed
+    assert found.cases[0].outputs[0].rel_rms < 2e-6
+
+
+def test_precision_is_read_from_the_graph_where_there_is_no_manifest(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    def halve(model: Any) -> None:
+        tensor = model.graph.initializer[0]
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), "half"))
+        name = next(
+            n
+            for node in model.graph.node
+            for n in node.input
+            if n not in {t.name for t in model.graph.initializer} and n.startswith("conv1.w")
+        )
+        model.graph.node.insert(0, onnx.helper.make_node("Cast", ["half"], [name], to=1))
+
+    half = changed(pair[1], tmp_path / "half.onnx", halve)
+    found = compare_artefacts(pair[0], [half], ParityOptions(samples=8)).candidates[0]
+    assert found.precision == "fp16"
+    assert any("judged as fp16" in note for note in found.notes)
+
+
+def test_calibrated_graphs_are_judged_on_data_when_there_is_some(digits_checkpoint: Path, digits_onnx: Path) -> None:
+    found = compare_artefacts(digits_checkpoint, [digits_onnx], ParityOptions(precision="int8", samples=24)).candidates[
+        0
+    ]
+    assert {case.label for case in found.cases} == {"digits"}
+    assert [case.outputs[0].samples for case in found.cases] == [1, 2, 5, 8, 24]
+    found = compare_artefacts(digits_checkpoint, [digits_onnx], ParityOptions(samples=24)).candidates[0]
+    assert {case.label for case in found.cases} == {"noise", "digits"}
+
+
+# --- shapes ---------------------------------------------------------------------------------------------------------
+
+
+def test_corners_of_a_profile() -> None:
+    profile = {"input": ShapeRange((1, 3, 16, 16), (8, 3, 32, 32), (32, 3, 64, 64))}
+    corners, main = corner_shapes((TensorSpec("input", "float32", ("batch", 3, "h", "w")),), (profile,), Facts())
+    shapes = [corner["input"] for corner in corners]
+    assert main == {"input": (8, 3, 32, 32)}
+    assert {(n, 3, s, s) for n in (1, 8, 32) for s in (16, 32, 64)} <= set(shapes)
+    assert any(shape[0] % 2 == 1 and 1 < shape[0] < 32 for shape in shapes)
+    assert len(shapes) == len(set(shapes))
+
+
+def test_every_profile_is_visited() -> None:
+    profiles = tuple({"input": ShapeRange(*[(n, 3, 16, 16)] * 3)} for n in (1, 4))
+    corners, _ = corner_shapes(SPEC, profiles, Facts())
+    assert {corner["input"][0] for corner in corners} == {1, 4}
+
+
+def test_a_fixed_batch_is_the_only_corner() -> None:
+    corners, main = corner_shapes((TensorSpec("input", "float32", (4, 3, 16, 16)),), (), Facts())
+    assert corners == [main] == [{"input": (4, 3, 16, 16)}]
+
+
+def test_free_sides_are_tried_larger_and_not_square() -> None:
+    spec = (TensorSpec("input", "float32", ("batch", 3, "h", "w")),)
+    corners, main = corner_shapes(spec, (), Facts(input_shape=(3, 16, 16)))
+    sides = {corner["input"][2:] for corner in corners}
+    assert main == {"input": (8, 3, 16, 16)}
+    assert len(sides) == 3
+    assert any(h != w for h, w in sides)
+    with pytest.raises(RefusedError, match="give --inputs"):
+        corner_shapes(spec, (), Facts())
+
+
+def test_free_sides_end_to_end(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = gmconv.models.create("resnet20").eval()
+    gmconv.save_checkpoint(tmp_path / "net.pt", model, arch="gmconv.models:resnet20", input_shape=(3, 16, 16))
+    export(gmconv.bake(model), tmp_path / "net.onnx", (3, 16, 16), free_sides=True)
+    report = compare_artefacts(tmp_path / "net.pt", [tmp_path / "net.onnx"], ParityOptions(samples=8))
+    assert report.passed
+    assert len({case.shape.split("x", 1)[1] for case in report.candidates[0].cases}) == 3
+
+
+# --- inputs ---------------------------------------------------------------------------------------------------------
+
+
+def test_inputs_from_a_file(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    images = np.random.default_rng(0).standard_normal((11, 3, 16, 16), dtype=np.float32)
+    np.savez(tmp_path / "x.npz", input=images)
+    (case,) = compare_artefacts(pair[0], [pair[1]], ParityOptions(inputs=tmp_path / "x.npz")).candidates[0].cases
+    assert case.outputs[0].samples == 11
+    assert case.label == "x.npz"
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"input": np.zeros((2, 3, 16, 16))}, "float64"),
+        ({"input": np.zeros((2, 3, 16), np.float32)}, r"float32 \(2, 3, 16\)"),
+        ({"input": np.zeros((0, 3, 16, 16), np.float32)}, "at least 1"),
+        ({"a": np.zeros(2), "b": np.zeros(2)}, "has no array 'input'"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(
+    pair: tuple[Path, Path], tmp_path: Path, arrays: dict[str, Any], words: str
+) -> None:
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(RefusedError, match=words):
+        compare_artefacts(pair[0], [pair[1]], ParityOptions(inputs=tmp_path / "x.npz"))
+
+
+def test_another_networks_file_is_refused_or_fails(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    other = gmconv.models.create("resnet20").eval()
+    export(gmconv.bake(other), tmp_path / "other.onnx", (3, 16, 16))
+    assert not compare_artefacts(pair[0], [tmp_path / "other.onnx"], ParityOptions(samples=8)).passed
+    wide = gmconv.models.create("resnet20", num_classes=12).eval()
+    export(gmconv.bake(wide), tmp_path / "wide.onnx", (3, 16, 16))
+    failed = compare_artefacts(pair[0], [tmp_path / "wide.onnx"], ParityOptions(samples=8)).candidates[0]
+    assert "nothing is broadcast" in failed.failures()[0]
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: object) -> Any:
+    from click.testing import CliRunner
+
+    from runtime.parity import main
+
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_the_table_ends_with_passed(pair: tuple[Path, Path]) -> None:
+    done = run(*pair, "--samples", 8)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[-1].startswith("PASSED")
+    assert "fp32 tolerance 2.0e-05" in done.stdout
+    assert "float64 yardstick" in done.stdout
+
+
+def test_json_is_one_document_and_progress_stays_off_stdout(pair: tuple[Path, Path]) -> None:
+    done = run(*pair, "--json", "--samples", 8)
+    found = json.loads(done.stdout)
+    assert found["passed"] is True
+    assert found["candidates"][0]["tolerance"]["source"] == TOLERANCES["fp32"].source
+    assert found["candidates"][0]["cases"][0]["outputs"][0]["rel_rms"] < 1e-5
+
+
+def test_an_overridden_tolerance_is_said(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    bad = changed(pair[1], tmp_path / "bad.onnx", scale_first_channel("layer1.0.conv1.weight"))
+    done = run(pair[0], bad, "--samples", 8, "--tolerance", 0.999)
+    assert "tolerance 0.999 was given; the table says 2e-05" in done.stdout
+    assert run(pair[0], bad, "--tolerance", 2).exit_code == 3
+
+
+def test_failure_is_exit_4_and_names_the_layer(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    bad = changed(pair[1], tmp_path / "bad.onnx", scale_first_channel("layer2.1.conv1.weight"))
+    done = run(pair[0], bad, "--samples", 8, "--bisect", "--quiet")
+    assert done.exit_code == 4
+    assert "FAILED" in done.stdout
+    assert "first layer out of tolerance: layer2.1.conv1 (Conv, sigma 1.000)" in done.stdout
+
+
+def test_the_report_is_one_file_with_the_verdict(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    bad = changed(pair[1], tmp_path / "bad.onnx", scale_first_channel("layer2.1.conv1.weight"))
+    done = run(pair[0], pair[1], bad, "--samples", 8, "--bisect", "--quiet", "--report", tmp_path / "report.html")
+    assert done.exit_code == 4
+    text = (tmp_path / "report.html").read_text()
+    assert "layer2.1.conv1" in text
+    assert "bad.onnx" in text
+    assert "relative RMS error" in text
+    assert "http://" not in text.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ((), 2),
+        (("none.pt",), 2),
+        (("none.pt", "none.onnx"), 3),
+        (("none.pt", "none.onnx", "--precision", "int4"), 2),
+        (("none.pt", "none.onnx", "--samples", "0"), 2),
+        (("none.pt", "none.onnx", "--input-shape", "3x3"), 2),
+    ],
+)
+def test_usage_and_missing_files(arguments: tuple[str, ...], code: int) -> None:
+    assert run(*arguments).exit_code == code
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".onnx", ".plan", ".safetensors"])
+def test_foreign_bytes_of_every_kind_are_refused(pair: tuple[Path, Path], tmp_path: Path, suffix: str) -> None:
+    foreign = tmp_path / f"foreign{suffix}"
+    foreign.write_bytes(b"not an artefact at all\n" * 20)
+    with pytest.raises(click.ClickException) as refusal:
+        compare_artefacts(pair[0], [foreign])
+    assert refusal.value.exit_code in ((3, 6) if suffix == ".plan" else (3,))
+    assert "\n" not in refusal.value.message
+
+
+def test_the_module_runs_as_a_command(pair: tuple[Path, Path], cli: Cli) -> None:
+    assert "PASSED" in cli("runtime.parity", str(pair[0]), str(pair[1]), "--samples", "8", "--quiet").stdout
+    missing = cli("runtime.parity", str(pair[0]), "none.onnx", code=3)
+    assert missing.stderr.strip().endswith("none.onnx: no such file")
