@@ -223,3 +223,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     sh([sys.executable, "-m", "export.onnx", folder / "resnet20.pt", "-o", folder / "resnet20.onnx"])
     return folder / "resnet20.onnx"
+
+
+@pytest.fixture(scope="session")
+def rtx_image(engine: Engine) -> str:
+    return engine.build("rtx")
