@@ -16,7 +16,7 @@ from runtime.bench.comparison import Comparison, against_first, compare, require
 from runtime.bench.layers import layer_info, layer_times
 from runtime.bench.measure import Artefact, Measured, Prepared, measure, parse_artefact, progress_line
 from runtime.bench.options import Options, collect, options, refuse_single_flags
-from runtime.bench.trtexec import Log, explanations, profile_table, prolog, summary, trace_averages
+from runtime.bench.trtexec import Log, explanations, heading, profile_table, prolog, summary, trace_averages
 from runtime.cli import Command, print_json, result_console
 from runtime.errors import Interrupted
 from runtime.runners.base import LayerTime
@@ -58,7 +58,7 @@ def main(context: click.Context, /, artefacts: tuple[str, ...], as_json: bool, *
 def _single(artefact: Artefact, asked: Options, values: dict[str, Any], log: Log, as_json: bool) -> None:
     with Prepared(artefact, asked) as prepared:
         for key, value in prepared.mode(asked).items():
-            log.info(f"{key.replace('_', ' ').capitalize()}: {_words(value)}")
+            log.info(f"{heading(key)}: {_words(value)}")
         if not prepared.on_device:
             log.info(
                 "H2D Latency, D2H Latency, Enqueue Time and GPU Compute Time: absent, the host clock has one number"
@@ -142,7 +142,7 @@ def _print_run(measured: Measured, asked: Options, values: dict[str, Any], log: 
         for line in explanations(device=device):
             log.info(line)
     for key, value in measured.machine.items():
-        log.info(f"Machine, {key.replace('_', ' ')}: {_words(value)}")
+        log.info(f"Machine, {heading(key)}: {_words(value)}")
     for warning in measured.warnings:
         log.warning(warning)
 

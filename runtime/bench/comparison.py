@@ -168,7 +168,7 @@ def with_twins(artefacts: Sequence[Artefact], folder: Path) -> list[Contender]:
     checkpoint = artefacts[kinds.index("checkpoint")]
     twin = folder / "twin.pt"
     write_twin(checkpoint.path, twin)
-    contenders = [Contender(Artefact(twin, {**checkpoint.options, "form": "baked"}, "torch twin (no masks)"), 0)]
+    contenders = [Contender(Artefact(twin, {**checkpoint.options, "form": "baked"}, "torch twin (no masks)", True))]
     contenders += [
         Contender(replace(checkpoint, options={**checkpoint.options, "form": form}, label=f"torch {form}"), 0)
         for form in ("live", "baked")
@@ -180,7 +180,7 @@ def with_twins(artefacts: Sequence[Artefact], folder: Path) -> list[Contender]:
         export_twin(twin, exported, manifest.precision if manifest else "fp32")
         label = f"twin of {artefact.name}"
         contenders += [
-            Contender(Artefact(exported, artefact.options, label), reference),
+            Contender(Artefact(exported, artefact.options, label, True), reference),
             Contender(artefact, reference),
         ]
     return contenders

@@ -31,11 +31,12 @@ DRIFT = 0.03
 
 @dataclass(frozen=True, slots=True)
 class Artefact:
-    """A file and the runner options written behind it: `ckpt.pt@form=baked,compiled=true`."""
+    """A file and the runner options written behind it: `ckpt.pt@form=baked,compiled=true`; `generated`: a twin."""
 
     path: Path
     options: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
+    generated: bool = False
 
     @property
     def name(self) -> str:

@@ -10,12 +10,14 @@ import numpy as np
 from runtime.bench.comparison import Comparison
 from runtime.bench.measure import Measured, Prepared
 from runtime.bench.options import Options
+from runtime.bench.trtexec import heading
 from runtime.report import (
     Facts,
     Latency,
     LatencyRun,
     LayerTimes,
     ManifestText,
+    Masks,
     RatioRow,
     ReceptiveField,
     Section,
@@ -71,16 +73,21 @@ def write_comparison(path: Path, prepared: Sequence[Prepared], result: Compariso
         Facts(rows=facts, title="What was measured", warnings=result.warnings),
         Latency(runs=runs, ratios=ratios, note="The artefacts took turns in short blocks; each round gives one ratio."),
     ]
-    title = "Comparison of " + ", ".join(row.name for row in result.rows)
-    write_report(path, title, [*sections, *_artefact_sections(prepared)])
+    write_report(path, f"Comparison of {len(result.rows)} artefacts", [*sections, *_artefact_sections(prepared)])
 
 
 def _artefact_sections(prepared: Sequence[Prepared]) -> list[Section]:
-    """Each artefact's manifest, the receptive field of the first checkpoint, and the manifests in full last."""
+    """What each artefact's manifest tells, the first checkpoint's receptive field, and the manifests in full last.
+
+    A twin made for the comparison tells nothing of its own; masks are drawn once for all that were baked from them.
+    """
     sections: list[Section] = []
     texts: list[Section] = []
+    certificates: list[object] = []
     fields = False
     for opened in prepared:
+        if opened.artefact.generated:
+            continue
         path = opened.artefact.path
         if artefact_kind(path) == "checkpoint" and not fields:
             from runtime.runners.torch import receptive_fields
@@ -89,7 +96,10 @@ def _artefact_sections(prepared: Sequence[Prepared]) -> list[Section]:
             fields = True
             sections.append(ReceptiveField(before=before, after=after, samples=_SAMPLES))
         if opened.manifest is not None:
-            sections += manifest_sections(opened.artefact.name, opened.manifest)
+            layers = (opened.manifest.certificate or {}).get("layers")
+            told = manifest_sections(opened.artefact.name, opened.manifest)
+            sections += [s for s in told if not (isinstance(s, Masks) and layers in certificates)]
+            certificates.append(layers)
             texts.append(ManifestText(name=opened.artefact.name, manifest=opened.manifest))
     return sections + texts
 
@@ -98,7 +108,7 @@ def _words(values: dict[str, object]) -> dict[str, str]:
     """Nested facts as a flat table of text."""
     rows: dict[str, str] = {}
     for key, value in values.items():
-        name = key.replace("_", " ").capitalize()
+        name = heading(key)
         if isinstance(value, dict):
             rows[name] = ", ".join(f"{k} {v}" for k, v in value.items())
         else:

@@ -167,6 +167,14 @@ def parse(text: str) -> dict[str, Any]:
     return found
 
 
+def heading(key: str) -> str:
+    """`cuda_graph` as a label: "CUDA graph"."""
+    words = key.split("_")
+    spelled = {"cpu": "CPU", "gpu": "GPU", "cuda": "CUDA", "tf32": "TF32", "id": "ID"}
+    label = " ".join(spelled.get(word, word) for word in words)
+    return label[:1].upper() + label[1:]
+
+
 def number(value: float | np.floating[Any]) -> str:
     """A float as a C++ stream prints it: six significant digits."""
     return f"{float(value):g}"

@@ -61,8 +61,10 @@ def sigma(layers: Sequence[dict[str, Any]]) -> str:
 
 
 def latency(runs: Sequence[LatencyRun]) -> str:
-    """Histograms of latency up to the 99.5th percentile, with each median as a line."""
-    edges = _edges([run.latencies for run in runs])
+    """Histograms of latency, with each median as a line; on a log axis where the medians are far apart."""
+    medians = [float(np.median(run.latencies)) for run in runs]
+    wide_apart = max(medians) > 4 * min(medians) > 0
+    edges = _edges([run.latencies for run in runs], logarithmic=wide_apart)
 
     def draw(axes: Axes, narrow: bool) -> None:
         for run, name in zip(runs, itertools.cycle(SERIES)):
@@ -72,6 +74,10 @@ def latency(runs: Sequence[LatencyRun]) -> str:
             axes.axvline(float(np.median(run.latencies)), color=colour(name), linewidth=1.2, linestyle=(0, (4, 3)))
         axes.set_xlabel("latency [ms]")
         axes.set_ylabel("share of queries [%]")
+        if wide_apart:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.minorticks_off()
         axes.set_xlim(edges[0], edges[-1])
         axes.set_ylim(bottom=0)
 
@@ -143,7 +149,7 @@ def parity(rows: Sequence[ParityRow]) -> str:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
         axes.minorticks_off()
         _rows(axes, [f"{row.case} {row.shape}".strip() for row in rows], narrow)
-        axes.set_xlabel("error / RMS  (dot: found, tick: tolerance)")
+        axes.set_xlabel("error / RMS")
 
     return both(draw, 60 + 19 * len(rows), "Error found against tolerance")
 
@@ -152,8 +158,11 @@ def radial(profiles: Sequence[tuple[str, Values]]) -> str:
     """Lines of a quantity over the distance from the centre, pixels; each is scaled to a maximum of 1."""
 
     def draw(axes: Axes, narrow: bool) -> None:
-        for (_, profile), name in zip(profiles, SERIES, strict=False):
-            axes.plot(np.arange(len(profile)), profile / max(float(profile.max()), 1e-30), color=colour(name))
+        for (_, profile), name, width in zip(profiles, SERIES, (4, 1.6), strict=False):
+            scaled = profile / max(float(profile.max()), 1e-30)
+            axes.plot(
+                np.arange(len(profile)), scaled, color=colour(name), linewidth=width, alpha=0.45 if width > 2 else 1
+            )
         axes.set_xlabel("distance from the centre [pixels]")
         axes.set_ylabel("mean |gradient|, scaled")
         axes.set_ylim(0, 1.05)
@@ -236,17 +245,22 @@ def _embed(svg: str, label: str) -> str:
 
 
 def _rows(axes: Axes, names: Sequence[str], narrow: bool) -> None:
-    """One named row per item, the first on top; long names lose their beginning."""
-    room = 20 if narrow else 44
-    axes.set_yticks(range(len(names)), [name if len(name) <= room else "…" + name[1 - room :] for name in names])
+    """One named row per item, the first on top; long names lose their middle."""
+    room = 20 if narrow else 48
+    axes.set_yticks(range(len(names)), [_shortened(name, room) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
 
 
-def _edges(series: Sequence[Values]) -> Values:
-    """Common histogram edges from the smallest value to the largest 99.5th percentile."""
+def _shortened(name: str, room: int) -> str:
+    half = (room - 1) // 2
+    return name if len(name) <= room else f"{name[:half]}…{name[-half:]}"
+
+
+def _edges(series: Sequence[Values], *, logarithmic: bool) -> Values:
+    """Common histogram edges, from the smallest value to each series' 99.5th percentile or three medians."""
     low = min(float(values.min()) for values in series)
-    high = max(float(np.percentile(values, 99.5)) for values in series)
+    high = max(min(float(np.percentile(values, 99.5)), 3 * float(np.median(values))) for values in series)
     if not math.isfinite(high) or high <= low:
         high = low * 1.01 + 1e-6
-    return np.linspace(low, high, 81)
+    return np.geomspace(low, high, 101) if logarithmic and low > 0 else np.linspace(low, high, 81)

@@ -97,7 +97,7 @@ def _(section: Network) -> Block:
         rows["Architecture"] = manifest.arch
     for word, specs in (("Input", manifest.inputs), ("Output", manifest.outputs)):
         for spec in specs:
-            rows[f"{word} {spec.name}"] = f"{' × '.join(map(str, spec.shape))}, {spec.dtype}"
+            rows[f"{word} “{spec.name}”"] = f"{' × '.join(map(str, spec.shape))}, {spec.dtype}"
     found = ", ".join(f"{count} × {kind}" for kind, count in manifest.precision_found.items())
     rows["Precision"] = manifest.precision + (f" (found in the graph: {found})" if found else "")
     for index, profile in enumerate(manifest.profiles):
@@ -244,13 +244,13 @@ def mask_values(kernel: Sequence[int], sigma: float) -> NDArray[np.float64]:
 
 
 def radial_profile(values: NDArray[Any]) -> NDArray[np.float64]:
-    """Mean value at each whole distance (pixels) from the centre of an (H, W) map, up to the nearer edge."""
+    """Mean value in each ring of one pixel around the centre of an (H, W) map, up to the nearer edge."""
     height, width = values.shape
     rows, columns = np.mgrid[0:height, 0:width]
-    distance = np.rint(np.hypot(rows - (height - 1) / 2, columns - (width - 1) / 2)).astype(int).ravel()
+    distance = np.hypot(rows - (height - 1) / 2, columns - (width - 1) / 2).astype(int).ravel()
     sums, counts = np.bincount(distance, values.ravel()), np.bincount(distance)
     profile: NDArray[np.float64] = sums / np.maximum(counts, 1)
-    return profile[: max(1, min(height, width) // 2 + 1)]
+    return profile[: max(1, min(height, width) // 2)]
 
 
 def energy_radius(values: NDArray[Any], share: float = 0.9) -> float:

@@ -46,7 +46,7 @@ def test_a_device_run_has_every_metric_and_says_its_mode(fake: Fake, device_runn
     found = parse(done.stdout)
     assert found["GPU Compute Time"]["median"] == 2
     assert found["Latency"]["median"] == 3.5
-    for words in ("CUDA events", "Cuda graph: yes", "Data transfers: no", "Spin wait: yes"):
+    for words in ("CUDA events", "CUDA graph: yes", "Data transfers: no", "Spin wait: yes"):
         assert words in done.stdout
     assert device_runner.asked == {"count": 2, "transfers": False, "cuda_graph": True, "streams": 1}
 

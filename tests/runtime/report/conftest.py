@@ -1,0 +1,128 @@
+"""One report with every kind of section."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.manifest import FileDigest, Manifest, TensorSpec
+from runtime.report import (
+    Crop,
+    Facts,
+    Latency,
+    LatencyRun,
+    LayerTimes,
+    ManifestText,
+    Masks,
+    Network,
+    Parity,
+    ParityRow,
+    RatioRow,
+    ReceptiveField,
+    Section,
+    TailAudit,
+    Text,
+    write_report,
+)
+
+HOSTILE = "layer</script><img src=http://example.com/x onerror=alert(1)>$\\alpha$"
+
+
+def mask_layer(name: str, kernel: int, sigma: float) -> dict[str, Any]:
+    spread = {"min": sigma * 0.8, "median": sigma, "max": sigma * 1.2}
+    edge, corner = (float(np.exp(-((kernel - 1) ** 2) * f / (8 * sigma**2))) for f in (1, 2))
+    return {
+        "name": name,
+        "kernel": [kernel, kernel],
+        "sigma": spread,
+        "mask_edge": edge,
+        "mask_corner": corner,
+        "energy_removed": 0.3,
+    }
+
+
+def crop_layer(name: str, kernel: int, kept: int) -> dict[str, Any]:
+    return {
+        "name": name,
+        "kernel": [kernel, kernel],
+        "kept": [kept, kept],
+        "offset": [(kernel - kept) // 2] * 2,
+        "magnitude": np.ones((kernel, kernel)).tolist(),
+        "energy_removed": 1e-5,
+        "measured_rms": 1e-4,
+    }
+
+
+def parity_row(case: str, error: float | None, passed: bool = True) -> ParityRow:
+    return ParityRow(
+        case=case,
+        output="logits",
+        passed=passed,
+        tolerance=2e-5,
+        rel_rms=error,
+        margin=2e-5 / error if error else None,
+        reason="" if passed else "error / RMS is too large",
+    )
+
+
+@pytest.fixture(scope="session")
+def every_section() -> list[Section]:
+    rng = np.random.default_rng(0)
+    manifest = Manifest(
+        artefact=FileDigest("onnx", "model.onnx", "0" * 64, 1_000_000),
+        inputs=(TensorSpec("input", "float32", ("batch", 3, 32, 32)),),
+        outputs=(TensorSpec("logits", "float32", ("batch", 10)),),
+        versions={"torch": "2.13.0", "onnx": "1.23.2"},
+    )
+    runs = [
+        LatencyRun(name=name, runner="onnxruntime cpu", latencies=rng.lognormal(np.log(ms), 0.05, 2000))
+        for name, ms in (("fp32.onnx", 0.4), ("a-file-with-a-name-that-is-rather-long-for-a-phone.int8.onnx", 0.2))
+    ]
+    field = np.exp(-np.hypot(*(np.mgrid[0:33, 0:33] - 16)) / 8)
+    return [
+        Facts(
+            rows={"Device": "cpu", "sha256": "0" * 64}, passed=True, warnings=["Other processes used 1.7 CPU cores."]
+        ),
+        Latency(runs=runs, ratios=[RatioRow(name="int8", reference="fp32", value=0.5, low=0.48, high=0.52)]),
+        Network(name="model.onnx", manifest=manifest),
+        Masks(certificate={"layers": [mask_layer("conv1", 7, 1.2), mask_layer(HOSTILE, 3, 5.0)]}),
+        ReceptiveField(before=field, after=field**2, samples=8),
+        Parity(
+            reference="ckpt.pt",
+            candidate="model.onnx",
+            rows=[
+                parity_row("exact", 0.0),
+                parity_row("noise", 3e-7),
+                parity_row("bad", 1e-3, passed=False),
+                parity_row("none", None),
+            ],
+        ),
+        LayerTimes(name="model.onnx", times={f"a/rather/long/name/of/a/node/Conv_{i}": 0.01 * i for i in range(40)}),
+        Crop(certificate={"tolerance": 1e-3, "layers": [crop_layer("conv1", 7, 3), crop_layer("conv2", 3, 3)]}),
+        TailAudit(
+            layers=[
+                {
+                    "layer": "conv1",
+                    "precision": "int8",
+                    "weights": 2304,
+                    "zeroed": 12,
+                    "dead_taps": 4,
+                    "radius_before": 2.8,
+                    "radius_after": 2.2,
+                    "snr_db": None,
+                }
+            ]
+        ),
+        Text(title=HOSTILE, paragraphs=["A paragraph.", HOSTILE]),
+        ManifestText(name="model.onnx", manifest=manifest),
+    ]
+
+
+@pytest.fixture(scope="session")
+def report(every_section: list[Section], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(path, "Report of everything", every_section)
+    return path

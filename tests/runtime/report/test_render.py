@@ -1,0 +1,140 @@
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gmconv import gaussian_mask
+from runtime.errors import RefusedError
+from runtime.manifest import FileDigest, Manifest, TensorSpec
+from runtime.report import Facts, Parity, ParityRow, Section, manifest_sections, write_report
+from runtime.report.plots import image
+from runtime.report.render import energy_radius, mask_values, radial_profile, render
+
+
+class Page(HTMLParser):
+    """Every tag, attribute and id of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+
+@pytest.fixture(scope="module")
+def page(report: Path) -> Page:
+    return Page(report.read_text())
+
+
+def test_nothing_is_loaded_from_anywhere(page: Page) -> None:
+    assert "script" not in page.tags
+    assert "iframe" not in page.tags
+    for name, value in page.attributes:
+        if name in ("src", "href", "xlink:href", "data", "srcset", "action"):
+            assert value.startswith(("#", "data:")), (name, value)
+        assert "url(http" not in value
+
+
+def test_no_name_of_a_layer_becomes_markup(page: Page) -> None:
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    assert "example.com" not in " ".join(v for n, v in page.attributes if n in ("src", "href"))
+
+
+def test_ids_are_unique_and_every_reference_has_its_target(report: Path, page: Page) -> None:
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'(?:href="|url\()#([^")]+)', report.read_text())
+    assert set(used) <= set(ids)
+
+
+def test_colours_of_plots_are_variables_of_the_style_sheet(report: Path) -> None:
+    text = report.read_text()
+    assert not re.search(r"#0102[0-9a-f]{2}\b", text), "a stand-in colour was left"
+    defined = set(re.findall(r"(--[a-z0-9-]+):", text))
+    assert set(re.findall(r"var\((--[a-z0-9-]+)\)", text)) <= defined
+
+
+def test_numbers_and_verdicts_are_in_the_text(report: Path) -> None:
+    text = report.read_text()
+    for words in ("error / RMS is too large", "7×7 → 3×3", "FAILED", "PASSED", "66.7×", "0.480 … 0.520"):
+        assert words in text
+
+
+def test_removed_taps_are_hatched_and_kept_ones_are_not(report: Path) -> None:
+    tile = re.search(r"<svg[^>]*Kernel of conv1: .*?</svg>", report.read_text(), re.DOTALL)
+    assert tile
+    hatched = {(int(y), int(x)) for x, y in re.findall(r'<rect x="(\d)" y="(\d)"', tile[0])}
+    assert hatched == {(r, c) for r in range(7) for c in range(7) if not (2 <= r <= 4 and 2 <= c <= 4)}
+
+
+@pytest.mark.parametrize(("kernel", "sigma"), [((3, 3), 5.0), ((7, 7), 1.3), ((4, 6), 0.7), ((5, 5), 0.0)])
+def test_a_drawn_mask_is_the_layers_mask(kernel: tuple[int, int], sigma: float) -> None:
+    wanted = gaussian_mask(kernel, float(sigma)).double().numpy()
+    np.testing.assert_allclose(mask_values(kernel, sigma), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_a_heat_map_has_one_pixel_per_value() -> None:
+    from PIL import Image
+
+    uri = image(np.array([[0.0, 0.5, 1.0], [1.0, 1.0, 2.0]]), 0, 1)
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB"))
+    assert picture.shape == (2, 3, 3)
+    assert (picture[0, 2] == picture[1, 2]).all(), "values above the scale are its end"
+    assert (picture[0, 0] != picture[0, 1]).any()
+
+
+def test_a_profile_and_a_radius_of_a_known_map() -> None:
+    rows, columns = np.mgrid[0:41, 0:41] - 20
+    distance = np.hypot(rows, columns)
+    disc = (distance <= 10).astype(float)
+    profile = radial_profile(disc)
+    assert (profile[:10] == 1).all()
+    assert profile[12] == 0
+    assert energy_radius(disc, 1.0) == pytest.approx(10)
+    assert energy_radius(disc, 0.5) == pytest.approx(10 / 2**0.5, abs=0.5)
+
+
+def test_a_manifest_tells_what_it_has() -> None:
+    plain = Manifest(
+        artefact=FileDigest("onnx", "m.onnx", "0" * 64, 1),
+        inputs=(TensorSpec("input", "float32", (1, 3, 8, 8)),),
+        outputs=(TensorSpec("logits", "float32", (1, 10)),),
+    )
+    assert [type(s).__name__ for s in manifest_sections("m.onnx", plain)] == ["Network"]
+
+
+def test_an_empty_parity_section_has_not_passed() -> None:
+    text = render("t", [Parity(reference="a", candidate="b", rows=[])])
+    assert 'verdict bad">FAILED' in text
+
+
+def test_one_report_is_the_same_text_twice_but_for_the_time(every_section: list[Section]) -> None:
+    def stripped() -> str:
+        return re.sub(r"\bp\d+-|\d{4}-\d\d-\d\dT[\d:+]+", "", render("t", every_section[:4]))
+
+    assert stripped() == stripped()
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="cannot be written"):
+        write_report(tmp_path / "no" / "report.html", "t", [Facts(rows={})])
+    with pytest.raises(RefusedError, match="No space left"):
+        write_report(Path("/dev/full"), "t", [Facts(rows={})])
+
+
+def test_a_row_without_a_number_can_be_drawn() -> None:
+    row = ParityRow(case="nan", output="logits", passed=False, tolerance=1e-5, rel_rms=None, reason="NaN on both sides")
+    assert "NaN on both sides" in render("t", [Parity(reference="a", candidate="b", rows=[row])])
+
+
+def test_something_else_is_no_section() -> None:
+    with pytest.raises(TypeError, match="no section"):
+        render("t", ["text"])  # type: ignore[list-item]
