@@ -361,6 +361,20 @@ def test_a_failed_swap_restores_the_old_version(tmp_path: Path, monkeypatch: pyt
     assert listing(repo) == before
 
 
+def test_our_own_server_serves_the_same_repository(tmp_path: Path) -> None:
+    from runtime.serve.models import find_sources, read_source
+    from runtime.serve.settings import Settings
+
+    artefact = make_onnx(tmp_path / "net.onnx")
+    write_manifest(artefact)
+    for version in (1, 2):
+        write_repository(artefact, tmp_path / "repo", version=version)
+    settings = Settings(source=tmp_path / "repo")
+    sources = find_sources(settings)
+    assert [(s.name, s.version) for s in sources] == [("net", "1"), ("net", "2")]
+    assert all(read_source(s, settings) for s in sources)
+
+
 _DTYPES = ["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "bfloat16"]
 _NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
 _DIMS = st.lists(st.integers(1, 2**31), max_size=4)
