@@ -1,6 +1,6 @@
 """The queue of one model version: fair between clients by rows, in order within each.
 
-Start-time fair queueing (Goyal, Vin, Cheng 1996) on rows: a client that sends large requests does not hold up one that
+Self-clocked fair queueing (Golestani 1994) on rows: a client that sends large requests does not hold up one that
 sends small ones. Not locked: the batcher holds its own lock around every call.
 """
 
@@ -75,6 +75,7 @@ class FairQueue:
         self._sequence = count()
         self._virtual = 0
         self._tags: dict[object, int] = {}
+        self._prune_at = MANY_CLIENTS
 
     def __len__(self) -> int:
         return len(self._heap)
@@ -83,8 +84,9 @@ class FairQueue:
         """Add a request."""
         tag = max(self._virtual, self._tags.get(item.client, 0)) + item.rows
         self._tags[item.client] = tag
-        if len(self._tags) > MANY_CLIENTS:
+        if len(self._tags) > self._prune_at:
             self._tags = {client: t for client, t in self._tags.items() if t > self._virtual}
+            self._prune_at = max(MANY_CLIENTS, 2 * len(self._tags))
         heappush(self._heap, (item.priority, tag, next(self._sequence), item))
         self.rows += item.rows
 
@@ -134,7 +136,7 @@ class FairQueue:
                 items.append(item)
                 rows += item.rows
                 self.rows -= item.rows
-                self._virtual = max(self._virtual, entry[1] - item.rows)
+                self._virtual = max(self._virtual, entry[1])
                 if rows >= limit:
                     break
             else:

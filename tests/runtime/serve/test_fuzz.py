@@ -23,7 +23,8 @@ from .conftest import Server
 MODELS = ("tiny", "types", "add", "fixed")
 WEIRD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2**31, 2**63, -(2**63), 2**64, 10**30, 0.5, -0.0, 1e308, "", "FP32", "input", "\0",
-    "é" * 50,     "../../etc/passwd", "x" * 5000, [], {}, [[]], [None], {"a": {"b": []}}, [0] * 300, [1, [2, [3, [4]]]], "NaN",
+    "é" * 50, "../../etc/passwd", "x" * 5000, [], {}, [[]], [None], {"a": {"b": []}}, [0] * 300,
+    [1, [2, [3, [4]]]], "NaN",
 )  # fmt: skip
 
 
