@@ -95,7 +95,8 @@ def _why_not(error: Exception, axes: Axes) -> str:
     lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()]
     reason = (lines[0] if lines else type(error).__name__)[:300]
     advice = "run again with -v for the exporter's own report"
-    if any("onstraint" in str(link) or "specializ" in str(link) for link in chain):
+    marks = ("constraint", "specializ", "user-specified ranges")
+    if any(mark in str(link).lower() for link in chain for mark in marks):
         what = "batch, height or width" if axes.hw else "batch"
         advice = f"its forward fixes the {what}: give --batch N{' without --dynamic-hw' if axes.hw else ''}"
     return f"the network cannot be exported ({reason}); {advice}"
