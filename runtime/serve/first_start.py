@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -227,13 +228,16 @@ def _locked(path: Path, note: Callable[[str], None]) -> Iterator[None]:
 def prepare_folder(root: Path, cache_dir: Path, prepare: Callable[[Path], Path]) -> Path:
     """A folder that mirrors the models of `root` (what runtime.serve finds there) with engines for ONNX files.
 
-    Written anew in `cache_dir` at each start as NAME/VERSION/model.plan links; other artefacts are linked as they are.
+    Written anew at each start as NAME/VERSION/model.plan links; other artefacts are linked as they are. It lies in the
+    temporary folder, or in `cache_dir` where there is none to write to.
     """
     from runtime.serve.models import find_sources
     from runtime.serve.settings import Settings
 
-    mirror = cache_dir / f"served-{os.getpid()}-{os.uname().nodename}"
-    shutil.rmtree(mirror, ignore_errors=True)
+    try:
+        mirror = Path(tempfile.mkdtemp(prefix="gmconv-served-"))
+    except OSError:
+        mirror = Path(tempfile.mkdtemp(prefix="served-", dir=cache_dir))
     for source in find_sources(Settings(source=root)):
         engine = prepare(source.path) if source.path.suffix == ".onnx" else source.path
         folder = mirror / source.name / source.version
