@@ -1,0 +1,109 @@
+"""The zoo as TensorRT-RTX engines: a baked network becomes the engine of its plain twin, in fp32 and in fp16."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from export.precision import convert_precision
+from export.tensorrt import BuildOptions, build_engine
+from runtime.manifest import Manifest
+
+# What trains as GMConv exports as plain convolutions; the exports of both kinds run at the same time.
+EXPORT = """
+import sys, tempfile
+from pathlib import Path
+import onnx_ir, torch
+import gmconv.models
+from export import graph
+
+name, kind, path, batch = sys.argv[1:]
+torch.manual_seed(0)
+model = gmconv.models.create(name, gmconv=kind == "baked", num_classes=10).eval()
+model = gmconv.bake(model, inplace=True) if kind == "baked" else model
+axes = graph.Axes(batch=batch == "dynamic", hw=False)
+example = torch.zeros(2, 3, 64, 64)
+exported = graph.to_onnx(
+    model, example, input_name="input", output_names=["logits"], axes=axes, opset=20, log=Path(path + ".log")
+)
+onnx_ir.save(exported, path)
+"""
+CONVOLUTIONS = {"alexnet": 5, "resnet18": 20, "resnet50": 53, "mobilenet_v2": 52}
+RTX = BuildOptions(flavor="rtx", verify=False)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One network of the zoo as ONNX, baked and plain."""
+
+    name: str
+    files: dict[str, Path]
+
+
+def export(folder: Path, name: str, kinds: tuple[str, ...], batch: str = "dynamic") -> dict[str, Path]:
+    files = {kind: folder / f"{name}-{kind}.onnx" for kind in kinds}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", EXPORT, name, kind, str(path), batch],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+        )
+        for kind, path in files.items()
+    ]
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors.decode()
+    return files
+
+
+@pytest.fixture(scope="module", params=CONVOLUTIONS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return Pair(request.param, export(tmp_path_factory.mktemp(request.param), request.param, ("baked", "twin")))
+
+
+def count(path: Path, *kinds: str) -> int:
+    return sum(node.op_type in kinds for node in onnx.load(path, load_external_data=False).graph.node)
+
+
+def facts(manifest: Manifest) -> dict[str, Any]:
+    return {key: manifest.build["layers"][key] for key in ("total", "convolutions", "fused_epilogues")}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_baked_network_fuses_as_its_plain_twin_does(pair: Pair, precision: str) -> None:
+    engines = {}
+    for kind, path in pair.files.items():
+        assert count(path, "Conv") == CONVOLUTIONS[pair.name]
+        source = path
+        if precision == "fp16":
+            source = path.with_suffix(".fp16.onnx")
+            convert_precision(path, source, "fp16")
+        engines[kind] = build_engine(source, source.with_suffix(".plan"), RTX)
+    baked, twin = engines["baked"], engines["twin"]
+    assert facts(baked) == facts(twin)
+    assert baked.precision_found == twin.precision_found
+    assert baked.precision == precision
+    assert set(baked.build["layers"]["convolution_precisions"]) == {precision}
+    assert baked.build["layers"]["mask_multiplications"] == 0
+    # A 1x1 convolution at the end may become a matrix product; nothing else may be missing.
+    assert CONVOLUTIONS[pair.name] - 1 <= baked.build["layers"]["convolutions"] <= CONVOLUTIONS[pair.name]
+    assert baked.build["layers"]["fused_epilogues"] >= 0.8 * CONVOLUTIONS[pair.name]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_fixed_batch_builds_too(tmp_path: Path, precision: str) -> None:
+    source = export(tmp_path, "resnet20", ("baked",), batch="fixed")["baked"]
+    if precision == "fp16":
+        convert_precision(source, tmp_path / "half.onnx", "fp16")
+        source = tmp_path / "half.onnx"
+    manifest = build_engine(source, tmp_path / "m.plan", RTX)
+    assert manifest.profiles == ()
+    assert manifest.outputs[0].shape == (2, 10)
+    assert set(manifest.build["layers"]["convolution_precisions"]) == {precision}
