@@ -105,7 +105,7 @@ class CropCertificate:
         return json.dumps(self.to_dict(), indent=1)
 
     def table(self) -> Table:
-        """The certificate as a rich table."""
+        """The layers that lost taps, as a rich table."""
         return crop_table(self.to_dict())
 
 
@@ -184,7 +184,7 @@ def certify(
 
 
 def crop_table(certificate: dict[str, Any]) -> Table:
-    """The rich table of a certificate dict, as the manifest stores it."""
+    """The rich table of the layers that lost taps, from a certificate dict as the manifest stores it."""
     from rich.table import Table
 
     table = Table(title="What was cropped", title_justify="left", title_style="bold")
@@ -192,21 +192,20 @@ def crop_table(certificate: dict[str, Any]) -> Table:
     for column in ("kernel", "kept", "L1 removed", "MACs", "worst case", "max|x| from", "measured", "of layer RMS"):
         table.add_column(column, justify="right")
     for layer in certificate["layers"]:
-        same = layer["kernel"] == layer["kept"]
+        if layer["kernel"] == layer["kept"]:
+            continue
         macs = (layer["macs_before"], layer["macs_after"])
         table.add_row(
             layer["name"],
             "{}x{}".format(*layer["kernel"]),
-            "=" if same else "{}x{}".format(*layer["kept"]),
-            "" if same else f"{layer['l1_removed']:.2e}",
-            "" if same or None in macs else f"{macs[0] / 1e6:.1f} -> {macs[1] / 1e6:.1f} M",
-            "" if same else _number(layer["bound"]),
-            "" if same else layer["max_abs_source"] or "-",
-            "" if same else _number(layer["measured"]),
-            "" if same else _number(layer["measured_rms"]),
+            "{}x{}".format(*layer["kept"]),
+            f"{layer['l1_removed']:.2e}",
+            "-" if None in macs else f"{macs[0] / 1e6:.1f} -> {macs[1] / 1e6:.1f} M",
+            _number(layer["bound"]),
+            layer["max_abs_source"] or "-",
+            _number(layer["measured"]),
+            _number(layer["measured_rms"]),
         )
-    table.caption = crop_summary(certificate)
-    table.caption_justify = "left"
     return table
 
 
