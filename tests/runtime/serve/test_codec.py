@@ -103,25 +103,29 @@ JSON = st.recursive(
     max_leaves=30,
 )
 KEYS = st.sampled_from(["inputs", "outputs", "parameters", "id", "name", "shape", "datatype", "data"])
+BODIES = st.binary(max_size=200) | st.dictionaries(KEYS, JSON, max_size=5).map(lambda d: json.dumps(d).encode())
 
 
-@given(
-    st.binary(max_size=200) | st.dictionaries(KEYS, JSON, max_size=5).map(lambda d: json.dumps(d).encode()),
-    st.integers(0, 250) | st.none(),
-)
+@given(BODIES, st.integers(0, 250) | st.none())
 def test_any_body_is_decoded_or_refused(body: bytes, length: int | None) -> None:
+    error = None
     try:
         decoded = codec.decode(body, length, signature("float32"))
-    except RequestError as error:
+    except RequestError as refusal:
+        error = refusal
+    if error is None:
+        assert decoded.feeds["x"].shape[1:] == (2, 3)
+    else:
         assert error.code.http in (400, 413, 501)
         assert len(error.message) < 600
-    else:
-        assert decoded.feeds["x"].shape[1:] == (2, 3)
 
 
 @given(st.binary(max_size=300))
 def test_inflate_of_any_bytes(data: bytes) -> None:
+    plain, error = b"", None
     try:
-        assert len(inflate(data, 1000)) <= 1000
-    except RequestError as error:
-        assert error.code.http in (400, 413)
+        plain = inflate(data, 1000)
+    except RequestError as refusal:
+        error = refusal
+    assert len(plain) <= 1000
+    assert error is None or error.code.http in (400, 413)
