@@ -227,3 +227,8 @@ def test_the_default_run_reaches_98_percent_on_digits(cli: Cli, tmp_path: Path, 
     arguments = ("--dataset", "digits", "--arch", "resnet20", "--seed", str(seed), "--json", "-q")
     done = cli("gmconv.train", *arguments, "-o", str(tmp_path / "c.pt"))
     assert json.loads(done.stdout)["held_out_accuracy"] >= 0.98
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    check = "import sys, gmconv.train; sys.exit(bool({'torch', 'sklearn', 'PIL', 'rich'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
