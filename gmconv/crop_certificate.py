@@ -22,6 +22,7 @@ from gmconv.crop_measure import (
     watching,
 )
 from gmconv.crop_window import Window, removed_share
+from gmconv.errors import SurgeryError
 from gmconv.macs import count_macs
 
 if TYPE_CHECKING:
@@ -122,7 +123,11 @@ def certify(
     max_abs_input: float | None = None,
     budget: dict[str, Any] | None = None,
 ) -> CropCertificate:
-    """Measure what was done: `cropped` is `model` cropped to `windows`. Arguments as `crop_model`'s."""
+    """Measure what was done: `cropped` is `model` cropped to `windows`. Arguments as `crop_model`'s.
+
+    Raises:
+        SurgeryError: the outputs on the calibration data cannot be compared (NaN, Inf, or no tensor at all).
+    """
     convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     smaller = {name: m for name, m in cropped.named_modules() if isinstance(m, nn.Conv2d)}
     example = _example(model, batches, input_shape)
@@ -172,13 +177,17 @@ def certify(
             )
         )
     outputs = [(run(model, batch), run(cropped, batch)) for batch in batches]
+    try:
+        end_to_end = output_error([a for a, _ in outputs], [b for _, b in outputs]) if outputs else None
+    except ValueError as error:
+        raise SurgeryError(f"the crop cannot be judged on the calibration data: {error}") from error
     return CropCertificate(
         tolerance=tolerance,
         precision=precision,
         layers=tuple(layers),
         macs_before=sum(layer.macs for layer in before.values()) if before else None,
         macs_after=sum(layer.macs for layer in after.values()) if after else None,
-        end_to_end=output_error([a for a, _ in outputs], [b for _, b in outputs]) if outputs else None,
+        end_to_end=end_to_end,
         budget=budget,
     )
 

@@ -50,7 +50,7 @@ def output_error(reference: list[tuple[Tensor, ...]], candidate: list[tuple[Tens
         raise ValueError("nothing to compare: no batch, or no output tensor")
     errors = []
     for outputs, others in zip(zip(*reference, strict=True), zip(*candidate, strict=True), strict=True):
-        a, b = torch.cat(outputs).double(), torch.cat(others).double()
+        a, b = (torch.cat([t if t.ndim else t[None] for t in tensors]).double() for tensors in (outputs, others))
         if a.shape != b.shape or not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise ValueError(f"outputs cannot be compared: shapes {tuple(a.shape)}, {tuple(b.shape)}, or NaN or Inf")
         rms, difference = float(a.square().mean().sqrt()), (a - b).abs()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gmconv.crop_certificate import certify, crop_summary
 from gmconv.crop_measure import output_error
 from gmconv.cropping import Window, analytic_input_ranges, crop_model, crop_to, measure_input_ranges
+from gmconv.errors import SurgeryError
 from gmconv.macs import count_macs
 from gmconv.surgery import bake, convert
 
@@ -217,6 +218,13 @@ def test_comparing_nothing_or_nan_is_an_error() -> None:
         output_error([one], [(torch.full((1, 2), torch.nan),)])
     with pytest.raises(ValueError):
         output_error([one], [(torch.ones(1, 3),)])
+
+
+def test_a_network_that_yields_nan_is_refused_in_a_sentence() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 1))
+    nn.init.constant_(model[1].weight, torch.inf)
+    with pytest.raises(SurgeryError, match="NaN"):
+        crop_model(model, 0.5, batches=[torch.randn(1, 1, 5, 5)])
 
 
 def test_macs_of_a_layer_that_runs_twice() -> None:
