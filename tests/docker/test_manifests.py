@@ -139,6 +139,17 @@ def test_each_kustomization_lists_every_file_and_only_files_that_exist() -> None
         assert objects <= named
 
 
+def test_the_overlay_renames_the_image_that_the_base_leaves() -> None:
+    """kustomize applies the overlay's `images` to what the base made: a new name there would leave the cpu tag here."""
+    (server,) = deployment(gpu=True)["spec"]["template"]["spec"]["containers"]
+    image = server["image"]
+    for folder in (BASE, GPU):
+        (entry,) = documents(folder / "kustomization.yaml")[0]["images"]
+        assert entry["name"] == image.split(":")[0]
+        image = f"{entry.get('newName', entry['name'])}:{entry['newTag']}"
+    assert image.endswith(":tensorrt")
+
+
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
 def test_the_pod_is_hardened_and_its_probes_ask_the_protocol(gpu: bool) -> None:
     spec = deployment(gpu=gpu)["spec"]["template"]["spec"]
