@@ -148,6 +148,8 @@ class Verdict:
 
     def failures(self) -> list[str]:
         """One sentence per failed comparison."""
+        if not self.hops:
+            return ["nothing was compared"]
         texts = [
             f"{hop.hop} on {hop.case}: output {c.output!r}: {c.reason}"
             for hop in self.hops
@@ -156,7 +158,7 @@ class Verdict:
         ]
         texts += [f"{h.hop} on {h.case}: not bitwise equal" for h in self.hops if h.hop == BAKING and not h.bitwise]
         texts += [f"float64 yardstick: output {y.output!r}: {y.reason}" for y in self.yardstick if not y.passed]
-        return texts or (["nothing was compared"] if not self.passed else [])
+        return texts
 
     def summary(self) -> str:
         """The first failures, in one line."""
