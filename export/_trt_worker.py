@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,7 @@ from runtime.errors import BuildError, RefusedError, UnavailableError
 
 Emit = Callable[[dict[str, Any]], None]
 _PR_SET_PDEATHSIG = 1  # Linux: a killed parent takes this process with it
+_PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float8_e4m3fn": "fp8"}
 # The record in which the builder lists the layers of the engine it made.
 LAYER_LIST = ("Layers:", "Engine Layer Information:")
 
@@ -103,9 +105,10 @@ def _build(api: ModuleType, log: trt.Log, request: Mapping[str, Any], emit: Emit
     if builder is None:
         raise UnavailableError(f"TensorRT's builder does not start: {'; '.join(log.errors()) or 'no reason given'}")
     network: trt.INetworkDefinition = parse(api, log, builder, request["onnx"], emit)
+    described = describe(api, network)
     parsed = time.perf_counter()
     config: trt.IBuilderConfig = builder.create_builder_config()
-    configure(api, builder, config, request)
+    configure(api, config, request)
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     profiles = add_profiles(builder, config, inputs, request)
     cache = _trt_cache.attach(api, config, request.get("timing_cache"))
@@ -124,6 +127,7 @@ def _build(api: ModuleType, log: trt.Log, request: Mapping[str, Any], emit: Emit
     sha256 = write(serialized, Path(request["plan"]))
     outputs = [network.get_output(i) for i in range(network.num_outputs)]
     return {
+        "network": described,
         "version": trt.version(api),
         "inputs": [_tensor(t) for t in inputs],
         "outputs": [_tensor(t) for t in outputs],
@@ -159,7 +163,38 @@ def _parser_error(error: trt.ParserError) -> dict[str, str]:
     return {"node": error.node_name(), "op": error.node_operator(), "reason": error.desc().strip()}
 
 
-def configure(api: ModuleType, builder: trt.Builder, config: trt.IBuilderConfig, request: Mapping[str, Any]) -> None:
+def describe(api: ModuleType, network: trt.INetworkDefinition) -> dict[str, Any]:
+    """The convolutions of the network before TensorRT optimizes it.
+
+    `convolutions`: their names, which are the ONNX nodes'; `precisions`: how many have weights of which type (the
+    stored type where they are quantized); `masks`: the nodes that multiply weights at run time.
+    """
+    convolutions: list[str] = []
+    masks: list[str] = []
+    precisions: Counter[str] = Counter()
+    producers: dict[str, trt.ILayer] = {}
+    for index in range(network.num_layers):
+        layer: trt.ILayer = network.get_layer(index)
+        result: trt.ITensor = layer.get_output(0)
+        producers[result.name] = layer
+        if layer.type not in (api.LayerType.CONVOLUTION, api.LayerType.DECONVOLUTION):
+            continue
+        convolutions.append(layer.name)
+        kind = trt.dtype_name(result.dtype)
+        weight: trt.ITensor | None = layer.get_input(1) if layer.num_inputs > 1 else None
+        while weight is not None and weight.name in producers:
+            step: trt.ILayer = producers[weight.name]
+            source: trt.ITensor | None = step.get_input(0) if step.num_inputs else None
+            if step.type == api.LayerType.ELEMENTWISE:
+                masks.append(step.name)
+            if step.type == api.LayerType.DEQUANTIZE and source is not None:
+                kind = trt.dtype_name(source.dtype)
+            weight = source
+        precisions[_PRECISIONS.get(kind, kind)] += 1
+    return {"convolutions": convolutions, "masks": masks, "precisions": dict(precisions.most_common())}
+
+
+def configure(api: ModuleType, config: trt.IBuilderConfig, request: Mapping[str, Any]) -> None:
     """Set the build options. Precision is not among them: it is in the ONNX file's types."""
     # TF32 is on by default in TensorRT; here only when asked for.
     if request["tf32"]:

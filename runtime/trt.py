@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tensorrt import ICudaEngine as ICudaEngine
     from tensorrt import IExecutionContext as IExecutionContext
     from tensorrt import IHostMemory as IHostMemory
+    from tensorrt import ILayer as ILayer
     from tensorrt import ILogger as ILogger
     from tensorrt import INetworkDefinition as INetworkDefinition
     from tensorrt import IOptimizationProfile as IOptimizationProfile

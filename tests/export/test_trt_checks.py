@@ -7,12 +7,10 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
 from export._trt_checks import read_graph
 from runtime.errors import RefusedError
@@ -24,41 +22,6 @@ def test_a_graph_in_our_words(classifier: Make, tmp_path: Path) -> None:
     facts = read_graph(classifier(tmp_path / "m.onnx", masked=True))
     assert [(s.name, s.dtype, s.shape) for s in facts.inputs] == [("input", "float32", ("batch", 3, 8, 8))]
     assert [(s.name, s.shape) for s in facts.outputs] == [("logits", ("batch", 10))]
-    assert facts.convolutions == {"conv1", "conv2"}
-    assert facts.masks == {"mask1"}
-    assert facts.precisions == {"fp32": 2}
-
-
-def test_weights_are_followed_through_casts_and_quantizers(tmp_path: Path) -> None:
-    """The type a convolution computes in is that of its stored weight."""
-    weights = {
-        "half": np.zeros((4, 3, 1, 1), np.float16),
-        "int": np.zeros((4, 3, 1, 1), np.int8),
-        "scale": np.ones((), np.float32),
-        "zero": np.zeros((), np.int8),
-        "float": np.zeros((4, 3, 1, 1), np.float32),
-    }
-    nodes = [
-        helper.make_node("DequantizeLinear", ["int", "scale", "zero"], ["wq"], name="dq"),
-        helper.make_node("Conv", ["input", "wq"], ["a"], name="stored_int8"),
-        helper.make_node("QuantizeLinear", ["float", "scale", "zero"], ["q"], name="q"),
-        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["qdq"], name="qdq"),
-        helper.make_node("Conv", ["input", "qdq"], ["b"], name="fake_int8"),
-        helper.make_node("Cast", ["float"], ["f"], name="cast", to=TensorProto.FLOAT),
-        helper.make_node("Conv", ["input", "f"], ["c"], name="plain"),
-        helper.make_node("Sum", ["a", "b", "c"], ["logits"], name="sum"),
-    ]
-    shape = ["batch", 3, 8, 8]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4, 8, 8])],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )
-    path = tmp_path / "m.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-    assert read_graph(path).precisions == {"int8": 2, "fp32": 1}
 
 
 def test_a_node_is_named_with_the_module_it_came_from(one_node: Make, tmp_path: Path) -> None:
