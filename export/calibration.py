@@ -47,7 +47,7 @@ class RangeHistogram:
             return
         if self.limit == 0:
             zeros = self.counts[_BINS // 2]
-            self.limit = float(2.0 ** np.ceil(np.log2(peak)))
+            self.limit = float(2.0 ** max(np.ceil(np.log2(peak)), -100))  # bins of subnormals would overflow
             self.counts[:] = 0
             self.counts[_BINS // 2] = zeros
         while peak > self.limit:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from export.onnx_graph import layer_upstream, value_types
 from runtime.errors import RefusedError
 from runtime.runners.base import numpy_dtype
 
@@ -40,21 +41,25 @@ def image_shape(model: ModelProto) -> tuple[int | None, tuple[int, int, int]]:
 def check_and_run(model: ModelProto, precision: str) -> None:
     """Run onnx.checker in full, open the graph in ONNX Runtime on the CPU and run it once on noise.
 
-    Raises RefusedError when an op has no kernel in this precision, or an output is NaN or infinite (the layer where it
+    Raises RefusedError when an op has no kernel in this precision, or a tensor is NaN or infinite (the layer where it
     begins is named).
     """
     import onnx
 
     if model.ByteSize() < _EXTERNAL_ABOVE:
         onnx.checker.check_model(model, full_check=True)
-    session = _open(model, precision)
+    # ONNX Runtime computes fp16 ops in fp32 on the CPU and drops the rounding between two of them, and with it an
+    # overflow that a GPU would have: fetching every fp16 tensor makes it round.
+    tapped, names = _tap_fp16(model)
+    session = _open(tapped, precision)
     feeds = {value.name: _noise(value) for value in session.get_inputs()}
-    outputs = session.run(None, feeds)
-    for value, array in zip(session.get_outputs(), outputs, strict=True):
+    outputs = [value.name for value in model.graph.output]
+    for name, array in zip([*names, *outputs], session.run([*names, *outputs], feeds), strict=True):
         if not np.isfinite(array.astype(np.float32)).all():
+            layer = layer_upstream(model, name)
             raise RefusedError(
-                f"{precision}: output {value.name!r} is NaN or infinite on unit noise; the first layer to overflow is "
-                f"{_first_overflow(model, precision, feeds)!r}: keep it with --keep-fp32"
+                f"{precision}: layer {layer!r} overflows on unit noise (tensor {name!r} is NaN or infinite); "
+                f"--keep-fp32 {layer} keeps it in fp32"
             )
 
 
@@ -135,23 +140,18 @@ def _noise(value: Any) -> Any:
     return np.random.default_rng(0).standard_normal(shape).astype(dtype)
 
 
-def _first_overflow(model: ModelProto, precision: str, feeds: dict[str, Any]) -> str:
-    """The earliest node whose output is not finite."""
+def _tap_fp16(model: ModelProto) -> tuple[ModelProto, list[str]]:
+    """A copy whose fp16 tensors are outputs too, and their names in graph order."""
     import onnx
-    from onnx import helper
+    from onnx import TensorProto, helper
 
-    from export.onnx_graph import layer_upstream, value_types
-
+    types = value_types(model)
+    made = [name for node in model.graph.node for name in node.output]
+    outputs = {value.name for value in model.graph.output}
+    names = [name for name in made if types.get(name) == TensorProto.FLOAT16 and name not in outputs]
+    if not names:
+        return model, []
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model)
-    types = value_types(model)
-    floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16}
-    names = [name for node in model.graph.node for name in node.output if types.get(name) in floats]
-    known = {value.name for value in model.graph.output}
-    tapped.graph.output.extend(
-        helper.make_tensor_value_info(name, types[name], None) for name in names if name not in known
-    )
-    for name, array in zip(names, _open(tapped, precision).run(names, feeds), strict=True):
-        if not np.isfinite(array).all():
-            return layer_upstream(model, name)
-    return model.graph.output[0].name
+    tapped.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT16, None) for name in names)
+    return tapped, names

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,7 +76,8 @@ class Measurement:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; an infinite ratio becomes None."""
-        return {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in asdict(self).items()}
+        plain = {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in asdict(self).items()}
+        return plain | {"kept": list(self.kept)}
 
 
 class SensitivitySearch:
@@ -106,8 +107,7 @@ class SensitivitySearch:
         """Each layer quantized alone, most sensitive first: by top-1 drop where the budget has one, then by SNR."""
         found = {}
         for done, name in enumerate(self.nodes):
-            others = set(self.nodes) - {name}
-            found[name] = self._measure(others)
+            found[name] = self._try([other for other in self.nodes if other != name])
             self.note("each layer alone", done + 1, len(self.nodes))
         by_drop = budget.max_top1_drop is not None
         order = {name: (-max(m.top1_drop, 0.0) if by_drop else 0.0, m.snr_db) for name, m in found.items()}
@@ -119,12 +119,12 @@ class SensitivitySearch:
         Raises ParityError (exit 4) when no set does; the best that was found is in the message.
         """
         kept: list[str] = []
-        found = self._try(kept)
-        while not budget.holds(found) and len(kept) < len(ranking) - 1:
+        while not budget.holds(self._try(kept)) and len(kept) < len(ranking) - 1:
             kept.append(ranking[len(kept)])
-            found = self._try(kept)
             self.note("keeping layers", len(kept), len(ranking))
-        if not budget.holds(found):
+        # Keeping more does not always lose less: whatever was tried on the way counts.
+        found = self._smallest(budget)
+        if found is None:
             best = min(self.tried.values(), key=lambda m: (max(m.top1_drop, 0.0), -m.snr_db))
             asked = " and ".join(
                 text
@@ -139,21 +139,26 @@ class SensitivitySearch:
                 f"{len(best.kept)} of {len(self.nodes)} layers and loses {best.top1_drop:.2f} points at "
                 f"{best.snr_db:.1f} dB; ask for less, or take --to fp16"
             )
-        for name in reversed(kept.copy()):
+        kept = [name for name in ranking if name in found.kept]
+        for name in kept[::-1]:
             fewer = [other for other in kept if other != name]
-            without = self._try(fewer)
-            if budget.holds(without):
-                kept, found = fewer, without
+            if budget.holds(self._try(fewer)):
+                kept = fewer
             self.note("giving layers back", len(self.tried), len(self.tried))
-        return found
+        return self._smallest(budget) or found
+
+    def _smallest(self, budget: Budget) -> Measurement | None:
+        """Of all that was tried and holds the budget, the one that keeps fewest layers (then loses least)."""
+        holding = [found for found in self.tried.values() if budget.holds(found)]
+        return min(holding, key=lambda m: (len(m.kept), max(m.top1_drop, 0.0), -m.snr_db), default=None)
 
     def _try(self, kept: Sequence[str]) -> Measurement:
         key = frozenset(kept)
         if key not in self.tried:
-            self.tried[key] = self._measure(set(kept))
+            self.tried[key] = self._measure(key)
         return self.tried[key]
 
-    def _measure(self, kept: set[str]) -> Measurement:
+    def _measure(self, kept: Collection[str]) -> Measurement:
         nodes = {self.nodes[name] for name in kept}
         half = nodes if self.keep_as == "fp16" else set()
         graph, audit = self.converter.quantize(self.precision, self.always | (nodes - half), half)

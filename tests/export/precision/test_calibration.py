@@ -1,0 +1,217 @@
+"""Ranges from images: exact histograms in constant memory, and sets that cannot set a range are refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from export.calibration import Calibration, RangeHistogram, calibrate
+from export.calibration_images import CalibrationImages, open_images
+from export.quantize import tensors_to_calibrate
+from runtime.errors import RefusedError
+
+Network = Callable[..., onnx.ModelProto]
+SHAPE = (3, 16, 16)
+_VALUES = hnp.arrays(np.float32, st.integers(1, 200), elements=st.floats(-(2**20), 2**20, width=32))
+
+
+@given(batches=st.lists(_VALUES, min_size=1, max_size=5))
+def test_a_histogram_counts_every_value_whatever_the_order(batches: list[NDArray[np.float32]]) -> None:
+    histogram = RangeHistogram()
+    for batch in batches:
+        histogram.add(batch)
+    everything = np.concatenate(batches)
+    assert histogram.counts.sum() == everything.size
+    assert histogram.low == everything.min()
+    assert histogram.high == everything.max()
+    low, high = histogram.range("minmax", 100)
+    assert low <= 0 <= high
+    assert low == min(everything.min(), 0)
+    assert high == max(everything.max(), 0)
+
+
+@given(values=_VALUES, percentile=st.floats(50, 100))
+def test_the_percentile_covers_its_share_and_stays_inside_the_extremes(
+    values: NDArray[np.float32], percentile: float
+) -> None:
+    histogram = RangeHistogram()
+    histogram.add(values)
+    low, high = histogram.range("percentile", percentile)
+    assert min(values.min(), 0) <= low <= 0 <= high <= max(values.max(), 0)
+    bound = max(-low, high)
+    if bound > 0:
+        assert (np.abs(values) <= bound * (1 + 1e-6)).mean() >= percentile / 100 - 1 / values.size
+
+
+def test_the_limit_grows_without_losing_counts() -> None:
+    """Small values first, then larger ones: the same bins as all at once."""
+    random = np.random.default_rng(0)
+    parts = [random.standard_normal(1000).astype(np.float32) * 2.0**k for k in (-6, 0, 5)]
+    grown, whole = RangeHistogram(), RangeHistogram()
+    for part in parts:
+        grown.add(part)
+    whole.add(np.concatenate(parts[::-1]))
+    assert grown.limit == whole.limit
+    # A value that sits within rounding of a bin's edge may fall on either side of it.
+    assert np.abs(grown.counts - whole.counts).sum() <= 4
+
+
+def test_entropy_clips_an_outlier_that_percentiles_of_few_values_keep() -> None:
+    values = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
+    values[0] = 1000
+    histogram = RangeHistogram()
+    histogram.add(values)
+    _, high = histogram.range("entropy", 0)
+    assert 2 < high < 100
+    assert histogram.range("minmax", 0)[1] == 1000
+
+
+def test_entropy_keeps_a_discrete_distribution_whole() -> None:
+    histogram = RangeHistogram()
+    histogram.add(np.repeat(np.arange(17, dtype=np.float32) / 16, 1000))
+    assert histogram.range("entropy", 0)[1] == 1
+
+
+def calibrated(model: onnx.ModelProto, images: CalibrationImages) -> Calibration:
+    return calibrate(model, images, tensors_to_calibrate(model, "tensorrt"))
+
+
+def test_ranges_are_those_of_the_activations_and_do_not_depend_on_the_batch(network: Network, npz: Path) -> None:
+    model = network()
+    found = []
+    for batch in (1, 3, 40):
+        images = open_images(npz, SHAPE)
+        images.batch = batch
+        found.append(calibrated(model, images))
+    assert list(found[0].histograms) == ["input", "b", "e", "i"]
+    low, high = found[0].ranges("minmax")["input"]
+    assert (low, high) == (0.0, pytest.approx(1, abs=1e-3))
+    for other in found[1:]:
+        for name, (low, high) in found[0].ranges("minmax").items():
+            np.testing.assert_allclose(other.ranges("minmax")[name], (low, high), rtol=1e-5, err_msg=name)
+        assert other.origin == found[0].origin
+
+
+def test_the_manifest_says_which_images(network: Network, npz: Path) -> None:
+    done = calibrated(network(), open_images(npz, SHAPE, limit=10, seed=3))
+    info = done.info("percentile", 99.9)
+    assert info["source"] == "images.npz"
+    assert (info["images"], info["seed"], info["percentile"]) == (10, 3, 99.9)
+    assert len(info["sha256"]) == 64
+    again = calibrated(network(), open_images(npz, SHAPE, limit=10, seed=3)).origin
+    other = calibrated(network(), open_images(npz, SHAPE, limit=10, seed=4)).origin
+    assert again == done.origin
+    assert other["sha256"] != done.origin["sha256"]
+
+
+def test_digits_for_calibration_are_not_those_accuracy_is_measured_on() -> None:
+    from runtime.datasets import load_samples
+
+    split = {"name": "digits", "test_size": 0.2, "split_seed": 0}
+    images = open_images("digits", (1, 8, 8), limit=1797, dataset=split)
+    seen = {image.tobytes() for batch in images.batches() for image in batch}
+    held_out = [image for part in load_samples("digits", input_shape=(1, 8, 8), dataset=split) for image in part.images]
+    assert images.count == 1437
+    # scikit-learn's set holds a few digits twice; the split is by index.
+    assert sum(image.tobytes() in seen for image in held_out) <= 2
+
+
+@pytest.mark.parametrize(
+    ("images", "reason"),
+    [
+        (
+            np.random.default_rng(0).random((1, *SHAPE), dtype=np.float32),
+            "1 calibration image; ranges need at least two",
+        ),
+        (np.full((8, *SHAPE), 0.5, np.float32), "one constant colour"),
+        (np.linspace(0, 1, 8, dtype=np.float32)[:, None, None, None] * np.ones((8, *SHAPE), np.float32), "constant"),
+        (np.repeat(np.random.default_rng(0).random((1, *SHAPE), dtype=np.float32), 8, 0), "are the same"),
+        (np.zeros((8, 3, 8, 8), np.float32), "the network takes float32"),
+        (np.zeros((8, *SHAPE), np.uint8), "the network takes float32"),
+        (np.full((8, *SHAPE), np.nan, np.float32), "hold NaN"),
+    ],
+)
+def test_images_that_cannot_set_a_range_are_refused(
+    network: Network, tmp_path: Path, images: NDArray[np.float32], reason: str
+) -> None:
+    np.savez(tmp_path / "x.npz", input=images)
+    with pytest.raises(RefusedError, match=reason):
+        calibrated(network(), open_images(tmp_path / "x.npz", SHAPE))
+
+
+def test_a_missing_source_and_a_single_image_limit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="no such data"):
+        open_images(tmp_path / "nothing", SHAPE)
+    with pytest.raises(RefusedError, match="at least two"):
+        open_images("digits", SHAPE, limit=1)
+
+
+def test_nan_activations_name_their_layer(network: Network, npz: Path) -> None:
+    broken = np.zeros(8, np.float32)
+    broken[3] = np.inf
+    model = network(edit={"block.conv1.bias": broken})
+    # Infinity after the residual block, NaN where infinities meet: the block is where it begins.
+    with pytest.raises(RefusedError, match=r"layer 'block.conv1' produced NaN or infinity \(tensor 'e'"):
+        calibrated(model, open_images(npz, SHAPE))
+
+
+def test_a_fixed_batch_leaves_out_the_rest(network: Network, npz: Path) -> None:
+    images = open_images(npz, SHAPE, limit=10)
+    images.batch, images.fixed_batch = 4, True
+    assert calibrated(network(batch=4), images).origin["images"] == 8
+
+
+@pytest.mark.slow
+def test_ten_thousand_images_fit_in_two_gigabytes(tmp_path: Path) -> None:
+    """A 6 GB set through a network of 16 channels at 224 x 224, streamed from the .npz."""
+    from onnx import TensorProto, helper
+
+    weight = numpy_helper.from_array(
+        np.random.default_rng(0).standard_normal((16, 3, 3, 3)).astype(np.float32), "c.weight"
+    )
+    last = numpy_helper.from_array(
+        np.random.default_rng(1).standard_normal((4, 16, 1, 1)).astype(np.float32), "d.weight"
+    )
+    nodes = [
+        helper.make_node("Conv", ["input", "c.weight"], ["a"], pads=[1] * 4, name="c"),
+        helper.make_node("Relu", ["a"], ["b"], name="r"),
+        helper.make_node("Conv", ["b", "d.weight"], ["y"], name="d"),
+    ]
+    values = [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", 3, 224, 224])]
+    out = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    graph = helper.make_graph(nodes, "g", values, out, [weight, last])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "m.onnx")
+    script = f"""
+import resource, zipfile, numpy as np
+random = np.random.default_rng(0)
+with zipfile.ZipFile({str(tmp_path / "x.npz")!r}, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with archive.open("input.npy", "w", force_zip64=True) as stream:
+        header = {{"descr": "<f4", "fortran_order": False, "shape": (10000, 3, 224, 224)}}
+        np.lib.format.write_array_header_1_0(stream, header)
+        tile = random.random((100, 3, 224, 224), dtype=np.float32)
+        for k in range(100):
+            stream.write((tile * np.float32(1 + k / 100)).tobytes())
+del tile
+from export.calibration import calibrate
+from export.calibration_images import open_images
+from export.quantize import tensors_to_calibrate
+import onnx
+model = onnx.load({str(tmp_path / "m.onnx")!r})
+images = open_images({str(tmp_path / "x.npz")!r}, (3, 224, 224), limit=10000)
+done = calibrate(model, images, tensors_to_calibrate(model, "tensorrt"))
+assert done.origin["images"] == 10000
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    peak = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
+    assert peak < 2 * 2**20, f"{peak} KiB"

@@ -1,0 +1,183 @@
+"""`python -m export.precision`: files, manifests, refusals; TensorRT-RTX builds what was asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from numpy.typing import NDArray
+
+from export.precision import PrecisionOptions, convert_precision, main
+from runtime import trt
+from runtime.errors import RefusedError
+from runtime.manifest import read_manifest
+
+Network = Callable[..., onnx.ModelProto]
+
+
+@pytest.fixture
+def fp32(network: Network, tmp_path: Path) -> Path:
+    onnx.save(network(), tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def invoke(*arguments: object, code: int = 0) -> Any:
+    done = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert done.exit_code == code, done.output
+    return done
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "fp8"])
+def test_each_precision_is_a_checked_file_with_a_manifest(fp32: Path, npz: Path, precision: Any) -> None:
+    done = convert_precision(fp32, None, precision, PrecisionOptions(calibration=npz))
+    output = fp32.with_name(f"model.{precision}.onnx")
+    onnx.checker.check_model(str(output), full_check=True)
+    manifest = read_manifest(output)
+    assert manifest == done
+    assert manifest.precision == precision
+    assert manifest.precision_found == {precision: 4}
+    assert manifest.chain[-1].file == "model.onnx"
+    assert manifest.inputs[0].dtype == manifest.outputs[0].dtype == "float32"
+    assert manifest.inputs[0].shape == ("batch", 3, 16, 16)
+    audit = (manifest.certificate or {})["precision"]
+    assert [layer["layer"] for layer in audit["layers"]] == ["conv1", "block.conv1", "down", "fc"]
+    if precision in ("int8", "fp8"):
+        assert manifest.quantization is not None
+        assert manifest.quantization["target"] == "tensorrt"
+        assert manifest.calibration is not None
+        assert manifest.calibration["images"] == 40
+        assert str(npz.parent) not in manifest.to_json()
+    assert sorted(file.name for file in fp32.parent.iterdir() if file.name.startswith(".")) == []
+
+
+@pytest.mark.skipif(not trt.installed("rtx"), reason="tensorrt_rtx is not installed")
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8"])
+def test_tensorrt_rtx_builds_it_in_that_precision(fp32: Path, npz: Path, cli: Any, precision: Any) -> None:
+    convert_precision(fp32, None, precision, PrecisionOptions(calibration=npz))
+    plan = fp32.with_suffix(".plan")
+    source = fp32.with_name(f"model.{precision}.onnx")
+    cli("export.tensorrt", str(source), "-o", str(plan), "--flavor", "rtx", "--no-verify")
+    layers = read_manifest(plan).build["layers"]
+    assert layers["convolution_precisions"] == {precision: 3}
+
+
+def test_converting_twice_gives_the_same_bytes(fp32: Path, npz: Path) -> None:
+    for precision in ("bf16", "int8"):
+        first = convert_precision(fp32, fp32.with_name("a.onnx"), precision, PrecisionOptions(calibration=npz))
+        second = convert_precision(fp32, fp32.with_name("b.onnx"), precision, PrecisionOptions(calibration=npz))
+        assert first.artefact.sha256 == second.artefact.sha256
+
+
+def test_weights_can_be_external(fp32: Path, npz: Path) -> None:
+    sizes = {}
+    for precision in ("fp32", "int8"):
+        options = PrecisionOptions(calibration=npz, external_data=True)
+        manifest = convert_precision(fp32, fp32.with_name(f"e.{precision}.onnx"), precision, options)
+        assert [entry.file for entry in manifest.external] == [f"e.{precision}.onnx.data"]
+        read_manifest(fp32.with_name(f"e.{precision}.onnx"))
+        sizes[precision] = manifest.external[0].bytes
+    assert sizes["int8"] < 0.3 * sizes["fp32"]
+
+
+def test_the_command_prints_the_audit_and_json(fp32: Path, npz: Path) -> None:
+    done = invoke(fp32, "--to", "int8", "--calibration-npz", npz)
+    assert "tail audit: int8" in done.stdout
+    assert "4 int8; weights 0." in done.stdout
+    done = invoke(fp32, "--to", "fp16", "-o", fp32.with_name("x.onnx"), "--keep-fp32", "fc", "--json")
+    manifest = json.loads(done.stdout)
+    assert manifest["precision_found"] == {"fp16": 3, "fp32": 1}
+    assert manifest["certificate"]["precision"]["kept_fp32"] == {"node_fc": "asked for"}
+
+
+def test_automatic_precision_from_the_command_line(fp32: Path, npz: Path) -> None:
+    budget = ["--auto-precision", "int8", "--min-snr", "20", "--calibration-npz", npz, "--images", npz]
+    done = invoke(fp32, *budget, "-o", fp32.with_name("auto.onnx"))
+    assert "each layer quantized alone" in done.stdout
+    assert "chosen" in done.stdout
+    plan = fp32.with_name("auto.onnx.plan.json")
+    again = fp32.with_name("again.onnx")
+    invoke(fp32, "--to", "int8", "--plan", plan, "--calibration-npz", npz, "-o", again)
+    assert again.read_bytes() == fp32.with_name("auto.onnx").read_bytes()
+    asked = [*budget[:3], "300", *budget[4:]]
+    done = invoke(fp32, *asked, "-o", fp32.with_name("never.onnx"), code=4)
+    assert "the best found keeps" in done.stderr
+    assert not fp32.with_name("never.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "reason"),
+    [
+        ([], 2, "give one of --to and --auto-precision"),
+        (["--to", "int8", "--auto-precision", "int8"], 2, "give one of --to and --auto-precision"),
+        (["--auto-precision", "int8"], 2, "needs a budget"),
+        (["--to", "int8", "--min-snr", "3"], 2, "go with --auto-precision"),
+        (["--to", "int4"], 2, "Invalid value for '--to'"),
+        (["--to", "int8"], 3, "need calibration images"),
+        (["--to", "int8", "--calibration", "nowhere"], 3, "no such data"),
+        (["--to", "fp16", "--keep-fp32", "nothing"], 3, "matches no layer"),
+        (["--to", "fp16", "--io-dtype", "bf16"], 2, "does not go with"),
+        (["--to", "fp16", "--plan", "nowhere.json"], 3, "cannot be read"),
+        (["--to", "fp16", "-o", "no/such/folder/x.onnx"], 3, "cannot be written"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(fp32: Path, arguments: list[str], code: int, reason: str) -> None:
+    done = invoke(fp32, *arguments, code=code)
+    assert reason in done.stderr
+    assert sorted(file.name for file in fp32.parent.iterdir()) == ["model.onnx"]
+
+
+def test_graphs_that_are_not_fp32_are_refused(fp32: Path, npz: Path) -> None:
+    invoke(fp32, "--to", "fp16")
+    done = invoke(fp32.with_name("model.fp16.onnx"), "--to", "fp32", code=3)
+    assert "an fp16 graph already" in done.stderr
+    invoke(fp32, "--to", "int8", "--calibration-npz", npz)
+    done = invoke(fp32.with_name("model.int8.onnx"), "--to", "int8", code=3)
+    assert "quantized already" in done.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"not onnx", b"\x08\x0a" + b"\xff" * 40])
+def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.onnx").write_bytes(content)
+    done = invoke(tmp_path / "x.onnx", "--to", "fp16", code=3)
+    assert "x.onnx" in done.stderr
+    invoke(tmp_path / "missing.onnx", "--to", "fp16", code=3)
+
+
+def test_the_source_is_not_overwritten(fp32: Path) -> None:
+    with pytest.raises(RefusedError, match="is the fp32 graph itself"):
+        convert_precision(fp32, fp32, "fp16")
+
+
+def test_activations_that_overflow_fp16_name_the_layer(network: Network, tmp_path: Path) -> None:
+    loud = np.full((8, 8, 3, 3), 4e3, np.float32)
+    onnx.save(network(edit={"block.conv1.weight": loud}), tmp_path / "loud.onnx")
+    with pytest.raises(RefusedError, match=r"fp16: layer 'block.conv1' overflows"):
+        convert_precision(tmp_path / "loud.onnx", None, "fp16")
+    convert_precision(tmp_path / "loud.onnx", None, "bf16")
+
+
+def test_a_network_trained_on_digits_keeps_its_accuracy(
+    digits_onnx: Path, tmp_path: Path, run: Callable[..., NDArray[np.float32]]
+) -> None:
+    """The floors of the issue, on held-out digits; calibration on the training part."""
+    from runtime.evaluate import evaluate
+
+    floors = {"fp16": 1.0, "bf16": 0.995, "int8": 0.99, "fp8": 0.985}
+    paths = [digits_onnx]
+    for precision in floors:
+        paths.append(tmp_path / f"{precision}.onnx")
+        convert_precision(digits_onnx, paths[-1], precision)  # type: ignore[arg-type]
+    done = evaluate(paths)
+    found = {row.precision: row.score for row in done.rows if row.mode != "as served"}
+    assert done.reference.startswith("live fp32 network")
+    for precision, floor in floors.items():
+        assert found[precision].agreement.value >= floor, precision
+    assert found["int8"].top1 is not None
+    assert found["fp32"].top1 is not None
+    assert found["fp32"].top1.value - found["int8"].top1.value <= 0.005

@@ -1,0 +1,119 @@
+"""int8 and fp8: what the file stores, what it means, and which runtime takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from export.calibration import calibrate
+from export.calibration_images import open_images
+from export.onnx_graph import effective_weights, precision_by_layer, weight_bytes
+from export.quantize import quantize_graph, tensors_to_calibrate
+from runtime.errors import RefusedError
+
+Network = Callable[..., onnx.ModelProto]
+Run = Callable[..., NDArray[np.float32]]
+Ranges = dict[str, tuple[float, float]]
+
+
+@pytest.fixture
+def ranges(network: Network, npz: Path) -> Callable[..., Ranges]:
+    def call(target: Any = "tensorrt") -> Ranges:
+        model = network()
+        return calibrate(model, open_images(npz, (3, 16, 16)), tensors_to_calibrate(model, target)).ranges("minmax")
+
+    return call
+
+
+@pytest.mark.parametrize("to", ["int8", "fp8"])
+def test_a_tensorrt_graph_is_symmetric_and_stores_eight_bits(
+    network: Network, ranges: Callable[..., Ranges], run: Run, images: NDArray[np.float32], to: Any
+) -> None:
+    model = network()
+    graph = quantize_graph(model, ranges(), to=to)
+    onnx.checker.check_model(graph, full_check=True)
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
+    quantizers = [n for n in graph.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert quantizers
+    for node in quantizers:
+        zero = tensors[node.input[2]]
+        assert zero.dtype == (np.int8 if to == "int8" else ml_dtypes.float8_e4m3fn)
+        assert (zero.astype(np.float32) == 0).all(), "TensorRT takes symmetric quantization only"
+    assert set(precision_by_layer(graph).values()) == {to}
+    assert all(tensors[name].dtype == np.float32 for name in ("conv1.bias", "fc.bias"))
+    assert not any(t.data_type == TensorProto.INT32 for t in graph.graph.initializer)
+    assert weight_bytes(graph) < 0.32 * weight_bytes(
+        model
+    )  # 2,528 weights; scales and biases weigh little in real ones
+    expected, found = run(model, images), run(graph, images, disable=True)
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("to", "levels", "largest"), [("int8", 127, 127), ("fp8", None, 448)])
+def test_weights_are_quantized_per_channel_to_the_nearest_level(
+    network: Network, ranges: Callable[..., Ranges], to: Any, levels: int | None, largest: float
+) -> None:
+    model = network()
+    before, after = effective_weights(model), effective_weights(quantize_graph(model, ranges(), to=to))
+    for name, weight in before.items():
+        peak = np.abs(weight).reshape(len(weight), -1).max(1).reshape(-1, *[1] * (weight.ndim - 1))
+        scale = peak / largest
+        if levels is not None:
+            # ONNX Runtime's scale is a float32 quotient: an odd value next to a tie may go either way.
+            assert (np.abs(after[name] - weight) <= 0.5001 * scale).all(), name
+        else:
+            expected = (weight / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+            close = np.isclose(after[name], expected, rtol=1e-5, atol=1e-12)
+            assert close.mean() > 0.99, name
+        assert (np.sign(after[name]) * np.sign(weight) >= 0).all(), f"{name}: a sign flipped"
+
+
+def test_an_excluded_layer_is_untouched_and_reads_unquantized_tensors(
+    network: Network, ranges: Callable[..., Ranges]
+) -> None:
+    model = network()
+    graph = quantize_graph(model, ranges(), exclude={"node_block"})
+    assert precision_by_layer(graph) == {"conv1": "int8", "block.conv1": "fp32", "down": "int8", "fc": "int8"}
+    kept = next(node for node in graph.graph.node if node.name == "node_block")
+    assert kept.input[0] == "b"
+    np.testing.assert_array_equal(effective_weights(graph)["block.conv1"], effective_weights(model)["block.conv1"])
+
+
+def test_the_cpu_layout_has_unsigned_activations_and_int32_biases(
+    network: Network, ranges: Callable[..., Ranges], run: Run, images: NDArray[np.float32]
+) -> None:
+    model = network()
+    graph = quantize_graph(model, ranges("cpu"), target="cpu")
+    onnx.checker.check_model(graph, full_check=True)
+    types = {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
+    activations = [n for n in graph.graph.node if n.op_type == "QuantizeLinear"]
+    assert {types[node.input[2]] for node in activations} == {TensorProto.UINT8}
+    assert sum(kind == TensorProto.INT32 for kind in types.values()) >= 3
+    expected = run(model, images)
+    assert np.abs(run(graph, images) - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def test_fp8_does_not_go_with_the_cpu_layout(network: Network, ranges: Callable[..., Ranges]) -> None:
+    with pytest.raises(RefusedError, match="fp8 has no CPU kernels"):
+        quantize_graph(network(), ranges(), to="fp8", target="cpu")
+
+
+def test_an_old_opset_is_refused(network: Network, ranges: Callable[..., Ranges]) -> None:
+    model = network()
+    del model.opset_import[:]
+    model.opset_import.append(helper.make_opsetid("", 18))
+    with pytest.raises(RefusedError, match="opset 18 has no fp8 Q/DQ; export with opset 19"):
+        quantize_graph(model, ranges(), to="fp8")
+
+
+def test_excluding_everything_is_refused(network: Network, ranges: Callable[..., Ranges]) -> None:
+    with pytest.raises(RefusedError, match="no layer is left to quantize"):
+        quantize_graph(network(), ranges(), exclude={"node_conv1", "node_block", "node_down", "node_fc"})

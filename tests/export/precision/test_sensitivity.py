@@ -1,0 +1,120 @@
+"""The search for the fewest layers to keep, on a network with one layer that int8 ruins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from export.converter import PrecisionConverter, PrecisionOptions
+from export.plan import PrecisionPlan, read_plan, write_plan
+from export.sensitivity import Budget, EvaluationImages, Measurement, SensitivitySearch, make_plan, pareto
+from runtime.errors import ParityError, RefusedError
+
+Network = Callable[..., onnx.ModelProto]
+
+
+@pytest.fixture
+def search(network: Network, npz: Path, images: NDArray[np.float32]) -> SensitivitySearch:
+    """`block.conv1` gets one huge weight per channel: its per-channel scale rounds the others to zero."""
+    random = np.random.default_rng(5)
+    spoiled = (random.standard_normal((8, 8, 3, 3)) * 0.1).astype(np.float32)
+    spoiled[:, 0, 0, 0] = 60
+    model = network(edit={"block.conv1.weight": spoiled})
+    converter = PrecisionConverter(model, PrecisionOptions(calibration=npz, calibration_method="minmax"))
+    return SensitivitySearch(converter, "int8", EvaluationImages("images", (images,), None))
+
+
+def test_the_spoiled_layer_is_the_most_sensitive(search: SensitivitySearch) -> None:
+    alone = search.sensitivities(Budget(min_snr=10))
+    assert next(iter(alone)) == "block.conv1"
+    assert set(alone) == {"conv1", "block.conv1", "down", "fc"}
+    ratios = [found.snr_db for found in alone.values()]
+    assert ratios == sorted(ratios)
+    assert all(len(found.kept) == 3 for found in alone.values())
+
+
+def test_the_fewest_layers_are_kept_that_hold_the_budget(search: SensitivitySearch) -> None:
+    everything = search._try([])
+    alone = list(search.sensitivities(Budget(min_snr=0)))
+    one = search._try(alone[:1])
+    assert one.snr_db > everything.snr_db + 3
+    budget = Budget(min_snr=(everything.snr_db + one.snr_db) / 2)
+    chosen = search.fewest_kept(budget, alone)
+    assert chosen.kept == ("block.conv1",)
+    # None is kept where none is needed.
+    assert search.fewest_kept(Budget(min_snr=everything.snr_db - 1), alone).kept == ()
+
+
+def test_every_kept_layer_is_needed(search: SensitivitySearch) -> None:
+    """Whatever order it was told, no single kept layer can be given back within the budget."""
+    alone = list(search.sensitivities(Budget(min_snr=0)))
+    target = Budget(min_snr=search._try(alone[:2]).snr_db - 0.1)
+    chosen = search.fewest_kept(target, alone[::-1])
+    assert target.holds(chosen)
+    for name in chosen.kept:
+        assert not target.holds(search._try([other for other in chosen.kept if other != name])), name
+
+
+def test_a_budget_that_cannot_be_met_says_what_was_best(search: SensitivitySearch) -> None:
+    with pytest.raises(
+        ParityError, match=r"no mix of int8 and fp16 layers reaches 200 dB: the best found keeps 3 of 4"
+    ):
+        search.fewest_kept(Budget(min_snr=200), list(search.sensitivities(Budget(min_snr=200))))
+
+
+def test_a_plan_reproduces_the_choice(search: SensitivitySearch, tmp_path: Path, npz: Path) -> None:
+    chosen = search._try(["block.conv1"])
+    plan = make_plan(search, Budget(min_snr=1), chosen, "0" * 64)
+    write_plan(tmp_path / "plan.json", plan)
+    again = read_plan(tmp_path / "plan.json")
+    assert again == plan
+    expected, _ = search.converter.quantize("int8", set(), {"node_block"})
+    options = again.apply(PrecisionOptions(calibration=npz))
+    graph, audit = PrecisionConverter(search.converter.model, options).convert("int8")
+    assert graph.SerializeToString(deterministic=True) == expected.SerializeToString(deterministic=True)
+    assert {layer.layer: layer.precision for layer in audit.layers}["block.conv1"] == "fp16"
+
+
+def test_a_plan_with_other_images_or_another_network_is_refused(
+    search: SensitivitySearch, network: Network, npz: Path, tmp_path: Path
+) -> None:
+    plan = make_plan(search, Budget(min_snr=1), search._try(["block.conv1"]), "")
+    other = np.random.default_rng(9).random((40, 3, 16, 16), dtype=np.float32)
+    np.savez(tmp_path / "other.npz", input=other)
+    options = plan.apply(PrecisionOptions(calibration=tmp_path / "other.npz"))
+    with pytest.raises(RefusedError, match="made with other calibration images"):
+        PrecisionConverter(search.converter.model, options).convert("int8")
+    lost = PrecisionPlan(precision="int8", keep={"layer4.conv1": "fp16"})
+    with pytest.raises(RefusedError, match=r"the plan keeps layer4.conv1, which this network has not"):
+        PrecisionConverter(network(), lost.apply(PrecisionOptions(calibration=npz))).convert("int8")
+    with pytest.raises(RefusedError, match="the plan is for int8, not for fp8"):
+        PrecisionConverter(network(), lost.apply(PrecisionOptions(calibration=npz))).convert("fp8")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"precision": "int4", "keep": {}}', '{"precision":"int8","keep":{"a":"x"}}']
+)
+def test_a_damaged_plan_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(RefusedError, match=r"plan.json: not a precision plan"):
+        read_plan(tmp_path / "plan.json")
+
+
+def test_a_plan_of_another_schema_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"precision":"int8","keep":{},"schema":"x/v9"}')
+    with pytest.raises(RefusedError, match="schema 'x/v9'"):
+        read_plan(tmp_path / "plan.json")
+
+
+def test_the_pareto_front_drops_what_is_worse_in_everything() -> None:
+    def found(kept: int, drop: float, snr: float) -> Measurement:
+        names = tuple(str(k) for k in range(kept))
+        return Measurement(kept=names, top1=1 - drop / 100, top1_drop=drop, snr_db=snr, size_ratio=1, latency_ms=1)
+
+    front = pareto([found(0, 2, 20), found(1, 3, 15), found(2, 1, 18), found(3, 1, 30)])
+    assert [(len(m.kept), m.top1_drop) for m in front] == [(0, 2), (2, 1), (3, 1)]
