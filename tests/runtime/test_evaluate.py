@@ -1,0 +1,137 @@
+"""`python -m runtime.evaluate`: rows, reference, warnings and gates on small graphs made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper
+
+from runtime.errors import RefusedError
+from runtime.evaluate import EvaluateOptions, evaluate, main
+from runtime.manifest import Manifest, TensorSpec, digest, sidecar
+
+CLASSES = 8
+
+
+def save(path: Path, *, swapped: tuple[int, int] = (0, 0), batch: int | str = "n", precision: str = "fp32") -> Path:
+    """A network whose logits are the eight pixels of its input, two of them swapped."""
+    order = np.arange(CLASSES)
+    order[list(swapped)] = order[list(swapped[::-1])]
+    weight = np.eye(CLASSES, dtype=np.float32)[order]
+    tensors = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.array([-1, CLASSES]), "s")]
+    nodes = [helper.make_node("Reshape", ["input", "s"], ["x"]), helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)]
+    shape = [batch, 1, 2, 4]
+    values = [helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)]
+    out = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, CLASSES])]
+    graph = helper.make_graph(nodes, "g", values, out, tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    spec, result = TensorSpec("input", "float32", tuple(shape)), TensorSpec("y", "float32", (batch, CLASSES))
+    manifest = Manifest(artefact=digest(path, "onnx"), inputs=(spec,), outputs=(result,), precision=precision)
+    sidecar(path).write_text(manifest.to_json())
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Ten images per class; pixel k is the brightest of class k, pixel k + 1 the next."""
+    random = np.random.default_rng(0)
+    labels = np.repeat(np.arange(CLASSES), 10)
+    pixels = random.random((len(labels), CLASSES), dtype=np.float32)
+    pixels[np.arange(len(labels)), labels] = 3
+    pixels[np.arange(len(labels)), (labels + 1) % CLASSES] = 2
+    np.savez(tmp_path / "images.npz", input=pixels.reshape(-1, 1, 2, 4), labels=labels)
+    return tmp_path / "images.npz"
+
+
+def test_the_first_artefact_is_the_reference_and_confusions_are_counted(tmp_path: Path, images: Path) -> None:
+    good, bad = save(tmp_path / "a.onnx"), save(tmp_path / "b.onnx", swapped=(2, 5), precision="fp16")
+    done = evaluate([good, bad], EvaluateOptions(images=images))
+    assert done.reference == "a.onnx"
+    assert done.samples == 80
+    first, second = done.rows
+    assert first.score.top1 is not None
+    assert first.score.top1.hits == 80
+    assert first.score.agreement.hits == 80
+    assert second.score.agreement.hits == 60
+    assert second.precision == "fp16"
+    assert {
+        (c.reference, c.artefact, c.count, c.reference_right, c.artefact_right) for c in second.score.confusions
+    } == {
+        (2, 5, 10, 10, 0),
+        (5, 2, 10, 10, 0),
+    }
+
+
+def test_a_fixed_batch_sees_every_sample(tmp_path: Path, images: Path) -> None:
+    done = evaluate([save(tmp_path / "a.onnx"), save(tmp_path / "b.onnx", batch=7)], EvaluateOptions(images=images))
+    assert [row.score.samples for row in done.rows] == [80, 80]
+    assert done.rows[1].score.agreement.hits == 80
+
+
+def test_a_given_reference_is_not_a_row(tmp_path: Path, images: Path) -> None:
+    reference, other = save(tmp_path / "a.onnx"), save(tmp_path / "b.onnx", swapped=(0, 1))
+    done = evaluate([other], EvaluateOptions(images=images, reference=reference))
+    assert done.reference == "a.onnx"
+    assert [row.artefact for row in done.rows] == ["b.onnx"]
+    assert done.rows[0].score.agreement.hits == 60
+
+
+def invoke(*arguments: object, code: int = 0) -> Any:
+    done = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert done.exit_code == code, done.output
+    return done
+
+
+def test_gates_exit_4_and_name_the_artefact(tmp_path: Path, images: Path) -> None:
+    good, bad = save(tmp_path / "a.onnx"), save(tmp_path / "b.onnx", swapped=(2, 5))
+    invoke(good, bad, "--images", images, "--min-agreement", "75")
+    done = invoke(good, bad, "--images", images, "--min-agreement", "75.1", code=4)
+    assert "b.onnx: agrees with a.onnx on 75.00 % of 80 images" in done.stderr
+    done = invoke(good, bad, "--images", images, "--max-top1-drop", "24", code=4)
+    assert "b.onnx: top-1 is 25.00 points below a.onnx" in done.stderr
+    invoke(good, bad, "--images", images, "--max-top1-drop", "25")
+
+
+def test_json_and_table_say_the_same(tmp_path: Path, images: Path) -> None:
+    good, bad = save(tmp_path / "a.onnx"), save(tmp_path / "b.onnx", swapped=(2, 5))
+    parsed = json.loads(invoke(good, bad, "--images", images, "--json").stdout)
+    assert parsed["rows"][1]["agreement"]["value"] == 0.75
+    low, high = parsed["rows"][1]["agreement"]["interval95"]
+    table = invoke(good, bad, "--images", images).stdout
+    assert f"75.00 [{100 * low:.2f}, {100 * high:.2f}]" in table.replace("\n", "")
+    assert "class 2 became 5 10x (reference right 10, artefact right 0)" in table
+
+
+def test_a_limit_is_drawn_by_seed(tmp_path: Path, images: Path) -> None:
+    good = save(tmp_path / "a.onnx")
+    done = evaluate([good], EvaluateOptions(images=images, limit=12, seed=1))
+    assert done.samples == 12
+
+
+def test_what_cannot_be_evaluated_is_refused(tmp_path: Path, images: Path) -> None:
+    good = save(tmp_path / "a.onnx")
+    with pytest.raises(RefusedError, match="no artefact given"):
+        evaluate([])
+    with pytest.raises(RefusedError, match="no such data"):
+        evaluate([good], EvaluateOptions(images=tmp_path / "nothing"))
+    with pytest.raises(RefusedError, match="no such file"):
+        evaluate([tmp_path / "nothing.onnx"], EvaluateOptions(images=images))
+    np.savez(tmp_path / "bare.npz", input=np.random.default_rng(0).random((4, 1, 2, 4), dtype=np.float32))
+    invoke(good, "--images", tmp_path / "bare.npz", "--max-top1-drop", "1", code=3)
+
+
+def test_a_network_that_gives_nan_has_no_accuracy(tmp_path: Path, images: Path) -> None:
+    path = save(tmp_path / "a.onnx")
+    model = onnx.load(path)
+    spoiled = np.full((CLASSES, CLASSES), np.nan, np.float32)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(spoiled, "w"))
+    onnx.save(model, path)
+    sidecar(path).unlink()
+    done = invoke(path, "--images", images, code=3)
+    assert "NaN" in done.stderr
