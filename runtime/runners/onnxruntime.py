@@ -15,6 +15,7 @@ import numpy as np
 from runtime.cli import require
 from runtime.errors import RefusedError, UnavailableError
 from runtime.manifest import Manifest, TensorSpec, find_manifest
+from runtime.qdq import serving_options
 from runtime.runners.base import Array, Runner, numpy_dtype, validate_feeds
 
 Optimization = Literal["disable", "basic", "extended", "all"]
@@ -93,6 +94,8 @@ class OnnxRuntimeRunner(Runner):
             raise UnavailableError(f"provider {self._provider!r} does not run on device {device!r}")
         if cuda_graph and kind == "cpu":
             raise UnavailableError("a CUDA graph needs a GPU; leave cuda_graph out on the CPU")
+        if kind == "cpu":  # an fp8 graph is refused, or silently wrong, with the optimizer on
+            optimization = serving_options(self.manifest).get("optimization", optimization)
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[optimization])

@@ -74,6 +74,20 @@ def test_converting_twice_gives_the_same_bytes(fp32: Path, npz: Path) -> None:
         assert first.artefact.sha256 == second.artefact.sha256
 
 
+def test_an_fp8_graph_runs_as_written_in_every_runner_on_a_cpu(
+    fp32: Path, npz: Path, images: NDArray[np.float32], run: Callable[..., NDArray[np.float32]]
+) -> None:
+    """With ONNX Runtime's optimizer on it is refused, or wrong by more than its own outputs."""
+    from runtime.runners import open_runner
+
+    convert_precision(fp32, None, "fp8", PrecisionOptions(calibration=npz))
+    path = fp32.with_name("model.fp8.onnx")
+    expected = run(onnx.load(path), images, disable=True)
+    for options in ({}, {"quantized_as_written": True}):
+        with open_runner(path, **options) as runner:
+            np.testing.assert_array_equal(runner.run({"input": images})["logits"], expected)
+
+
 def test_weights_can_be_external(fp32: Path, npz: Path) -> None:
     sizes = {}
     for precision in ("fp32", "int8"):
