@@ -40,9 +40,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with os.fdopen(int(sys.argv[1]), "w", buffering=1) as pipe:
+        turn = threading.Lock()  # the builder reports progress from several threads
 
         def emit(message: dict[str, Any]) -> None:
-            pipe.write(json.dumps(message) + "\n")
+            with turn:
+                pipe.write(json.dumps(message) + "\n")
 
         trt.quiet_native_output()
         with contextlib.suppress(UnavailableError):

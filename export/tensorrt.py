@@ -37,7 +37,9 @@ def __getattr__(name: str) -> Any:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a checkpoint rather than an ONNX file: torch writes zip archives."""
+    """Whether `path` is a checkpoint rather than an ONNX file: by its suffix, else torch writes zip archives."""
+    if path.suffix.lower() in (".pt", ".pth", ".ckpt", ".safetensors"):
+        return True
     import zipfile
 
     return path.suffix.lower() != ".onnx" and path.is_file() and zipfile.is_zipfile(path)

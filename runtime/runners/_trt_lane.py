@@ -125,7 +125,11 @@ class Lane:
         unknown = context.infer_shapes()
         if unknown:
             raise self._failure(f"the shapes of {', '.join(unknown)} do not follow from the inputs")
-        self.buffers.fit({**shapes, **self.output_shapes()}, self.dtypes)
+        outputs = self.output_shapes()
+        for name, shape in outputs.items():
+            if any(d < 0 for d in shape):
+                raise self._failure(f"the size of output {name!r}, {shape}, is known only after a run")
+        self.buffers.fit({**shapes, **outputs}, self.dtypes)
         self._using = None  # the addresses may be new
         self.use(self.buffers)
         self._shapes = dict(shapes)

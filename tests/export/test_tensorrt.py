@@ -243,6 +243,13 @@ def test_flags_that_cannot_be_served(
     assert nothing_left(onnx_file.parent, but={"model.onnx"})
 
 
+def test_a_damaged_checkpoint_is_refused_as_a_checkpoint(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(b"PK\x03\x04 cut short")
+    done = cli("export.tensorrt", str(tmp_path / "model.pt"), "--flavor", "rtx", code=3)
+    assert "model.pt" in done.stderr
+    assert nothing_left(tmp_path, but={"model.pt"})
+
+
 def test_missing_external_data_is_named(cli: Cli, onnx_file: Path, tmp_path: Path) -> None:
     import onnx
 
