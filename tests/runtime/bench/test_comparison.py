@@ -1,0 +1,92 @@
+"""--twin on a real checkpoint: the twin, the live and the baked network, in torch and in ONNX Runtime."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+
+from runtime.bench.comparison import export_twin, with_twins
+from runtime.bench.measure import Artefact
+from runtime.errors import BuildError
+from runtime.runners import open_runner
+
+
+@pytest.fixture(scope="module")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained GMConv network with masks that matter (sigma 0.8)."""
+    import torch
+
+    import gmconv
+
+    torch.manual_seed(0)
+    model = gmconv.models.create("resnet20", num_classes=10, sigma=0.8)
+    path = tmp_path_factory.mktemp("ckpt") / "small.pt"
+    gmconv.save_checkpoint(
+        path,
+        model,
+        arch="gmconv.models:resnet20",
+        input_shape=(3, 16, 16),
+        arch_kwargs={"num_classes": 10, "sigma": 0.8},
+    )
+    return path
+
+
+def test_the_twin_has_the_weights_and_no_masks(small_checkpoint: Path, tmp_path: Path) -> None:
+    import torch
+
+    import gmconv
+
+    twin, live, baked = with_twins([Artefact(small_checkpoint)], tmp_path)
+    assert [c.reference for c in (twin, live, baked)] == [0, 0, 0]
+    assert (live.artefact.options["form"], baked.artefact.options["form"]) == ("live", "baked")
+    plain = gmconv.bake(gmconv.load_checkpoint(twin.artefact.path).model)
+    trained = gmconv.load_checkpoint(small_checkpoint).model
+    assert not any("sigma" in key for key in plain.state_dict())
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, trained.state_dict()[key]), key
+    feeds = {"input": np.random.default_rng(0).standard_normal((1, 3, 16, 16)).astype(np.float32)}
+    outputs = []
+    for contender in (twin, live, baked):
+        with open_runner(contender.artefact.path, **contender.artefact.options) as runner:
+            outputs.append(runner.run(feeds)["logits"])
+    assert np.abs(outputs[0] - outputs[1]).max() > 1e-3, "the masks matter here, so the twin answers otherwise"
+    np.testing.assert_array_equal(outputs[1], outputs[2])
+
+
+def test_twin_and_report_from_the_command_line(small_checkpoint: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    onnx = tmp_path / "digits.onnx"
+    cli("export.onnx", str(small_checkpoint), "-o", str(onnx))
+    report = tmp_path / "report.html"
+    flags = ("--twin", "--duration=0.3", "--warmUp=20", "--json", f"--report={report}")
+    done = cli("runtime.benchmark", str(digits_checkpoint), str(digits_onnx), *flags)
+    rows = json.loads(done.stdout)["artefacts"]
+    assert [(row["artefact"], row["reference"]) for row in rows] == [
+        ("torch twin (no masks)", "torch twin (no masks)"),
+        ("torch live", "torch twin (no masks)"),
+        ("torch baked", "torch twin (no masks)"),
+        ("twin of digits.onnx", "twin of digits.onnx"),
+        ("digits.onnx", "twin of digits.onnx"),
+    ]
+    assert all(row["ratio"]["low"] <= row["ratio"]["value"] <= row["ratio"]["high"] for row in rows if row["ratio"])
+    text = report.read_text()
+    for words in ("Effective receptive field", "torch live", "Masks", "layer3.2.conv2", "twin of digits.onnx"):
+        assert words in text
+
+
+def test_a_twin_needs_one_checkpoint_and_no_engine(small_checkpoint: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "a.plan"
+    plan.touch()
+    for artefacts in ([plan], [small_checkpoint, small_checkpoint], [small_checkpoint, plan]):
+        with pytest.raises(click.UsageError, match="--twin"):
+            with_twins([Artefact(path) for path in artefacts], tmp_path)
+
+
+def test_a_twin_that_cannot_be_exported_is_exit_5(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(b"PK\x03\x04")
+    with pytest.raises(BuildError, match=r"exit 3.*broken\.pt"):
+        export_twin(broken, tmp_path / "out.onnx", "fp32")
