@@ -1,6 +1,6 @@
 """`python -m tests.bench.sigma_penalty`: accuracy against multiply-adds, for growing sigma penalties on 7x7 kernels.
 
-Trains resnet20 with 7x7 kernels on digits: the plain twin, no penalty, and each of `--penalties` (about a minute each
+Trains resnet20 with 7x7 kernels on digits: the plain twin, no penalty, and each of `--penalties` (a minute or two each
 on two quiet cores). Prints what cropping at `--tolerance` keeps. Exit 1 unless the last penalty leaves most layers
 at 3x3 or less and its accuracy within 0.5 points of the twin and of the network without a penalty.
 """
@@ -46,7 +46,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--penalties", type=float, nargs="+", default=[0.3, 1.0])
     parser.add_argument("--tolerance", type=float, default=1e-3)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--input-shape", default="1,16,16")
     parser.add_argument("--folder", type=Path, help="keep the checkpoints here")
     arguments = parser.parse_args()
