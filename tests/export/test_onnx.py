@@ -355,3 +355,36 @@ def test_the_reference_says_why_it_refused(tmp_path: Path) -> None:
 def test_full_size_networks_with_random_sigmas(name: str, size: int, tmp_path: Path) -> None:
     path = random_checkpoint(tmp_path / "net.pt", name, (3, size, size))
     assert export(path, "-q") == 0
+
+
+BIG = """
+import torch, gmconv
+from torch import nn
+def make():
+    layers = [nn.Conv2d(3, 4096, 1)]
+    for _ in range(4):
+        layers += [nn.Conv2d(4096, 4096, 3, padding=1), nn.Tanh()]
+    return gmconv.convert(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4096, 10)))
+"""
+
+
+@pytest.mark.slow
+def test_more_than_two_gibibytes_of_weights(tmp_path: Path) -> None:
+    """Peak resident memory of the largest process, above that of importing torch, is under 2.5 times the weights."""
+    (tmp_path / "bignet.py").write_text(BIG)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parent.parent.parent}"}
+    make = "import torch, bignet; torch.manual_seed(0); torch.save(bignet.make().state_dict(), 'net.pt')"
+    subprocess.run([sys.executable, "-c", make], check=True, cwd=tmp_path, env=environment)
+    weights = (tmp_path / "net.pt").stat().st_size
+    assert weights > 2**31
+    arguments = ["--arch", "bignet:make", "--input-shape", "3,4,4", "-q"]
+    child = subprocess.Popen([sys.executable, "-m", "export.onnx", "net.pt", *arguments], cwd=tmp_path, env=environment)
+    _, status, usage = os.wait4(child.pid, 0)
+    assert status == 0
+    imports = subprocess.Popen([sys.executable, "-c", "import torch, onnx, onnxruntime"])
+    _, _, base = os.wait4(imports.pid, 0)
+    assert (usage.ru_maxrss - base.ru_maxrss) * 1024 < 2.5 * weights
+    manifest = read_manifest(tmp_path / "net.onnx")
+    assert [entry.file for entry in manifest.external] == ["net.onnx.data"]
+    assert manifest.parity is not None
+    assert manifest.parity["passed"]
