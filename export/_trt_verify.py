@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from runtime import cuda, trt
 from runtime.errors import ParityError
 from runtime.manifest import Manifest, sha256_file
 
+DEVICE = "cuda:0"
 # Short: a build is not the place to measure; enough to see an engine that is ten times too slow.
 WARM_UP_MS, DURATION_S, ITERATIONS = 200.0, 1.0, 10
 
@@ -46,14 +48,14 @@ def check_parity(reference: Path, plan: Path) -> dict[str, Any]:
     """Compare at every corner of the profiles. Raises ParityError with the first failure."""
     from runtime.parity_run import ParityOptions, compare_artefacts
 
-    report = compare_artefacts(reference, [plan], ParityOptions(device="cuda:0"))
+    report = compare_artefacts(reference, [plan], ParityOptions(device=DEVICE))
     candidate = report.candidates[0]
     if not report.passed:
         raise ParityError(f"{plan.name}: differs from {reference.name}: {'; '.join(candidate.failures()[:3])}")
     found = candidate.to_dict()
     # Base names only: a manifest travels.
     kept = ("engine", "precision", "tolerance", "cases", "yardstick", "notes")
-    return {"result": "passed", "reference": reference.name, **{key: found[key] for key in kept}}
+    return plain({"result": "passed", "reference": reference.name, **{key: found[key] for key in kept}})
 
 
 def time_engine(plan: Path) -> dict[str, Any]:
@@ -63,7 +65,13 @@ def time_engine(plan: Path) -> dict[str, Any]:
     from runtime.bench.timing import LoopOptions
 
     loop = LoopOptions(warm_up=WARM_UP_MS, duration=DURATION_S, iterations=ITERATIONS)
-    options = Options(loop=loop, device="cuda:0")
+    options = Options(loop=loop, device=DEVICE)
     with Prepared(Artefact(plan), options) as prepared:
         measured = measure(prepared, options)
-        return {"mode": prepared.mode(options), **measured.to_dict(options.percentiles)}
+        return plain(measured.to_dict(options.percentiles))
+
+
+def plain(value: dict[str, Any]) -> dict[str, Any]:
+    """`value` as JSON has it: no NaN or infinity (an exact output's SNR), null instead."""
+    found: dict[str, Any] = json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
+    return found

@@ -1,0 +1,120 @@
+"""What happens after a build where there is a GPU, with the CPU and ONNX files in the place of the GPU and engines."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from export import _trt_verify
+from export.tensorrt import BuildOptions, build_engine
+from runtime import cuda
+from runtime.errors import ParityError
+from runtime.manifest import FileDigest, Manifest, read_manifest, sha256_file
+
+Make = Callable[..., Path]
+RTX = BuildOptions(flavor="rtx", verify=False)
+
+
+@pytest.fixture
+def built(classifier: Make, tmp_path: Path) -> tuple[Path, Manifest]:
+    path = classifier(tmp_path / "model.onnx")
+    return path, build_engine(path, tmp_path / "model.plan", RTX)
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_trt_verify, "DEVICE", "cpu")
+    monkeypatch.setattr(_trt_verify, "WARM_UP_MS", 5.0)
+    monkeypatch.setattr(_trt_verify, "DURATION_S", 0.05)
+
+
+def test_parity_and_timing_fit_into_a_manifest(built: tuple[Path, Manifest], cpu: None, tmp_path: Path) -> None:
+    path, manifest = built
+    parity = _trt_verify.check_parity(path, path)
+    assert parity["result"] == "passed"
+    assert parity["reference"] == "model.onnx"
+    assert parity["cases"]
+    timing = _trt_verify.time_engine(path)
+    assert timing["throughput_qps"] > 0
+    text = dataclasses.replace(manifest, parity=parity, benchmark=timing).to_json()  # refuses NaN and infinity
+    assert str(tmp_path) not in text, "a manifest travels: no path of the machine that built it"
+
+
+def test_another_network_is_a_parity_error_that_names_both(built: tuple[Path, Manifest], cpu: None) -> None:
+    path, _ = built
+    model = onnx.load(path)
+    weight = model.graph.initializer[0]
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.01, weight.name))
+    other = path.with_name("other.onnx")
+    onnx.save(model, other)
+    with pytest.raises(ParityError, match=r"other\.onnx: differs from model\.onnx"):
+        _trt_verify.check_parity(path, other)
+
+
+def test_the_checkpoint_is_found_by_its_bytes(built: tuple[Path, Manifest], tmp_path: Path) -> None:
+    _, manifest = built
+    checkpoint = tmp_path / "ckpt.pt"
+    checkpoint.write_bytes(b"weights")
+    link = FileDigest("checkpoint", "ckpt.pt", sha256_file(checkpoint), 7)
+    chained = dataclasses.replace(manifest, chain=(link, *manifest.chain))
+    assert _trt_verify.find_checkpoint(manifest, tmp_path) is None
+    assert _trt_verify.find_checkpoint(chained, tmp_path) == checkpoint
+    moved = checkpoint.rename(tmp_path / "moved.pt")
+    assert _trt_verify.find_checkpoint(chained, tmp_path) is None
+    assert _trt_verify.find_checkpoint(chained, tmp_path, moved) == moved
+    moved.write_bytes(b"other weights")
+    assert _trt_verify.find_checkpoint(chained, tmp_path, moved) is None
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU as far as the builder's parent process can tell; the builder itself has none."""
+    info = cuda.DeviceInfo(0, "Test GPU", "8.9", 2**33, "580.1", "13.0")
+    monkeypatch.setattr(cuda, "driver_problem", lambda: None)
+    monkeypatch.setattr(cuda, "device_info", lambda index=0: info)
+
+
+def test_the_build_verifies_where_there_is_a_gpu(
+    classifier: Make, tmp_path: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+
+    def check(reference: Path, plan: Path) -> dict[str, object]:
+        assert read_manifest(plan).artefact.file == "model.plan"  # a runner can open what was just built
+        seen.extend((reference, plan))
+        return {"result": "passed"}
+
+    monkeypatch.setattr(_trt_verify, "check_parity", check)
+    monkeypatch.setattr(_trt_verify, "time_engine", lambda plan: {"throughput_qps": 1.0})
+    path = classifier(tmp_path / "model.onnx")
+    manifest = build_engine(path, tmp_path / "model.plan", dataclasses.replace(RTX, verify=True))
+    assert seen[0] == path
+    assert manifest.parity == {"result": "passed"}
+    assert manifest.benchmark == {"throughput_qps": 1.0}
+    assert manifest.device is not None
+    assert manifest.device["name"] == "Test GPU"
+    assert manifest.versions["driver"] == "580.1"
+    assert read_manifest(tmp_path / "model.plan") == manifest
+
+
+def test_an_engine_that_fails_parity_is_not_left_behind(
+    classifier: Make, tmp_path: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(reference: Path, plan: Path) -> dict[str, object]:
+        raise ParityError("differs")
+
+    monkeypatch.setattr(_trt_verify, "check_parity", check)
+    with pytest.raises(ParityError):
+        build_engine(classifier(tmp_path / "m.onnx"), tmp_path / "m.plan", dataclasses.replace(RTX, verify=True))
+    assert {file.name for file in tmp_path.iterdir()} == {"m.onnx"}
+
+
+def test_an_engine_for_other_gpus_says_why_it_was_not_compared(classifier: Make, tmp_path: Path, gpu: None) -> None:
+    options = dataclasses.replace(RTX, verify=True, compute_capabilities=("12.0",))
+    manifest = build_engine(classifier(tmp_path / "m.onnx"), tmp_path / "m.plan", options)
+    assert manifest.parity == {"result": "not run (it was built for compute capability 12.0, this GPU is 8.9)"}
