@@ -49,7 +49,6 @@ class Options:
     overlap: bool = True
     transfers: bool = False
     cuda_graph: bool = True
-    spin: bool = True
     shapes: Mapping[str, Shape] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
     seed: int = 0
@@ -100,6 +99,10 @@ def collect(context: click.Context, values: Mapping[str, Any]) -> Options:
             raise click.UsageError(f"{DEVICE_FLAGS[one]} and {DEVICE_FLAGS[other]} exclude each other")
     if values["duration"] < 0 and values["duration"] != -1:
         raise click.UsageError("--duration is a number of seconds, or -1 for a run until Ctrl-C")
+    if values["no_spin_wait"]:
+        raise click.UsageError(
+            "--noSpinWait: blocking waits are not served here; the CUDA driver chooses, and spins while cores are free"
+        )
     old = bool(values["trtexec10"])
     return Options(
         loop=LoopOptions(
@@ -114,7 +117,6 @@ def collect(context: click.Context, values: Mapping[str, Any]) -> Options:
         overlap=not values["expose_dma"],
         transfers=values["include_data_transfers"] or (old and not values["no_data_transfers"]),
         cuda_graph=values["use_cuda_graph"] or (not old and not values["no_cuda_graph"]),
-        spin=values["use_spin_wait"] or (not old and not values["no_spin_wait"]),
         shapes=_parsed(parse_shapes, values["shapes"], "--shapes"),
         files=_parsed(parse_files, values["load_inputs"], "--loadInputs"),
         seed=values["seed"],
@@ -201,11 +203,11 @@ _DEVICE: list[Callable[[Any], Any]] = [
     _flag("exposeDMA", "expose_dma", "One query at a time on each stream, instead of two in flight."),
     _flag("noDataTransfers", "no_data_transfers", "Leave host-device copies out (default)."),
     _flag("includeDataTransfers", "include_data_transfers", "Time host-device copies too."),
-    _flag("useSpinWait", "use_spin_wait", "Busy-wait for the device (default)."),
-    _flag("noSpinWait", "no_spin_wait", "Sleep while waiting for the device."),
+    _flag("useSpinWait", "use_spin_wait", "Wait as the CUDA driver chooses, usually spinning (default)."),
+    _flag("noSpinWait", "no_spin_wait", "Refused: blocking waits are not served."),
     _flag("useCudaGraph", "use_cuda_graph", "Capture a query as a CUDA graph and launch that (default)."),
     _flag("noCudaGraph", "no_cuda_graph", "Enqueue kernel by kernel."),
-    _flag("trtexec10", "trtexec10", "The defaults of trtexec 10: no CUDA graph, no spin-wait, with data transfers."),
+    _flag("trtexec10", "trtexec10", "The defaults of trtexec 10: no CUDA graph, with data transfers."),
 ]
 _REPORTING: list[Callable[[Any], Any]] = [
     click.option("--avgRuns", "avg_runs", default=10, show_default=True, type=click.IntRange(min=1)),

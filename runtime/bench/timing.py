@@ -152,8 +152,7 @@ class DeviceLane(Lane):
     clock = "CUDA events"
 
     def __init__(self, queries: Sequence[Query], streams: int = 1) -> None:
-        depth = len(queries) // streams
-        self._streams = [_Stream(queries[s * depth : (s + 1) * depth]) for s in range(streams)]
+        self._streams = [_Stream(queries[stream::streams]) for stream in range(streams)]
 
     def run(self, options: LoopOptions, progress: Progress | None = None) -> Trace:
         """See `Lane.run`."""

@@ -149,8 +149,8 @@ class TorchRunner(Runner):
         host = self._torch.from_numpy(feeds[self.inputs[0].name]).pin_memory()
         return [
             _TorchQuery(self, host, lane, origin, start, transfers=transfers, graph=cuda_graph)
-            for lane in lanes
             for _ in range(count)
+            for lane in lanes
         ]
 
     def activations(self, feeds: Mapping[str, Array]) -> dict[str, list[Array]]:

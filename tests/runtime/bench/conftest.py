@@ -43,13 +43,14 @@ class HostRunner(Runner):
 class ScriptedQuery(Query):
     """Device times from a simulated clock: 1 ms H2D, 2 ms compute, 0.5 ms D2H; fails on a second enqueue in flight."""
 
-    def __init__(self, runner: DeviceRunner) -> None:
-        self._runner, self._pending = runner, False
+    def __init__(self, runner: DeviceRunner, place: tuple[int, int]) -> None:
+        self._runner, self._place, self._pending = runner, place, False
 
     def enqueue(self) -> None:
         assert not self._pending, "enqueued again before wait"
         self._pending = True
         self._runner.log.append("enqueue")
+        self._runner.order.append(self._place)
         self._runner.in_flight += 1
         self._runner.most_in_flight = max(self._runner.most_in_flight, self._runner.in_flight)
 
@@ -74,13 +75,14 @@ class DeviceRunner(HostRunner):
         self.clock = 100.0
         self.in_flight = self.most_in_flight = 0
         self.log: list[str] = []
+        self.order: list[tuple[int, int]] = []
         self.asked: dict[str, Any] = {}
 
     def queries(
         self, feeds: Mapping[str, Array], count: int, *, transfers: bool, cuda_graph: bool, streams: int = 1
     ) -> list[Query] | None:
         self.asked = {"count": count, "transfers": transfers, "cuda_graph": cuda_graph, "streams": streams}
-        return [ScriptedQuery(self) for _ in range(count * streams)]
+        return [ScriptedQuery(self, (stream, query)) for query in range(count) for stream in range(streams)]
 
     def layer_times(self, feeds: Mapping[str, Array], runs: int) -> list[LayerTime] | None:
         return [LayerTime("conv1", (1.5,) * runs), LayerTime("fc", (0.5,) * runs)]

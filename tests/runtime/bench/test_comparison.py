@@ -57,9 +57,9 @@ def test_the_twin_has_the_weights_and_no_masks(small_checkpoint: Path, tmp_path:
     np.testing.assert_array_equal(outputs[1], outputs[2])
 
 
-def test_twin_and_report_from_the_command_line(small_checkpoint: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
-    onnx = tmp_path / "digits.onnx"
-    cli("export.onnx", str(small_checkpoint), "-o", str(onnx))
+def test_twin_and_report_from_the_command_line(
+    digits_checkpoint: Path, digits_onnx: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
     report = tmp_path / "report.html"
     flags = ("--twin", "--duration=0.3", "--warmUp=20", "--json", f"--report={report}")
     done = cli("runtime.benchmark", str(digits_checkpoint), str(digits_onnx), *flags)

@@ -92,6 +92,7 @@ def test_every_stream_has_its_own_queries(device_runner: Any) -> None:
     lane_of(device_runner, count=2, streams=3).run(LoopOptions(warm_up=0, duration=0, iterations=4))
     assert device_runner.most_in_flight == 6
     assert device_runner.in_flight == 0
+    assert device_runner.order[:6] == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)], "(stream, query)"
 
 
 def test_device_latency_is_h2d_plus_compute_plus_d2h(device_runner: Any) -> None:
