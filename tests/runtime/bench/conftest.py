@@ -59,17 +59,18 @@ class ScriptedQuery(Query):
         self._pending = False
         self._runner.log.append("wait")
         self._runner.in_flight -= 1
-        t = self._runner.clock
-        self._runner.clock += 4.0
+        t, k = self._runner.clock, self._runner.scale
+        self._runner.clock += 4.0 * k
         time.sleep(0.001)
-        return QueryTimes(t, t + 0.1, t, t + 1, t + 1, t + 3, t + 3, t + 3.5)
+        return QueryTimes(t, t + 0.1 * k, t, t + k, t + k, t + 3 * k, t + 3 * k, t + 3.5 * k)
 
 
 class DeviceRunner(HostRunner):
     """Has device queries and a layer profiler."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.name, self.device = "fake gpu", "cuda:0"
         self.profiles = ({"input": ShapeRange((1, 3, 4, 4), (8, 3, 4, 4), (32, 3, 4, 4))},)
         self.clock = 100.0
@@ -143,6 +144,6 @@ def host_runner() -> HostRunner:
 
 
 @pytest.fixture
-def host_runner_of() -> Callable[[float], Runner]:
-    """Makes a runner whose every run takes so many seconds."""
-    return HostRunner
+def device_runner_of() -> Callable[[float], DeviceRunner]:
+    """Makes a device runner whose times are scaled."""
+    return DeviceRunner
