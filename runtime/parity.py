@@ -112,6 +112,7 @@ def parity_table(report: ParityReport, candidate: CandidateReport) -> Table:
     several = len({output.output for case in candidate.cases for output in case.outputs}) > 1
     table.add_column("inputs", no_wrap=True)
     table.add_column("batch", no_wrap=True)
+    table.add_column("samples", justify="right")
     if several:
         table.add_column("output")
     for heading in ("max abs", "mean abs", "err/RMS", "SNR dB", "1-cosine", "top-1", "top-5", "margin", ""):
@@ -121,6 +122,7 @@ def parity_table(report: ParityReport, candidate: CandidateReport) -> Table:
             table.add_row(
                 case.label,
                 case.shape,
+                str(o.samples),
                 *([o.output] if several else []),
                 _number(o.max_abs),
                 _number(o.mean_abs),

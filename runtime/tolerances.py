@@ -8,6 +8,9 @@ about u (operands and result rounded once each), the layers' errors are independ
 rel_rms = c * u * sqrt(L); sqrt(L) is at most 12.3 for the deepest network of the zoo (ResNet-152). In fp32 it is the
 accumulation that rounds, K times, which adds a random-walk factor sqrt(K), at most 68 (3 x 3 x 512 taps); blocked sums,
 which every library uses, keep it far below that.
+
+Measured (ResNet-20 trained on digits, 360 held-out images, ONNX Runtime on a CPU): fp32 3.0e-7, fp16 6.4e-4, bf16
+6.8e-3, int8 2.3e-2, fp8 6.1e-2: 6 to 70 times inside the table, which also has to hold at seven times the depth.
 """
 
 from __future__ import annotations
@@ -67,7 +70,7 @@ TOLERANCES: dict[str, Tolerance] = {
     tolerance.precision: tolerance
     for tolerance in (
         # u = 2^-24 = 6e-8. 336 u = 12.3 * sqrt(740) u: unblocked sums of 740 terms (3 x 3 x 64 is 576).
-        _tolerance("fp32", 2e-5, 1.0, "336 u, u = 2^-24: random walk over 152 layers and sums of 740 terms"),
+        _tolerance("fp32", 2e-5, 1.0, "336 u, u = 2^-24: random walk over 152 layers, sums of 740 terms"),
         # u = 2^-11 = 4.9e-4 (10 stored bits, rounded). Operands rounded, sums and results not: c = 0.8.
         _tolerance("tf32", 5e-3, 0.999, "10 u, u = 2^-11: both operands rounded, random walk over 152 layers"),
         # u = 2^-11. Results are rounded too, and masked taps below 6e-5 lose bits as subnormals: twice tf32.
