@@ -24,11 +24,12 @@ class Buffers:
         self._device = device
         self._memory: dict[str, tuple[int, Any, Any]] = {}
         self._views: dict[str, Array] = {}
+        self._bytes: dict[str, Array] = {}  # what is copied: bfloat16 arrays have no buffer protocol, bytes do
 
     def fit(self, shapes: Shapes, dtypes: Mapping[str, np.dtype[Any]]) -> bool:
         """Make room for tensors of these shapes; True when some address changed."""
         moved = False
-        self._views = {}
+        self._views, self._bytes = {}, {}
         for name, shape in shapes.items():
             count = math.prod(shape)
             size = count * dtypes[name].itemsize
@@ -41,7 +42,8 @@ class Buffers:
                     cuda.free_page_locked(pinned)
                     raise
                 moved = True
-            self._views[name] = self._memory[name][1][:size].view(dtypes[name]).reshape(shape)
+            self._bytes[name] = self._memory[name][1][:size]
+            self._views[name] = self._bytes[name].view(dtypes[name]).reshape(shape)
         return moved
 
     def address(self, name: str) -> int:
@@ -54,15 +56,15 @@ class Buffers:
 
     def upload(self, name: str, stream: Any) -> None:
         """Enqueue page-locked -> device."""
-        self._device.upload(self._memory[name][2], self._views[name], stream)
+        self._device.upload(self._memory[name][2], self._bytes[name], stream)
 
     def download(self, name: str, stream: Any) -> None:
         """Enqueue device -> page-locked."""
-        self._device.download(self._views[name], self._memory[name][2], stream)
+        self._device.download(self._bytes[name], self._memory[name][2], stream)
 
     def free(self) -> None:
         """Return everything; idempotent."""
-        self._views = {}
+        self._views, self._bytes = {}, {}
         for name in list(self._memory):
             self._release(name)
 

@@ -117,6 +117,7 @@ class FakeDevice:
         return Allocation()
 
     def upload(self, target: Any, source: np.ndarray[Any, Any], stream: Any) -> None:
+        memoryview(source)  # pycuda asks for a buffer; arrays of bfloat16 have none
         flat = np.ascontiguousarray(source).view(np.uint8).ravel()
         self.memory[int(target)][: flat.size] = flat
         self.log.append(("upload", stream.handle))
