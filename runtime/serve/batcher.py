@@ -40,7 +40,7 @@ class Policy:
     queue_size: int = 2048
     delay_ns: int = 0
     shed_target_ns: int = 20_000_000
-    burst_ns: int = 250_000_000
+    burst_ns: int = 300_000_000
     inline: bool = False
     probe: Callable[[RunsFeeds], None] | None = None
     """Runs an engine on shapes known to work. Given where a request may choose shapes: then a run that the engine

@@ -64,14 +64,19 @@ class ModelVersion:
         """Queue `item` and wait for its outputs."""
         return await self.batcher.submit(item)
 
-    async def close(self, timeout: float) -> None:
-        """Let the requests that hold this version finish, then end its threads and release its engines."""
+    async def close(self, timeout: float) -> bool:
+        """Let the requests that hold this version finish, then end its threads and release its engines.
+
+        False if an engine was still busy at the timeout; it is then not released.
+        """
         end = time.monotonic() + timeout
         while self.users and time.monotonic() < end:
             await asyncio.sleep(0.01)
-        if await self.batcher.close(max(0.1, end - time.monotonic())):
-            for runner in self.runners:
-                runner.close()
+        if not await self.batcher.close(max(0.1, end - time.monotonic())):
+            return False
+        for runner in self.runners:
+            runner.close()
+        return True
 
 
 def find_sources(settings: Settings) -> list[Source]:
@@ -227,7 +232,7 @@ class Repository:
         self._models: dict[str, dict[str, ModelVersion]] = {}
         self._stats: dict[tuple[str, str], Stats] = {}
         self._reloading = asyncio.Lock()
-        self._background: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[bool]] = set()
 
     def get(self, name: str, version: str = "") -> ModelVersion:
         """The version asked for, by default the highest. Raises RequestError(NOT_FOUND)."""
@@ -360,6 +365,7 @@ class Repository:
         """Fail everything still queued; how many requests that was."""
         return sum(m.batcher.abort(RequestError("the server is stopping", Code.UNAVAILABLE)) for m in self.all())
 
-    async def close(self, timeout: float) -> None:
-        """Close every version."""
-        await asyncio.gather(*(m.close(timeout) for m in self.all()), *self._background)
+    async def close(self, timeout: float) -> bool:
+        """Close every version; False if an engine was still busy at the timeout."""
+        closed = await asyncio.gather(*(m.close(timeout) for m in self.all()), *self._background)
+        return all(closed)

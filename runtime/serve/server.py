@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -99,6 +101,7 @@ async def serve(settings: Settings, announce: Callable[[dict[str, Any]], None], 
         reloads.add(task)
         task.add_done_callback(reloads.discard)
 
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # one that comes before there is anything to reload
     tasks = [asyncio.create_task(server.serve([sock])) for server, sock in servers]
     while not all(server.started for server, _ in servers) and not any(t.done() for t in tasks):
         await asyncio.sleep(0.005)
@@ -120,13 +123,23 @@ async def serve(settings: Settings, announce: Callable[[dict[str, Any]], None], 
         service.begin_drain()
         lost = await drain(service, [server for server, _ in servers], grpc_server) if not _failed(loading) else 0
         await _end(servers, tasks, grpc_server)
-        await service.repository.close(1.0)
+        released = await service.repository.close(1.0)
         if service.tracer:
             await asyncio.to_thread(service.tracer.close)
         service.log.close()
     if lost:
         log.error("drain: %d requests were not finished within %g s", lost, settings.drain_timeout)
-    return ENGINE_FAILED if service.failure else 0
+    code = ENGINE_FAILED if service.failure else 0
+    for number in (signal.SIGTERM, signal.SIGINT):  # an impatient second signal must not change the exit code
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
+    if not released:
+        # A thread is still inside the engine, perhaps for ever. Running the destructors under it could hang or crash.
+        log.error("an engine is still busy; leaving it")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _failed(task: asyncio.Task[None]) -> bool:
@@ -145,13 +158,15 @@ async def drain(service: Service, servers: list[_Uvicorn], grpc_server: Any) -> 
     for server in servers:
         for listener in server.servers:
             listener.close()
+    # Tells gRPC clients to go elsewhere, as "connection: close" does on HTTP; what they have sent is still answered.
+    stopping = asyncio.create_task(grpc_server.stop(max(0.1, limit - time.monotonic()))) if grpc_server else None
     await _quiet(service, limit)
     lost = service.inflight
     if lost:
         service.repository.abort()
         await asyncio.sleep(0.2)
-    if grpc_server:
-        await grpc_server.stop(0.5)
+    if stopping:
+        await asyncio.wait((stopping,), timeout=1.0)
     return lost
 
 

@@ -39,7 +39,7 @@ class Settings:
     queue_timeout: float = 10.0
     shed_target: float = 0.02
     """Under sustained overload, the queueing time (s) that admission aims at."""
-    burst_window: float = 0.25
+    burst_window: float = 0.3
     """How long a backlog may stand before it counts as overload rather than as a burst."""
     priority_levels: int = 0
 

@@ -41,14 +41,8 @@ def main() -> None:
         "nothing but 200 and 503": set(over["counts"]) <= {"200", "503"},
         "all well afterwards": set(after["counts"]) == {"200"},
     }
-    result = {
-        "capacity_qps": capacity,
-        "at_80": normal,
-        "at_200": over,
-        "after": after,
-        "ratio": ratio,
-        "checks": checks,
-    }
+    loads = {"at_80": normal, "at_200": over, "after": after}
+    result = {"capacity_qps": capacity, **loads, "ratio": ratio, "checks": checks}
     if args.json:
         print(json.dumps(result, indent=1))
     else:

@@ -42,12 +42,8 @@ def memory(model: Path, requests: int) -> dict[str, object]:
             sizes.append(resident(server.pid))
             print(f"  {part + 1}0 %: {sizes[-1] / 2**20:.1f} MiB", file=sys.stderr)
         growth = sizes[-1] / sizes[0] - 1
-        return {
-            "requests": sum(counts.values()),
-            "counts": counts,
-            "growth": growth,
-            "ok": growth < 0.02 and set(counts) == {"200"},
-        }
+        ok = growth < 0.02 and set(counts) == {"200"}
+        return {"requests": sum(counts.values()), "counts": counts, "growth": growth, "ok": ok}
     finally:
         server.terminate()
         server.wait(60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import shutil
 import signal
@@ -18,8 +19,10 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 import pytest
+import tritonclient.grpc as tg
 import tritonclient.grpc.aio as tga
 from tritonclient.grpc import InferInput
+from tritonclient.utils import InferenceServerException
 
 from .conftest import Server, classifier, heavy
 
@@ -98,6 +101,50 @@ def test_not_ready_at_once_while_draining(start: Start, tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert server.stop() == 0
+
+
+def test_clients_that_never_stop_do_not_hold_up_the_end(start: Start, tmp_path: Path) -> None:
+    """Keep-alive HTTP and a gRPC channel in closed loops: told to go, they lose nothing but new requests."""
+    server = start(classifier(tmp_path / "m.onnx"))
+    body, headers = body_for((1, 3, 8, 8))
+    seen: Counter = Counter()
+    stop = threading.Event()
+
+    def over_http() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=20)
+        while not stop.is_set():
+            try:
+                connection.request("POST", "/v2/models/m/infer", body, headers)
+            except OSError:  # nobody listens any more
+                return
+            answer = connection.getresponse()
+            answer.read()
+            seen[answer.status] += 1
+
+    def over_grpc() -> None:
+        client = tg.InferenceServerClient(server.grpc)
+        tensor = InferInput("input", [1, 3, 8, 8], "FP32")
+        tensor.set_data_from_numpy(np.ones((1, 3, 8, 8), "f4"))
+        while not stop.is_set():
+            try:
+                client.infer("m", [tensor])
+                seen["grpc"] += 1
+            except InferenceServerException as error:
+                seen[error.status()] += 1
+                return
+
+    threads = [threading.Thread(target=work) for work in (over_http, over_http, over_grpc)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    began = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(20) == 0
+    assert time.monotonic() - began < 6
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert set(seen) == {200, "grpc", "StatusCode.UNAVAILABLE"}
 
 
 def test_idle_server_stops_quickly(start: Start, tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ import io
 import json
 import ssl
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime as ort
@@ -23,6 +25,7 @@ from tritonclient.utils import InferenceServerException
 from runtime.images import load_image
 from runtime.serve.auth import Gate
 from runtime.serve.classify import softmax
+from runtime.serve.metrics import gpu_metrics
 
 from .conftest import IMAGE, LABELS, Server, classifier
 
@@ -158,8 +161,6 @@ def test_access_log_and_request_ids(start: Start, tmp_path: Path) -> None:
 
 
 def test_a_reader_that_stops_reading_the_log_does_not_stop_the_server(tmp_path: Path) -> None:
-    import sys
-
     path = classifier(tmp_path / "m.onnx")
     ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--json"]
     process = subprocess.Popen(
@@ -266,3 +267,32 @@ def test_readiness_waits_for_the_models(start: Start, tmp_path: Path) -> None:
         statuses.add(server.request("GET", "/v2/health/ready")[0])
     assert statuses <= {200, 503}
     assert server.request("GET", "/v2/models/m")[0] == 200
+
+
+def test_gpu_metrics_where_nvml_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NVMLError(Exception):
+        pass
+
+    def lost(handle: int) -> None:
+        raise NVMLError
+
+    fake = SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetUUID=lambda handle: f"GPU-{handle}" if handle == 0 else lost(handle),
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=100, used=25),
+        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=50),
+        nvmlDeviceGetPowerUsage=lambda handle: 70_000,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    samples = {s.name: (s.labels, s.value) for family in gpu_metrics() for s in family.samples}
+    assert samples == {
+        "nv_gpu_utilization": ({"gpu_uuid": "GPU-0"}, 0.5),
+        "nv_gpu_memory_total_bytes": ({"gpu_uuid": "GPU-0"}, 100),
+        "nv_gpu_memory_used_bytes": ({"gpu_uuid": "GPU-0"}, 25),
+        "nv_gpu_power_usage": ({"gpu_uuid": "GPU-0"}, 70),
+    }
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert list(gpu_metrics()) == []
