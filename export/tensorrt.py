@@ -45,7 +45,9 @@ def is_checkpoint(path: Path) -> bool:
     return path.suffix.lower() != ".onnx" and path.is_file() and zipfile.is_zipfile(path)
 
 
-def prepare(model: Path, output: Path, precision: Precision | None, note: Callable[[str], None]) -> Path:
+def prepare(
+    model: Path, output: Path, precision: Precision | None, calibration: str | None, note: Callable[[str], None]
+) -> Path:
     """The ONNX file to build: `model` itself, or what `export.onnx` and `export.precision` make of it beside `output`.
 
     Raises what those two raise.
@@ -60,11 +62,11 @@ def prepare(model: Path, output: Path, precision: Precision | None, note: Callab
         note(f"exporting {model} to {onnx_path}")
         export_onnx(model, onnx_path, note=note)
     if precision is not None:
-        from export.precision import convert_precision
+        from export.precision import PrecisionOptions, convert_precision
 
         converted = output.with_name(f"{onnx_path.stem}.{precision}.onnx")
         note(f"converting {onnx_path} to {precision}: {converted}")
-        convert_precision(onnx_path, converted, precision)
+        convert_precision(onnx_path, converted, precision, PrecisionOptions(calibration=calibration))
         onnx_path = converted
     return onnx_path
 
@@ -151,6 +153,7 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> t
     type=click.Choice(["fp16", "bf16", "int8", "fp8"]),
     help="Convert the ONNX file first (export.precision).",
 )
+@click.option("--calibration", metavar="DIR|FILE.npz|digits", help="Images for --precision int8 and fp8.")
 @click.option("--min", "low", type=int, multiple=True, help="Smallest batch. Repeat for several profiles.")
 @click.option("--opt", type=int, multiple=True, help="Batch to tune for.")
 @click.option("--max", "high", type=int, multiple=True, help="Largest batch.")
@@ -187,6 +190,7 @@ def main(
     model: Path,
     output: Path | None,
     precision: Precision | None,
+    calibration: str | None,
     low: tuple[int, ...],
     opt: tuple[int, ...],
     high: tuple[int, ...],
@@ -201,6 +205,8 @@ def main(
     def note(text: str) -> None:
         click.echo(text, err=True)
 
+    if calibration is not None and precision not in ("int8", "fp8"):
+        raise click.UsageError("--calibration goes with --precision int8 or fp8")
     flavor, why = trt.choose_flavor(flags["flavor"])
     with BuilderProcess(flavor, verbose=flags["verbose"]) as process:
         from export._trt_build import BuildOptions, build_engine
@@ -214,7 +220,7 @@ def main(
         if output.resolve() == model.resolve():
             raise click.UsageError(f"-o {output} is the model itself: name another file")
         note(f"flavor {flavor} ({trt.TITLES[flavor]}): {why}")
-        onnx_path = prepare(model, output, precision, note)
+        onnx_path = prepare(model, output, precision, calibration, note)
         with progress_bar(quiet=as_json or options.verbose) as progress:
             manifest = build_engine(onnx_path, output, options, progress=progress, process=process)
     if as_json:

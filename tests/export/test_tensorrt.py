@@ -112,6 +112,20 @@ def test_an_fp16_graph_gives_fp16_layers(classifier: Make, tmp_path: Path) -> No
     assert manifest.build["layers"]["convolution_precisions"] == {"fp16": 2}
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8"])
+def test_each_precision_is_converted_built_and_read_back(
+    cli: Cli, onnx_file: Path, tmp_path: Path, precision: str
+) -> None:
+    images = np.random.default_rng(0).standard_normal((16, 3, 8, 8), dtype=np.float32)
+    np.savez(tmp_path / "images.npz", input=images)
+    flags = ["--calibration", str(tmp_path / "images.npz")] if precision in ("int8", "fp8") else []
+    cli("export.tensorrt", str(onnx_file), "--flavor", "rtx", "--no-verify", "--precision", precision, *flags)
+    manifest = read_manifest(tmp_path / f"model.{precision}.plan")
+    assert manifest.precision == precision
+    assert manifest.build["layers"]["convolution_precisions"] == {precision: 2}
+    assert manifest.chain[-1].file == f"model.{precision}.onnx"
+
+
 def test_asked_for_fp16_that_came_out_fp32_is_a_failed_build(onnx_file: Path, tmp_path: Path) -> None:
     manifest = build_engine(onnx_file, tmp_path / "first.plan", RTX)
     lying = dataclasses.replace(manifest, artefact=digest(onnx_file, "onnx"), precision="fp16")
@@ -222,6 +236,7 @@ BAD_FLAGS = [
     (["--compute-capability", "89"], 2, "8.9,12.0"),
     (["--compute-capability", "5.0"], 5, "builds for 7.5, 8.0"),
     (["--hardware-compatibility", "ampere-plus"], 5, "--compute-capability"),
+    (["--calibration", "digits"], 2, "--precision int8 or fp8"),
     (["--version-compatible"], 5, "no lean runtime"),
     (["--workspace", "0.001"], 5, "raise --workspace"),
     (["-o", "nowhere/model.plan"], 3, "cannot be written"),
