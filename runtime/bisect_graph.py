@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,16 +74,26 @@ class Graph:
             if len(leaving) == calls.get(module, 0):
                 for call, name in enumerate(leaving):
                     found.setdefault(name, Match(name, module, call))
-        return self._in_order(found.values())
+        return self.in_order(found.values())
+
+    def layer_outputs(self) -> list[tuple[str, str]]:
+        """Layer and output tensor of each node whose weight still carries its layer's name, in order."""
+        named = [(self.weight_names([index]), node) for index, node in enumerate(self.nodes)]
+        return [(layers[0], node.output[0]) for layers, node in named if layers]
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether a BatchNorm is left that was not folded into its convolution."""
+        return any(node.op_type == "BatchNormalization" for node in self.nodes)
 
     def same_tensors(self, reference: Graph) -> list[Match]:
         """Tensors of another export of the network: by name, or by position among the layers with weights."""
         mine, theirs = self._weighted(), reference._weighted()
         common = [Match(name, name) for name in self.producer if name in reference.producer]
         if len({m.tensor for m in common} & {name for _, name in mine}) * 2 >= len(mine) > 0:
-            return self._in_order(common)
+            return self.in_order(common)
         if [op for op, _ in mine] != [op for op, _ in theirs]:
-            return self._in_order(common)
+            return self.in_order(common)
         return [Match(name, other) for (_, name), (_, other) in zip(mine, theirs, strict=True)]
 
     def segment(self, tensor: str, boundary: set[str]) -> tuple[list[int], set[str]]:
@@ -159,7 +169,8 @@ class Graph:
         shown = run_bytes(model, self.path, [name + _SHOWN for name in tensors], every)
         return {name.removesuffix(_SHOWN): value for name, value in shown.items()}
 
-    def _in_order(self, matches: Any) -> list[Match]:
+    def in_order(self, matches: Iterable[Match]) -> list[Match]:
+        """Matches in the order in which the graph computes their tensors."""
         return sorted(matches, key=lambda match: self.producer[match.tensor])
 
     def _weighted(self) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from runtime.cli import require
 from runtime.errors import RefusedError, UnavailableError
 from runtime.manifest import Preprocessing, TensorSpec
-from runtime.runners.base import Array, Query, QueryTimes, Runner, validate_feeds
+from runtime.runners.base import Array, LayerTime, Query, QueryTimes, Runner, validate_feeds
 
 if TYPE_CHECKING:
     import torch
@@ -188,11 +188,29 @@ class TorchRunner(Runner):
                 found[name] = f"{low:.3f}" if low == high else f"{low:.3f}..{high:.3f}"
         return found
 
+    def batch_norms(self) -> set[str]:
+        """Names of the BatchNorm layers."""
+        kind = self._torch.nn.modules.batchnorm._BatchNorm
+        return {name for name, module in self.model.named_modules() if isinstance(module, kind)}
+
     def weighted_modules(self) -> set[str]:
         """Names of the convolutions and linear layers."""
         nn = self._torch.nn
         kinds = (nn.modules.conv._ConvNd, nn.Linear)
         return {name for name, module in self.model.named_modules() if isinstance(module, kinds)}
+
+    def layer_times(self, feeds: Mapping[str, Array], runs: int) -> list[LayerTime] | None:
+        """Time of each leaf module over `runs` eager runs, by hooks; None for a compiled network, which has none."""
+        if self._call is not self.model:
+            return None
+        from runtime.runners._torch_layers import module_times
+
+        return module_times(self, feeds, runs)
+
+    def layer_info(self) -> dict[str, Any] | None:
+        """The leaf modules, with their class and what they print of themselves."""
+        leaves = [(name, m) for name, m in self.model.named_modules() if name and not any(m.children())]
+        return {"Layers": [{"Name": n, "LayerType": type(m).__name__, "Settings": m.extra_repr()} for n, m in leaves]}
 
     def close(self) -> None:
         """Drop the network and its graphs."""
