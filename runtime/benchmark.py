@@ -16,6 +16,7 @@ from runtime.bench.comparison import Comparison, against_first, compare, require
 from runtime.bench.layers import layer_info, layer_times
 from runtime.bench.measure import Artefact, Measured, Prepared, measure, parse_artefact, progress_line
 from runtime.bench.options import Options, collect, options, refuse_single_flags
+from runtime.bench.timing import Progress
 from runtime.bench.trtexec import Log, explanations, heading, profile_table, prolog, summary, trace_averages
 from runtime.cli import Command, print_json, result_console
 from runtime.errors import Interrupted
@@ -66,7 +67,7 @@ def _single(artefact: Artefact, asked: Options, values: dict[str, Any], log: Log
         for name in prepared.feeds:
             log.info(f"Using {'values from file' if name in asked.files else 'random values'} for input {name}")
         log.info("Starting inference")
-        measured = measure(prepared, asked, _progress(asked))
+        measured = measure(prepared, asked, _progress(asked, "queries"))
         if len(measured.trace):
             _print_run(measured, asked, values, log)
         layers, info = _layers(prepared, values, measured.trace.interrupted)
@@ -114,7 +115,7 @@ def _compare(named: Sequence[Artefact], asked: Options, values: dict[str, Any], 
         for opened in prepared:
             log.info(f"{opened.artefact.name}: {_words(opened.mode(asked))}")
         log.info("Starting inference, interleaved")
-        result: Comparison = compare(contenders, prepared, asked, _progress(asked))
+        result: Comparison = compare(contenders, prepared, asked, _progress(asked, "rounds", len(prepared)))
         for warning in result.warnings:
             log.warning(warning)
         if as_json:
@@ -179,11 +180,12 @@ def _verdict(log: Log, command: str) -> Iterator[None]:
     log.verdict("PASSED", command)
 
 
-def _progress(asked: Options) -> Any:
+def _progress(asked: Options, unit: str, artefacts: int = 1) -> Progress | None:
     """Progress on stderr for runs of more than 5 s; shorter ones stay silent."""
-    if not asked.loop.endless and asked.loop.duration <= 5:
+    seconds = -1 if asked.loop.endless else asked.loop.duration * artefacts
+    if 0 <= seconds <= 5:
         return None
-    return progress_line(lambda text: click.echo(text, err=True), asked.loop.duration)
+    return progress_line(lambda text: click.echo(text, err=True), seconds, unit)
 
 
 def _words(value: Any) -> str:

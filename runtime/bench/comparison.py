@@ -38,11 +38,11 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the result. `ratio` is None for a reference, or before the first complete round."""
+    """One line of the result. `reference` is None for a reference, `ratio` also before the first complete round."""
 
     name: str
     runner: str
-    reference: str
+    reference: str | None
     mode: dict[str, Any]
     latency: dict[str, Any]
     ratio: Ratio | None
@@ -89,14 +89,13 @@ class Comparison:
         table.add_column("to", overflow="fold")
         for row in self.rows:
             median, tail = (f"{row.latency[k]:.4g}" if row.latency else "-" for k in ("median", "p99"))
-            reference = row.reference == row.name
             table.add_row(
                 row.name,
                 row.runner,
                 median,
                 tail,
-                "1 (reference)" if reference else str(row.ratio or "-"),
-                "" if reference else row.reference,
+                str(row.ratio or "-") if row.reference else "1 (reference)",
+                row.reference or "",
             )
         return table
 
@@ -125,7 +124,7 @@ def compare(
             Row(
                 contender.artefact.name,
                 opened.runner.name,
-                contenders[other].artefact.name,
+                contenders[other].artefact.name if other != index else None,
                 opened.mode(options),
                 as_json(describe(values, percentiles)) if len(values) else {},
                 ratio,
@@ -142,8 +141,14 @@ def compare(
 
 
 def against_first(artefacts: Sequence[Artefact]) -> list[Contender]:
-    """Every artefact divided by the first."""
-    return [Contender(artefact) for artefact in artefacts]
+    """Every artefact divided by the first; those of one name are numbered."""
+    names = [artefact.name for artefact in artefacts]
+    return [
+        Contender(replace(artefact, label=f"{artefact.name} #{names[: i + 1].count(artefact.name)}"))
+        if names.count(artefact.name) > 1
+        else Contender(artefact)
+        for i, artefact in enumerate(artefacts)
+    ]
 
 
 def with_twins(artefacts: Sequence[Artefact], folder: Path) -> list[Contender]:

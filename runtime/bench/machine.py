@@ -111,7 +111,7 @@ def processor() -> dict[str, Any]:
 
 
 def gpu_state(index: int) -> GpuState | None:
-    """NVML's view of one GPU; None where NVML or the card is not there."""
+    """NVML's view of the GPU with this CUDA ordinal; None where NVML or the card is not there."""
     try:
         import pynvml
 
@@ -119,7 +119,7 @@ def gpu_state(index: int) -> GpuState | None:
     except Exception:  # not installed, or no driver: NVML has its own error type per cause
         return None
     try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        handle = _handle(pynvml, index)
         reasons = _optional(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
         processes: Iterable[Any] = _optional(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or ()
         power = _optional(pynvml.nvmlDeviceGetPowerUsage, handle)
@@ -137,6 +137,15 @@ def gpu_state(index: int) -> GpuState | None:
         return None
     finally:
         pynvml.nvmlShutdown()
+
+
+def _handle(pynvml: Any, index: int) -> Any:
+    """The NVML handle of a CUDA ordinal: NVML does not look at CUDA_VISIBLE_DEVICES, which may hold uuids."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    name = visible[index] if index < len(visible) else str(index)
+    if name.isdigit():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
+    return pynvml.nvmlDeviceGetHandleByUUID(name)
 
 
 def _gpu_facts(before: GpuState, after: GpuState) -> dict[str, Any]:

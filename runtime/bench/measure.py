@@ -208,11 +208,11 @@ def stability(trace: Trace, *, on_device: bool, streams: int = 1) -> list[str]:
     return warnings
 
 
-def progress_line(echo: Callable[[str], None], loop_seconds: float) -> Progress:
-    """A progress callback that writes one short line per call."""
+def progress_line(echo: Callable[[str], None], seconds: float, unit: str) -> Progress:
+    """A progress callback that writes one short line per call; `seconds` below 0: no end is known."""
 
-    def show(elapsed: float, queries: int) -> None:
-        whole = f" of {loop_seconds:g}" if loop_seconds >= 0 else ""
-        echo(f"{elapsed:.0f}{whole} s, {queries:,} queries")
+    def show(elapsed: float, count: int) -> None:
+        whole = f" of {seconds:g}" if seconds >= 0 else ""
+        echo(f"{elapsed:.0f}{whole} s, {count:,} {unit}")
 
     return show

@@ -64,7 +64,7 @@ def write_comparison(path: Path, prepared: Sequence[Prepared], result: Compariso
         for row, values in zip(result.rows, result.interleaved.latencies, strict=True)
     ]
     ratios = [
-        RatioRow(name=r.name, reference=r.reference, value=r.ratio.value, low=r.ratio.low, high=r.ratio.high)
+        RatioRow(name=r.name, reference=r.reference or "", value=r.ratio.value, low=r.ratio.low, high=r.ratio.high)
         for r in result.rows
         if r.ratio
     ]

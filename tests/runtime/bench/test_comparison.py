@@ -9,7 +9,7 @@ import click
 import numpy as np
 import pytest
 
-from runtime.bench.comparison import export_twin, with_twins
+from runtime.bench.comparison import against_first, export_twin, with_twins
 from runtime.bench.measure import Artefact
 from runtime.errors import BuildError
 from runtime.runners import open_runner
@@ -65,16 +65,21 @@ def test_twin_and_report_from_the_command_line(
     done = cli("runtime.benchmark", str(digits_checkpoint), str(digits_onnx), *flags)
     rows = json.loads(done.stdout)["artefacts"]
     assert [(row["artefact"], row["reference"]) for row in rows] == [
-        ("torch twin (no masks)", "torch twin (no masks)"),
+        ("torch twin (no masks)", None),
         ("torch live", "torch twin (no masks)"),
         ("torch baked", "torch twin (no masks)"),
-        ("twin of digits.onnx", "twin of digits.onnx"),
+        ("twin of digits.onnx", None),
         ("digits.onnx", "twin of digits.onnx"),
     ]
     assert all(row["ratio"]["low"] <= row["ratio"]["value"] <= row["ratio"]["high"] for row in rows if row["ratio"])
     text = report.read_text()
     for words in ("Effective receptive field", "torch live", "Masks", "layer3.2.conv2", "twin of digits.onnx"):
         assert words in text
+
+
+def test_artefacts_of_one_name_are_numbered() -> None:
+    names = [c.artefact.name for c in against_first([Artefact(Path(p)) for p in ("a/m.onnx", "b/m.onnx", "c.onnx")])]
+    assert names == ["m.onnx #1", "m.onnx #2", "c.onnx"]
 
 
 def test_a_twin_needs_one_checkpoint_and_no_engine(small_checkpoint: Path, tmp_path: Path) -> None:

@@ -87,6 +87,9 @@ class FakeNvml(SimpleNamespace):
             raise self.NVMLError("no such card")
         return index
 
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
+        return {"GPU-abc": 0}[uuid]
+
     def nvmlDeviceGetName(self, handle: int) -> bytes:
         return b"NVIDIA H100"
 
@@ -112,6 +115,7 @@ class FakeNvml(SimpleNamespace):
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeNvml]:
     fake = FakeNvml()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setitem(sys.modules, "pynvml", fake)  # type: ignore[arg-type]
     yield fake
     assert fake.open == 0, "NVML was not shut down"
@@ -129,6 +133,14 @@ def test_nvml_gives_clocks_temperature_throttling_and_other_processes(nvml: Fake
         other_processes=(1,),
     )
     assert gpu_state(1) is None
+
+
+@pytest.mark.parametrize("visible", ["5,0", "MIG-x,GPU-abc"])
+def test_a_cuda_ordinal_counts_visible_devices(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, visible: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = gpu_state(1)
+    assert found is not None
+    assert found.name == "NVIDIA H100"
 
 
 def test_without_nvml_there_is_no_gpu_state(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,27 @@ def test_ctrl_c_prints_what_it_has_and_exits_130(tiny_onnx: Path, as_json: bool)
         assert out.splitlines()[-1].startswith("&&&& FAILED ")
 
 
+def test_ctrl_c_in_a_comparison_prints_the_table_so_far(tiny_onnx: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runtime.benchmark", str(tiny_onnx), str(tiny_onnx), "--duration=-1", "--warmUp=10"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stderr is not None
+    while "rounds" not in (line := process.stderr.readline()):
+        assert line, "ended before the first progress line"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted after" in err
+    assert "Traceback" not in err
+    assert "1 (reference)" in out
+    assert re.search(r"\d\.\d+ ± \d\.\d+", out)
+    assert out.splitlines()[-1].startswith("&&&& FAILED ")
+
+
 def test_ctrl_c_before_the_first_query_exits_130(tiny_onnx: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "runtime.benchmark", str(tiny_onnx), "--warmUp=60000"],
