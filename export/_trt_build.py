@@ -75,6 +75,8 @@ def build_engine(
         # The native parser and builder have a process of their own, so the checks run beside it, not before it.
         worker = process or stack.enter_context(BuilderProcess(flavor, verbose=options.verbose))
         folder = stack.enter_context(staged(output))
+        # On a failure it must not write into the folder that `staged` is about to remove.
+        stack.push(lambda kind, error, trace: worker.stop() if kind else None)
         plan = folder / output.name
         worker.send(_request(onnx_path, plan, flavor, options))
         # A file with a manifest is byte for byte the one that the exporter checked; any other is checked here.

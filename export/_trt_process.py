@@ -162,7 +162,11 @@ class BuilderProcess:
     ) -> None:
         if self._process.stdin and not self._process.stdin.closed:
             self._process.stdin.close()
-        self._process.kill()
-        self._process.wait()
+        self.stop()
         if self._stderr:
             self._stderr.close()
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing, and wait until it is gone; idempotent."""
+        self._process.kill()
+        self._process.wait()
