@@ -218,10 +218,13 @@ def test_a_lone_short_request_runs_on_the_loop() -> None:
         engine = Engine()
         batcher = Batcher([engine], Policy(max_rows=4, inline=True))
         await batcher.submit(item(1), alone=True)  # nothing is known of the engine's speed yet: on its thread
+        batcher._row_ns = 1000.0  # known to be quick, however slow this machine is just now
         future = batcher.submit(item(2), alone=True)
         assert future.done()
         assert future.result()["y"][0, 0] == 4
         assert not batcher.submit(item(3)).done()
+        batcher._row_ns = 1e9
+        assert not batcher.submit(item(4), alone=True).done()
         assert await batcher.close()
 
     asyncio.run(run())
