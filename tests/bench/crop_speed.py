@@ -70,9 +70,9 @@ def measure(arch: str, folder: Path, batches: list[int], rounds: int, engines: b
             kept = [
                 f"{'x'.join(map(str, c.kernel))}->{'x'.join(map(str, c.kept))} {c.name}" for c in certificate.cropped
             ]
-            parts.append(f"{certificate.macs_before / certificate.macs_after:.2f} fewer MACs")
+            parts.append(f"{certificate.macs_before / certificate.macs_after:.2f}x fewer MACs")
             parts.append(f"output error {certificate.end_to_end.relative_max:.1e} of RMS")
-            parts.append(", ".join(kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else ""))
+            parts.append(", ".join(kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "") or "no crop")
         parts.append(f"ONNX {paths[name].stat().st_size:,} B")
         if sizes.get(name):
             parts.append(f"RTX engine {sizes[name]:,} B")

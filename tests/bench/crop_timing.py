@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,19 @@ from torch import nn
 
 def write_onnx(model: nn.Module, path: Path, shape: tuple[int, int, int]) -> Path:
     """`model` as an ONNX file with a dynamic batch, input "input"."""
-    example = torch.zeros((2, *shape))
-    torch.onnx.export(
-        model.eval(),
-        (example,),
-        str(path),
-        dynamo=True,
-        verbose=False,
-        input_names=["input"],
-        dynamic_shapes=({0: "batch"},),
-        external_data=False,
-    )
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model.eval(),
+            (torch.zeros((2, *shape)),),
+            str(path),
+            dynamo=True,
+            verbose=False,
+            input_names=["input"],
+            dynamic_shapes=({0: "batch"},),
+            external_data=False,
+        )
     return path
 
 
