@@ -93,6 +93,12 @@ def quantize_graph(
     return result
 
 
+def clips_before_quantizers(model: ModelProto) -> bool:
+    """Whether a Clip feeds a QuantizeLinear: what ONNX Runtime's optimizer gets wrong for symmetric int8."""
+    clipped = {name for node in model.graph.node if node.op_type == "Clip" for name in node.output}
+    return any(node.op_type == "QuantizeLinear" and node.input[0] in clipped for node in model.graph.node)
+
+
 def _run_quantizer(
     model: ModelProto,
     ranges: Mapping[str, tuple[float, float]],

@@ -281,6 +281,7 @@ def _session(graph: ModelProto, precision: str, *, as_written: bool) -> Any:
     options.log_severity_level = 4
     if precision == "fp8":
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    elif as_written:
+    elif as_written:  # as `runtime.qdq.reference_options`
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     return ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -94,8 +94,9 @@ class OnnxRuntimeRunner(Runner):
             raise UnavailableError(f"provider {self._provider!r} does not run on device {device!r}")
         if cuda_graph and kind == "cpu":
             raise UnavailableError("a CUDA graph needs a GPU; leave cuda_graph out on the CPU")
-        if kind == "cpu":  # an fp8 graph is refused, or silently wrong, with the optimizer on
-            optimization = serving_options(self.manifest).get("optimization", optimization)
+        if kind == "cpu":  # some Q/DQ graphs are refused, or silently wrong, with more optimization than this
+            most = serving_options(self.manifest).get("optimization", optimization)
+            optimization = min(optimization, most, key=list(_LEVELS).index)
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[optimization])
@@ -194,7 +195,8 @@ class _Binding:
     ) -> None:
         self._session, self._binding, self._options = session, session.io_binding(), ort.RunOptions()
         self._options.log_severity_level = 4
-        self._options.add_run_config_entry("gpu_graph_id", str(graph))
+        if graph >= 0:
+            self._options.add_run_config_entry("gpu_graph_id", str(graph))
         self._inputs = {
             name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", index)
             for name, array in feeds.items()

@@ -88,6 +88,27 @@ def test_an_fp8_graph_runs_as_written_in_every_runner_on_a_cpu(
             np.testing.assert_array_equal(runner.run({"input": images})["logits"], expected)
 
 
+def test_relu6_before_a_symmetric_quantizer_is_not_lost_in_onnx_runtime(
+    network: Network, tmp_path: Path, npz: Path, images: NDArray[np.float32], run: Callable[..., NDArray[np.float32]]
+) -> None:
+    """ONNX Runtime's extended optimizations drop the Clip, `disable_quant_qdq` or not."""
+    from runtime.runners import open_runner
+
+    model = network(edit={"low": np.float32(0), "high": np.float32(6)})
+    for node in model.graph.node:
+        if node.op_type == "Relu":
+            node.op_type = "Clip"
+            node.input.extend(["low", "high"])
+    onnx.save(model, tmp_path / "relu6.onnx")
+    convert_precision(tmp_path / "relu6.onnx", None, "int8", PrecisionOptions(calibration=npz))
+    path = tmp_path / "relu6.int8.onnx"
+    expected = run(onnx.load(path), images, disable=True)
+    for options in ({}, {"quantized_as_written": True}):
+        with open_runner(path, **options) as runner:
+            found = runner.run({"input": images})["logits"]
+        assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+
+
 def test_weights_can_be_external(fp32: Path, npz: Path) -> None:
     sizes = {}
     for precision in ("fp32", "int8"):
