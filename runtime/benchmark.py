@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from runtime.bench.options import Options, collect, options, refuse_single_flags
 from runtime.bench.timing import Progress
 from runtime.bench.trtexec import Log, explanations, heading, profile_table, prolog, summary, trace_averages
 from runtime.cli import Command, print_json, result_console
-from runtime.errors import Interrupted
+from runtime.errors import Interrupted, UnavailableError
 from runtime.runners.base import LayerTime
 
 _PROFILE_RUNS = 100
@@ -46,6 +47,10 @@ def main(context: click.Context, /, artefacts: tuple[str, ...], as_json: bool, *
     for name in _EXPORTS:
         if values[name]:
             exports.check_writable(values[name])
+    if values["report"]:
+        for module in ("jinja2", "matplotlib"):
+            if find_spec(module) is None:
+                raise UnavailableError(f"--report needs {module}: pip install 'gmconv-deploy[report]'")
     log = Log(silent=as_json)
     command = " ".join(["python -m runtime.benchmark", *sys.argv[1:]])
     log.verdict("RUNNING", command)

@@ -13,6 +13,7 @@ from runtime.runners import artefact_kind, open_runner
 from runtime.runners.base import Array, LayerTime, Runner
 
 _WARM_UP = 5
+_FUSED = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "Tanh")
 
 
 def layer_times(
@@ -24,7 +25,9 @@ def layer_times(
     """
     if artefact_kind(path) != "onnx":
         return runner.layer_times(feeds, runs)
-    return parse_ort_profile(_ort_profile(path, feeds, runs, device, options), runs)
+    found = parse_ort_profile(_ort_profile(path, feeds, runs, device, options), runs)
+    names = layer_names(path)
+    return [LayerTime(_in_users_words(layer.name, names), layer.times) for layer in found]
 
 
 def layer_info(
@@ -34,16 +37,45 @@ def layer_info(
     if artefact_kind(path) != "onnx":
         return runner.layer_info()
     layers = {}
+    names = layer_names(path)
     for event in _node_events(_ort_profile(path, feeds, 1, device, options)):
         found = event.get("args", {})
         layers[_node_name(event)] = {
-            "Name": _node_name(event),
+            "Name": _in_users_words(_node_name(event), names),
             "LayerType": found.get("op_name", ""),
             "Provider": found.get("provider", ""),
             "Inputs": found.get("input_type_shape", []),
             "Outputs": found.get("output_type_shape", []),
         }
     return {"Layers": list(layers.values())}
+
+
+def layer_names(path: Path) -> dict[str, str]:
+    """The module of the trained network behind a node, by the node's name and by its output's name.
+
+    The exporter names a weight after its module; an activation that ONNX Runtime fuses into a convolution is of the
+    convolution's module. Empty where onnx is not installed.
+    """
+    try:
+        import onnx
+    except ImportError:
+        return {}
+    graph = onnx.load(str(path), load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    names: dict[str, str] = {}
+    for node in graph.node:
+        own = [i.removesuffix(".weight") for i in node.input if i in weights and i.endswith(".weight")]
+        if not own and node.op_type in _FUSED and node.input[0] in names:
+            own = [names[node.input[0]]]
+        if own:
+            names.update(dict.fromkeys((node.name, *node.output), own[0]))
+    return names
+
+
+def _in_users_words(name: str, names: Mapping[str, str]) -> str:
+    stem = name.removesuffix("_nchwc")
+    layer = names.get(stem) or names.get(f"node_{stem}")
+    return f"{layer} ({name})" if layer and layer != name else name
 
 
 def _ort_profile(path: Path, feeds: Mapping[str, Array], runs: int, device: str, options: Mapping[str, Any]) -> str:

@@ -52,7 +52,7 @@ def write_run(
     warnings = [warning.removeprefix("* ").strip() for warning in measured.warnings]
     sections: list[Section] = [Facts(rows=rows, title="What was measured", warnings=warnings), Latency(runs=[run])]
     if layers:
-        times = {layer.name: float(np.mean(layer.times)) for layer in layers}
+        times = {layer.name: float(np.median(layer.times)) for layer in layers}
         sections.append(LayerTimes(name=measured.name, times=times))
     write_report(path, f"Benchmark of {measured.name}", [*sections, *_artefact_sections([prepared])])
 

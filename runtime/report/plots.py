@@ -126,9 +126,9 @@ def layer_times(section: LayerTimes, most: int = 30) -> str:
     def draw(axes: Axes, narrow: bool) -> None:
         axes.barh(range(len(shown)), list(shown.values()), color=colour("--c1"), height=0.7)
         _rows(axes, list(shown), narrow)
-        axes.set_xlabel("mean time [ms]")
+        axes.set_xlabel("median time [ms]")
 
-    return both(draw, 54 + 17 * len(shown), f"Mean time of {len(shown)} layers")
+    return both(draw, 54 + 17 * len(shown), f"Median time of {len(shown)} layers")
 
 
 def parity(rows: Sequence[ParityRow]) -> str:

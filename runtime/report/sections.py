@@ -113,7 +113,7 @@ class Latency:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTimes:
-    """Mean time of each layer of a built graph, ms, in order of execution."""
+    """Median time of each layer of a built graph, ms, in order of execution."""
 
     name: str
     times: Mapping[str, float]

@@ -164,6 +164,17 @@ def test_an_ort_profile_is_read_per_node_and_per_run() -> None:
     assert model_run_times(text) == [0.1, 0.09]
 
 
+def test_a_node_is_named_after_the_module_whose_weight_it_holds(digits_onnx: Path) -> None:
+    from runtime.bench.layers import _in_users_words, layer_names
+
+    names = layer_names(digits_onnx)
+    modules = set(names.values())
+    assert {"conv1", "layer1.0.conv1", "layer3.2.conv2", "linear"} <= modules
+    relu = next(name for name, module in names.items() if module == "layer1.0.conv1" and name.startswith("relu"))
+    assert _in_users_words(f"{relu}_nchwc", names) == f"layer1.0.conv1 ({relu}_nchwc)"
+    assert _in_users_words("ReorderOutput_token_3", names) == "ReorderOutput_token_3"
+
+
 def test_help_is_quick_and_names_trtexecs_flags() -> None:
     began = time.perf_counter()
     done = bench("--help")
