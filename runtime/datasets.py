@@ -252,6 +252,8 @@ def _npz(path: Path, shape: tuple[int, int, int]) -> tuple[int, Labels | None, R
 
 def npz_names(path: Path) -> list[str]:
     """The arrays in an .npz file. Raises RefusedError when it is not one."""
+    if not path.is_file():
+        raise RefusedError(f"{path}: no such file")
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]

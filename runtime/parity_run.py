@@ -247,19 +247,31 @@ class _Pair:
         ours, theirs = reference.inputs, candidate.inputs
         if len(ours) != len(theirs):
             raise RefusedError(f"the reference takes {len(ours)} inputs, the candidate {len(theirs)}: not one network")
+        for mine, other in zip(ours, theirs, strict=True):
+            if not _compatible(mine.shape, other.shape):
+                raise RefusedError(
+                    f"the reference takes {mine.name} {tuple(mine.shape)}, the candidate {other.name} "
+                    f"{tuple(other.shape)}: not one network"
+                )
         same = {spec.name for spec in ours} == {spec.name for spec in theirs}
         self._inputs = {a.name: (a.name if same else b.name, a.dtype) for a, b in zip(ours, theirs, strict=True)}
         self._outputs: dict[str, str] = {}
         names = [spec.name for spec in candidate.outputs]
-        mine = [spec.name for spec in reference.outputs]
-        if hasattr(reference, "checkpoint") and set(mine) != set(names) and len(mine) == len(names):
-            self._outputs = dict(zip(mine, names, strict=True))
+        own = [spec.name for spec in reference.outputs]
+        if hasattr(reference, "checkpoint") and set(own) != set(names) and len(own) == len(names):
+            self._outputs = dict(zip(own, names, strict=True))
 
     def run_reference(self, feeds: Feeds, runner: Runner | None = None) -> dict[str, Array]:
         """The reference's outputs under the candidate's names, from the candidate's inputs in its own dtypes."""
         own = {name: feeds[source].astype(numpy_dtype(dtype)) for name, (source, dtype) in self._inputs.items()}
         outputs = (runner or self.reference).run(own)
         return {self._outputs.get(name, name): value for name, value in outputs.items()}
+
+
+def _compatible(left: Sequence[int | str], right: Sequence[int | str]) -> bool:
+    """Whether one array fits both shapes; free axes fit anything."""
+    pairs = zip(left, right, strict=False)
+    return len(left) == len(right) and all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
 
 
 def open_candidate(

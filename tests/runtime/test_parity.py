@@ -37,7 +37,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "net.pt", folder / "net.onnx"
 
 
-def export(model: nn.Module, path: Path, shape: tuple[int, int, int], *, free_sides: bool = False) -> None:
+def export(
+    model: nn.Module,
+    path: Path,
+    shape: tuple[int, int, int],
+    *,
+    free_sides: bool = False,
+    outputs: list[str] | None = None,
+) -> None:
     axes = {0: torch.export.Dim.DYNAMIC} | (
         {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC} if free_sides else {}
     )
@@ -47,7 +54,7 @@ def export(model: nn.Module, path: Path, shape: tuple[int, int, int], *, free_si
         str(path),
         dynamo=True,
         input_names=["input"],
-        output_names=["logits"],
+        output_names=outputs or ["logits"],
         dynamic_shapes=(axes,),
         external_data=False,
         verbose=False,
@@ -107,6 +114,44 @@ def test_names_may_differ_from_the_checkpoints(pair: tuple[Path, Path], tmp_path
 
     renamed = changed(pair[1], tmp_path / "renamed.onnx", rename)
     assert compare_artefacts(pair[0], [renamed], ParityOptions(samples=8)).passed
+
+
+class Twofold(nn.Module):
+    """Two outputs of different shapes, in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = gmconv.GMConv2d(3, 4, 3, sigma=1.0)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.conv(x)
+        return features, features.amax((2, 3))
+
+
+def test_several_outputs_of_a_checkpoint_go_by_position(tmp_path: Path) -> None:
+    import sys
+    import types
+
+    module = types.ModuleType("parity_twofold")
+    module.Twofold = Twofold  # type: ignore[attr-defined]
+    sys.modules["parity_twofold"] = module
+    torch.manual_seed(0)
+    model = Twofold().eval()
+    gmconv.save_checkpoint(tmp_path / "net.pt", model, arch="parity_twofold:Twofold", input_shape=(3, 8, 8))
+    export(gmconv.bake(model), tmp_path / "net.onnx", (3, 8, 8), outputs=["map", "top"])
+    options = ParityOptions(samples=8, load_options={"arch": "parity_twofold:Twofold"})
+    found = compare_artefacts(tmp_path / "net.pt", [tmp_path / "net.onnx"], options).candidates[0]
+    assert found.passed
+    assert [output.output for output in found.cases[0].outputs] == ["map", "top"]
+    assert [output.top1 == output.top1 for output in found.cases[0].outputs] == [False, True]
+    assert {item.output for item in found.yardstick} == {"map", "top"}
+
+
+def test_a_network_with_other_inputs_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    grey = gmconv.models.create("resnet20", in_channels=1).eval()
+    export(gmconv.bake(grey), tmp_path / "grey.onnx", (1, 16, 16))
+    with pytest.raises(RefusedError, match="not one network"):
+        compare_artefacts(pair[0], [tmp_path / "grey.onnx"])
 
 
 def test_an_output_that_one_side_lacks_fails(pair: tuple[Path, Path], tmp_path: Path) -> None:
