@@ -44,7 +44,10 @@ class Opened:
         return np.asarray(Image.open(io.BytesIO(self.page.screenshot(full_page=full_page))).convert("RGB"))
 
 
-@pytest.fixture(params=[(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")], ids=lambda p: f"{p[0]}-{p[1]}")
+SIZES = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
+
+
+@pytest.fixture(scope="module", params=SIZES, ids=lambda p: f"{p[0]}-{p[1]}")
 def opened(request: pytest.FixtureRequest, browser: Any, report: Path) -> Iterator[Opened]:
     page = Opened(browser, report, *request.param)
     yield page
