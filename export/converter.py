@@ -142,7 +142,7 @@ class PrecisionConverter:
     def quantize(self, precision: Precision, keep: set[str], half: set[str]) -> tuple[ModelProto, PrecisionAudit]:
         """int8 or fp8 with the nodes `keep` in fp32 and `half` in fp16; not checked."""
         from export.cast import cast_graph
-        from export.quantize import clips_before_quantizers, quantize_graph
+        from export.quantize import clips_lost_in_onnxruntime, quantize_graph
 
         assert precision in ("int8", "fp8")
         options, calibration, method = self.options, self.calibrate(), self.method(precision)
@@ -157,7 +157,7 @@ class PrecisionConverter:
             "per_channel": True,
             "quantized_bias": options.target == "cpu",
         }
-        if precision == "fp8" or (options.target == "tensorrt" and clips_before_quantizers(graph)):
+        if precision == "fp8" or (options.target == "tensorrt" and clips_lost_in_onnxruntime(graph)):
             quantization["ort_optimization"] = "disable" if precision == "fp8" else "basic"
         kept = dict.fromkeys(sorted(keep), "asked for") | dict.fromkeys(sorted(half), "asked for (fp16)")
         audit = self._audit(precision, graph, kept)

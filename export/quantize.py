@@ -93,10 +93,23 @@ def quantize_graph(
     return result
 
 
-def clips_before_quantizers(model: ModelProto) -> bool:
-    """Whether a Clip feeds a QuantizeLinear: what ONNX Runtime's optimizer gets wrong for symmetric int8."""
+def clips_lost_in_onnxruntime(model: ModelProto) -> bool:
+    """Whether ONNX Runtime's optimizer (1.31) would drop a Clip that the graph needs.
+
+    Before a symmetric QuantizeLinear it takes Clip(0, 6) for redundant when -128 * scale is within float32's epsilon of
+    0: the vanishing activations of an untrained ReLU6 network.
+    """
+    from onnx import numpy_helper
+
     clipped = {name for node in model.graph.node if node.op_type == "Clip" for name in node.output}
-    return any(node.op_type == "QuantizeLinear" and node.input[0] in clipped for node in model.graph.node)
+    scales = {
+        node.input[1] for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] in clipped
+    }
+    return any(
+        128 * float(numpy_helper.to_array(tensor).max()) <= np.finfo(np.float32).eps
+        for tensor in model.graph.initializer
+        if tensor.name in scales
+    )
 
 
 def _run_quantizer(

@@ -39,21 +39,18 @@ def layout_warning(manifest: Manifest | None, device: str) -> str | None:
 def reference_options(manifest: Manifest | None) -> dict[str, Any]:
     """Options for `open_runner` under which ONNX Runtime computes a Q/DQ graph as it is written.
 
-    Its Q/DQ rewrites compute in integers with other roundings, and beyond the basic level more follow that
-    `disable_quant_qdq` does not turn off: see `serving_options`. fp8 needs all optimizations off.
+    Its Q/DQ rewrites compute in integers with other roundings. fp8 needs all optimizations off.
     """
     if manifest is None or manifest.quantization is None or manifest.artefact.kind != "onnx":
         return {}
-    if manifest.precision == "fp8":
-        return {"optimization": "disable"}
-    return {"quantized_as_written": True, "optimization": "basic"}
+    return {"optimization": "disable"} if manifest.precision == "fp8" else {"quantized_as_written": True}
 
 
 def serving_options(manifest: Manifest | None) -> dict[str, Any]:
     """Options for `open_runner` without which ONNX Runtime on a CPU refuses a graph or runs it wrong (1.31).
 
-    fp8: the optimizer fuses fp8 Q/DQ into integer ops. int8 in TensorRT's layout with a Clip before a QuantizeLinear
-    (ReLU6): the optimizer drops the Clip although symmetric int8 reaches below zero; MobileNetV2 fell from 24 dB to 2.
+    fp8: the optimizer fuses fp8 Q/DQ into integer ops. int8 in TensorRT's layout with a Clip (ReLU6) before a tiny
+    scale: the optimizer drops the Clip although symmetric int8 reaches below zero; the exporter notes such graphs.
     """
     if manifest is None or manifest.quantization is None or manifest.artefact.kind != "onnx":
         return {}

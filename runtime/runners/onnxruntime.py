@@ -97,6 +97,8 @@ class OnnxRuntimeRunner(Runner):
         if kind == "cpu":  # some Q/DQ graphs are refused, or silently wrong, with more optimization than this
             most = serving_options(self.manifest).get("optimization", optimization)
             optimization = min(optimization, most, key=list(_LEVELS).index)
+        if quantized_as_written:  # beyond "basic" come Q/DQ rewrites that the session entry does not turn off
+            optimization = min(optimization, "basic", key=list(_LEVELS).index)
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[optimization])

@@ -46,7 +46,7 @@ def test_engines_and_foreign_files_have_no_layout() -> None:
 
 
 def test_options_for_running_as_written() -> None:
-    assert reference_options(manifest("int8", "cpu")) == {"quantized_as_written": True, "optimization": "basic"}
+    assert reference_options(manifest("int8", "cpu")) == {"quantized_as_written": True}
     assert reference_options(manifest("fp8", "tensorrt")) == {"optimization": "disable"}
     assert reference_options(manifest("fp16", None)) == {}
     assert serving_options(manifest("fp8", "tensorrt")) == {"optimization": "disable"}

@@ -91,10 +91,13 @@ def test_an_fp8_graph_runs_as_written_in_every_runner_on_a_cpu(
 def test_relu6_before_a_symmetric_quantizer_is_not_lost_in_onnx_runtime(
     network: Network, tmp_path: Path, npz: Path, images: NDArray[np.float32], run: Callable[..., NDArray[np.float32]]
 ) -> None:
-    """ONNX Runtime's extended optimizations drop the Clip, `disable_quant_qdq` or not."""
+    """ONNX Runtime's extended optimizations drop the Clip where activations vanish, `disable_quant_qdq` or not."""
     from runtime.runners import open_runner
 
-    model = network(edit={"low": np.float32(0), "high": np.float32(6)})
+    original = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in network().graph.initializer}
+    vanishing = {name: original[name] * np.float32(1e-9) for name in ("conv1.weight", "conv1.bias", "block.conv1.bias")}
+    silent = {"fc.bias": np.zeros(10, np.float32)}
+    model = network(edit={"low": np.float32(0), "high": np.float32(6)} | vanishing | silent)
     for node in model.graph.node:
         if node.op_type == "Relu":
             node.op_type = "Clip"
@@ -103,6 +106,7 @@ def test_relu6_before_a_symmetric_quantizer_is_not_lost_in_onnx_runtime(
     convert_precision(tmp_path / "relu6.onnx", None, "int8", PrecisionOptions(calibration=npz))
     path = tmp_path / "relu6.int8.onnx"
     expected = run(onnx.load(path), images, disable=True)
+    assert np.abs(run(onnx.load(path), images) - expected).max() > 0.1 * np.abs(expected).max(), "fixed: drop this test"
     for options in ({}, {"quantized_as_written": True}):
         with open_runner(path, **options) as runner:
             found = runner.run({"input": images})["logits"]
