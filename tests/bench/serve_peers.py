@@ -2,13 +2,14 @@
 
 python tests/bench/serve_peers.py model.onnx --peers litserve,mlserver,kserve,pytriton --venvs /tmp/peers
 
-Each peer lives in a virtual environment of its own, made on the first run. All but MLServer get the same binary body;
-MLServer 1.7 takes JSON only. wrk: apt-get install wrk.
+Each peer lives in a virtual environment of its own, made on the first run. KServe and PyTriton get the same binary body
+as this server; MLServer 1.7 takes JSON only, LitServe JSON of one's own making (here the tensor in base64). wrk: apt-get install wrk.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import os
 import socket
@@ -35,20 +36,19 @@ LITSERVE = (
     COMMON
     + """
 import litserve as ls
-from fastapi import Request, Response
+import base64
+from fastapi import Response
 class Api(ls.LitAPI):
     def setup(self, device):
         self.session = session()
         self.input = self.session.get_inputs()[0]
         self.shape = [d if isinstance(d, int) else -1 for d in self.input.shape[1:]]
-    def decode_request(self, request: Request):
-        body = bytes(request._body) if hasattr(request, "_body") else request
-        return np.frombuffer(body[-int(np.prod(self.shape)) * 4:], np.float32).reshape(self.shape)
+    def decode_request(self, request):
+        return np.frombuffer(base64.b64decode(request["tensor"]), np.float32).reshape(self.shape)
     def batch(self, inputs): return np.stack(inputs)
     def predict(self, x): return self.session.run(None, {self.input.name: x})[0]
     def unbatch(self, output): return list(output)
     def encode_response(self, output): return Response(content=output.tobytes(), media_type="application/octet-stream")
-class Raw(ls.LitSpec): pass
 if __name__ == "__main__":
     api = Api(max_batch_size=32, batch_timeout=0.0, api_path="/v2/models/m/infer")
     ls.LitServer(api, accelerator="cpu").run(host="127.0.0.1", port=PORT, generate_client_file=False, log_level="error")
@@ -68,7 +68,7 @@ class Model(kserve.Model):
         y = self.session.run(None, {self.name_in: payload.inputs[0].as_numpy()})[0]
         out = kserve.InferOutput(self.name_out, list(y.shape), "FP32")
         out.set_data_from_numpy(y, binary_data=True)
-        return kserve.InferResponse(payload.id, "m", [out])
+        return kserve.InferResponse(payload.id or "0", "m", [out])
 kserve.ModelServer(http_port=PORT, enable_grpc=False, workers=1, access_log_format=None).start([Model()])
 """
 )
@@ -179,6 +179,9 @@ def script_for(folder: Path, name: str, body: bytes, length: int) -> Path:
         text = LUA.replace('wrk.headers["Inference-Header-Content-Length"] = "{length}"\n', "").replace(
             "application/octet-stream", "application/json"
         )
+    if name == "litserve":
+        body = json.dumps({"tensor": base64.b64encode(body[length:]).decode()}).encode()
+        text = LUA.replace("application/octet-stream", "application/json")
     (folder / f"{name}.body").write_bytes(body)
     script = folder / f"{name}.lua"
     script.write_text(text.format(body=folder / f"{name}.body", length=length))
