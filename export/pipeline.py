@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from export.verify import Case, Outputs, Proof
     from gmconv import Checkpoint
     from gmconv.crop_certificate import CropCertificate
-    from runtime.manifest import Manifest
+    from runtime.manifest import Manifest, Preprocessing
 
 DEFAULT_OPSET = 20
 _EXTERNAL_ABOVE = 2**31 - 2**20  # protobuf cannot hold 2 GiB; the graph itself needs a little
@@ -160,32 +160,38 @@ def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: Expo
 def _crop(
     model: nn.Module, loaded: Checkpoint, options: ExportOptions, note: Note
 ) -> tuple[nn.Module, CropCertificate | None]:
-    """The model with smaller kernels, where that was asked for; measured on the comparison's images or noise."""
+    """The model with smaller kernels, where that was asked for; chosen on training images, never on held-out ones."""
     if options.crop is None and options.crop_budget is None:
         return model, None
-    import torch
+    from export.crop import CropRequest, crop_for_export
+    from export.crop_budget import parse_budget
 
-    precision = options.precisions[0] if options.precisions[0] in ("fp16", "bf16") else "fp32"
-    images = images_of(loaded, options)
-    generator = torch.Generator().manual_seed(options.seed)
-    noise = torch.randn(4, *loaded.input_shape, generator=generator)
-    batches = [torch.from_numpy(images[1])] if images else [noise]
-    if options.crop is not None:
-        from gmconv.cropping import crop_model
-
-        note(f"cropping kernels, tolerance {options.crop}")
-        return crop_model(model, options.crop, precision=precision, batches=batches)
-    from export.crop_budget import choose, parse_budget
-
-    assert options.crop_budget is not None
-    note(f"choosing what to crop within {options.crop_budget}")
-    labels = None if images is None or images[2] is None else torch.from_numpy(images[2])
-    origin = images[0] if images else f"noise, seed {options.seed}"
     try:
-        budget = parse_budget(options.crop_budget)
-        return choose(model, batches, budget, labels=labels, precision=precision, origin=origin)
+        budget = None if options.crop_budget is None else parse_budget(options.crop_budget)
     except ValueError as error:
-        raise RefusedError(f"--crop-budget {options.crop_budget}: {error}") from error
+        raise RefusedError(f"--crop-budget: {error}") from error
+    request = CropRequest(tolerance=options.crop, budget=budget, images=options.images, seed=options.seed)
+    return crop_for_export(
+        model,
+        request,
+        input_shape=loaded.input_shape,
+        precision=options.precisions[0] if options.precisions[0] in ("fp16", "bf16") else "fp32",
+        dataset=loaded.dataset,
+        preprocessing=preprocessing_of(loaded),
+        note=note,
+    )
+
+
+def preprocessing_of(loaded: Checkpoint) -> Preprocessing | None:
+    """The checkpoint's preprocessing. Raises RefusedError when it is damaged."""
+    import msgspec
+
+    from runtime.manifest import Preprocessing
+
+    try:
+        return msgspec.convert(loaded.preprocessing, Preprocessing) if loaded.preprocessing else None
+    except msgspec.ValidationError as error:
+        raise RefusedError(f"the checkpoint's preprocessing is damaged ({error}); save it again") from error
 
 
 def comparison_cases(loaded: Checkpoint, options: ExportOptions) -> list[Case]:
@@ -221,10 +227,7 @@ def comparison_cases(loaded: Checkpoint, options: ExportOptions) -> list[Case]:
 
 def images_of(loaded: Checkpoint, options: ExportOptions) -> tuple[str, Any, Any] | None:
     """Label, float32 `(N, C, H, W)` and labels of real images: `--images`, or the data the checkpoint says it knows."""
-    import msgspec
     import numpy as np
-
-    from runtime.manifest import Preprocessing
 
     given = options.images or (options.precision.calibration if options.precision else None)
     source = str(given) if given else (loaded.dataset or {}).get("name")
@@ -232,14 +235,10 @@ def images_of(loaded: Checkpoint, options: ExportOptions) -> tuple[str, Any, Any
         return None
     from runtime.datasets import load_samples
 
-    try:
-        preprocessing = msgspec.convert(loaded.preprocessing, Preprocessing) if loaded.preprocessing else None
-    except msgspec.ValidationError as error:
-        raise RefusedError(f"the checkpoint's preprocessing is damaged ({error}); save it again") from error
     samples = load_samples(
         str(source),
         input_shape=loaded.input_shape,
-        preprocessing=preprocessing,
+        preprocessing=preprocessing_of(loaded),
         dataset=loaded.dataset,
         class_names=loaded.labels,
         limit=options.samples,
@@ -329,9 +328,7 @@ def crop_limit(crop: CropCertificate | None) -> float:
 
 def _manifest(checkpoint: Path, exported: _Exported, proof: Proof, options: ExportOptions) -> Manifest:
     """Judge the fp32 file and describe it. Raises ParityError when it does not hold."""
-    import msgspec
-
-    from runtime.manifest import FileDigest, Manifest, Preprocessing, digest, sidecar, utc_now
+    from runtime.manifest import FileDigest, Manifest, digest, sidecar, utc_now
 
     facts, file = exported.facts, exported.file
     verdict = proof.judge("fp32")
@@ -345,7 +342,7 @@ def _manifest(checkpoint: Path, exported: _Exported, proof: Proof, options: Expo
         outputs=exported.outputs,
         created=utc_now(),
         chain=(FileDigest("checkpoint", checkpoint.name, facts.sha256, checkpoint.stat().st_size),),
-        preprocessing=msgspec.convert(facts.preprocessing, Preprocessing) if facts.preprocessing else None,
+        preprocessing=preprocessing_of(facts),
         labels=facts.labels,
         dataset=facts.dataset,
         arch=facts.arch,

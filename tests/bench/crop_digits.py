@@ -21,8 +21,8 @@ from export.crop_budget import parse_budget
 from gmconv.crop_certificate import crop_summary
 from tests.bench.crop_timing import interleaved, open_session, ratio, shown, write_onnx
 
-COMMON = {"dataset": "digits", "arch": "resnet20", "kernel-size": 7, "input-shape": "1,16,16", "epochs": 8, "seed": 1}
-MASKED = {"sigma": 1.5, "sigma-lr": 0.05, "sigma-penalty": 0.5}
+COMMON = {"dataset": "digits", "arch": "resnet20", "kernel-size": 7, "input-shape": "1,16,16", "epochs": 16, "seed": 1}
+MASKED = {"sigma": 1.5, "sigma-lr": 0.05, "sigma-penalty": 1}
 CROPS = {
     "cropped 1e-3": CropRequest(tolerance=1e-3),
     "cropped 1e-2": CropRequest(tolerance=1e-2),
