@@ -1,0 +1,87 @@
+"""Zoo networks in every precision: checked, run in ONNX Runtime, built by TensorRT-RTX in the precision asked for."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from export.precision import PrecisionOptions, convert_precision
+from runtime import trt
+from runtime.evaluate import EvaluateOptions, evaluate
+from runtime.manifest import read_manifest
+
+pytestmark = pytest.mark.slow
+SIZES = {"alexnet": 64, "vgg11": 32, "resnet18": 64, "resnet50": 64, "mobilenet_v2": 64}
+# Random weights: how far the arithmetic drifts, in dB of the outputs on noise. int8 and fp8 hold 8 and 4 bits.
+FLOORS = {"fp16": 50.0, "bf16": 30.0, "int8": 15.0, "fp8": 12.0}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, cli: Any) -> Any:
+    made: dict[str, Path] = {}
+
+    def call(name: str, size: int) -> Path:
+        if name not in made:
+            import torch
+
+            import gmconv
+
+            torch.manual_seed(0)
+            folder = tmp_path_factory.mktemp(name)
+            model = gmconv.models.create(name)
+            arch = f"gmconv.models:{name}"
+            gmconv.save_checkpoint(folder / "net.pt", model, arch=arch, input_shape=(3, size, size))
+            made[name] = folder / "net.onnx"
+            cli("export.onnx", str(folder / "net.pt"), "-o", str(made[name]))
+        return made[name]
+
+    return call
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8"])
+@pytest.mark.parametrize("name", SIZES)
+def test_zoo(name: str, precision: Any, exported: Any, tmp_path: Path, cli: Any) -> None:
+    source = exported(name, SIZES[name])
+    output = tmp_path / f"{precision}.onnx"
+    manifest = convert_precision(source, output, precision, PrecisionOptions(calibration="noise"))
+    onnx.checker.check_model(str(output), full_check=True)
+    assert set(manifest.precision_found) == {precision}
+    limit = 0.51 if precision in ("fp16", "bf16") else 0.27
+    assert output.stat().st_size <= limit * source.stat().st_size
+    (row,) = (r for r in evaluate([output], EvaluateOptions(images="noise", limit=8, reference=source)).rows[:1])
+    assert row.score.snr_db > FLOORS[precision]
+    if trt.installed("rtx"):
+        plan = tmp_path / "net.plan"
+        cli("export.tensorrt", str(output), "-o", str(plan), "--flavor", "rtx", "--no-verify")
+        found = read_manifest(plan).build["layers"]["convolution_precisions"]
+        assert found.get(precision, 0) >= 0.95 * sum(found.values()), found
+
+
+@pytest.mark.parametrize(("precision", "seconds"), [("fp16", 3), ("int8", 60)])
+def test_resnet50_converts_in_time_and_memory(precision: str, seconds: float, exported: Any, tmp_path: Path) -> None:
+    """The figures of the issue for a quiet two-core machine; measured in a process of its own, imports included."""
+    source = exported("resnet50", 64)
+    images = np.random.default_rng(0).random((64, 3, 224, 224), dtype=np.float32)
+    model = onnx.load(source)
+    for axis, size in zip(model.graph.input[0].type.tensor_type.shape.dim[2:], (224, 224), strict=True):
+        axis.dim_value = size
+    onnx.save(model, tmp_path / "resnet50.onnx")
+    np.savez(tmp_path / "images.npz", input=images)
+    start = time.perf_counter()
+    command = ["export.precision", str(tmp_path / "resnet50.onnx"), "--to", precision]
+    subprocess.run(
+        [sys.executable, "-m", *command, "--calibration-npz", str(tmp_path / "images.npz")],
+        check=True,
+        capture_output=True,
+    )
+    taken = time.perf_counter() - start
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 3 * 2**20
+    assert taken < seconds, f"{taken:.1f} s"
