@@ -3,13 +3,15 @@
 python tests/bench/serve_peers.py model.onnx --peers litserve,mlserver,kserve,pytriton --venvs /tmp/peers
 
 Each peer lives in a virtual environment of its own, made on the first run. KServe and PyTriton get the same binary body
-as this server; MLServer 1.7 takes JSON only, LitServe JSON of one's own making (here the tensor in base64). wrk: apt-get install wrk.
+as this server; MLServer 1.7 takes JSON only, LitServe JSON of one's own making (here the tensor in base64).
+wrk: apt-get install wrk.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import http.client
 import json
 import os
 import socket
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -115,12 +118,12 @@ PACKAGES = {
 SCRIPTS = {"litserve": LITSERVE, "kserve": KSERVE, "pytriton": PYTRITON}
 
 
-def environment(folder: Path, name: str) -> Path:
-    """The python of the peer's virtual environment; made and filled if missing."""
+def environment(folder: Path, name: str, base: str = sys.executable) -> Path:
+    """The python of the peer's virtual environment; made from the interpreter `base` and filled if missing."""
     python = folder / name / "bin" / "python"
     if not python.exists():
         print(f"installing {name}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(folder / name)], check=True)
+        subprocess.run([base, "-m", "venv", str(folder / name)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "-q", *PACKAGES[name]], check=True)
     return python
 
@@ -167,6 +170,21 @@ def start_peer(name: str, python: Path, model: Path, threads: int, folder: Path)
     raise RuntimeError(f"{name} did not start: {(folder / f'{name}.log').read_text()[-1500:]}")
 
 
+def answers(port: int, body: Path, name: str, length: int) -> bool:
+    """Whether the peer answers 200 within half a minute of listening."""
+    binary = {"Inference-Header-Content-Length": str(length), "Content-Type": "application/octet-stream"}
+    headers = binary if name in ("kserve", "pytriton") else {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v2/models/m/infer", body.read_bytes(), headers)
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return answer.status == 200
+        except (OSError, http.client.HTTPException):
+            time.sleep(0.5)
+    return False
+
+
 def script_for(folder: Path, name: str, body: bytes, length: int) -> Path:
     """wrk's script for a peer: binary, or JSON for MLServer."""
     text = LUA
@@ -194,6 +212,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--peers", default="litserve,mlserver,kserve,pytriton")
     parser.add_argument("--venvs", type=Path, default=Path(tempfile.gettempdir()) / "serve-peers")
+    parser.add_argument("--python", default=sys.executable, help="interpreter for new environments")
     parser.add_argument("--clients", default="1,8,32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=4)
@@ -210,15 +229,21 @@ def main() -> None:
         folder = Path(name)
         try:
             body, length = request_body(ports["http_port"])
+            scripts = {"ours": script_for(folder, "ours", body, length)}
             for peer in filter(None, args.peers.split(",")):
                 try:
-                    process, port = start_peer(peer, environment(args.venvs, peer), model, args.threads, folder)
+                    process, port = start_peer(
+                        peer, environment(args.venvs, peer, args.python), model, args.threads, folder
+                    )
                 except (RuntimeError, subprocess.CalledProcessError) as error:
                     print(f"{peer}: {error}", file=sys.stderr)
                     continue
                 processes.append(process)
-                servers[peer] = port
-            scripts = {s: script_for(folder, s, body, length) for s in servers}
+                scripts[peer] = script_for(folder, peer, body, length)
+                if answers(port, folder / f"{peer}.body", peer, length):
+                    servers[peer] = port
+                else:
+                    print(f"{peer} gives no answer: {(folder / f'{peer}.log').read_text()[-500:]}", file=sys.stderr)
             for server, port in servers.items():
                 wrk(port, scripts[server], 8, 1)
             for _ in range(args.rounds):
