@@ -142,11 +142,16 @@ class PrecisionConverter:
     def quantize(self, precision: Precision, keep: set[str], half: set[str]) -> tuple[ModelProto, PrecisionAudit]:
         """int8 or fp8 with the nodes `keep` in fp32 and `half` in fp16; not checked."""
         from export.cast import cast_graph
-        from export.quantize import clips_lost_in_onnxruntime, quantize_graph
+        from export.quantize import clips_lost_in_onnxruntime, quantize_graph, without_fp8_kernel
 
         assert precision in ("int8", "fp8")
         options, calibration, method = self.options, self.calibrate(), self.method(precision)
         ranges = calibration.ranges(method, options.percentile)
+        kept = dict.fromkeys(sorted(keep), "asked for") | dict.fromkeys(sorted(half), "asked for (fp16)")
+        if precision == "fp8":
+            large = without_fp8_kernel(self.model) - keep
+            kept |= dict.fromkeys(sorted(large - half), "no fp8 kernel beyond 32 taps (fp16)")
+            half = half | large
         graph = quantize_graph(self.model, ranges, to=precision, target=options.target, exclude=keep | half)
         if half:
             graph, _ = cast_graph(graph, "fp16", only=half)
@@ -159,7 +164,6 @@ class PrecisionConverter:
         }
         if precision == "fp8" or (options.target == "tensorrt" and clips_lost_in_onnxruntime(graph)):
             quantization["ort_optimization"] = "disable" if precision == "fp8" else "basic"
-        kept = dict.fromkeys(sorted(keep), "asked for") | dict.fromkeys(sorted(half), "asked for (fp16)")
         audit = self._audit(precision, graph, kept)
         return graph, replace(
             audit, quantization=quantization, calibration=calibration.info(method, options.percentile)

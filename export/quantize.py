@@ -20,6 +20,7 @@ from export.onnx_graph import (
     name_nodes,
     opset,
     strip_notes,
+    weight_sources,
 )
 from runtime.errors import RefusedError
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 QuantType = Literal["int8", "fp8"]
 QuantTarget = Literal["tensorrt", "cpu"]
 FP8_MAX = 448.0  # largest finite E4M3FN value
+FP8_MAX_TAPS = 32
 _MIN_OPSET = {"int8": 13, "fp8": 19}
 
 
@@ -91,6 +93,20 @@ def quantize_graph(
     _shorten_names(result)
     strip_notes(result, scopes=False)
     return result
+
+
+def without_fp8_kernel(model: ModelProto) -> set[str]:
+    """Names of the convolutions that TensorRT has no fp8 kernel for: more than 32 taps, such as 7x7.
+
+    Its release notes say so and advise against Q/DQ before them; TensorRT-RTX 1.7 runs them in fp32.
+    """
+    taps = {tensor.name: int(np.prod(tensor.dims[2:])) for tensor in model.graph.initializer}
+    sources = weight_sources(model)
+    return {
+        layer.node
+        for layer in layers(model)
+        if layer.op_type.startswith("Conv") and taps[sources[layer.weight]] > FP8_MAX_TAPS
+    }
 
 
 def clips_lost_in_onnxruntime(model: ModelProto) -> bool:

@@ -57,7 +57,7 @@ def energy_radius(weight: NDArray[np.float32], share: float = ENERGY) -> float |
     """Radius in pixels around the kernel's centre that holds `share` of its energy; None unless (out, in, kh, kw)."""
     if weight.ndim != 4 or weight.shape[2] * weight.shape[3] == 1:
         return None
-    energy = np.square(weight.astype(np.float64)).sum(axis=(0, 1)).ravel()
+    energy = np.einsum("oihw,oihw->hw", weight, weight, dtype=np.float64).ravel()
     if energy.sum() == 0:
         return 0.0
     height, width = weight.shape[2:]
@@ -70,8 +70,8 @@ def energy_radius(weight: NDArray[np.float32], share: float = ENERGY) -> float |
 
 def snr_db(reference: NDArray[Any], candidate: NDArray[Any]) -> float | None:
     """10·log10(energy of the reference / energy of the error); None when the two are equal."""
-    signal = float(np.square(reference, dtype=np.float64).sum())
-    noise = float(np.square(reference.astype(np.float64) - candidate.astype(np.float64)).sum())
+    error = np.subtract(reference, candidate).ravel()
+    signal, noise = float(np.dot(reference.ravel(), reference.ravel())), float(np.dot(error, error))
     if noise == 0:
         return None
     return float(10 * np.log10(signal / noise)) if signal > 0 else float("-inf")

@@ -2,7 +2,8 @@
 
 Two networks trained on the digits (accuracy on the held-out part, calibration on the training part), and zoo networks
 with random weights, whose agreement and SNR on noise say how far the arithmetic drifts, not how good a network is.
-Latency is ONNX Runtime on the CPU at batch 1 and 8, interleaved with fp32 in one session; above 1 is faster than fp32.
+`s` is the conversion, calibration included, in seconds. Latency is ONNX Runtime on the CPU at batch 1 and 8,
+interleaved with fp32 in one session; above 1 is faster than fp32.
 
     python -m tests.bench.precision                         # trains the digits networks first
     python -m tests.bench.precision --digits resnet20=ckpt.pt --networks resnet20,resnet50
@@ -39,7 +40,7 @@ VARIANTS = (  # precision, target
     ("int8", "cpu"),
     ("fp8", "tensorrt"),
 )
-SECONDS = 2.0  # of timing per network, batch and variant
+SECONDS = 1.0  # of timing per network, batch and variant
 FLOORS = {"fp16": 1.0, "bf16": 0.995, "int8": 0.99, "fp8": 0.985}
 SIZES = {"fp16": 0.51, "bf16": 0.51, "int8": 0.27, "fp8": 0.27}
 
@@ -189,6 +190,7 @@ def print_row(row: dict[str, Any]) -> None:
         f"{row['size']:.3f}x",
         f"{row['latency'][1]:.2f}x",
         f"{row['latency'][8]:.2f}x",
+        f"{row['convert_s']:.1f}",
         row["rtx"],
     ]
     print("| " + " | ".join(cells) + " |" + (f" SHORT: {', '.join(row['short'])}" if row["short"] else ""), flush=True)

@@ -67,6 +67,23 @@ def test_tensorrt_rtx_builds_it_in_that_precision(fp32: Path, npz: Path, cli: An
     assert layers["convolution_precisions"] == {precision: 3}
 
 
+@pytest.mark.skipif(not trt.installed("rtx"), reason="tensorrt_rtx is not installed")
+def test_a_seven_by_seven_kernel_stays_in_fp16_beside_fp8(
+    network: Network, tmp_path: Path, npz: Path, cli: Any
+) -> None:
+    """TensorRT has no fp8 kernel beyond 32 taps and would run the layer in fp32."""
+    wide = np.random.default_rng(3).standard_normal((8, 8, 7, 7)).astype(np.float32) / 20
+    model = network(edit={"block.conv1.weight": wide})
+    model.graph.node[2].attribute[0].ints[:] = [3] * 4
+    onnx.save(model, tmp_path / "wide.onnx")
+    done = convert_precision(tmp_path / "wide.onnx", None, "fp8", PrecisionOptions(calibration=npz))
+    assert done.precision_found == {"fp8": 3, "fp16": 1}
+    assert (done.certificate or {})["precision"]["kept_fp32"] == {"node_block": "no fp8 kernel beyond 32 taps (fp16)"}
+    plan = tmp_path / "wide.plan"
+    cli("export.tensorrt", str(tmp_path / "wide.fp8.onnx"), "-o", str(plan), "--flavor", "rtx", "--no-verify")
+    assert read_manifest(plan).build["layers"]["convolution_precisions"] == {"fp8": 2, "fp16": 1}
+
+
 def test_converting_twice_gives_the_same_bytes(fp32: Path, npz: Path) -> None:
     for precision in ("bf16", "int8"):
         first = convert_precision(fp32, fp32.with_name("a.onnx"), precision, PrecisionOptions(calibration=npz))
