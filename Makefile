@@ -57,5 +57,9 @@ bench-export bench-benchmark bench-engine bench-precision bench-crop bench-serve
 lock: $(BIN)/.installed  ## write constraints.txt from what is installed
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+)\+cpu$$/\1/' > constraints.txt
 
+lock-image: $(BIN)/.installed  ## write the image's hash-locked requirements
+	docker/lock.sh $(BIN)/python
+.PHONY: lock-image
+
 clean:  ## remove what the targets above made
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
