@@ -130,7 +130,7 @@ def compare(
                 ratio,
             )
         )
-    warnings = list(disturbed.warnings)
+    warnings = [text for opened in prepared for text in opened.layout_warnings] + list(disturbed.warnings)
     if 0 < result.rounds < FEW_ROUNDS:
         warnings.append(f"Only {result.rounds} rounds: the intervals are rough; measure longer with --duration.")
     if len({p.lane.clock for p in prepared}) > 1:

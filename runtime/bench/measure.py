@@ -20,6 +20,7 @@ from runtime.bench.timing import DeviceLane, HostLane, Lane, Progress, Trace
 from runtime.bench.trtexec import device_warnings
 from runtime.errors import RefusedError
 from runtime.manifest import Manifest, find_manifest
+from runtime.qdq import layout_warning
 from runtime.runners import artefact_kind, open_runner
 from runtime.runners.base import Array, Runner
 
@@ -98,6 +99,12 @@ class Prepared:
             self.lane = HostLane(runner.bind(self.feeds))
         else:
             self.lane = DeviceLane(queries, options.streams)
+
+    @property
+    def layout_warnings(self) -> tuple[str, ...]:
+        """That a quantized graph is laid out for another runtime than it is timed in, if so."""
+        warning = layout_warning(self.manifest, self.device)
+        return (warning,) if warning else ()
 
     def mode(self, options: Options) -> dict[str, Any]:
         """What will be measured, in words a reader of the log needs."""
@@ -184,7 +191,8 @@ def measure(prepared: Prepared, options: Options, progress: Progress | None = No
     if not len(trace) and not trace.interrupted:
         raise RefusedError(f"{prepared.artefact.name}: no query was completed")
     disturbed = machine.compare(before, after)
-    warnings = [*stability(trace, on_device=prepared.on_device, streams=options.streams), *disturbed.warnings]
+    stable = stability(trace, on_device=prepared.on_device, streams=options.streams)
+    warnings = [*prepared.layout_warnings, *stable, *disturbed.warnings]
     facts = {"cpu": machine.processor(), **disturbed.facts}
     return Measured(prepared.artefact.name, prepared.mode(options), trace, prepared.on_device, facts, tuple(warnings))
 

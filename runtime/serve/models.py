@@ -18,6 +18,7 @@ import numpy as np
 
 from runtime.errors import RefusedError
 from runtime.manifest import Manifest, TensorSpec, find_manifest, read_manifest
+from runtime.qdq import layout_warning
 from runtime.runners.base import Array, Runner, numpy_dtype
 from runtime.serve.batcher import Batcher, Policy, RunsFeeds
 from runtime.serve.errors import Code, RequestError
@@ -318,6 +319,8 @@ class Repository:
 
     def _open_blocking(self, source: Source) -> tuple[Manifest | None, list[Runner], Signature]:
         manifest = read_source(source, self.settings)
+        if warning := layout_warning(manifest, device_for(source.path, self.settings)):
+            log.warning(warning)
         runners = self._opener(source.path, self.settings)
         try:
             signature = make_signature(runners[0], manifest, self.settings)
