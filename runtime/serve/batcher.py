@@ -22,7 +22,8 @@ from runtime.serve.errors import Code, RequestError
 from runtime.serve.fair_queue import Batch, FairQueue, Item
 
 INLINE_NS = 2_000_000
-CALM_NS = 1_000_000_000
+WINDOW_NS = 500_000_000
+SATURATED = 0.9
 
 
 class RunsFeeds(Protocol):
@@ -100,7 +101,7 @@ class Batcher:
         self._closing = False
         self._row_ns = 0.0
         self._shedding = False
-        self._last_shed = 0
+        self._busy_ns = self._window = self._window_busy = 0
         self._sweeping = False
         self._instances = [Instance(runner) for runner in runners]
         self._threads = [
@@ -124,23 +125,33 @@ class Batcher:
         """Raise RequestError(OVERLOADED) if a request that came now would be refused.
 
         The queue is bounded. Besides, when a backlog has stood for `burst_ns` this is overload, not a burst: from then
-        until nothing was refused for a second, only as much is let in as runs within `shed_target_ns`, so that what is
-        accepted is answered soon. While draining, everything that fits the queue is let in: it was already sent.
+        until the engines are found idle a tenth of the time, only as much is let in as runs within `shed_target_ns`, so
+        that what is accepted is answered soon. While draining, everything that fits is let in: it was already sent.
         """
         if len(self._queue) >= self.policy.queue_size:
             raise RequestError("the queue is full", Code.OVERLOADED)
         if self.draining:
             return
+        now = monotonic_ns()
         if self._shedding:
-            now = monotonic_ns()
-            if self._queue.rows * self._row_ns >= self.policy.shed_target_ns:
-                self._last_shed = now
+            self._shedding = now - self._window < WINDOW_NS or self._saturated(now)
+            if self._shedding and self._queue.rows * self._row_ns >= self.policy.shed_target_ns:
                 raise RequestError("the server is overloaded", Code.OVERLOADED)
-            if now - self._last_shed > CALM_NS:
-                self._shedding = False
-        elif self._queue.standing and monotonic_ns() - self._queue.standing > self.policy.burst_ns:
+        elif self._queue.standing and now - self._queue.standing > self.policy.burst_ns:
             self._shedding = True
-            self._last_shed = monotonic_ns()
+            self._window, self._window_busy = now, self._busy(now)
+
+    def _saturated(self, now: int) -> bool:
+        """Whether the engines ran nearly all the time since the window began; begins the next."""
+        busy = self._busy(now)
+        share = (busy - self._window_busy) / ((now - self._window) * len(self._instances))
+        self._window, self._window_busy = now, busy
+        return share >= SATURATED
+
+    def _busy(self, now: int) -> int:
+        """Time that the engines have run so far, together, ns."""
+        running = [items[0].batch for i in self._instances if (items := i.items)]
+        return self._busy_ns + sum(now - batch.taken for batch in running if batch)
 
     def submit(self, item: Item, *, alone: bool = False) -> asyncio.Future[dict[str, Array]]:
         """Queue a request; raises RequestError when it is refused.
@@ -283,6 +294,7 @@ class Batcher:
                 call(self._break, items, error)
         finally:
             instance.items = []
+            self._busy_ns += monotonic_ns() - batch.taken
 
     def _works(self, instance: Instance, refusal: RefusedError) -> bool:
         if refusal.__cause__ is None:  # refused before it reached the engine

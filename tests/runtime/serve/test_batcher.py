@@ -171,8 +171,15 @@ def test_the_queue_is_bounded_and_sheds_only_while_overloaded() -> None:
             batcher.check()
         batcher.draining = True
         batcher.check()
+        batcher.draining = False
+        await asyncio.sleep(0.6)  # the engine ran all this time: still overloaded
+        with pytest.raises(RequestError, match="overloaded"):
+            batcher.check()
         engine.gate.set()
         await asyncio.gather(*queued)
+        await asyncio.sleep(0.6)  # and now it was idle for most of it
+        batcher.check()
+        assert not batcher._shedding
         assert await batcher.close()
 
     asyncio.run(run())
