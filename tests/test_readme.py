@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,3 +47,61 @@ def test_every_local_link_leads_somewhere() -> None:
     assert links
     for link in links:
         assert (ROOT / link).exists(), link
+
+
+@pytest.fixture(scope="module")
+def workplace(digits_checkpoint: Path, digits_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the README's commands name."""
+    import numpy as np
+    import torch
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from torch import nn
+
+    import gmconv
+
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copy(digits_checkpoint, folder / "ckpt.pt")
+    for name in ("model", "a", "b"):
+        run = [sys.executable, "-m", "export.onnx", "ckpt.pt", "-o", f"{name}.onnx", "-q"]
+        subprocess.run(run, check=True, cwd=folder, env=environment(folder))
+    package = folder / "mypackage"
+    package.mkdir()
+    (package / "nets.py").write_text(
+        "from torch import nn\ndef make(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())"
+    )
+    torch.save(gmconv.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())).state_dict(), folder / "net.pt")
+    torch.save(nn.Linear(2, 2).state_dict(), folder / "state.pth")
+    (folder / "DIR").mkdir()
+    for index, image in enumerate(load_digits().images[:12]):
+        Image.fromarray((image * 255 / 16).round().astype(np.uint8)).save(folder / "DIR" / f"{index}.png")
+    for to, name in (("fp16", "model.fp16.onnx"), ("int8", "model.int8.onnx")):
+        run = [sys.executable, "-m", "export.precision", "model.onnx", "--to", to, "-o", name, "-q"]
+        subprocess.run(run, check=True, cwd=folder, env=environment(folder))
+    build = [sys.executable, "-m", "export.tensorrt", "model.onnx", "--flavor", "rtx", "-o", "model.plan"]
+    subprocess.run(build, check=True, cwd=folder, env=environment(folder))
+    return folder
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}"}
+
+
+def lacks(module: str) -> bool:
+    return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True).returncode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_runs(command: str, workplace: Path) -> None:
+    expected = 0
+    if ("timm" in command and lacks("timm")) or ("model.plan" in command and not Path("/dev/nvidia0").exists()):
+        expected = 6
+    child = subprocess.Popen(
+        [sys.executable, *shlex.split(command)[1:]], cwd=workplace, env=environment(workplace), stderr=subprocess.PIPE
+    )
+    if "runtime.serve" in command:
+        time.sleep(8)
+        child.send_signal(signal.SIGTERM)
+    _, error = child.communicate(timeout=300)
+    assert child.returncode == expected, error.decode()

@@ -119,7 +119,9 @@ def test_legacy_format_without_a_zip(model: nn.Module, tmp_path: Path) -> None:
 
 
 def test_a_factory_that_the_caller_names_may_be_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "callers_nets.py").write_text("from torch import nn\ndef make(): return nn.Sequential(nn.Conv2d(3, 4, 3))\n")
+    (tmp_path / "callers_nets.py").write_text(
+        "from torch import nn\ndef make(): return nn.Sequential(nn.Conv2d(3, 4, 3))\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     model = gmconv.convert(nn.Sequential(nn.Conv2d(3, 4, 3)))
     torch.save(model.state_dict(), tmp_path / "net.pt")
