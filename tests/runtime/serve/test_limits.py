@@ -356,7 +356,7 @@ def test_inflight_bytes_are_bounded(start: Start, tmp_path: Path) -> None:
 
 def test_queue_limits_timeouts_and_cancelled_requests(start: Start, tmp_path: Path) -> None:
     """Behind one long execution: the queue refuses, a timeout expires, a hang-up never reaches the engine."""
-    server = start(heavy(tmp_path / "m.onnx", size=600, layers=40), "--max-batch", "1", "--queue-size", "4")
+    server = start(heavy(tmp_path / "m.onnx", size=600, layers=160), "--max-batch", "1", "--queue-size", "4")
     x = np.ones((1, 600, 600), np.float32)
     text = {
         "inputs": [
@@ -385,17 +385,23 @@ def test_queue_limits_timeouts_and_cancelled_requests(start: Start, tmp_path: Pa
     expiring = send(timeout=50_000)
     abandoned = send()
     waiting = [send() for _ in range(2)]
-    time.sleep(0.1)
+    end = time.monotonic() + 2
+    while server.metric("nv_inference_pending_request_count", model="m") < 3 and time.monotonic() < end:
+        time.sleep(0.01)  # until the bodies have been read: only a request can be abandoned
     abandoned.close()
-    refused = [send() for _ in range(3)]  # one may take the place that the expired request left
-    answers = [c.recv(65536) for c in _readable(refused, 2)]
+    time.sleep(0.1)
+    more = [send() for _ in range(4)]  # two may take the places that the expired and the abandoned request left
+    refused = _readable(more, 2)
+    answers = [c.recv(65536) for c in refused]
     assert all(a.split()[1] == b"503" and b"retry-after: " in a for a in answers)
     late = expiring.recv(65536)
     assert late.split()[1] == b"503"
     assert b"time in the queue" in late
     for connection in (first, *waiting):
         assert connection.recv(65536).split()[1] == b"200"
-    for connection in (first, expiring, *waiting, *refused):
+    for connection in (c for c in more if c not in refused):
+        assert connection.recv(65536).split()[1] in (b"200", b"503")
+    for connection in (first, expiring, *waiting, *more):
         connection.close()
     executed = server.metric("nv_inference_exec_count", model="m")
     answered = server.metric("nv_inference_request_success", model="m")
