@@ -12,6 +12,7 @@ from typing import Any, cast
 import click
 
 from export.converter import PRECISIONS, Precision
+from export.graph import OLDEST_OPSET
 from export.pipeline import DEFAULT_OPSET, ExportOptions, export_onnx
 from export.precision import options_from_flags, precision_flags
 from runtime.cli import Command
@@ -61,7 +62,7 @@ def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Prec
 @click.option("--input-shape", callback=_shape, metavar="C,H,W", help="Where the checkpoint does not know it.")
 @click.option("--batch", type=click.IntRange(1), help="Fix the batch size; default: a dynamic batch axis.")
 @click.option("--dynamic-hw", is_flag=True, help="Leave height and width dynamic too.")
-@click.option("--opset", type=click.IntRange(18), default=DEFAULT_OPSET, show_default=True)
+@click.option("--opset", type=click.IntRange(OLDEST_OPSET), default=DEFAULT_OPSET, show_default=True)
 @click.option("--input-names", "input_names", default="input", show_default=True, callback=_names)
 @click.option("--output-names", callback=_names, help="Comma-separated; default: logits.")
 @click.option("--simplify", is_flag=True, help="Rewrite the graph with onnxslim; parity is checked after it.")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from export.verify import Case, Outputs, Proof
     from gmconv import Checkpoint
     from gmconv.crop_certificate import CropCertificate
-    from runtime.manifest import Manifest, Preprocessing
+    from runtime.manifest import Manifest
 
 DEFAULT_OPSET = 20
 _EXTERNAL_ABOVE = 2**31 - 2**20  # protobuf cannot hold 2 GiB; the graph itself needs a little
@@ -146,7 +146,8 @@ def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: Expo
         )
     finally:
         chatter = log.read_text(errors="replace") if log.exists() else ""
-        note(f"[exporter] {chatter.strip()}") if chatter.strip() else None
+        if chatter.strip():
+            note(f"[exporter] {chatter.strip()}")
     log.unlink(missing_ok=True)
     graph.require_no_mask(exported, graph.convolutions(model))
     inputs, outputs = graph.specs(exported)
@@ -165,6 +166,7 @@ def _crop(
         return model, None
     from export.crop import CropRequest, crop_for_export
     from export.crop_budget import parse_budget
+    from runtime.manifest import read_preprocessing
 
     try:
         budget = None if options.crop_budget is None else parse_budget(options.crop_budget)
@@ -177,21 +179,9 @@ def _crop(
         input_shape=loaded.input_shape,
         precision=options.precisions[0] if options.precisions[0] in ("fp16", "bf16") else "fp32",
         dataset=loaded.dataset,
-        preprocessing=preprocessing_of(loaded),
+        preprocessing=read_preprocessing(loaded.preprocessing),
         note=note,
     )
-
-
-def preprocessing_of(loaded: Checkpoint) -> Preprocessing | None:
-    """The checkpoint's preprocessing. Raises RefusedError when it is damaged."""
-    import msgspec
-
-    from runtime.manifest import Preprocessing
-
-    try:
-        return msgspec.convert(loaded.preprocessing, Preprocessing) if loaded.preprocessing else None
-    except msgspec.ValidationError as error:
-        raise RefusedError(f"the checkpoint's preprocessing is damaged ({error}); save it again") from error
 
 
 def comparison_cases(loaded: Checkpoint, options: ExportOptions) -> list[Case]:
@@ -234,11 +224,12 @@ def images_of(loaded: Checkpoint, options: ExportOptions) -> tuple[str, Any, Any
     if not given and source != "digits":
         return None
     from runtime.datasets import load_samples
+    from runtime.manifest import read_preprocessing
 
     samples = load_samples(
         str(source),
         input_shape=loaded.input_shape,
-        preprocessing=preprocessing_of(loaded),
+        preprocessing=read_preprocessing(loaded.preprocessing),
         dataset=loaded.dataset,
         class_names=loaded.labels,
         limit=options.samples,
@@ -328,7 +319,7 @@ def crop_limit(crop: CropCertificate | None) -> float:
 
 def _manifest(checkpoint: Path, exported: _Exported, proof: Proof, options: ExportOptions) -> Manifest:
     """Judge the fp32 file and describe it. Raises ParityError when it does not hold."""
-    from runtime.manifest import FileDigest, Manifest, digest, sidecar, utc_now
+    from runtime.manifest import FileDigest, Manifest, digest, read_preprocessing, sidecar, utc_now
 
     facts, file = exported.facts, exported.file
     verdict = proof.judge("fp32")
@@ -342,7 +333,7 @@ def _manifest(checkpoint: Path, exported: _Exported, proof: Proof, options: Expo
         outputs=exported.outputs,
         created=utc_now(),
         chain=(FileDigest("checkpoint", checkpoint.name, facts.sha256, checkpoint.stat().st_size),),
-        preprocessing=preprocessing_of(facts),
+        preprocessing=read_preprocessing(facts.preprocessing),
         labels=facts.labels,
         dataset=facts.dataset,
         arch=facts.arch,

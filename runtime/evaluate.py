@@ -157,15 +157,13 @@ class _Artefact:
 
     def read_checkpoint(self, runner: Runner) -> None:
         """Take preprocessing, data set and labels from an opened checkpoint."""
-        import msgspec
-
-        from runtime.manifest import Preprocessing
+        from runtime.manifest import read_preprocessing
 
         checkpoint = getattr(runner, "checkpoint", None)
         if checkpoint is None:
             return
         if checkpoint.preprocessing is not None:
-            self.preprocessing = msgspec.convert(checkpoint.preprocessing, Preprocessing)
+            self.preprocessing = read_preprocessing(checkpoint.preprocessing)
         self.dataset, self.known = checkpoint.dataset, True
         self.labels = tuple(checkpoint.labels) if checkpoint.labels else None
 

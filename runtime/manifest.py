@@ -108,6 +108,14 @@ class Manifest:
         return json.dumps(msgspec.to_builtins(self), indent=1, allow_nan=False) + "\n"
 
 
+def read_preprocessing(fields: dict[str, Any] | None) -> Preprocessing | None:
+    """A checkpoint's preprocessing dict as its type. Raises RefusedError when it does not fit."""
+    try:
+        return msgspec.convert(fields, Preprocessing) if fields is not None else None
+    except msgspec.ValidationError as error:
+        raise RefusedError(f"the checkpoint's preprocessing is damaged ({error}); save it again") from error
+
+
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as stream:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from runtime.cli import require
 from runtime.errors import RefusedError, UnavailableError
-from runtime.manifest import Preprocessing, TensorSpec
+from runtime.manifest import Preprocessing, TensorSpec, read_preprocessing
 from runtime.runners.base import Array, LayerTime, Query, QueryTimes, Runner, validate_feeds
 
 if TYPE_CHECKING:
@@ -96,15 +96,7 @@ class TorchRunner(Runner):
     @property
     def preprocessing(self) -> Preprocessing | None:
         """What the checkpoint says about its images, or None."""
-        raw = self.checkpoint.preprocessing
-        if raw is None:
-            return None
-        msgspec = require("msgspec", "export")
-        try:
-            found: Preprocessing = msgspec.convert(raw, Preprocessing)
-        except msgspec.ValidationError as error:
-            raise RefusedError(f"the checkpoint's preprocessing is not usable ({error}); save it again") from error
-        return found
+        return read_preprocessing(self.checkpoint.preprocessing)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once; float32 arrays in, arrays of the runner's dtype out."""

@@ -19,6 +19,7 @@ from runtime.manifest import (
     digest,
     find_manifest,
     read_manifest,
+    read_preprocessing,
     sidecar,
     staged,
 )
@@ -164,6 +165,15 @@ def test_a_kill_between_the_renames_is_refused_by_every_reader(
     else:
         with pytest.raises(RefusedError, match="not from one export"):
             read_manifest(tmp_path / "m.onnx")
+
+
+def test_preprocessing_of_a_checkpoint_is_read_or_refused() -> None:
+    fields = {"size": [8, 8], "mean": [0.5], "std": [0.2], "channel_order": "L"}
+    assert read_preprocessing(fields) == Preprocessing(size=(8, 8), mean=(0.5,), std=(0.2,), channel_order="L")
+    assert read_preprocessing(None) is None
+    for damage in ({"size": "big"}, {"channel_order": "CMYK"}, {"mean": 1}):
+        with pytest.raises(RefusedError, match="the checkpoint's preprocessing is damaged"):
+            read_preprocessing(fields | damage)
 
 
 def test_where_nothing_can_be_written_it_says_so(tmp_path: Path) -> None:
