@@ -292,6 +292,7 @@ def run_onnx(file: Path, input_name: str, cases: list[Case], **runner_options: A
 
 def _prove(exported: _Exported, cases: list[Case], reference: Any, options: ExportOptions) -> Proof:
     from export.verify import Proof
+    from runtime.tolerances import crop_cost
 
     for layer in reference.certificate["layers"]:
         if layer["baked_sha256"] != exported.baked_sha256[layer["name"]]:
@@ -299,22 +300,8 @@ def _prove(exported: _Exported, cases: list[Case], reference: Any, options: Expo
                 f"layer {layer['name']!r}: two processes baked different weights; refusing to ship either"
             )
     outputs = run_onnx(exported.file, options.input_name, cases)
-    return Proof(cases, reference, outputs, exported.classifies, exported.cropped, crop_limit(exported.crop))
-
-
-def crop_limit(crop: CropCertificate | None) -> float:
-    """The relative RMS error of the outputs that a crop may cost, end to end.
-
-    Ten times a tolerance (which bounds each layer's share of removed taps; errors of layers add), an error budget as it
-    stands, twice what was measured for a top-1 budget (its own measure is accuracy), nothing for a lossless crop.
-    """
-    if crop is None or crop.tolerance == "lossless":
-        return 0.0
-    if crop.tolerance is not None:
-        return min(0.5, 10 * crop.tolerance)
-    asked = str((crop.budget or {}).get("asked", ""))
-    measured = crop.end_to_end.relative_rms if crop.end_to_end else 0.0
-    return 2 * measured if asked.startswith("top1") or not asked else float(asked)
+    cost = crop_cost(exported.crop.to_dict() if exported.crop else None)
+    return Proof(cases, reference, outputs, exported.classifies, exported.cropped, cost)
 
 
 def _manifest(checkpoint: Path, exported: _Exported, proof: Proof, options: ExportOptions) -> Manifest:

@@ -192,7 +192,7 @@ class Proof:
     """Everything that was computed; `judge` turns it into a verdict.
 
     `shipped` are the outputs of the artefact, case by case; `cropped` those of the cropped torch network, if kernels
-    were cropped, and `crop_limit` the relative RMS error that the crop was allowed to cost.
+    were cropped, and `crop_cost` the relative RMS error that the crop may cost (`runtime.tolerances.crop_cost`).
     """
 
     cases: Sequence[Case]
@@ -200,7 +200,7 @@ class Proof:
     shipped: Sequence[Outputs]
     classes: bool
     cropped: Sequence[Outputs] | None = None
-    crop_limit: float = 0.0
+    crop_cost: float = 0.0
 
     def cases_in(self, dtype: str) -> list[Case]:
         """The cases with their batches in another input dtype."""
@@ -222,7 +222,7 @@ class Proof:
         return replace(self, cases=cases, reference=reference, shipped=shipped, cropped=cropped)
 
     def judge(self, precision: str) -> Verdict:
-        """Live -> baked (bitwise) -> cropped, if so (by the crop's limit) -> shipped (by the precision's tolerance).
+        """Live -> baked (bitwise) -> cropped, if so (by `crop_cost`) -> shipped (by the precision's tolerance).
 
         An fp32 artefact that was not cropped must also hold against the float64 yardstick.
         """
@@ -235,8 +235,7 @@ class Proof:
         ]
         before, name = self.reference.baked, "baked"
         if self.cropped is not None:
-            limit = exact.override(self.crop_limit) if self.crop_limit > exact.rel_rms else exact
-            arrows.append(("baked -> cropped", before, self.cropped, limit))
+            arrows.append(("baked -> cropped", before, self.cropped, exact.widened(self.crop_cost)))
             before, name = tuple(self.cropped), "cropped"
         arrows.append((f"{name} -> {last}", before, self.shipped, tolerance_for(precision)))
         hops = tuple(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +14,7 @@ from runtime.manifest import Manifest, find_manifest
 from runtime.parity_inputs import Case, Facts, Feeds, make_cases
 from runtime.runners import artefact_kind, open_runner
 from runtime.runners.base import Array, Runner, numpy_dtype
-from runtime.tolerances import Tolerance, tolerance_for
+from runtime.tolerances import Tolerance, crop_cost, tolerance_for
 
 if TYPE_CHECKING:
     from runtime.bisect import Bisection
@@ -187,7 +186,7 @@ def _compare(
             calibrated=tolerance.calibrated,
         )
         pair = _Pair(reference, candidate)
-        judge = exact is not None and tolerance.precision == "fp32" and not tolerance.overridden
+        judge = exact is not None and tolerance == tolerance_for("fp32")
         yardstick = Yardstick()
         results = []
         for case in cases:
@@ -303,12 +302,10 @@ def _tolerance(precision: str, manifest: Manifest | None, options: ParityOptions
     if options.tolerance is not None:
         notes.append(f"tolerance {options.tolerance:g} was given; the table says {tolerance.rel_rms:g} for {precision}")
         return tolerance.override(options.tolerance)
-    cropped = ((manifest.crop if manifest else None) or {}).get("end_to_end") or {}
-    measured = cropped.get("relative_rms")
-    if isinstance(measured, int | float) and math.isfinite(measured) and 2 * measured > tolerance.rel_rms:
-        notes.append(f"its kernels are cropped: tolerance {2 * measured:.1e}, twice what its certificate measured")
-        return replace(tolerance.override(min(2 * measured, 0.999)), source="twice the crop certificate's error")
-    return tolerance
+    cost = crop_cost(manifest.crop if manifest else None)
+    if cost:
+        notes.append(f"its kernels are cropped, which may cost {cost:.1e} besides what {precision} may")
+    return tolerance.widened(cost)
 
 
 def _precision(path: Path, manifest: Manifest | None, notes: list[str]) -> str:

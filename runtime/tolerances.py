@@ -11,17 +11,26 @@ which every library uses, keep it far below that.
 
 Measured (ResNet-20 trained on digits, 360 held-out images, ONNX Runtime on a CPU): fp32 3.0e-7, fp16 6.4e-4, bf16
 6.8e-3, int8 2.3e-2, fp8 6.1e-2: 6 to 70 times inside the table, which also has to hold at seven times the depth.
+
+A cropped network differs on purpose: `crop_cost` says by how much it may, for the exporter and for parity alike. By the
+triangle inequality the two errors add: what holds hop by hop at the export (baked -> cropped -> shipped) holds in the
+one comparison that parity makes (live -> shipped).
 """
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from runtime.errors import RefusedError
 
 #: Largest single error over the RMS error: 5.5 for a million Gaussian errors, tripled for tails of ReLU networks.
 PEAK_FACTOR = 16.0
+#: No crop may cost more, whatever was asked for: two unrelated outputs differ by 1.4 of their RMS.
+MAX_CROP_COST = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +61,14 @@ class Tolerance:
             raise RefusedError(f"tolerance {rel_rms:g}: give a relative RMS error between 0 and 1, both excluded")
         source = f"given by the user; the table says {self.rel_rms:.1e} for {self.precision}"
         return _tolerance(self.precision, rel_rms, self.top1, source, overridden=True)
+
+    def widened(self, cost: float) -> Tolerance:
+        """The same precision for a network that differs by `cost` (relative RMS, see `crop_cost`) on purpose."""
+        if cost == 0:
+            return self
+        source = f"{self.source}; plus {cost:.1e} for its cropped kernels"
+        wider = _tolerance(self.precision, self.rel_rms + cost, self.top1, source)
+        return replace(wider, overridden=self.overridden)
 
 
 def _tolerance(precision: str, rel_rms: float, top1: float, source: str, *, overridden: bool = False) -> Tolerance:
@@ -93,3 +110,41 @@ def tolerance_for(precision: str) -> Tolerance:
     if not found:
         raise RefusedError(f"precision {precision!r} is unknown; one of {', '.join(TOLERANCES)}")
     return max(found, key=lambda tolerance: tolerance.rel_rms)
+
+
+def crop_cost(crop: Mapping[str, Any] | None) -> float:
+    """The relative RMS error of the outputs that a crop may cost, end to end. The one rule, for export and parity.
+
+    Args:
+        crop: a manifest's `crop` (`CropCertificate.to_dict()`); None for a network that was not cropped.
+
+    What was asked for decides, before what came of it: a limit taken from the measured error would pass any mistake
+    that the measurement saw. So, in this order:
+
+    - "lossless": 0. Only zeros are gone; the precision's own tolerance has room for another order of the sums.
+    - a tolerance t: 10 t. Each layer may lose the share t of its taps' L1 norm; errors of L layers add as a random
+      walk, sqrt(L), 12.3 for the deepest of the zoo, and a layer's error is far below the worst case that t bounds.
+    - an error budget b: b. It bounds the largest error on the calibration data; the RMS, several times smaller, has
+      the rest as room for other data.
+    - a budget of top-1 points, or a certificate that says none of these: twice the measured RMS error, 0 if there is
+      none. Points of accuracy say nothing about distance; the factor is for data that was not calibrated on.
+
+    Never more than `MAX_CROP_COST`.
+    """
+    crop = crop or {}
+    tolerance, asked = crop.get("tolerance"), (crop.get("budget") or {}).get("asked")
+    if tolerance == "lossless":
+        return 0.0
+    cost = _positive(tolerance, 10.0) or _positive(asked, 1.0)
+    if not cost:
+        cost = _positive((crop.get("end_to_end") or {}).get("relative_rms"), 2.0)
+    return min(MAX_CROP_COST, cost)
+
+
+def _positive(value: Any, factor: float) -> float:
+    """`factor` times a positive finite number, given as such or as text; 0 for anything else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return 0.0
+    return factor * number if math.isfinite(number) and number > 0 else 0.0

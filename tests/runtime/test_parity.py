@@ -219,18 +219,30 @@ def test_the_manifest_decides_the_precision_and_is_verified(pair: tuple[Path, Pa
         compare_artefacts(pair[0], [path])
 
 
-def test_a_crop_is_judged_by_its_certificate(pair: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("crop", "allowed"),
+    [
+        ({"tolerance": 1e-3, "end_to_end": {"relative_rms": 1e-9}}, 1e-2 + 2e-5),
+        ({"tolerance": None, "budget": {"asked": "top1:0.5"}, "end_to_end": {"relative_rms": 0.01}}, 0.02 + 2e-5),
+        ({"tolerance": "lossless", "end_to_end": {"relative_rms": 0.01}}, 2e-5),
+    ],
+)
+def test_a_crop_is_judged_by_what_it_may_cost(
+    pair: tuple[Path, Path], tmp_path: Path, crop: dict[str, Any], allowed: float
+) -> None:
     path = changed(pair[1], tmp_path / "net.onnx", lambda model: None)
     manifest = Manifest(
         artefact=digest(path, "onnx"),
         inputs=SPEC,
         outputs=(TensorSpec("logits", "float32", ("batch", 10)),),
-        crop={"end_to_end": {"relative_rms": 0.01}},
+        crop=crop,
     )
     sidecar(path).write_text(manifest.to_json())
     found = compare_artefacts(pair[0], [path], ParityOptions(samples=8)).candidates[0]
-    assert found.tolerance.rel_rms == 0.02
-    assert any("cropped" in text for text in found.notes)
+    assert found.tolerance.rel_rms == pytest.approx(allowed)
+    assert not found.tolerance.overridden
+    assert any("cropped" in text for text in found.notes) == (crop["tolerance"] != "lossless")
+    assert bool(found.yardstick) == (crop["tolerance"] == "lossless"), "what was cropped on purpose is not exact"
 
 
 def test_half_precision_inputs_are_compared_on_equal_terms(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""What a crop may cost: one rule, the same at export and in parity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from export.crop_budget import choose, parse_budget
+from gmconv.cropping import crop_model
+from runtime.tolerances import MAX_CROP_COST, TOLERANCES, crop_cost
+
+
+@pytest.mark.parametrize(
+    ("crop", "cost"),
+    [
+        (None, 0.0),
+        ({}, 0.0),
+        ({"tolerance": "lossless", "end_to_end": {"relative_rms": 0.3}}, 0.0),
+        ({"tolerance": 1e-3, "end_to_end": {"relative_rms": 0.3}}, 1e-2),
+        ({"tolerance": None, "budget": {"asked": "0.02"}, "end_to_end": {"relative_rms": 0.3}}, 0.02),
+        ({"tolerance": None, "budget": {"asked": "top1:0.5"}, "end_to_end": {"relative_rms": 0.03}}, 0.06),
+        ({"tolerance": None, "budget": {"asked": "top1:0.5"}, "end_to_end": None}, 0.0),
+        ({"tolerance": 0.9}, MAX_CROP_COST),
+        ({"budget": {"asked": "3"}}, MAX_CROP_COST),
+        ({"end_to_end": {"relative_rms": float("nan")}}, 0.0),
+        ({"budget": {"asked": "nan"}, "end_to_end": {"relative_rms": float("inf")}}, 0.0),
+        ({"budget": {"asked": ["?"]}, "tolerance": -1, "end_to_end": {"relative_rms": "x"}}, 0.0),
+    ],
+)
+def test_what_was_asked_for_decides_before_what_was_measured(crop: dict[str, Any] | None, cost: float) -> None:
+    assert crop_cost(crop) == pytest.approx(cost)
+
+
+def test_it_reads_the_certificates_that_cropping_writes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 5, padding=2), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)).eval()
+    with torch.no_grad():
+        model[0].weight[..., (0, -1), :] *= 1e-4
+        model[0].weight[..., :, (0, -1)] *= 1e-4
+    batches = [torch.randn(4, 3, 9, 9)]
+    _, cropped = crop_model(model, 1e-3, batches=batches)
+    assert cropped.cropped
+    assert crop_cost(cropped.to_dict()) == pytest.approx(1e-2)
+    assert crop_cost(crop_model(model, "lossless", batches=batches)[1].to_dict()) == 0
+    _, within = choose(model, batches, parse_budget("2e-2"))
+    assert crop_cost(within.to_dict()) == pytest.approx(2e-2)
+    _, points = choose(model.append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten()), batches, parse_budget("top1:0.5"))
+    assert points.end_to_end is not None
+    assert crop_cost(points.to_dict()) == pytest.approx(min(MAX_CROP_COST, 2 * points.end_to_end.relative_rms))
+
+
+@pytest.mark.parametrize("precision", list(TOLERANCES))
+def test_the_cost_adds_to_what_the_precision_may(precision: str) -> None:
+    table = TOLERANCES[precision]
+    wider = table.widened(0.01)
+    assert wider.rel_rms == pytest.approx(table.rel_rms + 0.01)
+    assert wider.max_rel_rms / wider.rel_rms == pytest.approx(table.max_rel_rms / table.rel_rms)
+    assert wider.cosine < table.cosine
+    assert (wider.top1, wider.precision) == (table.top1, precision)
+    assert not wider.overridden
+    assert "cropped kernels" in wider.source
+    assert table.widened(0) is table
+    assert table.widened(MAX_CROP_COST).rel_rms < 1, "always a tolerance that can fail"
