@@ -116,16 +116,16 @@ def constants_to_initializers(model: ModelProto) -> None:
         model.graph.node.extend(kept)
 
 
-def strip_notes(model: ModelProto, *, scopes: bool = True) -> None:
+def strip_notes(model: ModelProto) -> None:
     """Drop, in place, what no runtime reads and what goes stale: doc strings, stack traces, value_info.
 
-    `scopes` keeps the module path of each node.
+    The module path of each node stays: `--bisect` and layer times name layers by it.
     """
     del model.graph.value_info[:]
     model.graph.doc_string = ""
     for node in model.graph.node:
         node.doc_string = ""
-        kept = [entry for entry in node.metadata_props if scopes and entry.key == _SCOPES]
+        kept = [entry for entry in node.metadata_props if entry.key == _SCOPES]
         if len(kept) != len(node.metadata_props):
             del node.metadata_props[:]
             node.metadata_props.extend(kept)

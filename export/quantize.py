@@ -91,7 +91,7 @@ def quantize_graph(
     if target == "tensorrt":
         _share_zero_points(result)
     _shorten_names(result)
-    strip_notes(result, scopes=False)
+    strip_notes(result)
     return result
 
 
@@ -231,32 +231,31 @@ def _retype_to_fp8(model: ModelProto, source: ModelProto) -> None:
 def _share_zero_points(model: ModelProto) -> None:
     """Let all symmetric Q/DQ of one type and length use one zero point, in place: in a small network the many equal
     ones, with their names, weigh as much as a layer."""
-    from onnx import helper
-
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    taken = initializers.keys() | {name for node in model.graph.node for name in node.output}
     shared: dict[tuple[Any, ...], str] = {}
     replaced: set[str] = set()
     for node in model.graph.node:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or node.input[2] in shared.values():
             continue
         zero = initializers[node.input[2]]
-        name = f"zero_{helper.tensor_dtype_to_string(zero.data_type).split('.')[-1].lower()}"
-        name += "".join(f"_{size}" for size in zero.dims)
-        shared.setdefault((zero.data_type, *zero.dims), name)
-        if node.input[2] != name:
-            replaced.add(node.input[2])
-            if name not in initializers:
-                model.graph.initializer.append(zero)
-                model.graph.initializer[-1].name = name
-                initializers[name] = model.graph.initializer[-1]
-            node.input[2] = name
+        kind = (zero.data_type, *zero.dims)
+        if kind not in shared:
+            name = "_".join(["zero", *map(str, zero.dims)])
+            while name in taken or name in shared.values():
+                name += "_"
+            shared[kind] = name
+            model.graph.initializer.append(zero)
+            model.graph.initializer[-1].name = name
+        replaced.add(node.input[2])
+        node.input[2] = shared[kind]
     kept = [tensor for tensor in model.graph.initializer if tensor.name not in replaced]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
 
 
 def _shorten_names(model: ModelProto) -> None:
-    """Give the tensors between Q, DQ and their consumers short names, in place."""
+    """Give Q, DQ and the tensors around them short names, in place: in a small file they weigh as much as a layer."""
     endings = (("_QuantizeLinear_Output", "_q"), ("_DequantizeLinear_Output", "_dq"), ("_zero_point", "_zp"))
     taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
     short: dict[str, str] = {}
@@ -271,6 +270,13 @@ def _shorten_names(model: ModelProto) -> None:
                     names[index] = short[name]
     for tensor in model.graph.initializer:
         tensor.name = short.get(tensor.name, tensor.name)
+    names_of_nodes = {node.name for node in model.graph.node}
+    for node in model.graph.node:
+        brief = {"QuantizeLinear": "_q", "DequantizeLinear": "_dq"}.get(node.op_type, "")
+        name = node.name.removesuffix(f"_{node.op_type}") + brief
+        if brief and node.name.endswith(f"_{node.op_type}") and name not in names_of_nodes:
+            names_of_nodes.add(name)
+            node.name = name
 
 
 def _as_fp8(tensor: TensorProto, values: Any) -> None:

@@ -76,6 +76,46 @@ def test_weights_are_quantized_per_channel_to_the_nearest_level(
         assert (np.sign(after[name]) * np.sign(weight) >= 0).all(), f"{name}: a sign flipped"
 
 
+SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+@pytest.mark.parametrize(("to", "target"), [("int8", "tensorrt"), ("int8", "cpu"), ("fp8", "tensorrt")])
+def test_module_paths_stay_and_the_other_notes_go(
+    network: Network, ranges: Callable[..., Ranges], to: Any, target: Any
+) -> None:
+    model = network()
+    paths = {}
+    for node in model.graph.node:
+        paths[node.name] = f"['', 'block', 'block.{node.name}', 'leaf']"
+        node.metadata_props.add(key=SCOPES, value=paths[node.name])
+        node.metadata_props.add(key="pkg.torch.onnx.stack_trace", value="/home/user/net.py")
+        node.doc_string = "/home/user/net.py"
+    graph = quantize_graph(model, ranges(target), to=to, target=target)
+    found = {node.name: [(e.key, e.value) for e in node.metadata_props] for node in graph.graph.node}
+    fused = (
+        {name for name in paths if "relu" in name} if target == "cpu" else set()
+    )  # their clamping is the zero point's
+    assert found.keys() - fused >= paths.keys() - fused
+    assert {name: notes for name, notes in found.items() if notes} == {
+        name: [(SCOPES, path)] for name, path in paths.items() if name in found
+    }
+    assert not any(node.doc_string for node in graph.graph.node)
+
+
+def test_a_zero_point_is_shared_and_takes_no_name_of_the_network(
+    network: Network, ranges: Callable[..., Ranges], run: Run, images: NDArray[np.float32]
+) -> None:
+    model = network()
+    model.graph.node.insert(0, helper.make_node("Identity", ["input"], ["zero"], name="rename"))
+    graph = quantize_graph(model, ranges())
+    onnx.checker.check_model(graph, full_check=True)
+    zeros = {node.input[2] for node in graph.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
+    sizes = [tuple(t.dims) for t in graph.graph.initializer if t.name in zeros]
+    assert sorted(sizes) == sorted(set(sizes)), "one for each length"
+    assert "zero" not in zeros
+    assert np.isfinite(run(graph, images)).all()
+
+
 def test_an_excluded_layer_is_untouched_and_reads_unquantized_tensors(
     network: Network, ranges: Callable[..., Ranges]
 ) -> None:
