@@ -1,7 +1,8 @@
 """Which layer first? The layers of two artefacts of one network are compared in topological order.
 
 Each layer is judged by its own error: computed from the reference's values, so that an error upstream does not blur it.
-Only where no single layer is out of tolerance (the error grew over many) the accumulated error decides.
+Only where no single layer is out of tolerance (the error grew over many) the accumulated error decides. Every layer of
+an int8 or fp8 graph is off by design: there `runtime.bisect_quantized` says which one is off by more than that.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,9 @@ _ELEMENTS = 2**19
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerError:
     """One layer: `own` is its relative RMS error from the reference's inputs (NaN where that cannot be run),
-    `accumulated` the one in the candidate's own run. `name` is the user's module, `sigma` its mask's, in taps."""
+    `accumulated` the one in the candidate's own run. `name` is the user's module, `sigma` its mask's, in taps. In a
+    quantized graph `precision` is the type of the layer's weight ("" without one) and `own_weights` its own error with
+    its inputs left unquantized."""
 
     name: str
     ops: str
@@ -46,6 +49,8 @@ class LayerError:
     own_max: float
     accumulated: float
     accumulated_max: float
+    precision: str = ""
+    own_weights: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,28 +119,32 @@ def _from_checkpoint(
         return _from_two_checkpoints(modules, path, own, tolerance, sigmas)
     graph = Graph(path)
     matches = graph.module_outputs({name: len(values) for name, values in modules.items()})
-    matches = _with_named_layers(graph, matches, modules, reference.batch_norms())
+    matches, sure = _with_named_layers(graph, matches, modules, reference.batch_norms())
     values = {match.tensor: modules[match.other][match.call] for match in matches}
     names = _module_names(graph, matches, list(modules), reference.weighted_modules())
-    return _judge(graph, matches, values, feeds, tolerance, names, sigmas)
+    return _judge(graph, matches, values, feeds, tolerance, names, sigmas, sure)
 
 
 def _with_named_layers(
     graph: Graph, matches: Sequence[Match], modules: Mapping[str, Sequence[Array]], norms: set[str]
-) -> list[Match]:
-    """Also the layers that only their weights' names give away: quantizers drop the exporter's metadata.
+) -> tuple[list[Match], set[str]]:
+    """Also the layers that only their weights' names give away: other tools drop the exporter's metadata.
 
-    Where no BatchNorm is left in the graph, a convolution followed by one returns what the BatchNorm returned.
+    Where no BatchNorm is left in the graph, a convolution followed by one returns what the BatchNorm returned. Also
+    returns the tensors whose module is sure, because the weight's name says the same.
     """
     found = {match.tensor: match for match in matches}
     order = list(modules)
+    sure = set()
     for layer, tensor in graph.layer_outputs():
-        if tensor in found or len(modules.get(layer, ())) != 1:
+        if len(modules.get(layer, ())) != 1:
             continue
         after = order.index(layer) + 1
         folded = not graph.normalizes and after < len(order) and order[after] in norms
-        found[tensor] = Match(tensor, order[after] if folded else layer)
-    return graph.in_order(found.values())
+        named = Match(tensor, order[after] if folded else layer)
+        if found.setdefault(tensor, named) == named:
+            sure.add(tensor)
+    return graph.in_order(found.values()), sure
 
 
 def _from_onnx(
@@ -154,7 +163,10 @@ def _from_onnx(
     layers = ((manifest.certificate or {}) if manifest else {}).get("layers", [])
     sigmas = {layer["name"]: _sigma(layer["sigma"]["min"], layer["sigma"]["max"]) for layer in layers}
     names = _module_names(graph, matches, [], set())
-    return _judge(graph, matches, values, feeds, tolerance, names, sigmas)
+    layer_of, same = dict(other.layer_outputs()), dict(graph.layer_outputs())
+    sure = {tensor for layer, tensor in same.items() if layer in layer_of}
+    sure &= {match.tensor for match in matches if match.other in layer_of.values()}
+    return _judge(graph, matches, values, feeds, tolerance, names, sigmas, sure)
 
 
 def _from_two_checkpoints(
@@ -186,8 +198,12 @@ def _judge(
     tolerance: Tolerance,
     names: Mapping[str, str],
     sigmas: Mapping[str, str],
+    sure: set[str],
 ) -> Bisection:
-    """Run the graph twice (on its own, and from the reference's values) and compare tensor by tensor."""
+    """Run the graph twice (on its own, and from the reference's values) and compare tensor by tensor.
+
+    A quantized graph a third time, from the reference's values and without its activations' Q/DQ.
+    """
     tensors = [match.tensor for match in matches]
     if not tensors:
         return Bisection(
@@ -195,21 +211,35 @@ def _judge(
         )
     running = graph.run(tensors, feeds)
     tensors = [name for name in tensors if running[name].shape == values[name].shape]
-    accumulated = {name: _error(values[name], running[name]) for name in tensors}
+    rectified = graph.rectified()
+
+    def error(name: str, found: Mapping[str, Array]) -> tuple[float, float]:
+        low = 0.0 if name in rectified else -math.inf
+        return _error(np.maximum(values[name], low), np.maximum(found[name], low))
+
+    accumulated = {name: error(name, running) for name in tensors}
     while True:
         boundary = set(tensors)
         segments = {name: graph.segment(name, boundary) for name in tensors}
-        wrong = _mismatched(tensors, segments, accumulated, tolerance)
+        wrong = _mismatched(tensors, segments, accumulated, tolerance) - sure
         if not wrong:
             break
         tensors = [name for name in tensors if name not in wrong]
     local = graph.run(tensors, feeds, given=values)
+    exact = graph.run(tensors, feeds, given=values, exact_activations=True) if tolerance.calibrated else None
     layers = []
     for name in tensors:
         nodes, _ = segments[name]
         title = _title(graph, nodes, names.get(name, name))
-        own = _error(values[name], local[name])
-        layers.append(_layer(title, graph.ops(nodes), name, _sigma_of(title, sigmas), own, accumulated[name]))
+        own = error(name, local)
+        layer = _layer(title, graph.ops(nodes), name, _sigma_of(title, sigmas), own, accumulated[name])
+        if exact is not None:
+            layer = replace(layer, precision=graph.weight_precision(nodes), own_weights=error(name, exact)[0])
+        layers.append(layer)
+    if exact is not None:
+        from runtime.bisect_quantized import judge_quantized
+
+        return judge_quantized(layers) or judge_accumulated(layers, tolerance)
     return judge_layers(layers, tolerance)
 
 
@@ -225,7 +255,7 @@ def judge_layers(layers: Sequence[LayerError], tolerance: Tolerance) -> Bisectio
             also = f"; {more} later {'layers are' if more > 1 else 'layer is'} out of tolerance too" if more else ""
             return Bisection(
                 layer,
-                f"first layer out of tolerance: {_words(layer)}. From the reference's own input its output is off by "
+                f"first layer out of tolerance: {words(layer)}. From the reference's own input its output is off by "
                 f"{layer.own:.1e} of its RMS (at most {layer.own_max:.1e}; tolerance {tolerance.rel_rms:.0e}); "
                 f"{agree}{also}",
                 tuple(layers),
@@ -237,10 +267,15 @@ def judge_layers(layers: Sequence[LayerError], tolerance: Tolerance) -> Bisectio
         if typical and layer.own > _OUTLIER * typical:
             return Bisection(
                 layer,
-                f"no layer alone is out of tolerance, but one stands out: {_words(layer)} is off by {layer.own:.1e} of "
+                f"no layer alone is out of tolerance, but one stands out: {words(layer)} is off by {layer.own:.1e} of "
                 f"its RMS from the reference's own input, {layer.own / typical:.0f} times the median layer",
                 tuple(layers),
             )
+    return judge_accumulated(layers, tolerance)
+
+
+def judge_accumulated(layers: Sequence[LayerError], tolerance: Tolerance) -> Bisection:
+    """The layer at which the error of the candidate's own run leaves the tolerance."""
     for layer in layers:
         if _fails(layer.accumulated, layer.accumulated_max, tolerance):
             alone = (
@@ -250,7 +285,7 @@ def judge_layers(layers: Sequence[LayerError], tolerance: Tolerance) -> Bisectio
             )
             return Bisection(
                 layer,
-                f"the error leaves the tolerance at {_words(layer)}: {layer.accumulated:.1e} of its RMS{alone}",
+                f"the error leaves the tolerance at {words(layer)}: {layer.accumulated:.1e} of its RMS{alone}",
                 tuple(layers),
             )
     return Bisection(
@@ -319,7 +354,8 @@ def _layer(
     )
 
 
-def _words(layer: LayerError) -> str:
+def words(layer: LayerError) -> str:
+    """A layer in the words of the user's model, with its operators and its mask's sigma."""
     return f"{layer.name} ({layer.ops}{f', sigma {layer.sigma}' if layer.sigma else ''})"
 
 

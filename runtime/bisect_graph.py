@@ -69,12 +69,21 @@ class Graph:
                 name
                 for index in inside[module]
                 for name in self.nodes[index].output
-                if name in self.outputs or any(user not in members for user in self.consumers[name])
+                if name in self.outputs or any(user not in members for user in self._users(name))
             ]
             if len(leaving) == calls.get(module, 0):
                 for call, name in enumerate(leaving):
                     found.setdefault(name, Match(name, module, call))
         return self.in_order(found.values())
+
+    def _users(self, name: str) -> Iterable[int]:
+        """The nodes that use a tensor; through casts and Q/DQ, which converters put between modules, in none."""
+        for index in self.consumers[name]:
+            node = self.nodes[index]
+            if node.op_type in _CONVERTING and not self.scopes[index]:
+                yield from (user for output in node.output for user in self._users(output))
+            else:
+                yield index
 
     def layer_outputs(self) -> list[tuple[str, str]]:
         """Layer and output tensor of each node whose weight still carries its layer's name, in order."""
@@ -123,25 +132,40 @@ class Graph:
                 names += [name.rsplit(".weight", 1)[0] for name in sources[:1]]
         return names
 
+    def weight_precision(self, nodes: Sequence[int]) -> str:
+        """The type that the first weight of these nodes is stored in: "int8", "fp8", ...; "" where there is none."""
+        for index in nodes:
+            node = self.nodes[index]
+            if node.op_type in _WEIGHTED:
+                for name in (name for given in node.input[:2] for name in self._initializer(given)):
+                    return _stored(self.initializers[name].data_type)
+        return ""
+
     def ops(self, nodes: Sequence[int]) -> str:
         """Operator names, for a table: "Conv", "Add, Relu"."""
         return ", ".join(dict.fromkeys(self.nodes[index].op_type for index in nodes))
 
-    def showing(self, tensors: Sequence[str], *, given: bool) -> bytes:
+    def showing(self, tensors: Sequence[str], *, given: bool, exact_activations: bool = False) -> bytes:
         """The model with `tensors` among its outputs as float32, named `<tensor>__shown`.
 
         With `given`, whatever consumes one of them takes an input `<tensor>__given` (float32) in its place: each layer
-        is computed from the reference's values, and shows its own error alone.
+        is computed from the reference's values, and shows its own error alone. With `exact_activations`, tensors pass
+        through their Q/DQ pairs unchanged: of a quantized layer's error, what its weights and bias make remains.
         """
         onnx = require("onnx", "export")
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         graph, wanted, nodes = model.graph, set(tensors), []
+        rectified = self.rectified() if exact_activations else set()
         for node in self.nodes:
             copy = onnx.NodeProto()
             copy.CopyFrom(node)
             if given:
                 copy.input[:] = [name + _USED if name in wanted else name for name in node.input]
+            if exact_activations and (source := self._quantized_activation(node)) is not None:
+                op = "Relu" if source in rectified else "Identity"
+                source = source + _USED if given and source in wanted else source
+                copy = onnx.helper.make_node(op, [source], list(node.output))
             nodes.append(copy)
             for name in (name for name in node.output if name in wanted):
                 nodes.append(onnx.helper.make_node("Cast", [name], [name + _SHOWN], to=onnx.TensorProto.FLOAT))
@@ -156,16 +180,24 @@ class Graph:
         return bytes(model.SerializeToString())
 
     def run(
-        self, tensors: Sequence[str], feeds: Mapping[str, Array], given: Mapping[str, Array] | None = None
+        self,
+        tensors: Sequence[str],
+        feeds: Mapping[str, Array],
+        given: Mapping[str, Array] | None = None,
+        *,
+        exact_activations: bool = False,
     ) -> dict[str, Array]:
-        """The values of `tensors`, float32, without ONNX Runtime's rewrites; from `given` values if there are any."""
+        """The values of `tensors`, float32, without ONNX Runtime's rewrites; from `given` values if there are any.
+
+        `exact_activations`: see `showing`.
+        """
         from runtime.runners.onnxruntime import run_bytes
 
         every = dict(feeds)
         for name in tensors if given is not None else ():
             assert given is not None
             every[name + _GIVEN] = np.ascontiguousarray(given[name], dtype=np.float32)
-        model = self.showing(tensors, given=given is not None)
+        model = self.showing(tensors, given=given is not None, exact_activations=exact_activations)
         shown = run_bytes(model, self.path, [name + _SHOWN for name in tensors], every)
         return {name.removesuffix(_SHOWN): value for name, value in shown.items()}
 
@@ -175,6 +207,31 @@ class Graph:
 
     def _weighted(self) -> list[tuple[str, str]]:
         return [(node.op_type, node.output[0]) for node in self.nodes if node.op_type in _WEIGHTED]
+
+    def rectified(self) -> set[str]:
+        """Tensors that are only read through a QuantizeLinear whose lowest level is 0.
+
+        It does the work of a ReLU, which ONNX Runtime's quantizer leaves out before it.
+        """
+        onnx = require("onnx", "export")
+        zeros = {}
+        for name, tensor in self.initializers.items():
+            if tensor.data_type == onnx.TensorProto.UINT8 and not tensor.dims and not tensor.external_data:
+                zeros[name] = int(onnx.numpy_helper.to_array(tensor)) == 0
+        users = {name: [self.nodes[index] for index in found] for name, found in self.consumers.items()}
+        return {
+            name
+            for name, nodes in users.items()
+            if name in self.producer and all(n.op_type == "QuantizeLinear" and zeros.get(n.input[2]) for n in nodes)
+        }
+
+    def _quantized_activation(self, node: onnx.NodeProto) -> str | None:
+        """The tensor that a DequantizeLinear gives back, if it is one quantized at run time; None for a weight."""
+        before = self.producer.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if before is None or self.nodes[before].op_type != "QuantizeLinear":
+            return None
+        source: str = self.nodes[before].input[0]
+        return None if self._initializer(source) else source
 
     def _initializer(self, name: str, depth: int = 4) -> list[str]:
         """The initializer that `name` is, or is made from by Q/DQ, casts and reshapes alone."""
@@ -186,7 +243,17 @@ class Graph:
         return self._initializer(self.nodes[index].input[0], depth - 1)
 
 
+_CONVERTING = frozenset({"QuantizeLinear", "DequantizeLinear", "Cast"})
 _UNWRAPPED = frozenset({"QuantizeLinear", "DequantizeLinear", "Cast", "Transpose", "Reshape", "Identity"})
+
+
+def _stored(data_type: int) -> str:
+    import onnx
+
+    kinds = onnx.TensorProto
+    names: dict[int, str] = {kinds.FLOAT16: "fp16", kinds.BFLOAT16: "bf16", kinds.INT8: "int8", kinds.UINT8: "int8"}
+    names |= dict.fromkeys((kinds.FLOAT8E4M3FN, kinds.FLOAT8E5M2), "fp8")
+    return names.get(data_type, "fp32")
 
 
 def graph_precision(path: Path) -> str | None:
