@@ -77,7 +77,7 @@ def to_onnx(
     except Exception as error:  # the exporter raises its own types, torch.export's and plain ones
         raise RefusedError(_why_not(error, axes)) from error
     if program is None:
-        raise RefusedError("the exporter returned no program; run again with -v to see what it printed")
+        raise RefusedError("the exporter returned no program; what it printed, above unless -q, says why")
     graph_model = program.model
     written = graph_model.opset_imports.get("", 0)
     if written != opset:
@@ -94,7 +94,7 @@ def _why_not(error: Exception, axes: Axes) -> str:
         chain.append(chain[-1].__cause__)
     lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()]
     reason = (lines[0] if lines else type(error).__name__)[:300]
-    advice = "run again with -v for the exporter's own report"
+    advice = "the exporter's own report, above unless -q, says more"
     marks = ("constraint", "specializ", "user-specified ranges")
     if any(mark in str(link).lower() for link in chain for mark in marks):
         what = "batch, height or width" if axes.hw else "batch"

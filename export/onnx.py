@@ -103,7 +103,7 @@ def main(checkpoint: Path, output: Path | None, as_json: bool, quiet: bool, verb
 
     def note(text: str) -> None:
         if verbose or not text.startswith("[exporter]"):
-            console.print(text, style="dim", markup=False, highlight=False)
+            console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
     manifest = export_onnx(checkpoint, output, options, note=note)
     if as_json:

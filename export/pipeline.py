@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -99,7 +101,7 @@ def export_onnx(
         gmconv.errors.CheckpointError, BakeError: the checkpoint was refused.
         ParityError: ONNX Runtime does not compute what the network as trained computes.
     """
-    from export.verify import ReferenceProcess
+    from export.verify import ReferenceProcess, is_large
     from runtime.manifest import read_manifest, staged
 
     options = options or ExportOptions()
@@ -109,10 +111,17 @@ def export_onnx(
 
         loaded = gmconv.load_checkpoint(checkpoint, **options.load_options)
         cases = comparison_cases(loaded, options)
-        reference.start(checkpoint, options.load_options, options.output_names, cases)
+        start = partial(reference.start, checkpoint, options.load_options, options.output_names, cases)
+        beside = not is_large(loaded.model)
+        if beside:
+            start()
         name = output.name if options.precisions[0] == "fp32" else f".fp32.{output.name}"
         exported = _write_fp32(loaded, cases, folder / name, options, note)
         del loaded  # ONNX Runtime is about to need as much memory again
+        if not beside:
+            gc.collect()  # the exporter leaves cycles
+            note("running the network as trained")
+            start()
         note("running ONNX Runtime and comparing")
         proof = _prove(exported, cases, reference.result(), options)
         manifest = _manifest(checkpoint, exported, proof, options)
@@ -134,6 +143,7 @@ def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: Expo
     cropped = run_torch(model, cases, names) if crop else None
     note("exporting to ONNX")
     log = file.with_name("exporter.log")
+    said = "[exporter]"
     try:
         exported = graph.to_onnx(
             model,
@@ -144,18 +154,24 @@ def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: Expo
             opset=options.opset,
             log=log,
         )
+    except RefusedError:
+        said = "the exporter said:"
+        raise
     finally:
-        chatter = log.read_text(errors="replace") if log.exists() else ""
-        if chatter.strip():
-            note(f"[exporter] {chatter.strip()}")
+        chatter = log.read_text(errors="replace").strip() if log.exists() else ""
+        if chatter:
+            note(f"{said} {chatter}")
     log.unlink(missing_ok=True)
     graph.require_no_mask(exported, graph.convolutions(model))
     inputs, outputs = graph.specs(exported)
+    operators = graph.operator_histogram(exported)
     _save(exported, file, options)
+    for value in exported.graph.initializers.values():
+        value.const_value = None  # onnxscript's rewrite rules are globals that keep the last graph they saw
     import torch
 
     facts = replace(loaded, model=torch.nn.Identity())
-    return _Exported(file, facts, inputs, outputs, graph.operator_histogram(exported), baked, crop, cropped)
+    return _Exported(file, facts, inputs, outputs, operators, baked, crop, cropped)
 
 
 def _crop(

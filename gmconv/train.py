@@ -109,6 +109,7 @@ def main(output: Path, plain: bool, as_json: bool, quiet: bool, **values: Any) -
         options = TrainOptions(gmconv=not plain, **values)
         result = _train_with_progress(options, output, quiet)
     except KeyboardInterrupt as error:
+        exec("")  # else CPython exits by SIGINT where the interrupt left an exec of a string
         raise Interrupted(f"interrupted; the best epoch that finished, if any did, is in {output}") from error
     _report(options, output, result, time.perf_counter() - started, as_json)
 

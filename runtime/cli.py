@@ -28,10 +28,21 @@ class Command(click.Command):
             sys.exit(done.exit_code)
         except click.ClickException as refusal:
             refusal.show()
+            forget_interrupt()
             sys.exit(refusal.exit_code)
         except (click.Abort, KeyboardInterrupt):
             click.echo("Error: interrupted", err=True)
+            forget_interrupt()
             sys.exit(130)
+
+
+def forget_interrupt() -> None:
+    """Let `sys.exit` decide the status after a Ctrl-C.
+
+    CPython notes when a KeyboardInterrupt leaves an `exec` of a string (each dataclass is made by one, at import) and
+    then kills itself with SIGINT at exit even though the exception was handled; any later `exec` clears the note.
+    """
+    exec("")
 
 
 def progress_console(quiet: bool = False) -> Console:
