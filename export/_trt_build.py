@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from export import _trt_layers, _trt_profiles
 from export._trt_checks import GraphFacts, read_graph
-from export._trt_process import BuilderFailedError, BuilderProcess, Progress, rephrase
+from export._trt_process import BuilderFailedError, BuilderProcess, Progress
 from export._trt_profiles import ProfileRequest
+from export._trt_rephrase import rephrase
 from runtime import cuda, trt
 from runtime.errors import BuildError, RefusedError, UnavailableError
 from runtime.manifest import (
@@ -67,18 +69,18 @@ def build_engine(
 
     Raises RefusedError (the ONNX file, a profile or the output path), BuildError (TensorRT gave up, or made another
     precision than asked for), ParityError (the engine differs from its source) or UnavailableError (no builder here).
-    `process` is a builder process already started for the same flavor; the caller closes it.
+    `process` is a builder process already started; the caller closes it.
     """
     flavor, why = trt.choose_flavor(options.flavor)
     _refuse_options(flavor, options)
     with contextlib.ExitStack() as stack:
         # The native parser and builder have a process of their own, so the checks run beside it, not before it.
-        worker = process or stack.enter_context(BuilderProcess(flavor, verbose=options.verbose))
+        worker = process or stack.enter_context(BuilderProcess())
         folder = stack.enter_context(staged(output))
         # On a failure it must not write into the folder that `staged` is about to remove.
         stack.push(lambda kind, error, trace: worker.stop() if kind else None)
         plan = folder / output.name
-        worker.send(_request(onnx_path, plan, flavor, options))
+        worker.send(_request(onnx_path, plan, output, flavor, options))
         # A file with a manifest is byte for byte the one that the exporter checked; any other is checked here.
         source = find_manifest(onnx_path)
         facts = GraphFacts(source.inputs, source.outputs, {}) if source else read_graph(onnx_path)
@@ -119,10 +121,14 @@ def _refuse_options(flavor: trt.Flavor, options: BuildOptions) -> None:
             raise RefusedError(f"--log {options.log}: cannot be written ({error.strerror})") from error
 
 
-def _request(onnx_path: Path, plan: Path, flavor: trt.Flavor, options: BuildOptions) -> dict[str, Any]:
+def _request(onnx_path: Path, plan: Path, output: Path, flavor: trt.Flavor, options: BuildOptions) -> dict[str, Any]:
+    def absolute(path: Path | None) -> str | None:
+        return os.path.abspath(path) if path else None  # noqa: PTH100 (no symlink resolved)
+
     return {
-        "onnx": str(onnx_path),
-        "plan": str(plan),
+        "onnx": absolute(onnx_path),
+        "plan": absolute(plan),
+        "replaces": absolute(output),
         "flavor": flavor,
         "profiles": _trt_profiles.to_json(options.profiles),
         "workspace": options.workspace,
@@ -131,11 +137,11 @@ def _request(onnx_path: Path, plan: Path, flavor: trt.Flavor, options: BuildOpti
         "compute_capabilities": list(options.compute_capabilities),
         "hardware_compatibility": options.hardware_compatibility,
         "version_compatible": options.version_compatible,
-        "timing_cache": str(options.timing_cache) if options.timing_cache else None,
+        "timing_cache": absolute(options.timing_cache),
         "profiling_verbosity": options.profiling_verbosity,
         "strip": options.strip,
         "refit": options.refit,
-        "log": str(options.log) if options.log else None,
+        "log": absolute(options.log),
         "verbose": options.verbose,
     }
 

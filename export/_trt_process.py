@@ -1,4 +1,7 @@
-"""Runs the builder in its own process and turns how it ends into this project's errors."""
+"""Runs the builder in its own process.
+
+Imports nothing that takes long: `python -m export.tensorrt` starts the process first and loads itself meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -9,45 +12,32 @@ import queue
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
-from runtime.errors import BuildError, RefusedError, UnavailableError
-
 Progress = Callable[[str, int, int], None]
-_ORIGINAL_LINES = 12
-# What TensorRT says when it gives up, and what helps.
-_KNOWN = (
-    (
-        ("insufficient workspace", "workspace", "could not find any implementation", "no implementation"),
-        "no kernel fits the workspace, or none exists for these shapes and types; raise --workspace or lower --max",
-    ),
-    (("out of memory", "outofmemory", "bad_alloc", "cudaerrormemory"), "memory ran out; lower --max or --workspace"),
-    (
-        ("compute capability", "turing", "unsupported sm"),
-        "this GPU generation is not supported for that; change --compute-capability",
-    ),
-)
-_ERRORS = {kind.exit_code: kind for kind in (RefusedError, BuildError, UnavailableError)}
-
-
-_LIBC = ctypes.CDLL(None)  # loaded before the fork: the child may only call
 _ADDR_NO_RANDOMIZE = 0x0040000  # personality(2)
+_ASK = 0xFFFFFFFF
 
 
-def _fix_addresses() -> None:
-    """Builds repeat their bytes more often without address randomisation in the builder's process.
+@contextmanager
+def _fixed_addresses() -> Iterator[None]:
+    """What this thread starts in here has no address randomisation: builds repeat their bytes then.
 
-    TensorRT-RTX numbers its intermediate tensors in an order that follows pointers: on ResNet-50 two builds differ in
-    some fifty digits of those names, with the raw API too. Small networks repeat exactly. Where a sandbox forbids the
-    call, nothing else changes.
+    TensorRT-RTX numbers its intermediate tensors in an order that follows pointers: with the raw API too, two builds
+    of ResNet-50 differ in some fifty digits of those names. Where a sandbox forbids the call, nothing else changes.
     """
-    if sys.platform == "linux":
-        _LIBC.personality(_ADDR_NO_RANDOMIZE)
+    personality = ctypes.CDLL(None).personality
+    personality.argtypes = [ctypes.c_ulong]
+    before = personality(_ASK)
+    personality(before | _ADDR_NO_RANDOMIZE if before >= 0 else _ASK)
+    try:
+        yield
+    finally:
+        personality(before if before >= 0 else _ASK)
 
 
 class BuilderFailedError(Exception):
@@ -61,52 +51,31 @@ class BuilderFailedError(Exception):
         self.nodes = nodes
 
 
-def rephrase(
-    failure: BuilderFailedError, path: Path, where: Callable[[str], str], title: str
-) -> RefusedError | BuildError | UnavailableError:
-    """One sentence about `path` for what the builder said, its own words below; `where` names a node's module."""
-    sentence = f"{path}: {_sentence(failure, where, title)}"
-    original = [line for text in failure.log for line in text.splitlines() if line.strip()][:_ORIGINAL_LINES]
-    below = "".join(f"\n  | {line.rstrip()}" for line in original)
-    return _ERRORS.get(failure.exit_code, BuildError)(sentence + (f"\n{title} said:{below}" if below else ""))
-
-
-def _sentence(failure: BuilderFailedError, where: Callable[[str], str], title: str) -> str:
-    if failure.nodes:
-        listed = "; ".join(
-            f"{where(n['node']) if n['node'] else 'the model'}{', a ' + n['op'] if n['op'] else ''}"
-            for n in failure.nodes
-        )
-        return f"{title} has no implementation for {listed}: replace it in the model, or use ONNX Runtime"
-    said = " ".join(failure.log).lower()
-    for words, advice in _KNOWN:
-        if any(word in said for word in words):
-            return f"{failure.message}: {advice}"
-    return failure.message
-
-
 class BuilderProcess:
     """One build in a child process; a context manager that leaves no process behind, whatever happens."""
 
-    def __init__(self, flavor: str, *, verbose: bool = False) -> None:
+    def __init__(self) -> None:
         """Start at once: the process loads TensorRT while the caller finds out what to build."""
         self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        self._stderr = None if verbose else tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
+        self._stderr = os.fdopen(os.memfd_create("builder"), "w+b")
         read, write = os.pipe()
-        root = str(Path(__file__).resolve().parents[1])
+        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120 (pathlib is slow)
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
+        # One malloc arena for all threads would make addresses depend on their timing.
+        inherited = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "export._trt_worker", str(write), flavor],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=self._stderr,
-                pass_fds=(write,),
-                env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"},
-                preexec_fn=_fix_addresses,
-            )
+            with _fixed_addresses():
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "export._trt_worker", str(write)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=self._stderr,
+                    pass_fds=(write,),
+                    env={**inherited, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
+                )
         except BaseException:
             os.close(read)
+            self._stderr.close()
             raise
         finally:
             os.close(write)
@@ -150,9 +119,14 @@ class BuilderProcess:
             if "error" in message:
                 error = message["error"]
                 raise BuilderFailedError(error["message"], error["exit"], error["log"], error["nodes"])
+            if "log" in message:
+                sys.stderr.write(message["log"])
+                continue
             phase = message["phase"]
             if progress:
                 progress(phase, message["done"], message["of"])
+        from runtime.errors import BuildError
+
         raise BuilderFailedError(self._death(phase), BuildError.exit_code, self._last_words(), [])
 
     def _death(self, phase: str) -> str:
@@ -166,8 +140,6 @@ class BuilderProcess:
         return f"TensorRT's process ended with exit code {status} in phase {phase!r}"
 
     def _last_words(self) -> list[str]:
-        if self._stderr is None:
-            return []
         self._stderr.seek(0)
         return self._stderr.read().decode(errors="replace").splitlines()[-20:]
 
@@ -180,8 +152,7 @@ class BuilderProcess:
         if self._process.stdin and not self._process.stdin.closed:
             self._process.stdin.close()
         self.stop()
-        if self._stderr:
-            self._stderr.close()
+        self._stderr.close()
 
     def stop(self) -> None:
         """End the process, whatever it is doing, and wait until it is gone; idempotent."""

@@ -1,4 +1,4 @@
-"""The process that holds TensorRT's builder: `python -m export._trt_worker FD FLAVOR`, request as JSON on stdin.
+"""The process that holds TensorRT's builder: `python -m export._trt_worker FD`, the request as JSON on stdin.
 
 The native library stays out of the user's process: whatever kills it (bad bytes, a compiler crash, the memory limit,
 Ctrl-C in the middle of a long native call) ends this process alone, and its peak memory is the build's. Messages go
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
+import gc
 import json
 import os
 import resource
@@ -17,13 +17,14 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
-from export import _trt_cache, _trt_profiles
+from export import _trt_profiles, _trt_write
 from runtime import trt
 from runtime.cuda import driver_problem
 from runtime.errors import BuildError, RefusedError, UnavailableError
@@ -31,29 +32,52 @@ from runtime.errors import BuildError, RefusedError, UnavailableError
 Emit = Callable[[dict[str, Any]], None]
 _PR_SET_PDEATHSIG = 1  # Linux: a killed parent takes this process with it
 _PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float8_e4m3fn": "fp8"}
-# The record in which the builder lists the layers of the engine it made.
-LAYER_LIST = ("Layers:", "Engine Layer Information:")
 
 
 def main() -> None:
     """Read one request, build, report; never a traceback for an expected failure."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    trt.quiet_native_output()
     with os.fdopen(int(sys.argv[1]), "w", buffering=1) as pipe:
-        turn = threading.Lock()  # the builder reports progress from several threads
+        turn = threading.Lock()  # the builder may report progress from several threads
 
         def emit(message: dict[str, Any]) -> None:
             with turn:
                 pipe.write(json.dumps(message) + "\n")
 
-        trt.quiet_native_output()
-        with contextlib.suppress(UnavailableError):
-            trt.api(cast(trt.Flavor, sys.argv[2]))  # load it while the request is being written
-        request = json.load(sys.stdin)
+        preload()
+        text = sys.stdin.read()
+        if not text:
+            return  # the parent had nothing to build
+        # A thread has a heap of its own, at the same address whatever this process allocated before: the lengths of
+        # paths and of the environment do not reach the order in which TensorRT walks its pointers. No collection
+        # moves anything there, and no other thread runs.
+        gc.disable()
+        thread = threading.Thread(target=serve, args=(json.loads(text), emit))
+        thread.start()
+        thread.join()
+
+
+def serve(request: Mapping[str, Any], emit: Emit) -> None:
+    """Build, report; a bug ends the process with its traceback."""
+    try:
         try:
             emit({"result": build(request, emit)})
         except BuildFailure as failure:
             emit({"error": failure.to_dict()})
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def preload() -> None:
+    """Load TensorRT while the request is being written, where it is clear which."""
+    found = [flavor for flavor in trt.MODULES if trt.installed(flavor)]
+    if len(found) == 1:
+        with contextlib.suppress(UnavailableError):
+            trt.api(found[0])
 
 
 class NodesRefusedError(RefusedError):
@@ -89,7 +113,7 @@ def build(request: Mapping[str, Any], emit: Emit, api: ModuleType | None = None)
     lines: list[str] = []
     try:
         api = api or trt.api(request["flavor"])
-        log = trt.Log(api, _sink(log_file, request.get("verbose", False)))
+        log = trt.Log(api, _sink(log_file, emit if request.get("verbose") else None))
         try:
             return _build(api, log, request, emit)
         finally:
@@ -103,6 +127,11 @@ def build(request: Mapping[str, Any], emit: Emit, api: ModuleType | None = None)
 
 def _build(api: ModuleType, log: trt.Log, request: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     started = time.perf_counter()
+    # TensorRT keeps the path that it is given: a bare name has the same length wherever the file lies.
+    folder, name = os.path.split(request["onnx"])
+    with contextlib.suppress(OSError):  # a path that is not there is the parser's to refuse
+        os.chdir(folder)
+        request = {**request, "onnx": name}
     builder: trt.Builder | None = api.Builder(log.logger)
     if builder is None:
         raise UnavailableError(f"TensorRT's builder does not start: {'; '.join(log.errors()) or 'no reason given'}")
@@ -113,7 +142,11 @@ def _build(api: ModuleType, log: trt.Log, request: Mapping[str, Any], emit: Emit
     configure(api, config, request)
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     profiles = add_profiles(builder, config, inputs, request)
-    cache = _trt_cache.attach(api, config, request.get("timing_cache"))
+    cache = None
+    if request.get("timing_cache"):
+        from export import _trt_cache
+
+        cache = _trt_cache.attach(api, config, request["timing_cache"])
     monitor = progress_monitor(api, emit)
     config.progress_monitor = monitor
     emit({"phase": "build", "done": 0, "of": 0})
@@ -123,10 +156,10 @@ def _build(api: ModuleType, log: trt.Log, request: Mapping[str, Any], emit: Emit
     built = time.perf_counter()
     warnings = log.warnings()
     if cache:
-        warnings += cache.warnings
         _trt_cache.save(config, cache)
+        warnings += cache.warnings
     emit({"phase": "write", "done": 0, "of": 0})
-    sha256 = write(serialized, Path(request["plan"]))
+    sha256 = _trt_write.write(serialized, Path(request["plan"]), Path(request["replaces"]))
     outputs = [network.get_output(i) for i in range(network.num_outputs)]
     return {
         "network": described,
@@ -291,50 +324,33 @@ def progress_monitor(api: ModuleType, emit: Emit) -> trt.IProgressMonitor:
     return monitor
 
 
-def write(serialized: trt.IHostMemory, path: Path) -> str:
-    """Write the engine and return its sha256, both at the same time: each is as long as a tenth of the build."""
-    data = memoryview(serialized)
-    sha256 = hashlib.sha256()
-    thread = threading.Thread(target=sha256.update, args=(data,))
-    thread.start()
-    try:
-        with path.open("wb") as stream:
-            stream.write(data)
-    except OSError as error:
-        raise RefusedError(f"the engine cannot be written: {error.strerror}") from error
-    finally:
-        thread.join()
-    return sha256.hexdigest()
-
-
 def layer_list(api: ModuleType, log: trt.Log, serialized: trt.IHostMemory) -> dict[str, str]:
     """The engine's layers as text: the inspector's JSON where there is a driver, else the builder's list."""
-    text = next((r.message for r in reversed(log.records) if r.message.startswith(LAYER_LIST)), "")
     if driver_problem() is None:
         try:
             runtime, engine = trt.deserialize(api, log, memoryview(serialized), "the new engine")
         except UnavailableError:
-            return {"log": text}  # an engine for other GPUs than this one
+            return {"log": log.layers}  # an engine for other GPUs than this one
         inspected = trt.inspect_engine(api, engine)
         del engine, runtime
-        return {"log": text, "inspector": inspected}
-    return {"log": text}
+        return {"log": log.layers, "inspector": inspected}
+    return {"log": log.layers}
 
 
 def _tensor(tensor: trt.ITensor) -> dict[str, Any]:
     return {"name": tensor.name, "dtype": trt.dtype_name(tensor.dtype), "shape": list(tensor.shape)}
 
 
-def _sink(log_file: TextIO | None, verbose: bool) -> Callable[[trt.LogRecord], None] | None:
-    if log_file is None and not verbose:
+def _sink(log_file: TextIO | None, emit: Emit | None) -> Callable[[trt.LogRecord], None] | None:
+    if log_file is None and emit is None:
         return None
 
     def write_record(record: trt.LogRecord) -> None:
         line = f"[{record.severity}] {record.message}\n"
         if log_file:
             log_file.write(line)
-        if verbose and record.severity != "VERBOSE":
-            sys.stderr.write(line)
+        if emit and record.severity != "VERBOSE":
+            emit({"log": line})
 
     return write_record
 

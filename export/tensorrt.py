@@ -1,31 +1,18 @@
 """`python -m export.tensorrt`: an exported ONNX file (or a checkpoint) becomes a TensorRT engine and its manifest.
 
-The builder's process starts before the rest of this program is loaded: `build_engine` and `BuildOptions` come from
-`export._trt_build` when they are first asked for.
+The builder's process starts before anything else is loaded, so this module holds only that start. The function behind
+it, `build_engine`, and `BuildOptions` come from `export._trt_build` when they are first asked for, the command line
+from `export._trt_cli`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from itertools import zip_longest
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import click
-
-from export._trt_process import BuilderProcess, Progress
-from runtime import trt
-from runtime.cli import Command, print_json
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from export._trt_build import BuildOptions as BuildOptions
     from export._trt_build import build_engine as build_engine
-    from export._trt_profiles import ProfileRequest
-    from runtime.manifest import Manifest
-
-Precision = Literal["fp16", "bf16", "int8", "fp8"]
 
 
 def __getattr__(name: str) -> Any:
@@ -36,202 +23,23 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a checkpoint rather than an ONNX file: by its suffix, else torch writes zip archives."""
-    if path.suffix.lower() in (".pt", ".pth", ".ckpt", ".safetensors"):
-        return True
-    import zipfile
+def run() -> None:
+    """The command: its process first, unless it is only asked for its flags."""
+    if len(sys.argv) < 2 or "--help" in sys.argv:
+        from export._trt_cli import main
 
-    return path.suffix.lower() != ".onnx" and path.is_file() and zipfile.is_zipfile(path)
-
-
-def prepare(
-    model: Path, output: Path, precision: Precision | None, calibration: str | None, note: Callable[[str], None]
-) -> Path:
-    """The ONNX file to build: `model` itself, or what `export.onnx` and `export.precision` make of it beside `output`.
-
-    Raises what those two raise.
-    """
-    onnx_path = model
-    if is_checkpoint(model):
-        from export.onnx import export_onnx
-
-        onnx_path = output.with_suffix(".onnx")
-        if precision is not None:
-            onnx_path = output.with_name(f"{output.stem.removesuffix('.' + precision)}.onnx")
-        note(f"exporting {model} to {onnx_path}")
-        export_onnx(model, onnx_path, note=note)
-    if precision is not None:
-        from export.precision import PrecisionOptions, convert_precision
-
-        converted = output.with_name(f"{onnx_path.stem}.{precision}.onnx")
-        note(f"converting {onnx_path} to {precision}: {converted}")
-        convert_precision(onnx_path, converted, precision, PrecisionOptions(calibration=calibration))
-        onnx_path = converted
-    return onnx_path
-
-
-def parity_line(manifest: Manifest) -> str:
-    """The last line of the command: what parity says, or that it was not run and why."""
-    parity = manifest.parity or {}
-    return f"parity: {parity.get('result', parity)}"
-
-
-def summary(output: Path, manifest: Manifest) -> list[str]:
-    """What was built, in lines for a terminal."""
-    build = manifest.build
-    layers = build["layers"]
-    histogram = ", ".join(f"{count} {name}" for name, count in manifest.precision_found.items()) or "not read back"
-    lines = [
-        f"{output}: {manifest.artefact.bytes / 2**20:.1f} MiB, sha256 {manifest.artefact.sha256[:12]}…, "
-        f"built in {build['seconds']['build']:.1f} s with {build['peak_memory'] / 2**20:.0f} MiB",
-        f"asked for {manifest.precision}; {layers['total']} layers: {histogram}",
-        f"{layers['convolutions']} convolutions, {layers['fused_epilogues']} with a fused epilogue, "
-        f"{layers['mask_multiplications']} mask multiplications",
-    ]
-    for number, profile in enumerate(manifest.profiles):
-        for name, shape in profile.items():
-            sides = ", ".join(f"{side} {'x'.join(map(str, getattr(shape, side)))}" for side in ("min", "opt", "max"))
-            lines.append(f"profile {number}: {name} {sides}")
-    lines += [f"warning: {text}" for text in build["warnings"]]
-    return lines
-
-
-@contextlib.contextmanager
-def progress_bar(quiet: bool) -> Iterator[Progress | None]:
-    """A bar on stderr for a person who watches; nothing otherwise."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.progress import Progress as Bar
-
-    from runtime.cli import progress_console
-
-    with Bar(console=progress_console(), transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def show(phase: str, done: int, of: int) -> None:
-            bar.update(task, description=phase, completed=done, total=of or None)
-
-        yield show
-
-
-def _profiles(
-    low: tuple[int, ...],
-    opt: tuple[int, ...],
-    high: tuple[int, ...],
-    min_shapes: tuple[str, ...],
-    opt_shapes: tuple[str, ...],
-    max_shapes: tuple[str, ...],
-) -> tuple[ProfileRequest, ...]:
-    """One request per repetition of the flags, in order: first the batch ranges, then the full shapes."""
-    from export import _trt_profiles
-
+        main()
     try:
-        batches = [_trt_profiles.batch_request(*sides) for sides in zip_longest(low, opt, high)]
-        shapes = [_trt_profiles.shapes_request(*sides) for sides in zip_longest(min_shapes, opt_shapes, max_shapes)]
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
-    return (*batches, *shapes)
+        from export._trt_process import BuilderProcess
 
+        with BuilderProcess() as process:
+            from export._trt_cli import main
 
-def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
-    parts = tuple(part.strip() for part in (value or "").split(",") if part.strip())
-    for part in parts:
-        major, dot, minor = part.partition(".")
-        if not (dot and major.isdigit() and minor.isdigit()):
-            raise click.BadParameter(f"{part!r}: write compute capabilities as 8.9,12.0")
-    return tuple(dict.fromkeys(parts))
-
-
-@click.command(cls=Command)
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL with the suffix .plan.")
-@click.option("--flavor", type=click.Choice(["auto", "tensorrt", "rtx"]), default="auto", show_default=True)
-@click.option(
-    "--precision",
-    type=click.Choice(["fp16", "bf16", "int8", "fp8"]),
-    help="Convert the ONNX file first (export.precision).",
-)
-@click.option("--calibration", metavar="DIR|FILE.npz|digits", help="Images for --precision int8 and fp8.")
-@click.option("--min", "low", type=int, multiple=True, help="Smallest batch. Repeat for several profiles.")
-@click.option("--opt", type=int, multiple=True, help="Batch to tune for.")
-@click.option("--max", "high", type=int, multiple=True, help="Largest batch.")
-@click.option("--minShapes", "min_shapes", multiple=True, metavar="NAME:1x3x224x224", help="Full shapes, as trtexec.")
-@click.option("--optShapes", "opt_shapes", multiple=True, metavar="NAME:8x3x224x224")
-@click.option("--maxShapes", "max_shapes", multiple=True, metavar="NAME:32x3x224x224")
-@click.option("--workspace", type=click.FloatRange(min=0, min_open=True), metavar="MIB", help="Scratch memory limit.")
-@click.option("--builder-optimization-level", "optimization_level", type=click.IntRange(0, 5))
-@click.option("--tf32/--no-tf32", default=False, show_default=True, help="Off: parity first.")
-@click.option("--compute-capability", "compute_capabilities", callback=_capabilities, metavar="8.9,12.0", help="RTX.")
-@click.option(
-    "--hardware-compatibility",
-    type=click.Choice(["none", "ampere-plus", "same-compute-capability"]),
-    default="none",
-    show_default=True,
-    help="TensorRT: other GPUs that the engine may run on.",
-)
-@click.option("--version-compatible", is_flag=True, help="Let later versions of TensorRT load it.")
-@click.option("--timing-cache", type=click.Path(path_type=Path), metavar="DIR", help="Keep kernel timings there.")
-@click.option(
-    "--profiling-verbosity",
-    type=click.Choice(["detailed", "layer-names", "none"]),
-    default="detailed",
-    show_default=True,
-    help="Less than detailed leaves nothing to read precision back from.",
-)
-@click.option("--strip", is_flag=True, help="Leave the weights out (needs a GPU).")
-@click.option("--refit", is_flag=True, help="Allow weights to be replaced (needs a GPU).")
-@click.option("--verify/--no-verify", default=True, show_default=True, help="Parity and a short benchmark on the GPU.")
-@click.option("--log", type=click.Path(path_type=Path), help="Write TensorRT's whole log there.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-@click.option("-v", "--verbose", is_flag=True, help="Show TensorRT's log on stderr.")
-def main(
-    model: Path,
-    output: Path | None,
-    precision: Precision | None,
-    calibration: str | None,
-    low: tuple[int, ...],
-    opt: tuple[int, ...],
-    high: tuple[int, ...],
-    min_shapes: tuple[str, ...],
-    opt_shapes: tuple[str, ...],
-    max_shapes: tuple[str, ...],
-    as_json: bool,
-    **flags: Any,
-) -> None:
-    """Build MODEL, an ONNX file or a checkpoint, into a TensorRT engine with a manifest beside it."""
-
-    def note(text: str) -> None:
-        click.echo(text, err=True)
-
-    if calibration is not None and precision not in ("int8", "fp8"):
-        raise click.UsageError("--calibration goes with --precision int8 or fp8")
-    flavor, why = trt.choose_flavor(flags["flavor"])
-    with BuilderProcess(flavor, verbose=flags["verbose"]) as process:
-        from export._trt_build import BuildOptions, build_engine
-
-        options = BuildOptions(
-            profiles=_profiles(low, opt, high, min_shapes, opt_shapes, max_shapes),
-            checkpoint=model if is_checkpoint(model) else None,
-            **flags,
-        )
-        output = output or model.with_name(model.stem + (f".{precision}" if precision else "") + ".plan")
-        if output.resolve() == model.resolve():
-            raise click.UsageError(f"-o {output} is the model itself: name another file")
-        note(f"flavor {flavor} ({trt.TITLES[flavor]}): {why}")
-        onnx_path = prepare(model, output, precision, calibration, note)
-        with progress_bar(quiet=as_json or options.verbose) as progress:
-            manifest = build_engine(onnx_path, output, options, progress=progress, process=process)
-    if as_json:
-        import msgspec
-
-        print_json(msgspec.to_builtins(manifest))
-        return
-    for line in summary(output, manifest):
-        click.echo(line)
-    click.echo(parity_line(manifest))
+            main(obj=process)
+    except KeyboardInterrupt:  # before `main` could say the same
+        sys.stderr.write("Error: interrupted\n")
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -117,6 +118,12 @@ def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"]) -> tuple[Flavor, st
     return "rtx", f"TensorRT cannot build here: {problem}" if installed("tensorrt") else "TensorRT is not installed"
 
 
+_KEPT_RECORDS = 1000
+_KEPT_SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING")
+# How the record begins in which a builder lists, at VERBOSE, the layers of the engine it made.
+_LAYER_LIST = ("Layers:", "Engine Layer Information:")
+
+
 @dataclass(frozen=True, slots=True)
 class LogRecord:
     """One line of TensorRT's log: severity "INTERNAL_ERROR", "ERROR", "WARNING", "INFO" or "VERBOSE"."""
@@ -126,10 +133,15 @@ class LogRecord:
 
 
 class Log:
-    """Collects TensorRT's log. Hand `.logger` to TensorRT; keep this object as long as what was made with it."""
+    """Collects TensorRT's log. Hand `.logger` to TensorRT; keep this object as long as what was made with it.
+
+    Kept are the newest warnings and errors, and the list of the layers that a builder made; the rest, thousands of
+    lines a build and some at every inference, only passes through `sink`.
+    """
 
     def __init__(self, api: ModuleType, sink: Callable[[LogRecord], None] | None = None) -> None:
-        self.records: list[LogRecord] = []
+        self.records: deque[LogRecord] = deque(maxlen=_KEPT_RECORDS)
+        self.layers = ""
         self.sink = sink
         collect = self._add
 
@@ -143,19 +155,21 @@ class Log:
         self.logger: ILogger = Logger()
 
     def _add(self, severity: str, message: str) -> None:
-        record = LogRecord(severity, message)
-        self.records.append(record)
+        if severity in _KEPT_SEVERITIES:
+            self.records.append(LogRecord(severity, message))
+        elif message.startswith(_LAYER_LIST):
+            self.layers = message
         if self.sink:
-            self.sink(record)
+            self.sink(LogRecord(severity, message))
 
     def errors(self) -> list[str]:
         """What went wrong, in TensorRT's words, oldest first, without repeats."""
-        lines = [r.message.strip() for r in self.records if r.severity in ("ERROR", "INTERNAL_ERROR")]
+        lines = [r.message.strip() for r in list(self.records) if r.severity != "WARNING"]
         return list(dict.fromkeys(lines))
 
     def warnings(self) -> list[str]:
         """TensorRT's warnings, oldest first, without repeats."""
-        return list(dict.fromkeys(r.message.strip() for r in self.records if r.severity == "WARNING"))
+        return list(dict.fromkeys(r.message.strip() for r in list(self.records) if r.severity == "WARNING"))
 
 
 def dtype_name(dtype: Any) -> str:

@@ -312,7 +312,7 @@ def test_flavor_choice_says_which_and_why(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_crash_of_the_native_library_is_one_sentence() -> None:
-    with BuilderProcess("rtx") as process:
+    with BuilderProcess() as process:
         os.kill(process.pid, signal.SIGSEGV)
         process.send({})
         with pytest.raises(BuilderFailedError, match="SIGSEGV in phase 'starting'"):
