@@ -133,9 +133,10 @@ class Device:
         """A new stream; `.handle` is what TensorRT takes."""
         return self._driver.Stream()
 
-    def event(self) -> Any:
-        """A new event with timing."""
-        return self._driver.Event()
+    def event(self, *, blocking: bool = False) -> Any:
+        """A new event with timing. A thread that waits for a `blocking` one sleeps instead of spinning."""
+        flags = self._driver.event_flags
+        return self._driver.Event(flags.BLOCKING_SYNC if blocking else flags.DEFAULT)
 
     def page_locked(self, count: int) -> NDArray[np.uint8]:
         """`count` bytes of page-locked host memory."""

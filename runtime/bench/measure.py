@@ -90,7 +90,12 @@ class Prepared:
         self.feeds: dict[str, Array] = make_feeds(runner, options.shapes, options.files, options.seed)
         depth = 2 if options.overlap else 1
         queries = runner.queries(
-            self.feeds, depth, transfers=options.transfers, cuda_graph=options.cuda_graph, streams=options.streams
+            self.feeds,
+            depth,
+            transfers=options.transfers,
+            cuda_graph=options.cuda_graph,
+            streams=options.streams,
+            spin=options.spin,
         )
         self.on_device = queries is not None
         self.lane: Lane
@@ -118,7 +123,7 @@ class Prepared:
             mode |= {
                 "cuda_graph": options.cuda_graph,
                 "data_transfers": options.transfers,
-                "waiting": "as the CUDA driver chooses, usually spinning",
+                "waiting": "spinning, where the CUDA driver sees fit" if options.spin else "blocked",
                 "streams": options.streams,
                 "queries_in_flight": 2 if options.overlap else 1,
             }

@@ -14,7 +14,7 @@ from runtime.bench.timing import LoopOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: Flags about a device's streams, graphs and copies, by parameter name: refused where only the host clock is there.
+#: Flags about a device's streams, graphs, copies and waits, by parameter name: refused where only the host clock is.
 DEVICE_FLAGS = {
     "inf_streams": "--infStreams",
     "streams": "--streams",
@@ -49,6 +49,7 @@ class Options:
     overlap: bool = True
     transfers: bool = False
     cuda_graph: bool = True
+    spin: bool = True
     shapes: Mapping[str, Shape] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
     seed: int = 0
@@ -99,10 +100,6 @@ def collect(context: click.Context, values: Mapping[str, Any]) -> Options:
             raise click.UsageError(f"{DEVICE_FLAGS[one]} and {DEVICE_FLAGS[other]} exclude each other")
     if values["duration"] < 0 and values["duration"] != -1:
         raise click.UsageError("--duration is a number of seconds, or -1 for a run until Ctrl-C")
-    if values["no_spin_wait"]:
-        raise click.UsageError(
-            "--noSpinWait: blocking waits are not served here; the CUDA driver chooses, and spins while cores are free"
-        )
     old = bool(values["trtexec10"])
     return Options(
         loop=LoopOptions(
@@ -116,6 +113,7 @@ def collect(context: click.Context, values: Mapping[str, Any]) -> Options:
         streams=values["streams"] or values["inf_streams"],
         overlap=not values["expose_dma"],
         transfers=values["include_data_transfers"] or (old and not values["no_data_transfers"]),
+        spin=values["use_spin_wait"] or (not old and not values["no_spin_wait"]),
         cuda_graph=values["use_cuda_graph"] or (not old and not values["no_cuda_graph"]),
         shapes=_parsed(parse_shapes, values["shapes"], "--shapes"),
         files=_parsed(parse_files, values["load_inputs"], "--loadInputs"),
@@ -140,8 +138,8 @@ def refuse_device_flags(options: Options, name: str, runner: str) -> None:
     given = [flag for parameter, flag in DEVICE_FLAGS.items() if parameter in options.explicit]
     if given and not (given in (["--infStreams"], ["--streams"]) and options.streams == 1):
         raise click.UsageError(
-            f"{', '.join(given)}: {name} runs through {runner}, which has no device streams, copies or CUDA graphs to "
-            f"set; leave the flag out"
+            f"{', '.join(given)}: {name} runs through {runner}, which has no device streams, copies, waits or "
+            f"CUDA graphs to set; leave the flag out"
         )
 
 
@@ -203,11 +201,11 @@ _DEVICE: list[Callable[[Any], Any]] = [
     _flag("exposeDMA", "expose_dma", "One query at a time on each stream, instead of two in flight."),
     _flag("noDataTransfers", "no_data_transfers", "Leave host-device copies out (default)."),
     _flag("includeDataTransfers", "include_data_transfers", "Time host-device copies too."),
-    _flag("useSpinWait", "use_spin_wait", "Wait as the CUDA driver chooses, usually spinning (default)."),
-    _flag("noSpinWait", "no_spin_wait", "Refused: blocking waits are not served."),
+    _flag("useSpinWait", "use_spin_wait", "Spin while waiting for the device (default)."),
+    _flag("noSpinWait", "no_spin_wait", "Sleep while waiting: fewer CPU cycles, later wake-up."),
     _flag("useCudaGraph", "use_cuda_graph", "Capture a query as a CUDA graph and launch that (default)."),
     _flag("noCudaGraph", "no_cuda_graph", "Enqueue kernel by kernel."),
-    _flag("trtexec10", "trtexec10", "The defaults of trtexec 10: no CUDA graph, with data transfers."),
+    _flag("trtexec10", "trtexec10", "trtexec 10's defaults: no CUDA graph, data transfers, --noSpinWait."),
 ]
 _REPORTING: list[Callable[[Any], Any]] = [
     click.option("--avgRuns", "avg_runs", default=10, show_default=True, type=click.IntRange(min=1)),

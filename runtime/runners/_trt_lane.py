@@ -186,9 +186,12 @@ class Lane:
             self.buffers.download(name, self.stream)
         self.stream.synchronize()
 
-    def query(self, origin: Origin, streams: tuple[Any, Any], *, transfers: bool, cuda_graph: bool) -> EngineQuery:
+    def query(
+        self, origin: Origin, streams: tuple[Any, Any], *, transfers: bool, cuda_graph: bool, spin: bool
+    ) -> EngineQuery:
         """A query on this lane with buffers of its own, filled with the lane's inputs; the lane must be prepared."""
-        query = EngineQuery(self, origin, streams, transfers=transfers, cuda_graph=cuda_graph and self.graphs)
+        graph = cuda_graph and self.graphs
+        query = EngineQuery(self, origin, streams, transfers=transfers, cuda_graph=graph, spin=spin)
         self._queries.append(query)
         query.open()
         return query
@@ -234,7 +237,7 @@ class EngineQuery(Query):
     """A query with CUDA events: uploads, inference and downloads on three streams, so that queries overlap."""
 
     def __init__(
-        self, lane: Lane, origin: Origin, streams: tuple[Any, Any], *, transfers: bool, cuda_graph: bool
+        self, lane: Lane, origin: Origin, streams: tuple[Any, Any], *, transfers: bool, cuda_graph: bool, spin: bool
     ) -> None:
         self._lane = lane
         self._origin = origin
@@ -243,7 +246,7 @@ class EngineQuery(Query):
         self._cuda_graph = cuda_graph
         self._buffers = Buffers(lane.device)
         self._graph: cuda.Graph | None = None
-        self._events = [lane.device.event() for _ in range(6)]
+        self._events = [lane.device.event(blocking=not spin) for _ in range(6)]
         self._enqueued = (0.0, 0.0)
 
     def open(self) -> None:

@@ -72,11 +72,19 @@ class Runner(ABC):
         """Validate `feeds` once; return a call that runs with them and nothing else, for timing on the host clock."""
 
     def queries(
-        self, feeds: Mapping[str, Array], count: int, *, transfers: bool, cuda_graph: bool, streams: int = 1
+        self,
+        feeds: Mapping[str, Array],
+        count: int,
+        *,
+        transfers: bool,
+        cuda_graph: bool,
+        streams: int = 1,
+        spin: bool = True,
     ) -> list[Query] | None:
         """`count` queries on each of `streams` streams, CUDA-event clocks; None: the host clock is all there is.
 
-        In the order to enqueue them: one of each stream in turn.
+        In the order to enqueue them: one of each stream in turn. Without `spin` a thread that waits for a query sleeps
+        (`cudaEventBlockingSync`); with it the driver chooses, and spins while cores are free.
         """
         return None
 

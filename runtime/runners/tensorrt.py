@@ -133,7 +133,14 @@ class TensorRTRunner(Runner):
         return call
 
     def queries(
-        self, feeds: Mapping[str, Array], count: int, *, transfers: bool, cuda_graph: bool, streams: int = 1
+        self,
+        feeds: Mapping[str, Array],
+        count: int,
+        *,
+        transfers: bool,
+        cuda_graph: bool,
+        streams: int = 1,
+        spin: bool = True,
     ) -> list[Query] | None:
         """`count` queries on each of `streams` streams, in the order to enqueue them: one of each stream in turn.
 
@@ -152,7 +159,7 @@ class TensorRTRunner(Runner):
                         # Its own graph is tied to one set of addresses, and so is a context then.
                         lane = self._lane(cuda_graph, lane.stream)
                     self._load(lane, feeds)
-                    turn.append(lane.query(origin, beside, transfers=transfers, cuda_graph=cuda_graph))
+                    turn.append(lane.query(origin, beside, transfers=transfers, cuda_graph=cuda_graph, spin=spin))
         return [query for turn in rounds for query in turn]
 
     def layer_times(self, feeds: Mapping[str, Array], runs: int) -> list[LayerTime] | None:

@@ -127,7 +127,14 @@ class TorchRunner(Runner):
         return bound_on_gpu
 
     def queries(
-        self, feeds: Mapping[str, Array], count: int, *, transfers: bool, cuda_graph: bool, streams: int = 1
+        self,
+        feeds: Mapping[str, Array],
+        count: int,
+        *,
+        transfers: bool,
+        cuda_graph: bool,
+        streams: int = 1,
+        spin: bool = True,
     ) -> list[Query] | None:
         """On a GPU, queries clocked by CUDA events; None on the CPU."""
         if self._device.type != "cuda":
@@ -140,7 +147,7 @@ class TorchRunner(Runner):
         lanes = [self._torch.cuda.Stream(self._device) for _ in range(streams)]
         host = self._torch.from_numpy(feeds[self.inputs[0].name]).pin_memory()
         return [
-            _TorchQuery(self, host, lane, origin, start, transfers=transfers, graph=cuda_graph)
+            _TorchQuery(self, host, lane, origin, start, transfers=transfers, graph=cuda_graph, spin=spin)
             for _ in range(count)
             for lane in lanes
         ]
@@ -343,11 +350,12 @@ class _TorchQuery(Query):
         *,
         transfers: bool,
         graph: bool,
+        spin: bool,
     ) -> None:
         torch = runner._torch
         self._runner, self._host, self._stream, self._transfers = runner, host, stream, transfers
         self._origin, self._origin_s = origin, origin_s
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        self._events = [torch.cuda.Event(enable_timing=True, blocking=not spin) for _ in range(4)]
         self._enqueue = (0.0, 0.0)
         with runner._mode(), torch.cuda.stream(stream):
             self._input = runner._tensor({runner.inputs[0].name: host.numpy()})

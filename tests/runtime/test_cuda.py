@@ -212,6 +212,12 @@ class Driver:
     def pagelocked_empty(self, shape: int, dtype: Any) -> np.ndarray[Any, Any]:
         return np.empty(shape, dtype)
 
+    class event_flags:  # noqa: N801 (pycuda's name)
+        DEFAULT, BLOCKING_SYNC = 0, 1
+
+    def Event(self, flags: int) -> int:
+        return flags
+
 
 @pytest.fixture
 def pycuda(monkeypatch: pytest.MonkeyPatch) -> Calls:
@@ -230,6 +236,11 @@ def test_devices_share_one_primary_context_per_gpu(pycuda: Calls) -> None:
     with first.current(), second.current(), other.current():
         pass
     assert [call[0] for call in pycuda] == ["push"] * 3 + ["pop"] * 3
+
+
+def test_an_event_that_blocks_is_asked_for_as_such(pycuda: Calls) -> None:
+    device = cuda.Device(0)
+    assert (device.event(), device.event(blocking=True)) == (0, 1)
 
 
 def test_the_context_is_popped_when_the_work_fails(pycuda: Calls) -> None:

@@ -80,9 +80,17 @@ class DeviceRunner(HostRunner):
         self.asked: dict[str, Any] = {}
 
     def queries(
-        self, feeds: Mapping[str, Array], count: int, *, transfers: bool, cuda_graph: bool, streams: int = 1
+        self,
+        feeds: Mapping[str, Array],
+        count: int,
+        *,
+        transfers: bool,
+        cuda_graph: bool,
+        streams: int = 1,
+        spin: bool = True,
     ) -> list[Query] | None:
         self.asked = {"count": count, "transfers": transfers, "cuda_graph": cuda_graph, "streams": streams}
+        self.asked["spin"] = spin
         return [ScriptedQuery(self, (stream, query)) for query in range(count) for stream in range(streams)]
 
     def layer_times(self, feeds: Mapping[str, Array], runs: int) -> list[LayerTime] | None:

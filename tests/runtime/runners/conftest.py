@@ -61,8 +61,9 @@ class FakeDevice:
             wait_for_event=lambda event: self.log.append(("wait", handle, event.number)),
         )
 
-    def event(self) -> Any:
+    def event(self, *, blocking: bool = False) -> Any:
         self.need_context()
+        self.log.append(("event", blocking))
         self.handles += 1
         device, number = self, self.handles
 

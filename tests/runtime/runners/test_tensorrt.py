@@ -142,6 +142,17 @@ def test_a_bound_call_only_copies_runs_and_waits(bench: Any) -> None:
         np.testing.assert_array_equal(outputs["logits"], images(2)["input"][:, :2] * 2)
 
 
+@pytest.mark.parametrize("spin", [False, True])
+def test_without_spin_the_waits_of_a_query_are_blocking(bench: Any, spin: bool) -> None:
+    with bench.open() as runner:
+        runner.queries(images(2), 1, transfers=True, cuda_graph=False)
+        bench.log.clear()
+        runner.queries(images(2), 1, transfers=True, cuda_graph=False, spin=spin)
+        blocking = [event[1] for event in bench.log if event[0] == "event"]
+    assert len(blocking) == 1 + 6, "the common zero of the clocks, and the query's own"
+    assert set(blocking[1:]) == {not spin}
+
+
 @pytest.mark.parametrize("transfers", [False, True])
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_queries_have_one_context_per_stream_and_buffers_of_their_own(
