@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Method = Literal["entropy", "percentile", "minmax"]
 Progress = Callable[[int, int], None]
 _BINS = 8192  # over [-limit, limit]
+_CHUNK = 1 << 17  # values counted at a time: their indices stay in the cache
 _LEVELS = 128  # magnitudes an int8 can hold
 
 
@@ -37,14 +38,16 @@ class RangeHistogram:
         self.low, self.high, self.limit = float("inf"), float("-inf"), 0.0
         self.counts = np.zeros(_BINS, np.int64)
 
-    def add(self, values: NDArray[np.float32]) -> None:
-        """Count `values` (any shape, finite)."""
-        self.low = min(self.low, float(values.min()))
-        self.high = max(self.high, float(values.max()))
+    def add(self, values: NDArray[np.float32]) -> bool:
+        """Count `values` (any shape); False, and nothing counted, when one of them is NaN or infinite."""
+        low, high = float(values.min()), float(values.max())
+        if not (np.isfinite(low) and np.isfinite(high)):
+            return False
+        self.low, self.high = min(self.low, low), max(self.high, high)
         peak = max(-self.low, self.high)
         if peak == 0:
             self.counts[_BINS // 2] += values.size
-            return
+            return True
         if self.limit == 0:
             zeros = self.counts[_BINS // 2]
             self.limit = float(2.0 ** max(np.ceil(np.log2(peak)), -100))  # bins of subnormals would overflow
@@ -56,11 +59,12 @@ class RangeHistogram:
             self.counts[_BINS // 4 : _BINS // 4 + _BINS // 2] = merged
             self.limit *= 2
         flat = values.reshape(-1)
-        for start in range(0, flat.size, 1 << 20):
-            chunk = flat[start : start + (1 << 20)]
+        for start in range(0, flat.size, _CHUNK):
+            chunk = flat[start : start + _CHUNK]
             index = (chunk * np.float32(_BINS / (2 * self.limit)) + np.float32(_BINS / 2)).astype(np.intp)
             np.minimum(index, _BINS - 1, out=index)
             self.counts += np.bincount(index, minlength=_BINS)
+        return True
 
     def range(self, method: Method, percentile: float) -> tuple[float, float]:
         """The range that `method` keeps, inside [minimum, maximum] and including zero."""
@@ -133,12 +137,11 @@ def calibrate(
     done = 0
     for batch in images.batches():
         for name, values in zip(wanted, run(batch), strict=True):
-            if not np.isfinite(values.min()) or not np.isfinite(values.max()):
+            if not histograms[name].add(values):
                 raise RefusedError(
                     f"calibration: layer {layer_upstream(model, name)!r} produced NaN or infinity (tensor {name!r}, "
                     f"image {done}..{done + len(batch) - 1} of {images.name}); check the checkpoint's weights"
                 )
-            histograms[name].add(values)
         done += len(batch)
         if progress is not None:
             progress(done, images.count)
