@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from export.tail_audit import LayerAudit
 from gmconv import gaussian_mask
 from runtime.errors import RefusedError
 from runtime.manifest import FileDigest, Manifest, TensorSpec
-from runtime.report import Facts, Parity, ParityRow, Section, manifest_sections, write_report
+from runtime.report import Facts, Parity, ParityRow, Section, TailAudit, manifest_sections, write_report
 from runtime.report.plots import image
 from runtime.report.render import energy_radius, mask_values, radial_profile, render
 
@@ -109,6 +110,28 @@ def test_a_manifest_tells_what_it_has() -> None:
         outputs=(TensorSpec("logits", "float32", (1, 10)),),
     )
     assert [type(s).__name__ for s in manifest_sections("m.onnx", plain)] == ["Network"]
+
+
+def test_a_converted_graphs_manifest_shows_what_became_of_its_tails() -> None:
+    """Layers as `LayerAudit.to_dict()` writes them: pointwise ones have no radius, exact ones no SNR."""
+    audit = [
+        LayerAudit("conv1", "int8", 2352, 310, 12, 3.61, 2.24, 41.3),
+        LayerAudit("fc", "fp32", 640, 0, 0, None, None, None),
+    ]
+    manifest = Manifest(
+        artefact=FileDigest("onnx", "m.int8.onnx", "0" * 64, 1),
+        inputs=(TensorSpec("input", "float32", (1, 3, 8, 8)),),
+        outputs=(TensorSpec("logits", "float32", (1, 10)),),
+        precision="int8",
+        certificate={"precision": {"precision": "int8", "layers": [layer.to_dict() for layer in audit]}},
+    )
+    (section,) = (s for s in manifest_sections("m.int8.onnx", manifest) if isinstance(s, TailAudit))
+    text = render("t", [section])
+    assert "Kernel tails at this precision" in text
+    rows = [re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", row) for row in re.findall(r"<tr>.*?</tr>", text, re.DOTALL)]
+    assert rows[0] == ["layer", "precision", "weights", "zeroed", "dead taps", "radius before", "after", "SNR [dB]"]
+    assert rows[1] == ["conv1", "int8", "2,352", "310", "12", "3.61", "2.24", "41.3"]
+    assert rows[2] == ["fc", "fp32", "640", "0", "0", "–", "–", "exact"]
 
 
 def test_an_empty_parity_section_has_not_passed() -> None:
