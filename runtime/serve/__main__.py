@@ -35,7 +35,7 @@ TOKEN_VARIABLE = "GMCONV_SERVE_TOKEN"
     "--threads", type=click.IntRange(0), default=0, help="CPU threads per instance [default: cores/instances]."
 )
 @click.option("--instances", type=click.IntRange(1, 64), default=1, show_default=True, help="Engines per model.")
-@click.option("--spinning/--no-spinning", default=False, help="Let idle ONNX Runtime threads spin.")
+@click.option("--spinning/--no-spinning", default=False, help="Let idle ONNX Runtime threads spin for long.")
 @click.option(
     "--max-batch",
     type=click.IntRange(1, 4096),
@@ -157,7 +157,7 @@ def run(settings: Settings, *, as_json: bool = False) -> int:
     logging.getLogger("gmconv.serve").setLevel(logging.INFO)
     check(settings)
     # How long a thread may hold the interpreter while another waits: the default 5 ms is longer than an inference.
-    sys.setswitchinterval(0.0005)
+    sys.setswitchinterval(0.0001)
 
     def announce(event: dict[str, Any]) -> None:
         click.echo(json.dumps(event) if as_json else _sentence(event))

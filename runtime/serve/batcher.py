@@ -40,8 +40,8 @@ class Policy:
     max_rows: int
     queue_size: int = 2048
     delay_ns: int = 0
-    shed_target_ns: int = 20_000_000
-    burst_ns: int = 300_000_000
+    shed_target_ns: int = 4_000_000
+    burst_ns: int = 100_000_000
     inline: bool = False
     probe: Callable[[RunsFeeds], None] | None = None
     """Runs an engine on shapes known to work. Given where a request may choose shapes: then a run that the engine
@@ -60,20 +60,23 @@ class Instance:
         """What is being executed."""
 
     def gather(self, items: list[Item], capacity: int) -> dict[str, Array]:
-        """The items' rows in one array per input. A lone aligned request is passed on as it lies."""
+        """The items' rows in one array per input. A lone request is passed on as it lies, if it lies aligned."""
         first = items[0].feeds
-        if len(items) == 1 and all(a.flags.aligned for a in first.values()):
-            return first
+        if len(items) == 1:
+            return {name: a if a.flags.aligned else a.copy() for name, a in first.items()}
         feeds = {}
         rows = sum(item.rows for item in items)
         for name, array in first.items():
             buffer = self.staging.get(name)
             if buffer is None or buffer.shape[1:] != array.shape[1:] or len(buffer) < rows:
                 buffer = self.staging[name] = np.empty((max(capacity, rows), *array.shape[1:]), array.dtype)
-            start = 0
+            # Slices of memory, not of arrays: NumPy gives up the interpreter lock around every copy, and to get it back
+            # under load takes longer than the copy.
+            target, start = _octets(buffer), 0
             for item in items:
-                buffer[start : start + item.rows] = item.feeds[name]
-                start += item.rows
+                source = _octets(item.feeds[name])
+                target[start : start + len(source)] = source
+                start += len(source)
             feeds[name] = buffer[:rows]
         return feeds
 
@@ -98,6 +101,8 @@ class Batcher:
         self._queue = FairQueue()
         self._idle: list[Instance] = []
         self._filling: Instance | None = None
+        self._woken = 0
+        """Instances that were woken and have not looked at the queue yet."""
         self._closing = False
         self._row_ns = 0.0
         self._shedding = False
@@ -153,11 +158,12 @@ class Batcher:
         running = [items[0].batch for i in self._instances if (items := i.items)]
         return self._busy_ns + sum(now - batch.taken for batch in running if batch)
 
-    def submit(self, item: Item, *, alone: bool = False) -> asyncio.Future[dict[str, Array]]:
+    def submit(self, item: Item, *, alone: bool = False, wake: bool = True) -> asyncio.Future[dict[str, Array]]:
         """Queue a request; raises RequestError when it is refused.
 
         `alone` says that nothing else is under way in the process. Then a short execution runs here and now: two
         thread switches cost a small network a quarter of its speed, and there is nobody whom a blocked loop delays.
+        With `wake` off the engines learn of it at the next `wake()`: requests that came together run together.
         """
         self.check()
         with self._lock:
@@ -176,15 +182,30 @@ class Batcher:
                 self._idle.append(instance)
                 return item.future
             self._queue.push(item)
-            if self._idle:
-                self._idle.pop().wake.release()
-            elif self._filling and self._queue.rows >= self.policy.max_rows:
-                self._filling.wake.release()
-                self._filling = None
+            if wake:
+                self._wake()
         if item.deadline and not self._sweeping:
             self._sweeping = True
             self._loop.call_later(0.05, self._sweep)
         return item.future
+
+    def wake(self) -> None:
+        """Let idle engines see what was queued."""
+        with self._lock:
+            self._wake()
+
+    def _wake(self) -> None:
+        while self._idle and self._woken < len(self._queue):
+            self._woken += 1
+            self._idle.pop().wake.release()
+        if self._filling and self._queue.rows >= self.policy.max_rows:
+            self._filling.wake.release()
+            self._filling = None
+
+    def _share(self) -> int:
+        """Rows for one engine of those that are about to take; the lock is held."""
+        limit = self.policy.max_rows
+        return min(limit, ceil(self._queue.rows / (self._woken + 1))) if self._woken else limit
 
     def _sweep(self) -> None:
         """Answer requests that expired behind a long execution; those at the head are caught when taken."""
@@ -203,6 +224,7 @@ class Batcher:
             self._closing = True
             for instance in self._idle:
                 instance.wake.release()
+            self._woken += len(self._idle)
             self._idle.clear()
             if self._filling:
                 self._filling.wake.release()
@@ -229,15 +251,19 @@ class Batcher:
     def _take(self, instance: Instance) -> list[Item] | None:
         """The next batch; blocks while there is none; None when closed and empty."""
         dropped: list[Item] = []
+        woken = False
         while True:
             wait = -1.0
             with self._lock:
+                if woken:
+                    self._woken -= 1
+                    woken = False
                 if self._filling is instance:
                     self._filling = None
                 if self._queue:
                     wait = self._still_filling()
                     if wait <= 0:
-                        items = self._queue.take(self.policy.max_rows, dropped)
+                        items = self._queue.take(self._share(), dropped)
                         if dropped:
                             self._call(self._drop, dropped)
                             dropped = []
@@ -253,6 +279,7 @@ class Batcher:
                     self._idle.append(instance)
             if wait < 0:
                 instance.wake.acquire()
+                woken = True
             elif wait > 0 and not instance.wake.acquire(timeout=wait):
                 with self._lock:
                     if self._filling is instance:
@@ -332,6 +359,11 @@ class Batcher:
         self._on_fatal(error)
         for item in items:
             _fail(item, RequestError("the engine failed", Code.INTERNAL))
+
+
+def _octets(array: Array) -> memoryview:
+    octets: Any = array.reshape(-1).view(np.uint8)
+    return memoryview(octets)
 
 
 def _now(function: Callable[..., None], *args: Any) -> None:

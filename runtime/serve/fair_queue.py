@@ -38,7 +38,8 @@ class Batch:
 
 
 class Item:
-    """One request in the queue. `future` resolves to its outputs (views of the batch's)."""
+    """One request in the queue. `future` resolves to its outputs (views of the batch's); what is given in its place
+    needs `done`, `set_result` and `set_exception`."""
 
     __slots__ = ("batch", "client", "connection", "deadline", "feeds", "future", "key", "priority", "queued", "rows")
 
@@ -51,6 +52,7 @@ class Item:
         connection: Connection | None = None,
         timeout_ns: int = 0,
         priority: int = 0,
+        future: asyncio.Future[dict[str, Array]] | None = None,
     ) -> None:
         self.feeds = feeds
         self.rows = rows
@@ -60,7 +62,7 @@ class Item:
         self.priority = priority
         self.queued = monotonic_ns()
         self.deadline = self.queued + timeout_ns if timeout_ns else 0
-        self.future: asyncio.Future[dict[str, Array]] = asyncio.get_running_loop().create_future()
+        self.future = future or asyncio.get_running_loop().create_future()
         self.batch: Batch | None = None
 
 

@@ -7,12 +7,9 @@ Inference, by far the most frequent request, is matched first; everything else g
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from time import monotonic_ns
 from typing import Any
-
-import msgspec
 
 from runtime.serve import codec
 from runtime.serve.body import encode_body, pick_encoding, read_body
@@ -49,7 +46,6 @@ class App:
     def __init__(self, service: Service) -> None:
         self.service = service
         self._router = make_router(service)
-        self._encode = msgspec.json.Encoder().encode
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -84,33 +80,16 @@ class App:
             else:
                 model = service.repository.get(*target)
                 await self._infer(model, headers, scope, receive, send, entry, started)
-        except RequestError as error:
+        except Exception as error:
+            status, message, code, extra = error_answer(error, request_id, model)
             if model is not None:
-                model.stats.failed(monotonic_ns() - started, error.code)
-            extra: list[tuple[bytes, bytes]] = []
-            if error.code is Code.OVERLOADED or error.code is Code.UNAVAILABLE:
-                extra.append((b"retry-after", b"%d" % (model.batcher.retry_after if model else 1)))
-            elif error.code is Code.UNAUTHENTICATED:
-                extra.append((b"www-authenticate", b"Bearer"))
-            message = f"{error.message} (request id {request_id})" if error.code is Code.INTERNAL else error.message
-            await self._error(send, entry, error.code.http, message, extra)
-        except Exception:
-            log.exception("request %s", request_id)
-            if model is not None:
-                model.stats.failed(monotonic_ns() - started, Code.INTERNAL)
-            await self._error(send, entry, 500, f"internal error (request id {request_id})")
+                model.stats.failed(monotonic_ns() - started, code)
+            await self._error(send, entry, status, message, extra)
         finally:
             service.leave()
             if service.log_settings.values["log_info"] or service.tracer:
-                client = scope.get("client")
-                entry["time"] = time.time()
-                entry["client"] = client[0] if client else None
-                entry["total_us"] = (monotonic_ns() - started) // 1000
-                if service.tracer:
-                    trace = {k.decode(): headers[k].decode("latin-1") for k in headers if k.startswith(b"trace")}
-                    service.tracer.span(trace, entry)
-                if service.log_settings.values["log_info"]:
-                    service.log.add(entry)
+                trace = {k.decode(): headers[k].decode("latin-1") for k in headers if k.startswith(b"trace")}
+                service.record(entry, scope.get("client"), started, trace)
 
     async def _infer(
         self,
@@ -142,12 +121,7 @@ class App:
         finally:
             model.users -= 1
             service.inflight_bytes -= reserved
-        response = [(b"x-request-id", entry["request_id"].encode())]
-        if json_length is None:
-            response.append(JSON)
-        else:
-            response.append(OCTETS)
-            response.append((b"inference-header-content-length", b"%d" % json_length))
+        response = answer_headers(entry["request_id"], json_length)
         if accepted := headers.get(b"accept-encoding"):
             answer = await encode_body(accepted, answer, response)
         response.append((b"content-length", b"%d" % len(answer)))
@@ -167,7 +141,7 @@ class App:
     ) -> None:
         entry["status"] = status
         entry["error"] = message
-        body = self._encode({"error": message})
+        body = self.service.encode_json({"error": message})
         headers = [
             JSON,
             (b"content-length", b"%d" % len(body)),
@@ -178,6 +152,32 @@ class App:
             headers.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+
+def error_answer(
+    error: BaseException, request_id: str, model: ModelVersion | None
+) -> tuple[int, str, Code, list[tuple[bytes, bytes]]]:
+    """Status, message, code and further headers for an error; one that nobody foresaw is logged."""
+    if not isinstance(error, RequestError):
+        log.error("request %s", request_id, exc_info=error)
+        return 500, f"internal error (request id {request_id})", Code.INTERNAL, []
+    extra: list[tuple[bytes, bytes]] = []
+    if error.code is Code.OVERLOADED or error.code is Code.UNAVAILABLE:
+        extra.append((b"retry-after", b"%d" % (model.batcher.retry_after if model else 1)))
+    elif error.code is Code.UNAUTHENTICATED:
+        extra.append((b"www-authenticate", b"Bearer"))
+    message = f"{error.message} (request id {request_id})" if error.code is Code.INTERNAL else error.message
+    return error.code.http, message, error.code, extra
+
+
+def answer_headers(request_id: str, json_length: int | None) -> list[tuple[bytes, bytes]]:
+    """Headers of an answer whose first `json_length` bytes are JSON; None: all of them."""
+    headers = [(b"x-request-id", request_id.encode())]
+    if json_length is None:
+        headers.append(JSON)
+    else:
+        headers += (OCTETS, (b"inference-header-content-length", b"%d" % json_length))
+    return headers
 
 
 def infer_target(path: str) -> tuple[str, str] | None:

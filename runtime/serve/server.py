@@ -17,6 +17,7 @@ from typing import Any
 import uvicorn
 
 from runtime.errors import RefusedError, UnavailableError
+from runtime.serve.fast_path import FastPath
 from runtime.serve.http_app import App
 from runtime.serve.http_protocol import BoundedProtocol
 from runtime.serve.metrics import MetricsApp
@@ -79,8 +80,9 @@ async def serve(settings: Settings, announce: Callable[[dict[str, Any]], None], 
     grpc_server = None
     if settings.http:
         sock = bind(settings.host, settings.http_port, "--http-port")
-        protocol = type("Protocol", (BoundedProtocol,), {"settings": settings})
-        servers.append((_Uvicorn(_config(App(service), settings, protocol, tls=True)), sock))
+        app = App(service)
+        protocol = type("Protocol", (BoundedProtocol,), {"settings": settings, "fast": FastPath(app)})
+        servers.append((_Uvicorn(_config(app, settings, protocol, tls=True)), sock))
         ports["http_port"] = sock.getsockname()[1]
     if settings.metrics:
         sock = bind(settings.host, settings.metrics_port, "--metrics-port")

@@ -11,6 +11,8 @@ import time
 from time import monotonic_ns
 from typing import Any
 
+import msgspec
+
 from runtime.runners.base import Array
 from runtime.serve.access_log import AccessLog
 from runtime.serve.auth import Gate
@@ -44,6 +46,7 @@ class Service:
         self.draining = False
         self.stop = asyncio.Event()
         self.failure: BaseException | None = None
+        self.encode_json = msgspec.json.Encoder().encode
         self._prefix = secrets.token_hex(6)
         self._ids = itertools.count(1)
 
@@ -93,22 +96,45 @@ class Service:
         self, model: ModelVersion, decoded: Decoded, *, client: object, connection: Any = None
     ) -> tuple[dict[str, Array], Item]:
         """Run one request through the model's batcher. Raises RequestError."""
+        item = self.item(decoded, client=client, connection=connection)
+        alone = self.inflight == 1 and connection is not None and len(connection.tasks) == 1
+        return await model.batcher.submit(item, alone=alone), item
+
+    def item(
+        self,
+        decoded: Decoded,
+        *,
+        client: object,
+        connection: Any = None,
+        future: asyncio.Future[dict[str, Array]] | None = None,
+    ) -> Item:
+        """`decoded` as the batcher takes it: its time in the queue and its priority within the server's bounds."""
         settings = self.settings
         timeout = int(settings.queue_timeout * 1e9)
         if decoded.timeout_us:
             timeout = min(decoded.timeout_us * 1000, timeout) if timeout else decoded.timeout_us * 1000
         levels = settings.priority_levels
-        priority = decoded.priority if 0 < decoded.priority <= levels else (levels + 1) // 2
-        item = Item(
+        return Item(
             decoded.feeds,
             decoded.rows,
             client=client,
             connection=connection,
             timeout_ns=timeout,
-            priority=priority,
+            priority=decoded.priority if 0 < decoded.priority <= levels else (levels + 1) // 2,
+            future=future,
         )
-        alone = self.inflight == 1 and connection is not None and len(connection.tasks) == 1
-        return await model.batcher.submit(item, alone=alone), item
+
+    def record(
+        self, entry: dict[str, Any], client: tuple[str, int] | None, started: int, trace: dict[str, str] | None = None
+    ) -> None:
+        """Write a finished request to the access log and, where asked for, to the trace."""
+        entry["time"] = time.time()
+        entry["client"] = client[0] if client else None
+        entry["total_us"] = (monotonic_ns() - started) // 1000
+        if self.tracer:
+            self.tracer.span(trace or {}, entry)
+        if self.log_settings.values["log_info"]:
+            self.log.add(entry)
 
     def succeeded(self, model: ModelVersion, item: Item, started: int) -> dict[str, Any]:
         """Count an answered request; its times in microseconds, for the access log."""

@@ -29,7 +29,7 @@ class Settings:
     """Intra-op threads of one instance; 0 is the machine's cores divided by `instances`."""
     instances: int = 1
     spinning: bool = False
-    """Let idle ONNX Runtime threads spin. Off: on few cores they starve the event loop (README has the figures)."""
+    """Let idle ONNX Runtime threads spin as long as they like. Off: briefly, so that they do not starve the loop."""
     require_manifest: bool = True
 
     max_batch: int = 32
@@ -37,9 +37,9 @@ class Settings:
     max_queue_delay: float = 0.0
     queue_size: int = 2048
     queue_timeout: float = 10.0
-    shed_target: float = 0.02
+    shed_target: float = 0.004
     """Under sustained overload, the queueing time (s) that admission aims at."""
-    burst_window: float = 0.3
+    burst_window: float = 0.1
     """How long a backlog may stand before it counts as overload rather than as a burst."""
     priority_levels: int = 0
 

@@ -59,6 +59,8 @@ class Signature:
     """Of all inputs of one request together."""
     limits: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     labels: tuple[str, ...] | None = None
+    plans: dict[bytes, Any] = field(default_factory=dict, compare=False, repr=False)
+    """`runtime.serve.codec.Plan` of recent JSON headers, by their bytes."""
 
     def check_shape(self, port: Port, shape: Sequence[int]) -> int:
         """Element count of `shape`, after every bound; in Python integers, so nothing overflows."""

@@ -110,7 +110,7 @@ async def open_loop(port: int, message: bytes, rate: float, seconds: float) -> l
             tasks.add(task)
             task.add_done_callback(tasks.discard)
             sent += 1
-        await asyncio.sleep(0.0005)
+        await asyncio.sleep(0.001)
     await asyncio.gather(*tasks)
     for client in free:
         client.transport.close()

@@ -225,6 +225,8 @@ def test_a_lone_short_request_runs_on_the_loop() -> None:
         engine = Engine()
         batcher = Batcher([engine], Policy(max_rows=4, inline=True))
         await batcher.submit(item(1), alone=True)  # nothing is known of the engine's speed yet: on its thread
+        while not batcher._idle:  # the thread has answered and is on its way back to the queue
+            await asyncio.sleep(0.001)
         batcher._row_ns = 1000.0  # known to be quick, however slow this machine is just now
         future = batcher.submit(item(2), alone=True)
         assert future.done()
