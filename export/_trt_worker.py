@@ -30,6 +30,7 @@ from runtime.cuda import driver_problem
 from runtime.errors import BuildError, RefusedError, UnavailableError
 
 Emit = Callable[[dict[str, Any]], None]
+_STACK = 64 << 20
 _PR_SET_PDEATHSIG = 1  # Linux: a killed parent takes this process with it
 _PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float8_e4m3fn": "fp8"}
 
@@ -54,6 +55,7 @@ def main() -> None:
         # paths and of the environment do not reach the order in which TensorRT walks its pointers. No collection
         # moves anything there, and no other thread runs.
         gc.disable()
+        threading.stack_size(_STACK)  # a thread's may be smaller than the main one's
         thread = threading.Thread(target=serve, args=(json.loads(text), emit))
         thread.start()
         thread.join()
@@ -169,7 +171,7 @@ def _build(api: ModuleType, log: trt.Log, request: Mapping[str, Any], emit: Emit
         "profiles": profiles,
         "sha256": sha256,
         "bytes": serialized.nbytes,
-        "layers": layer_list(api, log, serialized),
+        "layers": layer_list(api, log, serialized, version_compatible=request["version_compatible"]),
         "warnings": warnings,
         "timing_cache": cache.summary() if cache else None,
         "seconds": {"parse": round(parsed - started, 3), "build": round(built - parsed, 3)},
@@ -324,11 +326,15 @@ def progress_monitor(api: ModuleType, emit: Emit) -> trt.IProgressMonitor:
     return monitor
 
 
-def layer_list(api: ModuleType, log: trt.Log, serialized: trt.IHostMemory) -> dict[str, str]:
+def layer_list(
+    api: ModuleType, log: trt.Log, serialized: trt.IHostMemory, *, version_compatible: bool = False
+) -> dict[str, str]:
     """The engine's layers as text: the inspector's JSON where there is a driver, else the builder's list."""
     if driver_problem() is None:
         try:
-            runtime, engine = trt.deserialize(api, log, memoryview(serialized), "the new engine")
+            runtime, engine = trt.deserialize(
+                api, log, memoryview(serialized), "the new engine", version_compatible=version_compatible
+            )
         except UnavailableError:
             return {"log": log.layers}  # an engine for other GPUs than this one
         inspected = trt.inspect_engine(api, engine)

@@ -210,7 +210,7 @@ class Graph:
         except BaseException:
             # End the capture, or the stream stays unusable; its own error would only hide the first one.
             _, graph = self._cuda.cuStreamEndCapture(self._stream)
-            if int(graph):
+            if graph is not None and int(graph):  # cuda-bindings answers None beside an error
                 self._cuda.cuGraphDestroy(graph)
             raise
         graph = self._check("end", self._cuda.cuStreamEndCapture(self._stream))

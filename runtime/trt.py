@@ -221,12 +221,18 @@ def engine_flavor(manifest: Manifest) -> Flavor:
     )
 
 
-def deserialize(api: ModuleType, log: Log, plan: bytes | memoryview, name: str) -> tuple[Runtime, ICudaEngine]:
+def deserialize(
+    api: ModuleType, log: Log, plan: bytes | memoryview, name: str, *, version_compatible: bool = False
+) -> tuple[Runtime, ICudaEngine]:
     """The runtime and the engine in `plan`, whose sha256 and compatibility the caller has checked.
+
+    A `version_compatible` plan carries the library that runs it, which TensorRT loads only where that is allowed.
 
     Raises UnavailableError with TensorRT's reason when the runtime does not start or the engine does not load.
     """
     runtime: Runtime = api.Runtime(log.logger)
+    if version_compatible:
+        runtime.engine_host_code_allowed = True
     engine: ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         reason = "; ".join(log.errors()) or "no reason given"

@@ -102,7 +102,8 @@ class Lane:
         self.buffers = Buffers(device)
         self.graphs = graphs
         self._log = log
-        self._profile = 0
+        # Only an engine's first context is sure to have profile 0 from the start: every one is told its profile.
+        self._profile = -1
         self._shapes: Shapes = {}
         self._calls = 0
         self._graph: cuda.Graph | None = None

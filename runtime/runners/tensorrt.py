@@ -50,7 +50,10 @@ class TensorRTRunner(Runner):
         self._engine: trt.ICudaEngine | None = None
         try:
             with self._gpu.current():
-                self._runtime, self._engine = trt.deserialize(self._api, self._log, plan, str(path))
+                loads_itself = bool(manifest.build.get("version_compatible"))
+                self._runtime, self._engine = trt.deserialize(
+                    self._api, self._log, plan, str(path), version_compatible=loads_itself
+                )
                 del plan
                 self._read_tensors(path)
                 self._lane(cuda_graph)  # the first is `run`'s

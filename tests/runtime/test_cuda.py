@@ -115,7 +115,7 @@ def bindings(monkeypatch: pytest.MonkeyPatch) -> Any:
     def function(name: str, *results: Any) -> Callable[..., Any]:
         def call(*arguments: Any) -> tuple[Any, ...]:
             calls.append((name, *arguments))
-            return (900 if name in failing else 0, *results)
+            return (900, *(None for _ in results)) if name in failing else (0, *results)
 
         return call
 
@@ -157,6 +157,16 @@ def test_an_error_while_recording_ends_the_capture_and_is_the_one_reported(bindi
     with pytest.raises(UnavailableError, match="did not enqueue"):
         cuda.Graph(STREAM, enqueue)
     assert bindings.names() == ["begin", "end", "destroy"]
+
+
+def test_a_capture_that_the_error_made_invalid_does_not_hide_it(bindings: Any) -> None:
+    def enqueue() -> None:
+        raise ValueError("first")
+
+    bindings.failing.add("end")
+    with pytest.raises(ValueError, match="first"):
+        cuda.Graph(STREAM, enqueue)
+    assert bindings.names() == ["begin", "end"]
 
 
 @pytest.mark.parametrize("step", ["begin", "end", "instantiate"])

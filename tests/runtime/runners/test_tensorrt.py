@@ -53,7 +53,8 @@ def test_the_profile_changes_only_when_the_batch_needs_another(bench: Any) -> No
     with bench.open(cuda_graph=False) as runner:
         for batch in (2, 3, 16, 8, 1):
             runner.run(images(batch))
-    assert [event[2] for event in bench.log if event[0] == "profile"] == [1, 0]
+    # Profile 0 is set too: only an engine's first context is sure to have it from the start.
+    assert [event[2] for event in bench.log if event[0] == "profile"] == [0, 1, 0]
 
 
 def test_a_batch_in_two_profiles_takes_the_one_tuned_nearest(bench: Any) -> None:
@@ -243,6 +244,17 @@ def test_no_room_on_the_device_leaks_nothing(bench: Any) -> None:
     runner.run(images(2))
     runner.close()
     assert bench.device.memory == {}
+
+
+@pytest.mark.parametrize("compatible", [False, True])
+def test_the_code_inside_a_plan_is_allowed_where_the_manifest_announces_it(
+    manifest: Any, bench: Any, compatible: bool
+) -> None:
+    """A version-compatible plan carries its own runtime library; TensorRT refuses it unless told."""
+    bench.runtime.engine_host_code_allowed = False
+    manifest(bench.path, build={"flavor": "tensorrt", "version_compatible": compatible})
+    with bench.open():
+        assert bench.runtime.engine_host_code_allowed is compatible
 
 
 def test_an_engine_that_does_not_load_is_unavailable_with_the_reason(bench: Any) -> None:
