@@ -104,6 +104,7 @@ class ReferenceProcess:
             "load_options": dict(load_options),
             "names": list(names),
             "yardstick": [index for index, case in enumerate(cases) if case.yardstick],
+            "noise": [index for index, case in enumerate(cases) if case.noise],
         }
         assert self._child.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # a child that died says why in result()
@@ -321,23 +322,31 @@ def compute_reference(folder: Path) -> None:
 
     import gmconv
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # the exporter has the other half
     task = json.load(sys.stdin)
+    cores = os.cpu_count() or 1
+
+    def run(index: int) -> Outputs:
+        # Noise is few samples, done while the exporter needs the other half; the images are what the export waits for.
+        # One case has as many threads live as baked: bits may depend on them.
+        torch.set_num_threads(max(1, cores // 2) if index in task["noise"] else cores)
+        return _run(model, inputs[index], names, dtype)
+
     checkpoint = gmconv.load_checkpoint(task["checkpoint"], **task["load_options"])
     model, names = checkpoint.model, task["names"]
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     inputs = [np.load(path) for path in sorted(folder.glob("input.*.npy"), key=lambda p: int(p.name.split(".")[1]))]
     (folder / "certificate.json").write_text(json.dumps(gmconv.bake_certificate(model).to_dict()))
-    for index, batch in enumerate(inputs):
-        _save(folder / f"live.{index}.npz", _run(model, batch, names, dtype))
+    for index in range(len(inputs)):
+        _save(folder / f"live.{index}.npz", run(index))
+    torch.set_num_threads(max(1, cores // 2))
     for index in task["yardstick"]:
         _save(folder / f"yardstick.{index}.npz", _run_double(model, inputs[index], names))
     gmconv.bake(model, inplace=True)
     if is_large(model):
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()  # a checkpoint stays mapped as a whole while one tensor lives in it
-    for index, batch in enumerate(inputs):
-        _save(folder / f"baked.{index}.npz", _run(model, batch, names, dtype))
+    for index in range(len(inputs)):
+        _save(folder / f"baked.{index}.npz", run(index))
 
 
 class double_precision:  # noqa: N801 (reads as a context manager)
