@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from export.verify import Case, Outputs, Proof
     from gmconv import Checkpoint
     from gmconv.crop_certificate import CropCertificate
-    from runtime.manifest import Manifest
+    from runtime.manifest import FileDigest, Manifest
 
 DEFAULT_OPSET = 20
 _EXTERNAL_ABOVE = 2**31 - 2**20  # protobuf cannot hold 2 GiB; the graph itself needs a little
@@ -123,8 +124,10 @@ def export_onnx(
             note("running the network as trained")
             start()
         note("running ONNX Runtime and comparing")
-        proof = _prove(exported, cases, reference.result(), options)
-        manifest = _manifest(checkpoint, exported, proof, options)
+        with ThreadPoolExecutor(1) as beside_it:
+            files = beside_it.submit(_check_and_digest, exported.file)
+            proof = _prove(exported, cases, reference.result(), options)
+            manifest = _manifest(checkpoint, exported, proof, options, files.result())
         _write_variants(exported, manifest, proof, output, options, note)
     return read_manifest(output, verify=False)
 
@@ -285,7 +288,6 @@ def _example(loaded: Checkpoint, options: ExportOptions) -> Any:
 
 
 def _save(exported: ir.Model, file: Path, options: ExportOptions) -> None:
-    import onnx
     import onnx_ir
 
     from export import graph
@@ -295,7 +297,17 @@ def _save(exported: ir.Model, file: Path, options: ExportOptions) -> None:
     onnx_ir.save(exported, file, external_data=external)
     if options.simplify:
         graph.simplify(file)
+
+
+def _check_and_digest(file: Path) -> tuple[FileDigest, ...]:
+    """The graph file and its external data, if any, after `onnx.checker` took them."""
+    import onnx
+
+    from runtime.manifest import digest
+
     onnx.checker.check_model(str(file))
+    data = file.with_name(file.name + ".data")
+    return (digest(file, "onnx"), *([digest(data, "external-data")] if data.exists() else []))
 
 
 def run_onnx(file: Path, input_name: str, cases: list[Case], **runner_options: Any) -> list[Outputs]:
@@ -320,18 +332,19 @@ def _prove(exported: _Exported, cases: list[Case], reference: Any, options: Expo
     return Proof(cases, reference, outputs, exported.classifies, exported.cropped, cost)
 
 
-def _manifest(checkpoint: Path, exported: _Exported, proof: Proof, options: ExportOptions) -> Manifest:
+def _manifest(
+    checkpoint: Path, exported: _Exported, proof: Proof, options: ExportOptions, files: tuple[FileDigest, ...]
+) -> Manifest:
     """Judge the fp32 file and describe it. Raises ParityError when it does not hold."""
-    from runtime.manifest import FileDigest, Manifest, digest, read_preprocessing, sidecar, utc_now
+    from runtime.manifest import FileDigest, Manifest, read_preprocessing, sidecar, utc_now
 
     facts, file = exported.facts, exported.file
     verdict = proof.judge("fp32")
     if not verdict.passed:
         raise ParityError(f"{file.name.removeprefix('.fp32.')}: not written, parity failed: {verdict.summary()}")
-    data = file.with_name(file.name + ".data")
     manifest = Manifest(
-        artefact=digest(file, "onnx"),
-        external=(digest(data, "external-data"),) if data.exists() else (),
+        artefact=files[0],
+        external=files[1:],
         inputs=exported.inputs,
         outputs=exported.outputs,
         created=utc_now(),

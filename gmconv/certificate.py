@@ -123,7 +123,7 @@ def _layer_certificate(name: str, layer: GMConv2d) -> LayerCertificate:
 
 def _energy(weight: Tensor) -> float:
     """The sum of squares in float64, some output channels at a time: a copy of the whole would be twice its size."""
-    return math.fsum(float(rows.double().square().sum()) for rows in weight.split(16))
+    return math.fsum(float(rows.double().square().sum()) for rows in torch.split(weight, 16))
 
 
 def tensor_sha256(tensor: Tensor) -> str:
