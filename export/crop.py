@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from export.crop_budget import Budget, choose
 from export.crop_latency import measure_latencies
+from export.crop_split import faster_splits
 from gmconv.crop_certificate import CropCertificate
 from gmconv.crop_window import Precision
 from gmconv.cropping import Tolerance, crop_model
@@ -38,8 +39,15 @@ class CropRequest:
     budget: Budget | None = None
     gain: Literal["macs", "latency"] = "macs"
     images: Path | str | None = None
-    samples: int = 128
+    samples: int | None = None
     seed: int = 0
+
+    @property
+    def limit(self) -> int:
+        """The number of images that calibration may use."""
+        if self.samples is not None:
+            return self.samples
+        return 2048 if self.budget is not None and self.budget.kind == "top1" else 128
 
 
 def crop_for_export(
@@ -54,6 +62,8 @@ def crop_for_export(
 ) -> tuple[M, CropCertificate]:
     """Crop a baked model as `request` says; the certificate's numbers come from its calibration data.
 
+    A crop by tolerance also splits depthwise layers into channel groups where ONNX Runtime is faster with them.
+
     Raises:
         RefusedError: the calibration data was refused, or a top-1 budget does not fit the network's output.
         gmconv.errors.SurgeryError: the model cannot be cropped.
@@ -63,10 +73,12 @@ def crop_for_export(
     try:
         if request.budget is None:
             note(f"cropping kernels, tolerance {request.tolerance}, judged on {origin}")
+            tolerance: Tolerance = "lossless" if request.tolerance is None else request.tolerance
             return crop_model(
                 model,
-                "lossless" if request.tolerance is None else request.tolerance,
+                tolerance,
                 precision=precision,
+                splits=faster_splits(model, batches[0][:1], tolerance, precision=precision, note=note),
                 batches=batches,
                 max_abs_input=bound,
             )
@@ -105,7 +117,7 @@ def calibration_batches(
         input_shape=input_shape,
         preprocessing=preprocessing,
         dataset=dataset,
-        limit=min(request.samples, _NOISE) if source == "noise" else request.samples,
+        limit=min(request.limit, _NOISE) if source == "noise" else request.limit,
         seed=request.seed,
         train_only=True,
     )

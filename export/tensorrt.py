@@ -37,7 +37,10 @@ def run() -> None:
 
             main(obj=process)
     except KeyboardInterrupt:  # before `main` could say the same
+        from runtime.cli import forget_interrupt
+
         sys.stderr.write("Error: interrupted\n")
+        forget_interrupt()
         sys.exit(130)
 
 

@@ -65,6 +65,20 @@ TOKEN_VARIABLE = "GMCONV_SERVE_TOKEN"
     help="Seconds a request may wait; 0 for ever.",
 )
 @click.option(
+    "--burst-window",
+    type=click.FloatRange(0, min_open=True),
+    default=DEFAULT.burst_window,
+    show_default=True,
+    help="Seconds a backlog may stand before it counts as overload.",
+)
+@click.option(
+    "--shed-target",
+    type=click.FloatRange(0, min_open=True),
+    default=DEFAULT.shed_target,
+    show_default=True,
+    help="Under overload, seconds of work that may wait; the rest gets 503.",
+)
+@click.option(
     "--priority-levels",
     type=click.IntRange(0, 100),
     default=0,

@@ -173,9 +173,10 @@ def measure(name: str, folder: Path, given: dict[str, str], seconds: float) -> l
 
 def print_header() -> None:
     print(
-        "| network | precision | agreement % [95 %] | top-1 % | SNR dB | weights | CPU b1 | CPU b8 | RTX convolutions |"
+        "| network | precision | agreement % [95 %] | top-1 % | SNR dB | weights | CPU b1 | CPU b8 | s "
+        "| RTX convolutions |"
     )
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
 
 
 def print_row(row: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """Server throughput against raw in-process ONNX Runtime, interleaved: python tests/bench/serve_throughput.py model.onnx
 
-Each round times, one after another, batch-1 `session.run` in a process of its own with the same number of threads and
-`wrk` against the server at each number of clients; the medians over the rounds are compared. wrk: apt-get install wrk.
+Each round times, one after another, `session.run` in a process of its own with the same number of threads (batch 1, and
+as large a batch as there are clients) and `wrk` against the server at each number of clients; the medians over the
+rounds are compared. The raw batch says what batching could gain at most, with a server that costs nothing; the load
+generator shares the cores. wrk: apt-get install wrk.
 """
 
 from __future__ import annotations
@@ -26,14 +28,15 @@ import numpy as np, onnxruntime as ort
 options = ort.SessionOptions()
 options.intra_op_num_threads = int(sys.argv[2])
 session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-name, shape = session.get_inputs()[0].name, [1, *session.get_inputs()[0].shape[1:]]
-feeds = {name: np.random.rand(*shape).astype(np.float32)}
+name, shape = session.get_inputs()[0].name, session.get_inputs()[0].shape[1:]
 for line in sys.stdin:
-    for _ in range(20): session.run(None, feeds)
+    seconds, batch = line.split()
+    feeds = {name: np.random.rand(int(batch), *shape).astype(np.float32)}
+    for _ in range(3): session.run(None, feeds)
     n, cpu, start = 0, time.process_time(), time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < float(line):
+    while (elapsed := time.perf_counter() - start) < float(seconds):
         session.run(None, feeds)
-        n += 1
+        n += int(batch)
     print(n / elapsed, (time.process_time() - cpu) / n * 1e6, flush=True)
 """
 LUA = """
@@ -142,6 +145,13 @@ def main() -> None:
     assert raw.stdout
     rows: dict[int, list[dict[str, float]]] = {c: [] for c in clients}
     raws: list[tuple[float, float]] = []
+
+    def run_raw(batch: int) -> tuple[float, float]:
+        raw.stdin.write(f"{args.seconds / 2} {batch}\n")  # type: ignore[union-attr]
+        raw.stdin.flush()  # type: ignore[union-attr]
+        qps, cpu_us = map(float, raw.stdout.readline().split())  # type: ignore[union-attr]
+        return qps, cpu_us
+
     try:
         with tempfile.TemporaryDirectory() as folder:
             body, length = request_body(ports["http_port"])
@@ -151,15 +161,14 @@ def main() -> None:
             wrk(ports["http_port"], script, max(clients), 1)
             for _ in range(args.rounds):
                 for count in clients:
-                    raw.stdin.write(f"{args.seconds / 2}\n")
-                    raw.stdin.flush()
-                    qps, cpu_us = map(float, raw.stdout.readline().split())
-                    raws.append((qps, cpu_us))
+                    raws.append(run_raw(1))
+                    ceiling = run_raw(count)[0]
                     time.sleep(0.1)
                     before = cpu_seconds(server.pid)
                     result = wrk(ports["http_port"], script, count, args.seconds)
                     result["cpu_us"] = (cpu_seconds(server.pid) - before) / result["requests"] * 1e6
-                    result["ratio"] = result["qps"] / qps
+                    result["ratio"] = result["qps"] / raws[-1][0]
+                    result["raw_batch"] = ceiling / raws[-1][0]
                     rows[count].append(result)
     finally:
         server.terminate()
@@ -179,12 +188,12 @@ def main() -> None:
         f"{args.model.name}, {args.threads} threads; raw batch 1: {summary['raw_qps']:.0f} qps, "
         f"{summary['raw_cpu_us']:.0f} us CPU"
     )
-    print("clients    qps  ratio  p50 ms  p99 ms  CPU us/request  CPU ratio  errors")
+    print("clients    qps  ratio  raw batch  p50 ms  p99 ms  CPU us/request  CPU ratio  errors")
     for c in clients:
         r = summary["clients"][c]
         print(
-            f"{c:7} {r['qps']:6.0f} {r['ratio']:6.2f} {r['p50']:7.2f} {r['p99']:7.2f} {r['cpu_us']:15.0f}"
-            f" {r['cpu_us'] / summary['raw_cpu_us']:10.2f} {r['status'] + r['broken']:7.0f}"
+            f"{c:7} {r['qps']:6.0f} {r['ratio']:6.2f} {r['raw_batch']:10.2f} {r['p50']:7.2f} {r['p99']:7.2f}"
+            f" {r['cpu_us']:15.0f} {r['cpu_us'] / summary['raw_cpu_us']:10.2f} {r['status'] + r['broken']:7.0f}"
         )
 
 
