@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from gmconv.crop_window import Window, nested_windows
 from gmconv.cropping import Where, croppable
 from gmconv.macs import count_macs
 
+K = TypeVar("K")
 _ROUNDS = 15
 _SECONDS_PER_RUN = 0.02  # a round repeats a fast layer until it has run for about this long
 
@@ -57,25 +58,29 @@ def _time_windows(
 ) -> dict[Window, float]:
     feeds = {"x": np.random.default_rng(0).standard_normal(shape, dtype=np.float32)}
     sessions = {window: _session(conv, shape, window, threads) for window in windows}
+    return {window: statistics.median(values) for window, values in time_sessions(sessions, feeds, rounds).items()}
+
+
+def time_sessions(sessions: Mapping[K, Any], feeds: Mapping[str, Any], rounds: int) -> dict[K, list[float]]:
+    """Milliseconds per run of each ONNX Runtime session, one value per round; they take turns within a round."""
     repeats = {}
-    for window, session in sessions.items():
+    for key, session in sessions.items():
         session.run(None, feeds)
         start = time.perf_counter()
         session.run(None, feeds)
-        repeats[window] = max(1, min(50, round(_SECONDS_PER_RUN / max(time.perf_counter() - start, 1e-6))))
-    times: dict[Window, list[float]] = {window: [] for window in windows}
+        repeats[key] = max(1, min(50, round(_SECONDS_PER_RUN / max(time.perf_counter() - start, 1e-6))))
+    times: dict[K, list[float]] = {key: [] for key in sessions}
     for _ in range(rounds):
-        for window, session in sessions.items():
+        for key, session in sessions.items():
             start = time.perf_counter()
-            for _ in range(repeats[window]):
+            for _ in range(repeats[key]):
                 session.run(None, feeds)
-            times[window].append((time.perf_counter() - start) / repeats[window] * 1e3)
-    return {window: statistics.median(values) for window, values in times.items()}
+            times[key].append((time.perf_counter() - start) / repeats[key] * 1e3)
+    return times
 
 
 def _session(conv: nn.Conv2d, shape: tuple[int, ...], window: Window, threads: int) -> Any:
     """A session of one Conv node with the window's kernel; negative pads are left at 0 (a Slice costs little)."""
-    import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
 
     left, right, top, bottom = pads_of(conv)
@@ -105,7 +110,13 @@ def _session(conv: nn.Conv2d, shape: tuple[int, ...], window: Window, threads: i
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(weight, "w")],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return open_session(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), threads)
+
+
+def open_session(model: Any, threads: int) -> Any:
+    """A CPU session of an `onnx.ModelProto`; `threads` 0 lets ONNX Runtime choose."""
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3

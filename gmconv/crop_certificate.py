@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gmconv.crop_conv import pads_of
+from gmconv.crop_groups import DepthwiseSplit, SplitDepthwise2d, kernels_of
 from gmconv.crop_measure import (
     Batch,
     OutputError,
@@ -23,7 +24,7 @@ from gmconv.crop_measure import (
 )
 from gmconv.crop_window import Window, removed_share
 from gmconv.errors import SurgeryError
-from gmconv.macs import count_macs
+from gmconv.macs import LayerMacs, count_macs
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,6 +42,10 @@ class CroppedLayer:
     "calibration" for inputs as large as the calibration data. `measured` is the largest change seen on that data,
     `measured_rms` the root mean square change over the root mean square of the layer's output. `magnitude` is the
     mean |tap| at each position of the trained kernel. Numbers that were not measured are None.
+
+    `split` is there where a depthwise layer was timed in channel groups. If it was taken, each group has a window of
+    its own: the removed taps, errors and MACs are those of the groups, `kept` the window that all channels would
+    share, `pads_after` the largest group's.
     """
 
     name: str
@@ -68,11 +73,12 @@ class CroppedLayer:
     magnitude: tuple[tuple[float, ...], ...]
     latency_before_ms: float | None = None
     latency_after_ms: float | None = None
+    split: DepthwiseSplit | None = None
 
     @property
     def cropped(self) -> bool:
         """Whether the layer lost any tap."""
-        return self.kept != self.kernel
+        return self.kept != self.kernel or (self.split is not None and self.split.taken)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,22 +124,28 @@ def certify(
     *,
     tolerance: float | Literal["lossless"] | None,
     precision: str,
+    splits: Mapping[str, DepthwiseSplit] | None = None,
     batches: Sequence[Batch] = (),
     input_shape: tuple[int, ...] | None = None,
     max_abs_input: float | None = None,
     budget: dict[str, Any] | None = None,
 ) -> CropCertificate:
-    """Measure what was done: `cropped` is `model` cropped to `windows`. Arguments as `crop_model`'s.
+    """Measure what was done: `cropped` is `model` cropped to `windows` and `splits`. Arguments as `crop_model`'s.
 
     Raises:
         SurgeryError: the outputs on the calibration data cannot be compared (NaN, Inf, or no tensor at all).
     """
     convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    smaller = {name: m for name, m in cropped.named_modules() if isinstance(m, nn.Conv2d)}
+    smaller = dict(cropped.named_modules())
+    splits = splits or {}
+    kept = {name: _kept(convs[name], window, splits.get(name)) for name, window in windows.items()}
+    changed = {
+        n: smaller[n] for n, pieces in kept.items() if any(w.taps < convs[n].weight[0, 0].numel() for _, w in pieces)
+    }
     example = _example(model, batches, input_shape)
     analytic = analytic_input_ranges(model, example, max_abs_input) if example is not None else {}
     calibrated = measure_input_ranges(model, batches)
-    errors = _layer_errors(model, smaller, batches)
+    errors = _layer_errors(model, changed, batches)
     before = count_macs(model, example) if isinstance(example, Tensor) else {}
     after = count_macs(cropped, example) if isinstance(example, Tensor) else {}
 
@@ -145,7 +157,9 @@ def certify(
         elif reach is not None:
             source = "calibration"
         weight = conv.weight.detach().double()
-        removed = window.removed(weight)
+        removed = torch.zeros_like(weight)
+        for rows, piece in kept[name]:
+            removed[rows] = piece.removed(weight[rows])
         bounds = _bounds(removed, reach, conv.groups) if reach is not None and removed.any() else None
         energy = float(weight.square().sum())
         seen = errors.get(name)
@@ -162,11 +176,11 @@ def certify(
                 out_channels=conv.out_channels,
                 padding_mode=conv.padding_mode,
                 pads_before=pads_of(conv),
-                pads_after=pads_of(smaller[name]),
-                l1_removed=removed_share(weight, window),
+                pads_after=pads_of(_largest(smaller[name])),
+                l1_removed=max(removed_share(weight[rows], piece) for rows, piece in kept[name]),
                 energy_removed=float(removed.square().sum()) / energy if energy else 0.0,
                 macs_before=before[name].macs if name in before else None,
-                macs_after=after[name].macs if name in after else None,
+                macs_after=_macs(after, name),
                 max_abs_input=float(reach.max()) if reach is not None else None,
                 max_abs_source=cast(Any, source),
                 bound=float(bounds.max()) if bounds is not None else 0.0 if reach is not None else None,
@@ -174,6 +188,7 @@ def certify(
                 measured=seen[0] if seen else None,
                 measured_rms=seen[1] if seen else None,
                 magnitude=tuple(tuple(float(f"{v:.6g}") for v in row) for row in weight.abs().mean((0, 1)).tolist()),
+                split=splits.get(name),
             )
         )
     outputs = [(run(model, batch), run(cropped, batch)) for batch in batches]
@@ -200,8 +215,11 @@ def crop_table(certificate: dict[str, Any]) -> Table:
     table.add_column("layer", overflow="fold")
     for column in ("kernel", "kept", "L1 removed", "MACs", "worst case", "max|x| from", "measured", "of layer RMS"):
         table.add_column(column, justify="right")
+    timed = any(layer.get("split") for layer in certificate["layers"])
+    if timed:
+        table.add_column("channel groups, timed against one window", overflow="fold")
     for layer in certificate["layers"]:
-        if layer["kernel"] == layer["kept"]:
+        if not _cropped(layer) and not layer.get("split"):
             continue
         macs = (layer["macs_before"], layer["macs_after"])
         table.add_row(
@@ -214,14 +232,25 @@ def crop_table(certificate: dict[str, Any]) -> Table:
             layer["max_abs_source"] or "-",
             _number(layer["measured"]),
             _number(layer["measured_rms"]),
+            *([split_text(layer.get("split")) or "-"] if timed else []),
         )
     return table
+
+
+def split_text(split: dict[str, Any] | None) -> str:
+    """A layer's split in one line: channels and window of each group, milliseconds whole and in groups."""
+    if split is None:
+        return ""
+    groups = [(len(group["channels"]), group["window"]) for group in split["groups"]]
+    text = " + ".join(f"{count} of {window['height']}x{window['width']}" for count, window in groups)
+    times = f"{split['one_window_ms']:.3g} -> {split['split_ms']:.3g} ms"
+    return f"{text}: {times}" if split["taken"] else f"kept whole; {text} is not faster: {times}"
 
 
 def crop_summary(certificate: dict[str, Any]) -> str:
     """One sentence: how it was cropped, layers, multiply-accumulates, end-to-end error."""
     layers = certificate["layers"]
-    count = sum(layer["kernel"] != layer["kept"] for layer in layers)
+    count = sum(_cropped(layer) for layer in layers)
     asked = certificate["tolerance"]
     how = "lossless" if asked == "lossless" else f"tolerance {asked:g}" if asked is not None else "budget"
     if certificate["budget"] is not None:
@@ -230,14 +259,40 @@ def crop_summary(certificate: dict[str, Any]) -> str:
     before, after = certificate["macs_before"], certificate["macs_after"]
     if before and after:
         parts.append(f"{before / 1e6:,.1f} -> {after / 1e6:,.1f} M multiply-accumulates (/{before / after:.2f})")
+    timed = [layer["split"] for layer in layers if layer.get("split")]
+    if timed:
+        taken = sum(split["taken"] for split in timed)
+        parts.append(f"{taken} of {len(timed)} depthwise layers timed are faster in channel groups, and split")
     seen = certificate["end_to_end"]
     if seen:
         parts.append(f"output error {seen['relative_max']:.1e} of its RMS over {seen['samples']} samples")
     return "; ".join(parts)
 
 
+def _cropped(layer: dict[str, Any]) -> bool:
+    return layer["kernel"] != layer["kept"] or bool(layer.get("split") and layer["split"]["taken"])
+
+
+def _kept(conv: nn.Conv2d, window: Window, split: DepthwiseSplit | None) -> list[tuple[list[int], Window]]:
+    """The rows of the weight, in pieces, and the window that each piece keeps."""
+    if split is None or not split.taken:
+        return [(list(range(conv.out_channels)), window)]
+    return list(zip(kernels_of(conv, split.groups), (group.window for group in split.groups), strict=True))
+
+
+def _largest(module: nn.Module) -> nn.Conv2d:
+    parts = module.parts if isinstance(module, SplitDepthwise2d) else [module]
+    return max(cast(Sequence[nn.Conv2d], parts), key=lambda conv: conv.weight[0].numel())
+
+
+def _macs(counted: Mapping[str, LayerMacs], name: str) -> int | None:
+    """Of one layer: its own, or those of the parts that it was split into."""
+    found = [layer.macs for key, layer in counted.items() if key == name or key.startswith(f"{name}.parts.")]
+    return sum(found) if found else None
+
+
 def _layer_errors(
-    model: nn.Module, smaller: Mapping[str, nn.Conv2d], batches: Sequence[Batch]
+    model: nn.Module, smaller: Mapping[str, nn.Module], batches: Sequence[Batch]
 ) -> dict[str, tuple[float, float]]:
     """Per cropped layer, fed with the uncropped network's inputs: largest error; RMS error over the output's RMS."""
     worst: dict[str, float] = {}
@@ -247,7 +302,7 @@ def _layer_errors(
 
     def see(name: str, x: Tensor) -> None:
         nonlocal inside
-        if inside or convs[name].kernel_size == smaller[name].kernel_size:
+        if inside or name not in smaller:
             return
         inside = True
         reference = convs[name](x).double()

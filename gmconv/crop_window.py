@@ -76,10 +76,15 @@ def removed_share(weight: Tensor, window: Window) -> float:
     channel changes by at most `share * norm * max|x|`, and `norm * max|x|` is the largest value it can take (less
     its bias). A channel of zeros loses nothing.
     """
+    return float(removed_shares(weight, window).max())
+
+
+def removed_shares(weight: Tensor, window: Window) -> Tensor:
+    """`removed_share` of each output channel: float64 (out,)."""
     taps = weight.detach().double().abs().sum(1)
     norm = taps.sum((-2, -1))
     lost = window.removed(taps).sum((-2, -1))
-    return float((lost / norm.where(norm > 0, torch.ones_like(norm))).max())
+    return lost / norm.where(norm > 0, torch.ones_like(norm))
 
 
 def smallest_window(weight: Tensor, tolerance: float) -> Window:

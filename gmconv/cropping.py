@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from gmconv.crop_certificate import CropCertificate, certify
 from gmconv.crop_conv import CroppedConv2d, crop_conv
+from gmconv.crop_groups import ChannelGroup, DepthwiseSplit, best_groups, is_depthwise, split_conv
 from gmconv.crop_measure import Batch, analytic_input_ranges, measure_input_ranges
 from gmconv.crop_window import PRECISIONS, Precision, Window, smallest_lossless_window, smallest_window
 from gmconv.errors import SurgeryError
@@ -32,6 +33,7 @@ __all__ = [
     "CroppedConv2d",
     "Window",
     "analytic_input_ranges",
+    "choose_groups",
     "choose_windows",
     "crop",
     "crop_model",
@@ -82,6 +84,7 @@ def crop_model(
     *,
     precision: Precision = "fp32",
     where: Where | None = None,
+    splits: Mapping[str, DepthwiseSplit] | None = None,
     batches: Iterable[Batch] = (),
     input_shape: tuple[int, ...] | None = None,
     max_abs_input: float | None = None,
@@ -90,6 +93,7 @@ def crop_model(
 
     Args:
         model, tolerance, precision, where: as for `crop`; `model` is not changed.
+        splits: depthwise layers that were timed in channel groups, from `choose_groups`; the taken ones are split.
         batches: calibration data: ranges, measured errors and multiply-accumulates come from it.
         input_shape: (C, H, W), to count multiply-accumulates and find analytic bounds where there are no batches.
         max_abs_input: the largest |x| the network's own input can have, when its preprocessing knows.
@@ -99,13 +103,15 @@ def crop_model(
     """
     tolerance = parse_tolerance(tolerance)
     windows = choose_windows(model, tolerance, precision=precision, where=where)
-    cropped = crop_to(model, windows)
+    splits = splits or {}
+    cropped = crop_to(model, windows, {name: split.groups for name, split in splits.items() if split.taken})
     certificate = certify(
         model,
         cropped,
         windows,
         tolerance=tolerance,
         precision=precision,
+        splits=splits,
         batches=list(batches),
         input_shape=input_shape,
         max_abs_input=max_abs_input,
@@ -130,13 +136,38 @@ def choose_windows(
     return windows
 
 
-def crop_to(model: M, windows: Mapping[str, Window], *, inplace: bool = False) -> M:
-    """Cut the named layers to the given windows; see `crop`.
+def choose_groups(
+    model: nn.Module, tolerance: float | str, *, precision: Precision = "fp32", where: Where | None = None
+) -> dict[str, list[tuple[ChannelGroup, ...]]]:
+    """How each depthwise layer could be split into channel groups of smaller windows, by name; see `best_groups`.
+
+    Only splits that save multiply-accumulates against the one window of `choose_windows`. Arguments as `crop`'s.
+    """
+    tolerance = parse_tolerance(tolerance)
+    share = None if tolerance == "lossless" else tolerance
+    scales = _fold_scales(model)
+    return {
+        name: groups
+        for name, conv in croppable(model, where).items()
+        if is_depthwise(conv)
+        and (groups := best_groups(conv, share, precision=precision, scale=scales.get(conv.out_channels)))
+    }
+
+
+def crop_to(
+    model: M,
+    windows: Mapping[str, Window],
+    splits: Mapping[str, Sequence[ChannelGroup]] | None = None,
+    *,
+    inplace: bool = False,
+) -> M:
+    """Cut the named layers to the given windows; see `crop`. Those named in `splits` become `SplitDepthwise2d`.
 
     Raises:
         SurgeryError: a GMConv2d is still there, or a name is not a croppable layer.
     """
-    missing = set(windows) - set(croppable(model))
+    splits = splits or {}
+    missing = (set(windows) | set(splits)) - set(croppable(model))
     if missing:
         raise SurgeryError(f"layer {min(missing)!r} cannot be cropped: no plain nn.Conv2d of that name")
     if not inplace:
@@ -146,12 +177,14 @@ def crop_to(model: M, windows: Mapping[str, Window], *, inplace: bool = False) -
     originals: list[Tensor] = []  # keeps the ids above from being reused
     for name, window in windows.items():
         conv = cast(nn.Conv2d, layers[name])
-        if (window.height, window.width) == tuple(conv.kernel_size):
+        if name in splits or (window.height, window.width) == tuple(conv.kernel_size):
             continue
         key = (id(conv.weight), window)
         originals.append(conv.weight)
         crop_conv(conv, window, kernels.get(key))
         kernels[key] = cast(nn.Parameter, conv.weight)
+    for name, groups in splits.items():
+        split_conv(cast(nn.Conv2d, layers[name]), groups)
     return model
 
 

@@ -296,7 +296,17 @@ def _crop_tile(layer: Mapping[str, Any]) -> dict[str, Any]:
         "width": width,
         "image": plots.image(magnitude, 0, float(magnitude.max()) or 1.0),
         "removed": removed,
-        "cropped": bool(removed),
+        "cropped": bool(removed) or bool((layer.get("split") or {}).get("taken")),
         "energy": layer.get("energy_removed"),
         "measured": layer.get("measured_rms"),
+        "split": _split_text(layer.get("split")),
     }
+
+
+def _split_text(split: Mapping[str, Any] | None) -> str:
+    if not split:
+        return ""
+    groups = [(len(group["channels"]), group["window"]) for group in split["groups"]]
+    text = ", ".join(f"{count} channels {window['height']}×{window['width']}" for count, window in groups)
+    times = f"{number(split['one_window_ms'], 3)} → {number(split['split_ms'], 3)} ms"
+    return f"split: {text}; {times}" if split["taken"] else f"kept whole; {text} would be {times}"

@@ -1,0 +1,100 @@
+"""Which depthwise layers are faster as channel groups of smaller windows: timed in ONNX Runtime, as exported."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from export import graph
+from export.crop_latency import open_session, time_sessions
+from gmconv.crop_groups import ChannelGroup, DepthwiseSplit, is_depthwise
+from gmconv.crop_window import Precision
+from gmconv.cropping import Tolerance, choose_groups, choose_windows, crop_to, croppable
+from gmconv.macs import count_macs
+from runtime.bench.interleave import bootstrap_ratio
+
+_ROUNDS = 20
+_COPIES = 8  # taps per channel that copying channels costs at least (it lost wherever measured to 20): not timed below
+_FASTER = 0.95  # the split layer must take at most this share of the time, with 97.5 % confidence
+
+
+def faster_splits(
+    model: nn.Module,
+    example: Tensor,
+    tolerance: Tolerance,
+    *,
+    precision: Precision = "fp32",
+    threads: int = 0,
+    note: Callable[[str], None] = lambda _: None,
+) -> dict[str, DepthwiseSplit]:
+    """Time every depthwise layer that could be split, at the shape it sees for `example` (batch first).
+
+    One window against the best splits into two and three groups, in turns. Each has a BatchNorm and a ReLU behind it:
+    ONNX Runtime folds both into one convolution, but not into several, and a split has to be worth that too.
+
+    Args:
+        model, tolerance, precision: as for `gmconv.crop`.
+        threads: ONNX Runtime's; 0 lets it choose.
+        note: called with a few words before each layer is timed.
+
+    Returns:
+        By layer name the fastest split and its times, `taken` where it is faster. Layers that cannot save a tenth of
+        their multiply-accumulates and 8 taps per channel (no 3x3 can), or never run, are missing.
+    """
+    candidates = choose_groups(model, tolerance, precision=precision)
+    if not candidates:
+        return {}
+    shapes, layers = count_macs(model, example), croppable(model)
+    windows = choose_windows(model, tolerance, precision=precision)
+    found = {}
+    for name, splits in candidates.items():
+        channels, window = layers[name].in_channels, windows[name]
+        splits = [groups for groups in splits if window.taps - _taps(groups) / channels >= _COPIES]
+        if name not in shapes or not splits:
+            continue
+        note(f"timing {name} in channel groups in ONNX Runtime")
+        alone, shape = nn.Sequential(layers[name]), (len(example), *shapes[name].input_shape)
+        variants = [crop_to(alone, {"0": window}), *(crop_to(alone, {}, {"0": groups}) for groups in splits)]
+        feeds = {"x": np.random.default_rng(0).standard_normal(shape, dtype=np.float32)}
+        tail = (nn.BatchNorm2d(layers[name].out_channels), nn.ReLU())
+        sessions = {i: _session(nn.Sequential(v, *tail), shape, threads) for i, v in enumerate(variants)}
+        times = {i: np.asarray(values) for i, values in time_sessions(sessions, feeds, _ROUNDS).items()}
+        best = min(range(1, len(variants)), key=lambda i: float(np.median(times[i])))
+        found[name] = DepthwiseSplit(
+            groups=splits[best - 1],
+            one_window_ms=float(np.median(times[0])),
+            split_ms=float(np.median(times[best])),
+            taken=bootstrap_ratio(times[best], times[0]).high <= _FASTER,
+        )
+    return found
+
+
+def worth_timing(conv: nn.Conv2d) -> bool:
+    """Whether a layer could be split at a gain: depthwise, and with taps enough to pay for copying channels."""
+    return is_depthwise(conv) and conv.kernel_size[0] * conv.kernel_size[1] - 1 > _COPIES
+
+
+def _taps(groups: Sequence[ChannelGroup]) -> int:
+    return sum(len(group.channels) * group.window.taps for group in groups)
+
+
+def _session(module: nn.Module, shape: tuple[int, ...], threads: int) -> Any:
+    import onnx_ir as ir
+
+    with tempfile.TemporaryDirectory() as folder:
+        exported = graph.to_onnx(
+            module.cpu().float().eval(),
+            torch.zeros(shape),
+            input_name="x",
+            output_names=["y"],
+            axes=graph.Axes(batch=False),
+            opset=20,
+            log=Path(folder) / "exporter.log",
+        )
+    return open_session(ir.to_proto(exported), threads)
