@@ -60,7 +60,7 @@ def accuracy(session: Any, checkpoint: Any) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, help="keeps the trained checkpoints, and uses those it has")
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=96)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or Path(scratch)
@@ -78,17 +78,17 @@ def main() -> int:
             )
             kept = " ".join("x".join(map(str, layer.kept)) for layer in certificate.layers)
             print(f"{name}: {crop_summary(certificate.to_dict())}; kept {kept}")
-        sessions = {
-            name: open_session(write_onnx(model, folder / f"{name.replace(' ', '-')}.onnx", masked.input_shape))
+        paths = {
+            name: write_onnx(model, folder / f"{name.replace(' ', '-')}.onnx", masked.input_shape)
             for name, model in models.items()
         }
-        right = {name: accuracy(session, masked) for name, session in sessions.items()}
+        right = {name: accuracy(open_session(path), masked) for name, path in paths.items()}
         print("held-out accuracy: " + ", ".join(f"{name} {share:.2%}" for name, share in right.items()))
         judged = [name for name, request in CROPS.items() if request.budget is None]
         passed = all(right[name] >= max(right["baked"], right["plain twin"]) - 0.005 for name in judged)
         for batch in (1, 32):
             feeds = {"input": np.random.default_rng(0).random((batch, *masked.input_shape), dtype=np.float32)}
-            times = interleaved(sessions, feeds, arguments.rounds)
+            times = interleaved(paths, feeds, arguments.rounds)
             plain = times.pop("plain twin")
             print(f"batch {batch}: plain twin {np.median(plain):.2f} ms; speed against it, 95 % interval")
             for name, fast in times.items():

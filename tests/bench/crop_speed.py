@@ -21,7 +21,7 @@ import gmconv
 from export.crop import CropRequest, crop_for_export
 from export.crop_budget import parse_budget
 from gmconv.crop_certificate import split_text
-from tests.bench.crop_timing import interleaved, open_session, ratio, shown, write_onnx
+from tests.bench.crop_timing import interleaved, ratio, shown, write_onnx
 
 SHAPE = (3, 224, 224)
 CROPS = {
@@ -60,10 +60,10 @@ def measure(arch: str, folder: Path, batches: list[int], rounds: int, engines: b
     models["baked"] = (baked, None)
     for name, request in CROPS.items():
         models[name] = crop_for_export(baked, request, input_shape=SHAPE)
-    sessions, paths = {}, {}
-    for name, (model, _) in models.items():
-        paths[name] = write_onnx(model, folder / f"{arch}-{name.replace(' ', '-')}.onnx", SHAPE)
-        sessions[name] = open_session(paths[name])
+    paths = {
+        name: write_onnx(model, folder / f"{arch}-{name.replace(' ', '-')}.onnx", SHAPE)
+        for name, (model, _) in models.items()
+    }
     sizes = {name: engine_bytes(path) for name, path in paths.items()} if engines else {}
     print(f"\n{arch}, sigma 0.6 .. 1.2, {SHAPE}")
     for name, (_, certificate) in models.items():
@@ -81,10 +81,10 @@ def measure(arch: str, folder: Path, batches: list[int], rounds: int, engines: b
         print("; ".join(parts))
     for batch in batches:
         feeds = {"input": np.random.default_rng(0).standard_normal((batch, *SHAPE), dtype=np.float32)}
-        times = interleaved(sessions, feeds, rounds)
+        times = interleaved(paths, feeds, rounds)
         plain = times["plain twin"]
         print(f"  batch {batch}: plain twin {np.median(plain):.1f} ms; speed against it, 95 % interval")
-        for name in list(sessions)[1:]:
+        for name in list(paths)[1:]:
             print(f"    {name:12} {shown(ratio(plain, times[name]))}")
 
 
@@ -104,9 +104,8 @@ def measure_depthwise(kernel: int, size: int, folder: Path, rounds: int) -> None
     exported, certificate = crop_for_export(baked, CROPS["1e-3"], input_shape=shape)
     models = {"one": gmconv.crop(baked, 1e-3), "exported": exported}
     paths = {name: write_onnx(model, folder / f"{kernel}-{name}.onnx", shape) for name, model in models.items()}
-    sessions = {name: open_session(path) for name, path in paths.items()}
     feeds = {"input": np.random.default_rng(0).standard_normal((1, *shape), dtype=np.float32)}
-    times = interleaved(sessions, feeds, rounds)
+    times = interleaved(paths, feeds, rounds)
     print(
         f"\ndepthwise {kernel}x{kernel} at {size}x{size}, half of 64 channels narrow; layer times alone, then network"
     )
@@ -119,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", nargs="*", default=["alexnet", "resnet50"])
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=32)
     parser.add_argument("--no-engines", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

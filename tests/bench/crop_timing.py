@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from pathlib import Path
@@ -39,30 +40,39 @@ def open_session(path: Path) -> Any:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def interleaved(sessions: dict[str, Any], feeds: dict[str, Any], rounds: int, seconds: float = 0.03) -> dict[str, Any]:
-    """Milliseconds per run, one array per session; the sessions take turns, round by round."""
-    repeats = {}
-    for name, session in sessions.items():
-        session.run(None, feeds)
-        start = time.perf_counter()
-        session.run(None, feeds)
-        repeats[name] = max(1, round(seconds / max(time.perf_counter() - start, 1e-6)))
-    times: dict[str, list[float]] = {name: [] for name in sessions}
-    for turn in range(rounds):
-        names = list(sessions)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+def interleaved(paths: dict[str, Path], feeds: dict[str, Any], rounds: int, seconds: float = 0.03) -> dict[str, Any]:
+    """Milliseconds per run, `(sittings, rounds of one sitting)` per file; the sessions take turns, round by round.
+
+    Every sitting opens the sessions anew: where the allocator happens to put the weights and activations of one session
+    (on huge pages or not) makes up to half of its speed, for as long as it lives.
+    """
+    sittings = max(4, rounds // 8)
+    times: dict[str, list[list[float]]] = {name: [] for name in paths}
+    for sitting in range(sittings):
+        names = list(paths)
+        names = names[sitting % len(names) :] + names[: sitting % len(names)]
+        sessions = {name: open_session(paths[name]) for name in names}
+        repeats = {}
+        for name, session in sessions.items():
+            session.run(None, feeds)
             start = time.perf_counter()
-            for _ in range(repeats[name]):
-                sessions[name].run(None, feeds)
-            times[name].append((time.perf_counter() - start) / repeats[name] * 1e3)
+            session.run(None, feeds)
+            repeats[name] = max(1, round(seconds / max(time.perf_counter() - start, 1e-6)))
+            times[name].append([])
+        for turn in range(math.ceil(rounds / sittings)):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                start = time.perf_counter()
+                for _ in range(repeats[name]):
+                    sessions[name].run(None, feeds)
+                times[name][-1].append((time.perf_counter() - start) / repeats[name] * 1e3)
     return {name: np.array(values) for name, values in times.items()}
 
 
 def ratio(slow: Any, fast: Any, draws: int = 4000) -> tuple[float, float, float]:
-    """Median of slow over median of fast, and its 95 % bootstrap interval; rounds are resampled in pairs."""
+    """Median of slow over median of fast, and its 95 % bootstrap interval; whole sittings are resampled, in pairs."""
     rng = np.random.default_rng(0)
     picks = rng.integers(0, len(slow), (draws, len(slow)))
-    found = np.median(slow[picks], axis=1) / np.median(fast[picks], axis=1)
+    found = np.median(slow[picks], axis=(1, 2)) / np.median(fast[picks], axis=(1, 2))
     low, high = np.percentile(found, [2.5, 97.5])
     return float(np.median(slow) / np.median(fast)), float(low), float(high)
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import http.client
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -157,7 +159,7 @@ def start_peer(name: str, python: Path, model: Path, threads: int, folder: Path)
         script = folder / f"peer_{name}.py"
         script.write_text(SCRIPTS[name])
         command = [str(python), str(script), str(model), str(port), str(threads)]
-    process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=env)
+    process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=env, start_new_session=True)
     end = time.monotonic() + 120
     while time.monotonic() < end and process.poll() is None:
         try:
@@ -166,7 +168,7 @@ def start_peer(name: str, python: Path, model: Path, threads: int, folder: Path)
             return process, port
         except OSError:
             time.sleep(0.2)
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)
     raise RuntimeError(f"{name} did not start: {(folder / f'{name}.log').read_text()[-1500:]}")
 
 
@@ -255,10 +257,10 @@ def main() -> None:
             for process in processes:
                 process.terminate()
             for process in processes:
-                try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(20)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # LitServe leaves workers behind
             ours.wait(60)
     table = {
         server: {
