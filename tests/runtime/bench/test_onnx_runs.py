@@ -58,7 +58,6 @@ def test_ctrl_c_prints_what_it_has_and_exits_130(tiny_onnx: Path, as_json: bool)
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell may have it ignored
     )
     assert process.stderr is not None
     while "queries" not in (line := process.stderr.readline()):  # the first progress line, after one second
@@ -83,7 +82,6 @@ def test_ctrl_c_in_a_comparison_prints_the_table_so_far(tiny_onnx: Path) -> None
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     while "rounds" not in (line := process.stderr.readline()):
@@ -104,7 +102,6 @@ def test_ctrl_c_before_the_first_query_exits_130(tiny_onnx: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     while "Starting inference" not in process.stdout.readline():
