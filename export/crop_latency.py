@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from gmconv.crop_conv import pads_of
 from gmconv.crop_window import Window, nested_windows
 from gmconv.cropping import Where, croppable
 from gmconv.macs import count_macs
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 K = TypeVar("K")
 _ROUNDS = 15
@@ -113,11 +117,12 @@ def _session(conv: nn.Conv2d, shape: tuple[int, ...], window: Window, threads: i
     return open_session(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), threads)
 
 
-def open_session(model: Any, threads: int) -> Any:
-    """A CPU session of an `onnx.ModelProto`; `threads` 0 lets ONNX Runtime choose."""
+def open_session(model: ModelProto | Path, threads: int = 0) -> Any:
+    """A CPU session of a graph or an ONNX file; `threads` 0 lets ONNX Runtime choose."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -94,20 +94,21 @@ def save_graph(model: ModelProto, output: Path, manifest: Manifest, *, external:
     import onnx
     import onnxruntime
 
-    from runtime.manifest import digest, sidecar, staged, utc_now
+    from runtime.manifest import digest_onnx, sidecar, staged, utc_now
 
     external = external or model.ByteSize() >= _EXTERNAL_ABOVE
     with staged(output) as folder:
-        file, data = folder / output.name, folder / f"{output.name}.data"
+        file = folder / output.name
         if external:
-            onnx.save(model, file, save_as_external_data=True, location=data.name, size_threshold=1024)
+            onnx.save(model, file, save_as_external_data=True, location=f"{file.name}.data", size_threshold=1024)
         else:
             onnx.save(model, file)
         versions = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+        artefact, *data = digest_onnx(file)
         manifest = replace(
             manifest,
-            artefact=digest(file, "onnx"),
-            external=(digest(data, "external-data"),) if data.exists() else (),
+            artefact=artefact,
+            external=tuple(data),
             created=utc_now(),
             versions=manifest.versions | versions,
         )

@@ -312,11 +312,10 @@ def _check_and_digest(file: Path) -> tuple[FileDigest, ...]:
     """The graph file and its external data, if any, after `onnx.checker` took them."""
     import onnx
 
-    from runtime.manifest import digest
+    from runtime.manifest import digest_onnx
 
     onnx.checker.check_model(str(file))
-    data = file.with_name(file.name + ".data")
-    return (digest(file, "onnx"), *([digest(data, "external-data")] if data.exists() else []))
+    return digest_onnx(file)
 
 
 def run_onnx(file: Path, input_name: str, cases: list[Case], **runner_options: Any) -> list[Outputs]:

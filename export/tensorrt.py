@@ -37,11 +37,9 @@ def run() -> None:
 
             main(obj=process)
     except KeyboardInterrupt:  # before `main` could say the same
-        from runtime.cli import forget_interrupt
+        from runtime.cli import exit_interrupted
 
-        sys.stderr.write("Error: interrupted\n")
-        forget_interrupt()
-        sys.exit(130)
+        exit_interrupted()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -28,15 +28,20 @@ class Command(click.Command):
             sys.exit(done.exit_code)
         except click.ClickException as refusal:
             refusal.show()
-            forget_interrupt()
+            _forget_interrupt()
             sys.exit(refusal.exit_code)
         except (click.Abort, KeyboardInterrupt):
-            click.echo("Error: interrupted", err=True)
-            forget_interrupt()
-            sys.exit(130)
+            exit_interrupted()
 
 
-def forget_interrupt() -> None:
+def exit_interrupted() -> NoReturn:
+    """End the process as after a Ctrl-C: one sentence, exit 130."""
+    click.echo("Error: interrupted", err=True)
+    _forget_interrupt()
+    sys.exit(130)
+
+
+def _forget_interrupt() -> None:
     """Let `sys.exit` decide the status after a Ctrl-C.
 
     CPython notes when a KeyboardInterrupt leaves an `exec` of a string (each dataclass is made by one, at import) and

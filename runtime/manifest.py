@@ -122,6 +122,12 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def digest_onnx(path: Path) -> tuple[FileDigest, ...]:
+    """`digest` of an ONNX file, then of its external data (`NAME.onnx.data` beside it) where it has any."""
+    data = path.with_name(f"{path.name}.data")
+    return (digest(path, "onnx"), *([digest(data, "external-data")] if data.exists() else []))
+
+
 def digest(path: Path, kind: Literal["checkpoint", "onnx", "external-data", "engine"]) -> FileDigest:
     """The `FileDigest` of a file on disk."""
     return FileDigest(kind, path.name, sha256_file(path), path.stat().st_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+from export.crop_latency import open_session, time_sessions
 
 
 def write_onnx(model: nn.Module, path: Path, shape: tuple[int, int, int]) -> Path:
@@ -32,19 +33,11 @@ def write_onnx(model: nn.Module, path: Path, shape: tuple[int, int, int]) -> Pat
     return path
 
 
-def open_session(path: Path) -> Any:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def interleaved(paths: dict[str, Path], feeds: dict[str, Any], rounds: int, seconds: float = 0.03) -> dict[str, Any]:
+def interleaved(paths: dict[str, Path], feeds: dict[str, Any], rounds: int) -> dict[str, Any]:
     """Milliseconds per run, `(sittings, rounds of one sitting)` per file; the sessions take turns, round by round.
 
-    Every sitting opens the sessions anew: where the allocator happens to put the weights and activations of one session
-    (on huge pages or not) makes up to half of its speed, for as long as it lives.
+    Every sitting opens the sessions anew, in another order: where the allocator happens to put the weights and
+    activations of one session (on huge pages or not) makes up to half of its speed, for as long as it lives.
     """
     sittings = max(4, rounds // 8)
     times: dict[str, list[list[float]]] = {name: [] for name in paths}
@@ -52,19 +45,8 @@ def interleaved(paths: dict[str, Path], feeds: dict[str, Any], rounds: int, seco
         names = list(paths)
         names = names[sitting % len(names) :] + names[: sitting % len(names)]
         sessions = {name: open_session(paths[name]) for name in names}
-        repeats = {}
-        for name, session in sessions.items():
-            session.run(None, feeds)
-            start = time.perf_counter()
-            session.run(None, feeds)
-            repeats[name] = max(1, round(seconds / max(time.perf_counter() - start, 1e-6)))
-            times[name].append([])
-        for turn in range(math.ceil(rounds / sittings)):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                start = time.perf_counter()
-                for _ in range(repeats[name]):
-                    sessions[name].run(None, feeds)
-                times[name][-1].append((time.perf_counter() - start) / repeats[name] * 1e3)
+        for name, values in time_sessions(sessions, feeds, math.ceil(rounds / sittings)).items():
+            times[name].append(values)
     return {name: np.array(values) for name, values in times.items()}
 
 
