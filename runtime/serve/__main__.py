@@ -35,6 +35,12 @@ TOKEN_VARIABLE = "GMCONV_SERVE_TOKEN"
     "--threads", type=click.IntRange(0), default=0, help="CPU threads per instance [default: cores/instances]."
 )
 @click.option("--instances", type=click.IntRange(1, 64), default=1, show_default=True, help="Engines per model.")
+@click.option(
+    "--solo-threads",
+    type=click.IntRange(0),
+    help="CPU threads of one more engine, for a request that is alone; 0: none "
+    "[default: those of all instances, if there are several].",
+)
 @click.option("--spinning/--no-spinning", default=False, help="Let idle ONNX Runtime threads spin for long.")
 @click.option(
     "--max-batch",

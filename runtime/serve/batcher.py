@@ -8,29 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 from time import monotonic_ns
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from runtime.errors import RefusedError
 from runtime.runners.base import Array
 from runtime.serve.errors import Code, RequestError
 from runtime.serve.fair_queue import Batch, FairQueue, Item
+from runtime.serve.instance import Instance, RunsFeeds, give_way
 
 INLINE_NS = 2_000_000
 WINDOW_NS = 500_000_000
 SATURATED = 0.9
-
-
-class RunsFeeds(Protocol):
-    """The part of `runtime.runners.base.Runner` that serving needs."""
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,53 +34,27 @@ class Policy:
     delay_ns: int = 0
     shed_target_ns: int = 4_000_000
     burst_ns: int = 100_000_000
-    inline: bool = False
+    on_cpu: bool = False
+    """The engines compute on the cores that the event loop runs on: a short lone request runs on the loop itself, and
+    the engines' threads give way to the loop."""
     probe: Callable[[RunsFeeds], None] | None = None
     """Runs an engine on shapes known to work. Given where a request may choose shapes: then a run that the engine
     refuses is the request's fault if the probe still passes, and the engine's otherwise."""
 
 
-class Instance:
-    """One engine, its thread's wake-up lock and the buffer its batches are gathered in."""
-
-    def __init__(self, runner: RunsFeeds) -> None:
-        self.runner = runner
-        self.wake = threading.Lock()
-        self.wake.acquire()
-        self.staging: dict[str, Array] = {}
-        self.items: list[Item] = []
-        """What is being executed."""
-
-    def gather(self, items: list[Item], capacity: int) -> dict[str, Array]:
-        """The items' rows in one array per input. A lone request is passed on as it lies, if it lies aligned."""
-        first = items[0].feeds
-        if len(items) == 1:
-            return {name: a if a.flags.aligned else a.copy() for name, a in first.items()}
-        feeds = {}
-        rows = sum(item.rows for item in items)
-        for name, array in first.items():
-            buffer = self.staging.get(name)
-            if buffer is None or buffer.shape[1:] != array.shape[1:] or len(buffer) < rows:
-                buffer = self.staging[name] = np.empty((max(capacity, rows), *array.shape[1:]), array.dtype)
-            # Slices of memory, not of arrays: NumPy gives up the interpreter lock around every copy, and to get it back
-            # under load takes longer than the copy.
-            target, start = _octets(buffer), 0
-            for item in items:
-                source = _octets(item.feeds[name])
-                target[start : start + len(source)] = source
-                start += len(source)
-            feeds[name] = buffer[:rows]
-        return feeds
-
-
 class Batcher:
-    """The queue of one model version and the threads that empty it. `submit` and `check` belong to the event loop."""
+    """The queue of one model version and the threads that empty it. `submit` and `check` belong to the event loop.
+
+    Several engines share the queue evenly. `solo` is one more engine, for a request that is alone in the process: with
+    all the threads that the others have together, while those, with fewer threads each, waste less of them on a batch.
+    """
 
     def __init__(
         self,
         runners: list[RunsFeeds],
         policy: Policy,
         *,
+        solo: RunsFeeds | None = None,
         on_batch: Callable[[Batch], None] = lambda batch: None,
         on_fatal: Callable[[BaseException], None] = lambda error: None,
         name: str = "model",
@@ -105,14 +71,21 @@ class Batcher:
         """Instances that were woken and have not looked at the queue yet."""
         self._closing = False
         self._row_ns = 0.0
+        self._standing = 0
+        """Since when (monotonic ns) there has been more than the engines can take at once; 0: there is not."""
         self._shedding = False
         self._busy_ns = self._window = self._window_busy = 0
         self._sweeping = False
         self._instances = [Instance(runner) for runner in runners]
+        self._solo = Instance(solo) if solo else None
         self._threads = [
             threading.Thread(target=self._work, args=(i,), name=f"{name}-{n}", daemon=True)
             for n, i in enumerate(self._instances)
         ]
+        if self._solo:
+            self._threads.append(
+                threading.Thread(target=self._work_solo, args=(self._solo,), name=f"{name}-solo", daemon=True)
+            )
         for thread in self._threads:
             thread.start()
 
@@ -142,7 +115,7 @@ class Batcher:
             self._shedding = now - self._window < WINDOW_NS or self._saturated(now)
             if self._shedding and self._queue.rows * self._row_ns >= self.policy.shed_target_ns:
                 raise RequestError("the server is overloaded", Code.OVERLOADED)
-        elif self._queue.standing and now - self._queue.standing > self.policy.burst_ns:
+        elif self._standing and now - self._standing > self.policy.burst_ns:
             self._shedding = True
             self._window, self._window_busy = now, self._busy(now)
 
@@ -155,8 +128,12 @@ class Batcher:
 
     def _busy(self, now: int) -> int:
         """Time that the engines have run so far, together, ns."""
-        running = [items[0].batch for i in self._instances if (items := i.items)]
-        return self._busy_ns + sum(now - batch.taken for batch in running if batch)
+        return self._busy_ns + sum(now - batch.taken for batch in self._running())
+
+    def _running(self) -> list[Batch]:
+        """What the sharing engines execute now."""
+        heads = [items[0].batch for i in self._instances if (items := i.items)]
+        return [batch for batch in heads if batch]
 
     def submit(self, item: Item, *, alone: bool = False, wake: bool = True) -> asyncio.Future[dict[str, Array]]:
         """Queue a request; raises RequestError when it is refused.
@@ -169,17 +146,7 @@ class Batcher:
         with self._lock:
             if self._closing:
                 raise RequestError("the model is being unloaded", Code.UNAVAILABLE)
-            if (
-                alone
-                and self.policy.inline
-                and 0 < self._row_ns * item.rows < INLINE_NS
-                and not self._queue
-                and self._idle
-            ):
-                instance = self._idle.pop()
-                item.batch = Batch(item.rows, taken=monotonic_ns())
-                self._execute(instance, [item], _now)
-                self._idle.append(instance)
+            if alone and not self._queue and self._run_alone(item):
                 return item.future
             self._queue.push(item)
             if wake:
@@ -188,6 +155,25 @@ class Batcher:
             self._sweeping = True
             self._loop.call_later(0.05, self._sweep)
         return item.future
+
+    def _run_alone(self, item: Item) -> bool:
+        """Run a request past the queue, if there is an engine for it; the lock is held."""
+        solo = self._solo
+        if solo and solo.items:  # its last request was answered (it was cancelled, say) but still runs
+            return False
+        inline = self.policy.on_cpu and 0 < self._row_ns * item.rows < INLINE_NS
+        if not solo and not (inline and self._idle):
+            return False
+        item.batch = Batch(item.rows, taken=monotonic_ns())
+        if solo and not inline:
+            solo.items = [item]
+            solo.wake.release()
+            return True
+        instance = solo or self._idle.pop()
+        self._execute(instance, [item], _now)
+        if not solo:
+            self._idle.append(instance)
+        return True
 
     def wake(self) -> None:
         """Let idle engines see what was queued."""
@@ -202,10 +188,21 @@ class Batcher:
             self._filling.wake.release()
             self._filling = None
 
-    def _share(self) -> int:
-        """Rows for one engine of those that are about to take; the lock is held."""
-        limit = self.policy.max_rows
-        return min(limit, ceil(self._queue.rows / (self._woken + 1))) if self._woken else limit
+    def _take_share(self, instance: Instance, dropped: list[Item]) -> list[Item]:
+        """The batch of the engine that takes now; the lock is held.
+
+        Of several engines each gets as much, and a share is left in the queue: an engine that is done finds work at
+        once, without a wait for its answers to travel and the next requests to come.
+        """
+        limit, engines = self.policy.max_rows, len(self._instances)
+        present = self._queue.rows + sum(batch.rows for batch in self._running())
+        share = limit if engines == 1 else min(limit, ceil(present / (engines + 1)))
+        instance.items = items = self._queue.take(share, dropped)
+        if not self._queue or (engines > 1 and present <= engines * limit):
+            self._standing = 0
+        elif not self._standing:
+            self._standing = monotonic_ns()
+        return items
 
     def _sweep(self) -> None:
         """Answer requests that expired behind a long execution; those at the head are caught when taken."""
@@ -229,6 +226,8 @@ class Batcher:
             if self._filling:
                 self._filling.wake.release()
                 self._filling = None
+            if self._solo:
+                self._solo.wake.release()
         end = monotonic_ns() + timeout * 1e9
         while any(t.is_alive() for t in self._threads) and monotonic_ns() < end:
             await asyncio.sleep(0.005)
@@ -238,15 +237,23 @@ class Batcher:
         """Fail everything queued or being executed (the drain's limit is reached); how many that was."""
         with self._lock:
             items = self._queue.clear()
-            for instance in self._instances:
+            for instance in (*self._instances, *([self._solo] if self._solo else [])):
                 items += instance.items
         for item in items:
             _fail(item, error)
         return len(items)
 
     def _work(self, instance: Instance) -> None:
+        if self.policy.on_cpu:
+            give_way()
         while (items := self._take(instance)) is not None:
             self._execute(instance, items, self._call)
+
+    def _work_solo(self, solo: Instance) -> None:
+        if self.policy.on_cpu:
+            give_way()
+        while solo.wake.acquire() and solo.items:
+            self._execute(solo, solo.items, self._call)
 
     def _take(self, instance: Instance) -> list[Item] | None:
         """The next batch; blocks while there is none; None when closed and empty."""
@@ -263,7 +270,7 @@ class Batcher:
                 if self._queue:
                     wait = self._still_filling()
                     if wait <= 0:
-                        items = self._queue.take(self._share(), dropped)
+                        items = self._take_share(instance, dropped)
                         if dropped:
                             self._call(self._drop, dropped)
                             dropped = []
@@ -276,6 +283,7 @@ class Batcher:
                     return None
                 else:
                     self._queue.reset()
+                    self._standing = 0
                     self._idle.append(instance)
             if wait < 0:
                 instance.wake.acquire()
@@ -311,7 +319,8 @@ class Batcher:
                 results.append(outputs if len(items) == 1 else {n: a[start:end] for n, a in outputs.items()})
                 start = end
             batch.done = monotonic_ns()
-            cost = (batch.done - batch.taken) / max(batch.rows, 1) / len(self._instances)
+            engines = 1 if instance is self._solo else len(self._instances)
+            cost = (batch.done - batch.taken) / max(batch.rows, 1) / engines
             self._row_ns = 0.8 * self._row_ns + 0.2 * cost if self._row_ns else cost
             call(self._deliver, batch, items, results)
         except BaseException as error:
@@ -359,11 +368,6 @@ class Batcher:
         self._on_fatal(error)
         for item in items:
             _fail(item, RequestError("the engine failed", Code.INTERNAL))
-
-
-def _octets(array: Array) -> memoryview:
-    octets: Any = array.reshape(-1).view(np.uint8)
-    return memoryview(octets)
 
 
 def _now(function: Callable[..., None], *args: Any) -> None:

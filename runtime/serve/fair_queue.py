@@ -71,8 +71,6 @@ class FairQueue:
 
     def __init__(self) -> None:
         self.rows = 0
-        self.standing = 0
-        """Since when (monotonic ns) a batch has left requests behind; 0: the last one took them all."""
         self._heap: list[Entry] = []
         self._sequence = count()
         self._virtual = 0
@@ -94,7 +92,7 @@ class FairQueue:
 
     def reset(self) -> None:
         """Forget the clients; for when the queue is empty and the engine idle."""
-        self.standing = self._virtual = 0
+        self._virtual = 0
         self._tags.clear()
 
     def oldest(self) -> int:
@@ -146,10 +144,6 @@ class FairQueue:
                 waiting.add(item.client)
         for entry in passed:
             heappush(heap, entry)
-        if not heap:
-            self.standing = 0
-        elif not self.standing:
-            self.standing = now
         batch = Batch(rows, taken=now)
         for item in items:
             item.batch = batch

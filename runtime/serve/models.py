@@ -10,6 +10,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from runtime.errors import RefusedError
 from runtime.manifest import Manifest, TensorSpec, find_manifest, read_manifest
 from runtime.qdq import layout_warning
 from runtime.runners.base import Array, Runner, numpy_dtype
-from runtime.serve.batcher import Batcher, Policy, RunsFeeds
+from runtime.serve.batcher import Batcher, Policy
 from runtime.serve.errors import Code, RequestError
 from runtime.serve.fair_queue import Batch, Item
+from runtime.serve.instance import RunsFeeds, give_way
 from runtime.serve.settings import Settings
 from runtime.serve.signature import ITEM_BYTES, Signature, make_port
 from runtime.serve.stats import Stats
@@ -32,7 +34,6 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 SPIN_US = "200"
 """Long enough to wait for each other within a run and for the next request of a lone client, no longer."""
 SUFFIXES = {".onnx": "onnxruntime", ".plan": "tensorrt", ".engine": "tensorrt"}
-Opener = Callable[[Path, Settings], list[Runner]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class ModelVersion:
     signature: Signature
     specs: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
     runners: list[Runner]
+    solo: Runner | None
     stats: Stats
     batcher: Batcher = field(init=False)
     users: int = 0
@@ -77,7 +79,7 @@ class ModelVersion:
             await asyncio.sleep(0.01)
         if not await self.batcher.close(max(0.1, end - time.monotonic())):
             return False
-        for runner in self.runners:
+        for runner in (*self.runners, *([self.solo] if self.solo else [])):
             runner.close()
         return True
 
@@ -138,16 +140,24 @@ def read_source(source: Source, settings: Settings) -> Manifest | None:
     return read_manifest(source.path) if settings.require_manifest else find_manifest(source.path)
 
 
-def open_runners(path: Path, settings: Settings) -> list[Runner]:
-    """One runner per instance. Raises RefusedError or UnavailableError."""
+def open_runners(path: Path, settings: Settings) -> tuple[list[Runner], Runner | None]:
+    """One runner per instance, and the one for a lone request if there shall be one.
+
+    Raises RefusedError or UnavailableError.
+    """
     from runtime.runners import open_runner
 
-    options: dict[str, Any] = {}
-    if SUFFIXES[path.suffix] == "onnxruntime":
-        # Threads that never spin make a small network half as fast; ones that spin on starve the event loop.
-        spinning = {} if settings.spinning else {"session.intra_op.spin_duration_us": SPIN_US}
-        options = {"threads": settings.intra_op_threads, "config": spinning}
-    return [open_runner(path, device_for(path, settings), **options) for _ in range(settings.instances)]
+    device = device_for(path, settings)
+    if SUFFIXES[path.suffix] != "onnxruntime":
+        return [open_runner(path, device) for _ in range(settings.instances)], None
+    # Threads that never spin make a small network half as fast; ones that spin on starve the event loop.
+    config = {} if settings.spinning else {"session.intra_op.spin_duration_us": SPIN_US}
+    options: dict[str, Any] = {"config": config}
+    runners = [
+        open_runner(path, device, threads=settings.intra_op_threads, **options) for _ in range(settings.instances)
+    ]
+    threads = settings.solo_intra_op_threads if device == "cpu" else 0
+    return runners, open_runner(path, device, threads=threads, **options) if threads else None
 
 
 def device_for(path: Path, settings: Settings) -> str:
@@ -226,12 +236,11 @@ def _extent(dim: int | str) -> int:
 class Repository:
     """All models by name and version. Requests look up, `reload` swaps: both on the event loop, so neither locks."""
 
-    def __init__(
-        self, settings: Settings, on_fatal: Callable[[BaseException], None], opener: Opener = open_runners
-    ) -> None:
+    def __init__(self, settings: Settings, on_fatal: Callable[[BaseException], None]) -> None:
         self.settings = settings
         self.ready = False
-        self._opener = opener
+        self._loader = ThreadPoolExecutor(1, "loader", initializer=give_way)
+        """Loads and warms up behind what is being served; the threads that an engine starts take its niceness over."""
         self._on_fatal = on_fatal
         self._models: dict[str, dict[str, ModelVersion]] = {}
         self._stats: dict[tuple[str, str], Stats] = {}
@@ -296,16 +305,17 @@ class Repository:
             return complete
 
     async def _open(self, source: Source) -> ModelVersion:
-        manifest, runners, signature = await asyncio.to_thread(self._open_blocking, source)
+        loading = asyncio.get_running_loop().run_in_executor(self._loader, self._open_blocking, source)
+        manifest, runners, solo, signature = await loading
         stats = self._stats.setdefault((source.name, source.version), Stats())
         sha256 = manifest.artefact.sha256 if manifest else ""
         model = ModelVersion(
-            source, manifest, sha256, signature, (runners[0].inputs, runners[0].outputs), runners, stats
+            source, manifest, sha256, signature, (runners[0].inputs, runners[0].outputs), runners, solo, stats
         )
         fixed = all(d >= 0 for p in signature.inputs.values() for d in p.shape[1:]) or bool(signature.limits)
         policy = Policy(
             max_rows=signature.max_rows,
-            inline=device_for(source.path, self.settings) == "cpu",
+            on_cpu=device_for(source.path, self.settings) == "cpu",
             probe=None if fixed else lambda runner: warm_up(runner, signature),
             queue_size=self.settings.queue_size,
             delay_ns=int(self.settings.max_queue_delay * 1e9),
@@ -317,20 +327,21 @@ class Repository:
             stats.executed(batch.rows, batch.fed - batch.taken, batch.inferred - batch.fed, batch.done - batch.inferred)
 
         engines: list[RunsFeeds] = list(runners)
-        model.batcher = Batcher(engines, policy, on_batch=count, on_fatal=self._on_fatal, name=source.name)
+        model.batcher = Batcher(engines, policy, on_batch=count, on_fatal=self._on_fatal, name=source.name, solo=solo)
         return model
 
-    def _open_blocking(self, source: Source) -> tuple[Manifest | None, list[Runner], Signature]:
+    def _open_blocking(self, source: Source) -> tuple[Manifest | None, list[Runner], Runner | None, Signature]:
         manifest = read_source(source, self.settings)
         if warning := layout_warning(manifest, device_for(source.path, self.settings)):
             log.warning(warning)
-        runners = self._opener(source.path, self.settings)
+        runners, solo = open_runners(source.path, self.settings)
+        opened = [*runners, solo] if solo else runners
         try:
             signature = make_signature(runners[0], manifest, self.settings)
-            for runner in runners:
+            for runner in opened:
                 warm_up(runner, signature)
         except BaseException:
-            for runner in runners:
+            for runner in opened:
                 with contextlib.suppress(Exception):
                     runner.close()
             raise
@@ -338,7 +349,7 @@ class Repository:
             with contextlib.suppress(ImportError):  # so that the first image does not wait for these imports
                 importlib.import_module("runtime.images")
                 importlib.import_module("PIL.Image").init()
-        return manifest, runners, signature
+        return manifest, runners, solo, signature
 
     def _install(self, model: ModelVersion) -> None:
         versions = self._models.setdefault(model.source.name, {})
@@ -374,4 +385,5 @@ class Repository:
     async def close(self, timeout: float) -> bool:
         """Close every version; False if an engine was still busy at the timeout."""
         closed = await asyncio.gather(*(m.close(timeout) for m in self.all()), *self._background)
+        self._loader.shutdown(wait=False)
         return all(closed)

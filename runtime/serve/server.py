@@ -21,7 +21,7 @@ from runtime.serve.fast_path import FastPath
 from runtime.serve.http_app import App
 from runtime.serve.http_protocol import BoundedProtocol
 from runtime.serve.metrics import MetricsApp
-from runtime.serve.models import Opener, find_sources, open_runners, read_source
+from runtime.serve.models import find_sources, read_source
 from runtime.serve.service import Service
 from runtime.serve.settings import Settings
 
@@ -71,10 +71,10 @@ def check(settings: Settings) -> None:
             raise RefusedError(f"{settings.tls_cert}: the TLS pair cannot be used ({error})") from error
 
 
-async def serve(settings: Settings, announce: Callable[[dict[str, Any]], None], opener: Opener = open_runners) -> int:
+async def serve(settings: Settings, announce: Callable[[dict[str, Any]], None]) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. `announce` gets the ports when bound, then when ready."""
     began = time.monotonic()
-    service = Service(settings, opener)
+    service = Service(settings)
     servers: list[tuple[_Uvicorn, socket.socket]] = []
     ports: dict[str, Any] = {}
     grpc_server = None

@@ -19,7 +19,7 @@ from runtime.serve.auth import Gate
 from runtime.serve.codec import Decoded
 from runtime.serve.errors import Code, RequestError
 from runtime.serve.fair_queue import Item
-from runtime.serve.models import ModelVersion, Opener, Repository, open_runners
+from runtime.serve.models import ModelVersion, Repository
 from runtime.serve.protocol import LogSettings
 from runtime.serve.settings import Settings, available_cores
 from runtime.serve.tracing import Tracer
@@ -31,9 +31,9 @@ REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 class Service:
     """One server process: its models and its state. Lives on the event loop."""
 
-    def __init__(self, settings: Settings, opener: Opener = open_runners) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.repository = Repository(settings, self.break_down, opener)
+        self.repository = Repository(settings, self.break_down)
         self.gate = Gate(settings.token)
         self.log = AccessLog(settings.access_log)
         self.log_settings = LogSettings(settings.access_log)

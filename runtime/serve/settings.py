@@ -28,6 +28,9 @@ class Settings:
     threads: int = 0
     """Intra-op threads of one instance; 0 is the machine's cores divided by `instances`."""
     instances: int = 1
+    solo_threads: int | None = None
+    """Threads of one more engine per model, for a request that is alone; 0: no such engine; None: as many as several
+    instances on a CPU have together."""
     spinning: bool = False
     """Let idle ONNX Runtime threads spin as long as they like. Off: briefly, so that they do not starve the loop."""
     require_manifest: bool = True
@@ -63,6 +66,13 @@ class Settings:
     def intra_op_threads(self) -> int:
         """Threads per instance, resolved."""
         return self.threads or max(1, available_cores() // self.instances)
+
+    @property
+    def solo_intra_op_threads(self) -> int:
+        """Threads of the engine for a lone request, resolved; 0: there is none."""
+        if self.solo_threads is not None:
+            return self.solo_threads
+        return min(available_cores(), self.instances * self.intra_op_threads) if self.instances > 1 else 0
 
 
 def available_cores() -> int:

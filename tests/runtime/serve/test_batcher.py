@@ -155,17 +155,17 @@ def test_the_queue_is_bounded_and_sheds_only_while_overloaded() -> None:
             batcher.submit(item(9))
         assert caught.value.code is Code.OVERLOADED
         assert batcher.retry_after >= 1
-        batcher._queue.standing = 1  # a backlog that has stood since long ago
+        batcher._standing = 1  # a backlog that has stood since long ago
         futures.append(asyncio.get_running_loop().create_future())
         futures.pop().cancel()
         engine.gate.set()
         await asyncio.gather(*futures)
         await asyncio.sleep(0.01)
-        assert batcher._queue.standing == 0  # the last batch took all that was left
+        assert batcher._standing == 0  # the last batch took all that was left
 
         await hold(batcher, engine)
         queued = [batcher.submit(item(0)), batcher.submit(item(0))]
-        batcher._queue.standing = 1
+        batcher._standing = 1
         batcher.check()  # the request that finds the backlog too old is still let in, the next are not
         with pytest.raises(RequestError, match="overloaded"):
             batcher.check()
@@ -223,7 +223,7 @@ def test_several_instances_share_the_queue() -> None:
 def test_a_lone_short_request_runs_on_the_loop() -> None:
     async def run() -> None:
         engine = Engine()
-        batcher = Batcher([engine], Policy(max_rows=4, inline=True))
+        batcher = Batcher([engine], Policy(max_rows=4, on_cpu=True))
         await batcher.submit(item(1), alone=True)  # nothing is known of the engine's speed yet: on its thread
         while not batcher._idle:  # the thread has answered and is on its way back to the queue
             await asyncio.sleep(0.001)
@@ -234,6 +234,97 @@ def test_a_lone_short_request_runs_on_the_loop() -> None:
         assert not batcher.submit(item(3)).done()
         batcher._row_ns = 1e9
         assert not batcher.submit(item(4), alone=True).done()
+        assert await batcher.close()
+
+    asyncio.run(run())
+
+
+def test_each_of_several_engines_takes_its_share_and_leaves_one_more() -> None:
+    async def run() -> None:
+        engines = [Engine(), Engine()]
+        batcher = Batcher(engines, Policy(max_rows=8))
+        for engine in engines:
+            engine.gate.clear()
+        first = [batcher.submit(item(-1)), batcher.submit(item(-1))]
+        while batcher.pending:
+            await asyncio.sleep(0.001)
+        futures = [batcher.submit(item(i)) for i in range(8)]
+        engines[0].gate.set()  # of 8 waiting and 1 running elsewhere a third, of the 5 left and 1 again, and so on
+        while batcher.pending:
+            await asyncio.sleep(0.001)
+        engines[1].gate.set()
+        await asyncio.gather(*first, *futures)
+        assert [len(b) for b in engines[0].batches] == [1, 3, 2, 2, 1]
+        assert [len(b) for b in engines[1].batches] == [1]
+        assert await batcher.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("waiting", "backlog"), [(5, False), (6, True)])
+def test_several_engines_have_a_backlog_when_there_is_more_than_all_can_take(waiting: int, backlog: bool) -> None:
+    async def run() -> None:
+        engines = [Engine(), Engine()]
+        batcher = Batcher(engines, Policy(max_rows=3))
+        for engine in engines:
+            engine.gate.clear()
+        futures = [batcher.submit(item(-1)), batcher.submit(item(-1))]
+        while batcher.pending:
+            await asyncio.sleep(0.001)
+        futures += [batcher.submit(item(i)) for i in range(waiting)]
+        gate, engines[0].gate = engines[0].gate, threading.Event()
+        gate.set()  # one takes its next batch and holds it
+        while batcher.pending == waiting:
+            await asyncio.sleep(0.001)
+        assert bool(batcher._standing) is backlog
+        for engine in engines:
+            engine.gate.set()
+        await asyncio.gather(*futures)
+        await asyncio.sleep(0.01)
+        assert batcher._standing == 0
+        assert await batcher.close()
+
+    asyncio.run(run())
+
+
+def test_a_lone_request_has_an_engine_of_its_own() -> None:
+    async def run() -> None:
+        engine, solo = Engine(), Engine()
+        batcher = Batcher([engine], Policy(max_rows=4, on_cpu=True), solo=solo)
+        solo.gate.clear()
+        lone = batcher.submit(item(1), alone=True)  # how long it takes is not known yet: on a thread
+        await batcher.submit(item(2), alone=True)  # the engine for one request has one
+        solo.gate.set()
+        await lone
+        await batcher.submit(item(3))
+        while batcher._solo and batcher._solo.items:
+            await asyncio.sleep(0.001)
+        batcher._row_ns = 1000.0  # known to be quick
+        assert batcher.submit(item(4), alone=True).done()
+        assert solo.batches == [[1], [4]]
+        assert engine.batches == [[2], [3]]
+        assert await batcher.close()
+
+    asyncio.run(run())
+
+
+def test_what_the_lone_engine_holds_is_aborted_and_its_failure_is_fatal() -> None:
+    async def run() -> None:
+        fatal: list[BaseException] = []
+        solo = Engine()
+        batcher = Batcher([Engine()], Policy(max_rows=4), solo=solo, on_fatal=fatal.append)
+        solo.gate.clear()
+        lone = batcher.submit(item(1), alone=True)
+        assert batcher.abort(RequestError("stopping", Code.UNAVAILABLE)) == 1
+        solo.gate.set()
+        with pytest.raises(RequestError, match="stopping"):
+            await lone
+        while batcher._solo and batcher._solo.items:
+            await asyncio.sleep(0.001)
+        solo.error = RuntimeError("lost")
+        with pytest.raises(RequestError, match="the engine failed"):
+            await batcher.submit(item(2), alone=True)
+        assert fatal == [solo.error]
         assert await batcher.close()
 
     asyncio.run(run())

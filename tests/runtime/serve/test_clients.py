@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import queue
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from tritonclient.utils import InferenceServerException
 from .conftest import DTYPES, LABELS, Server
 
 TRITON = {"float16": "FP16", "float32": "FP32", "float64": "FP64"}
+Start = Callable[..., Server]
 CLIENTS = [pytest.param("http", id="http"), pytest.param("grpc", id="grpc")]
 
 
@@ -88,6 +91,23 @@ def test_infer_equals_onnxruntime_for_each_version(server: Server, models: Path,
         response = response if kind == "http" else {"id": response.id, "model_version": response.model_version}
         assert response["id"] == "r-7"
         assert response["model_version"] == str(expected)
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_several_instances_answer_as_one(start: Start, models: Path, kind: str) -> None:
+    server = start(models, "--instances", "3", "--solo-threads", "2")
+    library, client = connect(server, kind)
+    draw = np.random.default_rng(0)
+    images = [draw.random((rows, 3, 8, 8), np.float32) for rows in (1, 2, 5, 1, 8, 3)]
+    for x in images:  # alone, then together
+        answer = client.infer("tiny", [image_input(library, x)])
+        np.testing.assert_allclose(answer.as_numpy("logits"), reference(models, x), rtol=1e-5, atol=1e-6)
+    with ThreadPoolExecutor(6) as pool:
+        clients = [connect(server, kind)[1] for _ in images]
+        asked = [pool.submit(c.infer, "tiny", [image_input(library, x)]) for c, x in zip(clients, images, strict=True)]
+        for x, answer in zip(images, asked, strict=True):
+            logits = answer.result().as_numpy("logits")
+            np.testing.assert_allclose(logits, reference(models, x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", CLIENTS)

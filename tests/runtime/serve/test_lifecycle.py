@@ -59,9 +59,12 @@ async def fire(server: Server, path: str, body: bytes, headers: dict[str, str], 
     return seen
 
 
+@pytest.mark.parametrize("flags", [(), ("--instances", "2")], ids=["one", "several"])
 @pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.slow)])
-def test_sigterm_answers_everything_in_flight_and_exits_0(start: Start, tmp_path: Path, count: int) -> None:
-    server = start(heavy(tmp_path / "m.onnx", size=64, layers=24))
+def test_sigterm_answers_everything_in_flight_and_exits_0(
+    start: Start, tmp_path: Path, count: int, flags: tuple[str, ...]
+) -> None:
+    server = start(heavy(tmp_path / "m.onnx", size=64, layers=24), *flags)
     body, headers = body_for((1, 64, 64), "x")
     seen = asyncio.run(fire(server, "/v2/models/m/infer", body, headers, count, 0.05))
     assert seen == {200: count}
@@ -238,6 +241,7 @@ import asyncio, json, sys
 from pathlib import Path
 import numpy as np
 from runtime.manifest import TensorSpec
+from runtime.serve import models
 from runtime.serve.server import serve
 from runtime.serve.settings import Settings
 
@@ -251,8 +255,9 @@ class Failing:
         return {"y": feeds["input"]}
     def close(self): pass
 
+models.open_runners = lambda path, settings: ([Failing()], None)
 settings = Settings(source=Path(sys.argv[1]), http_port=0, grpc_port=0, metrics_port=0)
-sys.exit(asyncio.run(serve(settings, lambda e: print(json.dumps(e), flush=True), lambda p, s: [Failing()])))
+sys.exit(asyncio.run(serve(settings, lambda e: print(json.dumps(e), flush=True))))
 """
 
 
