@@ -8,6 +8,6 @@ import sys
 if __name__ == "__main__":
     codes = [
         subprocess.run([sys.executable, "-m", f"tests.bench.{part}"]).returncode
-        for part in ("crop_speed", "crop_digits")
+        for part in ("crop_lossless", "crop_speed", "crop_digits")
     ]
     sys.exit(max(codes))
