@@ -6,6 +6,7 @@ Reference: KServe's "Open Inference Protocol" and Triton's binary tensor, classi
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -49,6 +50,7 @@ class _Request(msgspec.Struct):
     outputs: Annotated[list[_Output], msgspec.Meta(max_length=64)] = []
 
 
+_NOT_FINITE = re.compile(rb"(?<=[\[,\s])-?(?:NaN|Infinity)(?=[\],\s])")
 _decode_request = msgspec.json.Decoder(_Request).decode
 _encode = msgspec.json.Encoder().encode
 
@@ -98,10 +100,7 @@ def decode(body: bytes | bytearray | memoryview, header_length: int | None, sign
         raise RequestError("Inference-Header-Content-Length is beyond the end of the body")
     elif header_length > MAX_HEADER:
         raise RequestError("the JSON header is larger than this server takes", Code.TOO_LARGE)
-    try:
-        request = _decode_request(view if header_length is None else view[:header_length])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise RequestError(f"failed to parse the request JSON: {clip(str(error), 200)}") from None
+    request, strict = _parse(view if header_length is None else view[:header_length])
     tail = view[len(view) if header_length is None else header_length :]
     feeds: dict[str, Array] = {}
     ports: list[tuple[Port, tuple[int, ...], int, int]] = []
@@ -113,7 +112,7 @@ def decode(body: bytes | bytearray | memoryview, header_length: int | None, sign
         refuse_shared_memory(tensor.parameters)
         size = tensor.parameters.get("binary_data_size")
         if size is None:
-            feeds[port.name] = _from_json(port, tensor.shape, elements, bytes(tensor.data))
+            feeds[port.name] = _from_json(port, tensor.shape, elements, bytes(tensor.data), strict)
             continue
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise RequestError(f"input '{port.name}': 'binary_data_size' must be a whole number of bytes")
@@ -141,6 +140,24 @@ def decode(body: bytes | bytearray | memoryview, header_length: int | None, sign
             signature.plans.clear()
         signature.plans[key] = plan
     return Decoded(feeds, rows, wanted, id_, timeout_us, priority, plan)
+
+
+def _parse(text: memoryview) -> tuple[_Request, bool]:
+    """The JSON of a request, and whether it is JSON to the letter.
+
+    RFC 8259 has no NaN and no infinity. Triton takes them as bare words all the same, and perf_analyzer sends them:
+    such words are quoted here and read as numbers by `_from_json`.
+    """
+    try:
+        try:
+            return _decode_request(text), True
+        except msgspec.DecodeError:
+            quoted, words = _NOT_FINITE.subn(rb'"\g<0>"', bytes(text))
+            if not words:
+                raise
+            return _decode_request(quoted), False
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise RequestError(f"failed to parse the request JSON: {clip(str(error), 200)}") from None
 
 
 def _decode_planned(tail: memoryview, plan: Plan) -> Decoded:
@@ -194,7 +211,7 @@ def from_bytes(port: Port, shape: Sequence[int], elements: int, data: memoryview
     return np.frombuffer(data, port.dtype).reshape(shape)
 
 
-def _from_json(port: Port, shape: Sequence[int], elements: int, raw: bytes) -> Array:
+def _from_json(port: Port, shape: Sequence[int], elements: int, raw: bytes, strict: bool) -> Array:
     if not raw:
         raise RequestError(f"input '{port.name}' has neither 'data' nor 'binary_data_size'")
     # The number of commas bounds what decoding can allocate, flat or nested, before it is begun.
@@ -205,7 +222,7 @@ def _from_json(port: Port, shape: Sequence[int], elements: int, raw: bytes) -> A
     head = raw[:256].translate(None, b" \t\r\n")
     kind = "bool" if port.datatype == "BOOL" else "float" if port.dtype.kind not in "iu" else "int"
     try:
-        values = _decoder(kind, len(shape) if head.startswith(b"[[") else 1).decode(raw)
+        values = _decoder(kind, len(shape) if head.startswith(b"[[") else 1, strict).decode(raw)
         with np.errstate(over="ignore"):
             array = np.array(values, dtype=port.dtype)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError, OverflowError, TypeError) as error:
@@ -218,11 +235,11 @@ def _from_json(port: Port, shape: Sequence[int], elements: int, raw: bytes) -> A
 
 
 @cache
-def _decoder(kind: str, rank: int) -> msgspec.json.Decoder[Any]:
+def _decoder(kind: str, rank: int, strict: bool) -> msgspec.json.Decoder[Any]:
     nested: Any = {"bool": bool, "int": int, "float": float}[kind]
     for _ in range(rank):
         nested = list[nested]
-    return msgspec.json.Decoder(nested)
+    return msgspec.json.Decoder(nested, strict=strict or kind != "float")
 
 
 def _wanted(outputs: list[_Output], binary: bool, signature: Signature) -> list[Wanted]:

@@ -129,3 +129,30 @@ def test_inflate_of_any_bytes(data: bytes) -> None:
         error = refusal
     assert len(plain) <= 1000
     assert error is None or error.code.http in (400, 413)
+
+
+@given(st.lists(st.sampled_from([0.5, -2.0, 1e-3, np.nan, np.inf, -np.inf]), min_size=6, max_size=6), st.booleans())
+def test_bare_nan_and_infinity_are_read_as_triton_reads_them(values: list[float], nested: bool) -> None:
+    x = np.array(values, np.float32).reshape(1, 2, 3)
+    tensor = {"name": "x", "shape": x.shape, "datatype": "FP32", "data": x.tolist() if nested else values}
+    decoded = codec.decode(json.dumps({"inputs": [tensor]}).encode(), None, signature("float32"))
+    np.testing.assert_array_equal(decoded.feeds["x"], x)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "data"),
+    [
+        ("float32", '1,2,3,4,5,"NaN"'),
+        ("float32", "1,2,3,4,5,nan"),
+        ("float32", '1,2,3,4,"NaN",Nan'),
+        ("float32", "1,2,3,4,NaN"),
+        ("int32", "1,2,3,4,5,NaN"),
+        ("bool", "true,false,true,true,true,NaN"),
+    ],
+)
+def test_no_other_word_and_no_other_type_is_a_number(dtype: str, data: str) -> None:
+    taken = signature(dtype)
+    tensor = {"name": "x", "shape": [1, 2, 3], "datatype": taken.inputs["x"].datatype, "data": "DATA"}
+    text = json.dumps({"inputs": [tensor]}).replace('"DATA"', f"[{data}]")
+    with pytest.raises(RequestError, match="parse|values"):
+        codec.decode(text.encode(), None, taken)
