@@ -26,6 +26,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 from serve_throughput import LUA, request_body, start_server, wrk
 
 COMMON = """
@@ -111,11 +112,12 @@ class Model(MLModel):
         y = self.session.run(None, {payload.inputs[0].name: x})[0]
         return InferenceResponse(model_name="m", outputs=[NumpyCodec.encode_output("logits", y)])
 """
+ENGINE = f"onnxruntime=={onnxruntime.__version__}"
 PACKAGES = {
-    "litserve": ["litserve==0.2.19", "onnxruntime", "numpy"],
-    "mlserver": ["mlserver==1.7.1", "onnxruntime", "numpy<2"],
-    "kserve": ["kserve==0.21", "onnxruntime", "numpy"],
-    "pytriton": ["nvidia-pytriton==0.7.0", "onnxruntime", "numpy"],
+    "litserve": ["litserve==0.2.19", ENGINE, "numpy"],
+    "mlserver": ["mlserver==1.7.1", ENGINE, "numpy<2"],
+    "kserve": ["kserve==0.21", ENGINE, "numpy"],
+    "pytriton": ["nvidia-pytriton==0.7.0", ENGINE, "numpy"],
 }
 SCRIPTS = {"litserve": LITSERVE, "kserve": KSERVE, "pytriton": PYTRITON}
 
@@ -130,6 +132,13 @@ def environment(folder: Path, name: str, base: str = sys.executable) -> Path:
     return python
 
 
+def library_folder(python: Path) -> str:
+    """Where the interpreter's own libpython lies: PyTriton's stub loads the first one found, which must not be another
+    release's (Debian's, say) than the interpreter whose modules it then imports."""
+    code = "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"
+    return subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def free_port() -> int:
     """A port nobody listens on, with two free above it as a rule."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -141,6 +150,8 @@ def start_peer(name: str, python: Path, model: Path, threads: int, folder: Path)
     port = free_port()
     log = (folder / f"{name}.log").open("wb")
     env = {**os.environ, "BENCH_MODEL": str(model), "BENCH_THREADS": str(threads)}
+    if name == "pytriton":
+        env["LD_LIBRARY_PATH"] = library_folder(python)
     if name == "mlserver":
         (folder / "mlmodel.py").write_text(MLSERVER)
         settings = {
