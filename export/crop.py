@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from export.crop_budget import Budget, choose
 from export.crop_latency import measure_latencies
+from export.crop_lossless import hold_sum_order
 from export.crop_split import faster_splits
 from gmconv.crop_certificate import CropCertificate
 from gmconv.crop_window import Precision
@@ -62,7 +63,8 @@ def crop_for_export(
 ) -> tuple[M, CropCertificate]:
     """Crop a baked model as `request` says; the certificate's numbers come from its calibration data.
 
-    A crop by tolerance also splits depthwise layers into channel groups where ONNX Runtime is faster with them.
+    A crop by tolerance also splits depthwise layers into channel groups where ONNX Runtime is faster with them; a
+    lossless one in fp32 leaves layers whole where the order of sums would be seen (`export.crop_lossless`).
 
     Raises:
         RefusedError: the calibration data was refused, or a top-1 budget does not fit the network's output.
@@ -74,11 +76,14 @@ def crop_for_export(
         if request.budget is None:
             note(f"cropping kernels, tolerance {request.tolerance}, judged on {origin}")
             tolerance: Tolerance = "lossless" if request.tolerance is None else request.tolerance
+            splits = faster_splits(model, batches[0][:1], tolerance, precision=precision, note=note)
+            held = tolerance == "lossless" and precision == "fp32"
             return crop_model(
                 model,
                 tolerance,
                 precision=precision,
-                splits=faster_splits(model, batches[0][:1], tolerance, precision=precision, note=note),
+                splits=splits,
+                sum_order=hold_sum_order(model, batches[0], splits, note=note) if held else None,
                 batches=batches,
                 max_abs_input=bound,
             )

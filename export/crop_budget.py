@@ -257,7 +257,11 @@ def _measure_options(
                 gain = whole * (1 - window.taps / (kernel[0] * kernel[1]))
             else:
                 times = latencies.get(name, {})
-                gain = times[_whole(kernel)] - times[window] if window in times and _whole(kernel) in times else 0.0
+                gain = (
+                    times[Window.whole(kernel)] - times[window]
+                    if window in times and Window.whole(kernel) in times
+                    else 0.0
+                )
             if gain <= 0:
                 continue
             lossless = _contains(window, free[name])
@@ -312,10 +316,6 @@ def _contains(outer: Window, inner: Window) -> bool:
     )
 
 
-def _whole(kernel: tuple[int, int]) -> Window:
-    return Window(0, 0, *kernel)
-
-
 def _with_latencies(
     certificate: CropCertificate, latencies: Latencies | None, windows: Mapping[str, Window]
 ) -> CropCertificate:
@@ -324,7 +324,7 @@ def _with_latencies(
     layers = tuple(
         dataclasses.replace(
             layer,
-            latency_before_ms=latencies.get(layer.name, {}).get(_whole(layer.kernel)),
+            latency_before_ms=latencies.get(layer.name, {}).get(Window.whole(layer.kernel)),
             latency_after_ms=latencies.get(layer.name, {}).get(windows[layer.name]),
         )
         for layer in certificate.layers

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
+from export import graph
 from gmconv.crop_conv import pads_of
 from gmconv.crop_window import Window, nested_windows
 from gmconv.cropping import Where, croppable
@@ -115,6 +118,26 @@ def _session(conv: nn.Conv2d, shape: tuple[int, ...], window: Window, threads: i
         [numpy_helper.from_array(weight, "w")],
     )
     return open_session(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), threads)
+
+
+def module_session(module: nn.Module, shape: tuple[int, ...], *, outputs: int = 1, threads: int = 0) -> Any:
+    """A CPU session of a module as the exporter writes it for inputs `x` of `shape` (batch first).
+
+    `module` itself is moved to the CPU, fp32 and eval mode; `outputs` is how many tensors it returns.
+    """
+    import onnx_ir as ir
+
+    with tempfile.TemporaryDirectory() as folder:
+        exported = graph.to_onnx(
+            module.cpu().float().eval(),
+            torch.zeros(shape),
+            input_name="x",
+            output_names=[f"y{i}" for i in range(outputs)],
+            axes=graph.Axes(batch=False),
+            opset=20,
+            log=Path(folder) / "exporter.log",
+        )
+    return open_session(ir.to_proto(exported), threads)
 
 
 def open_session(model: ModelProto | Path, threads: int = 0) -> Any:

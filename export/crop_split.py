@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from export import graph
-from export.crop_latency import open_session, time_sessions
+from export.crop_latency import module_session, time_sessions
 from gmconv.crop_groups import ChannelGroup, DepthwiseSplit, is_depthwise
 from gmconv.crop_window import Precision
 from gmconv.cropping import Tolerance, choose_groups, choose_windows, crop_to, croppable
@@ -63,7 +58,7 @@ def faster_splits(
         variants = [crop_to(alone, {"0": window}), *(crop_to(alone, {}, {"0": groups}) for groups in splits)]
         feeds = {"x": np.random.default_rng(0).standard_normal(shape, dtype=np.float32)}
         tail = (nn.BatchNorm2d(layers[name].out_channels), nn.ReLU())
-        sessions = {i: _session(nn.Sequential(v, *tail), shape, threads) for i, v in enumerate(variants)}
+        sessions = {i: module_session(nn.Sequential(v, *tail), shape, threads=threads) for i, v in enumerate(variants)}
         times = {i: np.asarray(values) for i, values in time_sessions(sessions, feeds, _ROUNDS).items()}
         best = min(range(1, len(variants)), key=lambda i: float(np.median(times[i])))
         found[name] = DepthwiseSplit(
@@ -82,19 +77,3 @@ def worth_timing(conv: nn.Conv2d) -> bool:
 
 def _taps(groups: Sequence[ChannelGroup]) -> int:
     return sum(len(group.channels) * group.window.taps for group in groups)
-
-
-def _session(module: nn.Module, shape: tuple[int, ...], threads: int) -> Any:
-    import onnx_ir as ir
-
-    with tempfile.TemporaryDirectory() as folder:
-        exported = graph.to_onnx(
-            module.cpu().float().eval(),
-            torch.zeros(shape),
-            input_name="x",
-            output_names=["y"],
-            axes=graph.Axes(batch=False),
-            opset=20,
-            log=Path(folder) / "exporter.log",
-        )
-    return open_session(ir.to_proto(exported), threads)

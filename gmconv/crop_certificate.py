@@ -82,12 +82,28 @@ class CroppedLayer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SumOrder:
+    """What a lossless crop changes in fp32, where only the order of sums can differ.
+
+    Errors are the largest of any output over the outputs' RMS, cropped against uncropped in the runtime they are
+    exported for. `error` is that of the crop as it is; `error_of_all` what cutting every zero tap would have cost. The
+    layers in `whole` keep their zero taps so that `error` stays within `limit`.
+    """
+
+    limit: float
+    error: float = 0.0
+    error_of_all: float = 0.0
+    whole: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CropCertificate:
     """The crop of a network: every convolution with a kernel over 1x1, and the network's totals.
 
     `tolerance` is a share, "lossless", or None where a budget chose (then `budget` says what was asked and found).
     `macs_*` are the whole network's multiply-accumulates for one sample. `end_to_end` compares the outputs of the
-    cropped network with the uncropped one's on the calibration data.
+    cropped network with the uncropped one's on the calibration data. `sum_order` is there where a lossless crop was
+    held to a limit.
     """
 
     tolerance: float | Literal["lossless"] | None
@@ -97,6 +113,7 @@ class CropCertificate:
     macs_after: int | None
     end_to_end: OutputError | None
     budget: dict[str, Any] | None = None
+    sum_order: SumOrder | None = None
 
     @property
     def cropped(self) -> tuple[CroppedLayer, ...]:
@@ -129,6 +146,7 @@ def certify(
     input_shape: tuple[int, ...] | None = None,
     max_abs_input: float | None = None,
     budget: dict[str, Any] | None = None,
+    sum_order: SumOrder | None = None,
 ) -> CropCertificate:
     """Measure what was done: `cropped` is `model` cropped to `windows` and `splits`. Arguments as `crop_model`'s.
 
@@ -204,6 +222,7 @@ def certify(
         macs_after=sum(layer.macs for layer in after.values()) if after else None,
         end_to_end=end_to_end,
         budget=budget,
+        sum_order=sum_order,
     )
 
 
@@ -263,6 +282,13 @@ def crop_summary(certificate: dict[str, Any]) -> str:
     if timed:
         taken = sum(split["taken"] for split in timed)
         parts.append(f"{taken} of {len(timed)} depthwise layers timed are faster in channel groups, and split")
+    order = certificate.get("sum_order")
+    if order and order["whole"]:
+        parts.append(
+            f"{len(order['whole'])} more kernels have zero taps and stay whole: without them the order of sums would "
+            f"change an output by {order['error_of_all']:.1e} of its RMS in ONNX Runtime, the limit is "
+            f"{order['limit']:.0e} (--crop 0 cuts them)"
+        )
     seen = certificate["end_to_end"]
     if seen:
         parts.append(f"output error {seen['relative_max']:.1e} of its RMS over {seen['samples']} samples")

@@ -26,6 +26,12 @@ class Window:
     height: int
     width: int
 
+    @classmethod
+    def whole(cls, kernel_size: tuple[int, ...]) -> Window:
+        """Every tap of a kernel of (height, width)."""
+        height, width = kernel_size
+        return cls(0, 0, height, width)
+
     @property
     def taps(self) -> int:
         """Kept taps per pair of input and output channel."""

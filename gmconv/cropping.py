@@ -20,7 +20,7 @@ from typing import Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from gmconv.crop_certificate import CropCertificate, certify
+from gmconv.crop_certificate import CropCertificate, SumOrder, certify
 from gmconv.crop_conv import CroppedConv2d, crop_conv
 from gmconv.crop_groups import ChannelGroup, DepthwiseSplit, best_groups, is_depthwise, split_conv
 from gmconv.crop_measure import Batch, analytic_input_ranges, measure_input_ranges
@@ -85,6 +85,7 @@ def crop_model(
     precision: Precision = "fp32",
     where: Where | None = None,
     splits: Mapping[str, DepthwiseSplit] | None = None,
+    sum_order: SumOrder | None = None,
     batches: Iterable[Batch] = (),
     input_shape: tuple[int, ...] | None = None,
     max_abs_input: float | None = None,
@@ -94,6 +95,7 @@ def crop_model(
     Args:
         model, tolerance, precision, where: as for `crop`; `model` is not changed.
         splits: depthwise layers that were timed in channel groups, from `choose_groups`; the taken ones are split.
+        sum_order: which layers stay whole all the same, for a lossless crop; see `export.crop_lossless`.
         batches: calibration data: ranges, measured errors and multiply-accumulates come from it.
         input_shape: (C, H, W), to count multiply-accumulates and find analytic bounds where there are no batches.
         max_abs_input: the largest |x| the network's own input can have, when its preprocessing knows.
@@ -103,7 +105,10 @@ def crop_model(
     """
     tolerance = parse_tolerance(tolerance)
     windows = choose_windows(model, tolerance, precision=precision, where=where)
-    splits = splits or {}
+    splits = dict(splits or {})
+    for name in sum_order.whole if sum_order else ():
+        windows[name] = Window.whole(cast(nn.Conv2d, model.get_submodule(name)).kernel_size)
+        splits.pop(name, None)
     cropped = crop_to(model, windows, {name: split.groups for name, split in splits.items() if split.taken})
     certificate = certify(
         model,
@@ -115,6 +120,7 @@ def crop_model(
         batches=list(batches),
         input_shape=input_shape,
         max_abs_input=max_abs_input,
+        sum_order=sum_order,
     )
     return cropped, certificate
 
