@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from export.crop_budget import Budget, choose
-from export.crop_latency import measure_latencies
+from export.crop_latency import measure_latencies, with_latencies
 from export.crop_lossless import hold_sum_order
 from export.crop_split import faster_splits
 from gmconv.crop_certificate import CropCertificate
-from gmconv.crop_window import Precision
+from gmconv.crop_window import Precision, Window
 from gmconv.cropping import Tolerance, crop_model
 from runtime.errors import RefusedError
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=nn.Module)
 _BATCH = 16
+_ROUNDS = 7  # for the record only: nothing is decided by these times
 _NOISE = 8  # samples; more noise says no more
 
 
@@ -64,7 +65,8 @@ def crop_for_export(
     """Crop a baked model as `request` says; the certificate's numbers come from its calibration data.
 
     A crop by tolerance also splits depthwise layers into channel groups where ONNX Runtime is faster with them; a
-    lossless one in fp32 leaves layers whole where the order of sums would be seen (`export.crop_lossless`).
+    lossless one in fp32 leaves layers whole where the order of sums would be seen (`export.crop_lossless`). Every
+    cropped layer is timed alone, before and after, in ONNX Runtime on this machine.
 
     Raises:
         RefusedError: the calibration data was refused, or a top-1 budget does not fit the network's output.
@@ -72,13 +74,14 @@ def crop_for_export(
     """
     batches, labels, origin = calibration_batches(model, request, input_shape, dataset, preprocessing)
     bound = max_abs_pixel(preprocessing)
+    latencies = None
     try:
         if request.budget is None:
             note(f"cropping kernels, tolerance {request.tolerance}, judged on {origin}")
             tolerance: Tolerance = "lossless" if request.tolerance is None else request.tolerance
             splits = faster_splits(model, batches[0][:1], tolerance, precision=precision, note=note)
             held = tolerance == "lossless" and precision == "fp32"
-            return crop_model(
+            cropped, certificate = crop_model(
                 model,
                 tolerance,
                 precision=precision,
@@ -87,23 +90,29 @@ def crop_for_export(
                 batches=batches,
                 max_abs_input=bound,
             )
-        latencies = None
-        if request.gain == "latency":
-            note("timing every layer at every window in ONNX Runtime")
-            latencies = measure_latencies(model, batches[0][:1])
-        note(f"spending the crop budget {request.budget}, measured on {origin}")
-        return choose(
-            model,
-            batches,
-            request.budget,
-            labels=labels,
-            latencies=latencies,
-            precision=precision,
-            max_abs_input=bound,
-            origin=origin,
-        )
+        else:
+            if request.gain == "latency":
+                note("timing every layer at every window in ONNX Runtime")
+                latencies = measure_latencies(model, batches[0][:1])
+            note(f"spending the crop budget {request.budget}, measured on {origin}")
+            cropped, certificate = choose(
+                model,
+                batches,
+                request.budget,
+                labels=labels,
+                latencies=latencies,
+                precision=precision,
+                max_abs_input=bound,
+                origin=origin,
+            )
     except ValueError as error:
         raise RefusedError(f"cropping: {error}") from error
+    if latencies is None and certificate.cropped:
+        note("timing the cropped layers before and after in ONNX Runtime")
+        kept = {layer.name: Window(*layer.offset, *layer.kept) for layer in certificate.cropped}
+        times = measure_latencies(model, batches[0][:1], windows=kept, rounds=_ROUNDS)
+        certificate = with_latencies(certificate, times)
+    return cropped, certificate
 
 
 def calibration_batches(

@@ -9,7 +9,6 @@ model, data and gains give the same choice.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from export.crop_latency import Latencies, with_latencies
 from gmconv.crop_certificate import certify
 from gmconv.crop_measure import Batch, output_error, run
 from gmconv.crop_window import Precision, Window, nested_windows
@@ -26,7 +26,6 @@ from gmconv.cropping import CropCertificate, Where, choose_windows, crop_to, cro
 from gmconv.macs import count_macs
 
 M = TypeVar("M", bound=nn.Module)
-Latencies = Mapping[str, Mapping[Window, float]]  # ms of each layer at each of its windows, the whole kernel included
 
 _BINS = 4000  # resolution of the knapsack: one layer's cost is rounded up by at most 1/4000 of the budget
 _REFINEMENTS = 6
@@ -149,7 +148,7 @@ def choose(
         max_abs_input=max_abs_input,
         budget=details,
     )
-    return cropped, _with_latencies(certificate, latencies, windows)
+    return cropped, with_latencies(certificate, latencies) if latencies else certificate
 
 
 def knapsack(options: Sequence[Option], budget: float) -> dict[str, Window]:
@@ -314,19 +313,3 @@ def _contains(outer: Window, inner: Window) -> bool:
         and outer.top + outer.height >= inner.top + inner.height
         and outer.left + outer.width >= inner.left + inner.width
     )
-
-
-def _with_latencies(
-    certificate: CropCertificate, latencies: Latencies | None, windows: Mapping[str, Window]
-) -> CropCertificate:
-    if latencies is None:
-        return certificate
-    layers = tuple(
-        dataclasses.replace(
-            layer,
-            latency_before_ms=latencies.get(layer.name, {}).get(Window.whole(layer.kernel)),
-            latency_after_ms=latencies.get(layer.name, {}).get(windows[layer.name]),
-        )
-        for layer in certificate.layers
-    )
-    return dataclasses.replace(certificate, layers=layers)

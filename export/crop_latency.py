@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from export import graph
+from gmconv.crop_certificate import CropCertificate
 from gmconv.crop_conv import pads_of
 from gmconv.crop_window import Window, nested_windows
 from gmconv.cropping import Where, croppable
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 K = TypeVar("K")
+Latencies = Mapping[str, Mapping[Window, float]]
+"""Milliseconds by layer name and window."""
 _ROUNDS = 15
 _SECONDS_PER_RUN = 0.02  # a round repeats a fast layer until it has run for about this long
 
@@ -32,14 +36,16 @@ def measure_latencies(
     example: Tensor,
     *,
     where: Where | None = None,
+    windows: Mapping[str, Window] | None = None,
     threads: int = 0,
     rounds: int = _ROUNDS,
     progress: Callable[[str], None] = lambda _: None,
-) -> dict[str, dict[Window, float]]:
+) -> Latencies:
     """Time each croppable layer of `model` alone, at the shapes it sees for `example` (batch first), window by window.
 
-    The windows of one layer take turns, so that a busy moment of the machine hits all of them. `threads` 0 lets ONNX
-    Runtime choose. Layers of equal geometry are timed once.
+    The windows of one layer take turns, so that a busy moment of the machine hits all of them: all of its
+    `nested_windows`, or where `windows` is given its own there, for those layers that have a smaller one. `threads` 0
+    lets ONNX Runtime choose. Layers of equal geometry are timed once.
 
     Returns:
         Milliseconds (median of `rounds`) per layer and window, the whole kernel first.
@@ -52,12 +58,27 @@ def measure_latencies(
             continue
         shape = (example.shape[0], *shapes[name].input_shape)
         kernel = (int(conv.kernel_size[0]), int(conv.kernel_size[1]))
-        key = (shape, conv.out_channels, kernel, conv.stride, conv.dilation, conv.groups, pads_of(conv))
+        timed = nested_windows(kernel)
+        if windows is not None:
+            timed = [Window.whole(kernel), windows.get(name, Window.whole(kernel))]
+            if timed[0] == timed[1]:
+                continue
+        key = (shape, conv.out_channels, kernel, conv.stride, conv.dilation, conv.groups, pads_of(conv), tuple(timed))
         if key not in known:
             progress(name)
-            known[key] = _time_windows(conv, shape, nested_windows(kernel), threads, rounds)
+            known[key] = _time_windows(conv, shape, timed, threads, rounds)
         found[name] = known[key]
     return found
+
+
+def with_latencies(certificate: CropCertificate, latencies: Latencies) -> CropCertificate:
+    """The certificate with each layer's time before and after, where both windows were timed."""
+    layers = []
+    for layer in certificate.layers:
+        times = {} if layer.split and layer.split.taken else latencies.get(layer.name, {})
+        before, after = times.get(Window.whole(layer.kernel)), times.get(Window(*layer.offset, *layer.kept))
+        layers.append(dataclasses.replace(layer, latency_before_ms=before, latency_after_ms=after))
+    return dataclasses.replace(certificate, layers=tuple(layers))
 
 
 def _time_windows(

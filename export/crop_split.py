@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from export.crop_latency import module_session, time_sessions
-from gmconv.crop_groups import ChannelGroup, DepthwiseSplit, is_depthwise
+from gmconv.crop_groups import ChannelGroup, DepthwiseSplit
 from gmconv.crop_window import Precision
 from gmconv.cropping import Tolerance, choose_groups, choose_windows, crop_to, croppable
 from gmconv.macs import count_macs
@@ -68,11 +68,6 @@ def faster_splits(
             taken=bootstrap_ratio(times[best], times[0]).high <= _FASTER,
         )
     return found
-
-
-def worth_timing(conv: nn.Conv2d) -> bool:
-    """Whether a layer could be split at a gain: depthwise, and with taps enough to pay for copying channels."""
-    return is_depthwise(conv) and conv.kernel_size[0] * conv.kernel_size[1] - 1 > _COPIES
 
 
 def _taps(groups: Sequence[ChannelGroup]) -> int:

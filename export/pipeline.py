@@ -113,7 +113,8 @@ def export_onnx(
         loaded = gmconv.load_checkpoint(checkpoint, **options.load_options)
         cases = comparison_cases(loaded, options)
         start = partial(reference.start, checkpoint, options.load_options, options.output_names, cases)
-        beside = not is_large(loaded.model) and not (options.crop is not None and _times_layers(loaded.model))
+        crops = options.crop is not None or options.crop_budget is not None
+        beside = not is_large(loaded.model) and not crops  # a crop times layers, which wants the processor for itself
         if beside:
             start()
         name = output.name if options.precisions[0] == "fp32" else f".fp32.{output.name}"
@@ -201,15 +202,6 @@ def _crop(
         preprocessing=read_preprocessing(loaded.preprocessing),
         note=note,
     )
-
-
-def _times_layers(model: nn.Module) -> bool:
-    """Whether a crop by tolerance may time layers of `model`, which wants the processor for itself."""
-    from torch.nn import Conv2d
-
-    from export.crop_split import worth_timing
-
-    return any(isinstance(module, Conv2d) and worth_timing(module) for module in model.modules())
 
 
 def comparison_cases(loaded: Checkpoint, options: ExportOptions) -> list[Case]:

@@ -41,7 +41,8 @@ class CroppedLayer:
     `bound` is the largest. `max_abs_source` says where max|x| is from: "analytic" holds for every input,
     "calibration" for inputs as large as the calibration data. `measured` is the largest change seen on that data,
     `measured_rms` the root mean square change over the root mean square of the layer's output. `magnitude` is the
-    mean |tap| at each position of the trained kernel. Numbers that were not measured are None.
+    mean |tap| at each position of the trained kernel. `latency_*_ms` are of the layer alone, one sample, in ONNX
+    Runtime. Numbers that were not measured are None.
 
     `split` is there where a depthwise layer was timed in channel groups. If it was taken, each group has a window of
     its own: the removed taps, errors and MACs are those of the groups, `kept` the window that all channels would
@@ -235,6 +236,9 @@ def crop_table(certificate: dict[str, Any]) -> Table:
     for column in ("kernel", "kept", "L1 removed", "MACs", "worst case", "max|x| from", "measured", "of layer RMS"):
         table.add_column(column, justify="right")
     timed = any(layer.get("split") for layer in certificate["layers"])
+    clocked = any(layer.get("latency_after_ms") is not None for layer in certificate["layers"])
+    if clocked:
+        table.add_column("ms, ONNX Runtime", justify="right")
     if timed:
         table.add_column("channel groups, timed against one window", overflow="fold")
     for layer in certificate["layers"]:
@@ -251,9 +255,16 @@ def crop_table(certificate: dict[str, Any]) -> Table:
             layer["max_abs_source"] or "-",
             _number(layer["measured"]),
             _number(layer["measured_rms"]),
+            *([latency_text(layer) or "-"] if clocked else []),
             *([split_text(layer.get("split")) or "-"] if timed else []),
         )
     return table
+
+
+def latency_text(layer: dict[str, Any]) -> str:
+    """A layer's milliseconds with its whole kernel and with the kept window; empty where they were not measured."""
+    before, after = layer.get("latency_before_ms"), layer.get("latency_after_ms")
+    return "" if before is None or after is None else f"{before:.3g} -> {after:.3g}"
 
 
 def split_text(split: dict[str, Any] | None) -> str:

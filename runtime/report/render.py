@@ -216,7 +216,7 @@ def _(section: Crop) -> Block:
     tiles = [_crop_tile(layer) for layer in certificate["layers"]]
     before, after = certificate.get("macs_before"), certificate.get("macs_after")
     rows = {
-        "Tolerance": str(certificate.get("tolerance") or "by budget"),
+        "Tolerance": "by budget" if certificate.get("tolerance") is None else str(certificate["tolerance"]),
         "Layers cropped": f"{sum(t['cropped'] for t in tiles)} of {len(tiles)}",
     }
     if before and after:
@@ -299,8 +299,17 @@ def _crop_tile(layer: Mapping[str, Any]) -> dict[str, Any]:
         "cropped": bool(removed) or bool((layer.get("split") or {}).get("taken")),
         "energy": layer.get("energy_removed"),
         "measured": layer.get("measured_rms"),
+        "macs": _before_after(layer.get("macs_before"), layer.get("macs_after"), 1e-6),
+        "latency": _before_after(layer.get("latency_before_ms"), layer.get("latency_after_ms"), 1.0),
         "split": _split_text(layer.get("split")),
     }
+
+
+def _before_after(before: float | None, after: float | None, unit: float) -> str:
+    if before is None or after is None:
+        return ""
+    first, second = f"{before * unit:.3g}", f"{after * unit:.3g}"
+    return first if before == after else f"{first} → {second}"
 
 
 def _split_text(split: Mapping[str, Any] | None) -> str:

@@ -84,6 +84,15 @@ def test_a_budget_by_latency_is_measured(model: nn.Module) -> None:
     assert certificate.layers[0].kept == tuple(cropped[0].kernel_size)
 
 
+@pytest.mark.parametrize("request_", [CropRequest(tolerance=1e-2), CropRequest(budget=Budget("error", 0.05))], ids=str)
+def test_cropped_layers_are_timed_before_and_after_for_the_record(model: nn.Module, request_: CropRequest) -> None:
+    _, certificate = crop_for_export(model, request_, input_shape=SHAPE, dataset=DIGITS)
+    assert certificate.cropped
+    for layer in certificate.layers:
+        assert (layer.latency_before_ms is not None) is layer.cropped
+        assert (layer.latency_after_ms is not None) is layer.cropped
+
+
 def test_the_input_range_of_images() -> None:
     imagenet = Preprocessing(size=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     assert max_abs_pixel(imagenet) == pytest.approx((1 - 0.406) / 0.225)

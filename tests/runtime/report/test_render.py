@@ -69,6 +69,14 @@ def test_numbers_and_verdicts_are_in_the_text(report: Path) -> None:
         assert words in text
 
 
+def test_each_layer_says_its_work_and_time_before_and_after_the_crop(report: Path) -> None:
+    captions = re.findall(r"<figcaption><b>(conv\d)</b>(7×7 → 3×3|3×3 → 3×3)(.*?)</figcaption>", report.read_text())
+    first, second = (caption for _, _, caption in captions)
+    assert "49 → 9 M MACs<br>0.52 → 0.21 ms" in first
+    assert "<br>9 M MACs" in second
+    assert " ms" not in second
+
+
 def test_removed_taps_are_hatched_and_kept_ones_are_not(report: Path) -> None:
     tile = re.search(r"<svg[^>]*Kernel of conv1: .*?</svg>", report.read_text(), re.DOTALL)
     assert tile
