@@ -34,15 +34,26 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 
 
 def _crop(_: click.Context, __: click.Parameter, value: str | None) -> float | str | None:
-    if value is None or value == "lossless":
-        return value
+    if value is None:
+        return None
+    from gmconv.cropping import parse_tolerance
+
     try:
-        tolerance = float(value)
-    except ValueError:
-        tolerance = -1.0
-    if not 0 < tolerance < 1:
-        raise click.BadParameter("give a tolerance between 0 and 1, for example 1e-3, or 'lossless'")
-    return tolerance
+        return parse_tolerance(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def _budget(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    if value is None:
+        return None
+    from export.crop_budget import parse_budget
+
+    try:
+        parse_budget(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    return value
 
 
 def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Precision, ...]:
@@ -80,8 +91,22 @@ def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Prec
     help="fp32, fp16, bf16, int8 or fp8; several share the work.",
 )
 @precision_flags
-@click.option("--crop", callback=_crop, metavar="TOL|lossless", help="Crop kernels to the taps that matter.")
-@click.option("--crop-budget", metavar="BUDGET", help="Crop within an error or top1 budget, e.g. 1e-2 or top1:0.5.")
+@click.option(
+    "--crop", callback=_crop, metavar="TOL|lossless", help="Crop kernels: a layer may lose a share TOL of its L1 norm."
+)
+@click.option(
+    "--crop-budget",
+    callback=_budget,
+    metavar="BUDGET",
+    help="Crop within an error or top1 budget, e.g. 1e-2 or top1:0.5.",
+)
+@click.option(
+    "--crop-gain",
+    type=click.Choice(["macs", "latency"]),
+    default="macs",
+    show_default=True,
+    help="What a budget buys: multiply-accumulates, or time measured in ONNX Runtime.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no table.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what the exporter prints.")

@@ -33,7 +33,8 @@ class ExportOptions:
 
     `arch`, `num_classes` and `input_shape` (C, H, W) are for foreign checkpoints. `batch` None leaves the batch axis
     dynamic; `dynamic_hw` frees height and width too. `samples` real images are compared besides seeded noise. `crop` is
-    a tolerance or "lossless" (see `gmconv.crop`), `crop_budget` what `export.crop_budget.parse_budget` reads.
+    a tolerance or "lossless" (see `gmconv.crop`), `crop_budget` what `export.crop_budget.parse_budget` reads and
+    `crop_gain` what it buys.
     `precisions`: the first is written to the output's name, further ones beside it as `NAME.PRECISION.onnx`.
     """
 
@@ -52,6 +53,7 @@ class ExportOptions:
     seed: int = 0
     crop: float | Literal["lossless"] | None = None
     crop_budget: str | None = None
+    crop_gain: Literal["macs", "latency"] = "macs"
     precisions: tuple[Precision, ...] = ("fp32",)
     precision: PrecisionOptions | None = None
 
@@ -192,7 +194,9 @@ def _crop(
         budget = None if options.crop_budget is None else parse_budget(options.crop_budget)
     except ValueError as error:
         raise RefusedError(f"--crop-budget: {error}") from error
-    request = CropRequest(tolerance=options.crop, budget=budget, images=options.images, seed=options.seed)
+    request = CropRequest(
+        tolerance=options.crop, budget=budget, gain=options.crop_gain, images=options.images, seed=options.seed
+    )
     return crop_for_export(
         model,
         request,

@@ -215,8 +215,28 @@ def test_a_crop_is_proven_against_the_uncropped_network(tmp_path: Path) -> None:
         "baked -> cropped",
         "cropped -> ORT",
     ]
-    shapes = [tuple(i.dims) for i in onnx.load(tmp_path / "net.onnx").graph.initializer if len(i.dims) == 4]
-    assert max(shape[2] for shape in shapes) < 7
+    assert max(kernel_sizes(tmp_path / "net.onnx")) < 7
+
+
+def kernel_sizes(file: Path) -> list[int]:
+    return [i.dims[2] for i in onnx.load(file).graph.initializer if len(i.dims) == 4]
+
+
+@pytest.mark.parametrize(
+    ("flags", "smaller"),
+    [(["--crop", "0"], False), (["--crop", "0", "--precision", "fp16"], True), (["--crop-budget", "0.2"], True)],
+    ids=["0", "0 fp16", "budget"],
+)
+def test_other_ways_to_say_what_a_crop_may_cost(flags: list[str], smaller: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = gmconv.models.create("resnet20", kernel_size=7, sigma=0.5)
+    gmconv.save_checkpoint(tmp_path / "net.pt", model, "gmconv.models:resnet20", (3, 16, 16), {"kernel_size": 7})
+    assert export(tmp_path / "net.pt", *flags, "-q") == 0
+    manifest = read_manifest(tmp_path / "net.onnx")
+    assert manifest.crop is not None
+    assert (max(kernel_sizes(tmp_path / "net.onnx")) < 7) is smaller
+    if "--crop-budget" in flags:
+        assert manifest.crop["budget"]["gain_by"] == "macs"
 
 
 @pytest.mark.parametrize("opset", [18, 21])
@@ -276,7 +296,11 @@ def test_no_cases_is_a_failure_not_a_pass(
         (["{ckpt}", "--input-shape", "4,16,16"], 3, "does not run on an input of"),
         (["{ckpt}", "--output-names", "a,b"], 3, "has 1 outputs"),
         (["{ckpt}", "--input-names", "a,b"], 2, "one name"),
-        (["{ckpt}", "--crop", "2"], 2, "between 0 and 1"),
+        (["{ckpt}", "--crop", "2"], 2, 'is "lossless" or a number from 0'),
+        (["{ckpt}", "--crop", "nan"], 2, 'is "lossless" or a number from 0'),
+        (["{ckpt}", "--crop-budget", "top1:0"], 2, "points of top-1"),
+        (["{ckpt}", "--crop-budget", "1e-2", "--crop", "0"], 2, "exclude each other"),
+        (["{ckpt}", "--crop-budget", "1e-2", "--crop-gain", "joy"], 2, "joy"),
         (["{ckpt}", "--precision", "fp12"], 2, "'fp12' is none of"),
         (["{ckpt}", "--images", "{tmp}/nothing"], 3, "nothing"),
         (["{ckpt}", "--arch", "resnet21"], 3, "resnet21"),
