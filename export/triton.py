@@ -15,15 +15,8 @@ from typing import Any
 
 import click
 
-from export.triton_config import (
-    BACKEND_FILE,
-    Interface,
-    ServingOptions,
-    check_config,
-    interface_of,
-    model_config,
-    to_text,
-)
+from export.triton_config import BACKEND_FILE, ServingOptions, batching_note, check_config, model_config, to_text
+from export.triton_interface import Interface, interface_of
 from export.triton_repository import place_version
 from runtime.cli import Command, print_json, progress_console, require
 from runtime.errors import RefusedError
@@ -34,7 +27,10 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepositoryEntry:
-    """What `write_repository` wrote: the model's folder, the version's folder and the served batch limit."""
+    """What `write_repository` wrote: the model's folder, the version's folder and the served batch limit.
+
+    `note` says, where there is something to say, why Triton batches less than the artefact seems to offer.
+    """
 
     model: Path
     version: Path
@@ -42,6 +38,7 @@ class RepositoryEntry:
     name: str
     backend: str
     max_batch_size: int
+    note: str | None = None
 
 
 def write_repository(
@@ -79,6 +76,7 @@ def write_repository(
         name=name,
         backend=interface.backend,
         max_batch_size=config.max_batch_size,
+        note=batching_note(interface, config.max_batch_size) if options.max_batch is None else None,
     )
 
 
@@ -86,7 +84,7 @@ def _parse_shape(value: str) -> tuple[str, tuple[int, ...]]:
     match = re.fullmatch(r"(?P<name>.+?)[=:](?P<dims>\d{1,9}(?:[x,]\d{1,9})*)", value)
     dims = tuple(int(d) for d in re.split("[x,]", match["dims"])) if match else ()
     if match is None or not all(dims):
-        raise click.BadParameter(f"{value!r}: write NAME=3x224x224, the shape of one sample without the batch")
+        raise click.BadParameter(f"{value!r}: write NAME=3x224x224, the shape of one request without the batch")
     return match["name"], dims
 
 
@@ -115,7 +113,7 @@ def _gpus(_context: click.Context, _parameter: click.Parameter, value: str | Non
 @click.option("-o", "--output", "repository", type=click.Path(path_type=Path), required=True, help="The repository.")
 @click.option("--name", help="Model name; the file's stem by default.")
 @click.option("--version", type=click.IntRange(1, 2**63 - 1), default=1, show_default=True, help="Version to write.")
-@click.option("--max-batch", type=click.IntRange(0, 2**31 - 1), help="max_batch_size; the profile's, or 32 for ONNX.")
+@click.option("--max-batch", type=click.IntRange(0, 2**31 - 1), help="max_batch_size; the profiles', or 32 for ONNX.")
 @click.option("--instances", type=click.IntRange(1, 1024), default=1, show_default=True, help="Copies per device.")
 @click.option("--kind", type=click.Choice(["auto", "gpu", "cpu"]), default="auto", show_default=True)
 @click.option("--gpus", callback=_gpus, help="Device numbers, such as 0,1; all of the server's by default.")
@@ -150,6 +148,9 @@ def main(
         version=version,
         force=force,
     )
+    console = progress_console()
+    if entry.note:
+        console.print(f"note: {entry.note}", markup=False, highlight=False, soft_wrap=True)
     if as_json:
         print_json(
             {
@@ -163,8 +164,12 @@ def main(
             }
         )
         return
-    click.echo(f"{entry.version}: {entry.backend} backend, batches up to {entry.max_batch_size or 'the fixed one'}")
-    progress_console().print(f"serve it: tritonserver --model-repository={repository}", highlight=False)
+    limit = entry.max_batch_size
+    click.echo(
+        f"{entry.version}: {entry.backend} backend, {f'batches up to {limit}' if limit else 'requests run alone'}"
+    )
+    serve = f"serve it: tritonserver --model-repository={repository}"
+    console.print(serve, markup=False, highlight=False, soft_wrap=True)
 
 
 __all__ = [

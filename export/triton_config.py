@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from export.triton_interface import Interface, Profile, batch_range
 from runtime.cli import require
 from runtime.errors import RefusedError
-from runtime.manifest import Manifest, ShapeRange, TensorSpec
+from runtime.manifest import TensorSpec
 
 DEFAULT_MAX_BATCH = 32
 BACKEND_FILE = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
@@ -34,8 +35,9 @@ _TYPES = {
 class ServingOptions:
     """How Triton serves a model. Times in µs; 0 in `max_queue` and `queue_timeout` means no limit.
 
-    `max_batch` None takes the engine's profile maximum (32 for an ONNX file). `warmup_shapes` gives one sample's shape,
-    without the batch, for inputs with dynamic axes that no profile and no preprocessing pins down.
+    `max_batch` None takes the largest batch up to which the engine's profiles take every batch (32 for an ONNX file).
+    `warmup_shapes` gives the shape of one request, without the batch where Triton batches, for inputs with dynamic axes
+    that no profile and no preprocessing pins down.
     """
 
     max_batch: int | None = None
@@ -50,78 +52,6 @@ class ServingOptions:
     warmup_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     cuda_graphs: bool = False
     threads: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interface:
-    """What Triton must know of an artefact: backend, tensors with the batch axis, profiles, labels.
-
-    `batched` is True where axis 0 of every input and output is dynamic: the axis Triton batches along.
-    """
-
-    source: Path
-    backend: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    profiles: tuple[dict[str, ShapeRange], ...] = ()
-    labels: tuple[str, ...] | None = None
-    sample: tuple[int, ...] | None = None
-    external: tuple[str, ...] = ()
-
-    @property
-    def batched(self) -> bool:
-        """Whether Triton can put several requests into one batch."""
-        return all(s.shape and isinstance(s.shape[0], str) for s in (*self.inputs, *self.outputs))
-
-    @property
-    def batch_range(self) -> tuple[int, int | None]:
-        """Smallest and largest batch the engine's profiles take; (1, None) without profiles."""
-        ranges = [r for profile in self.profiles for r in profile.values()]
-        if not ranges or not self.batched:
-            return 1, None
-        largest = max(min(r.max[0] for r in profile.values()) for profile in self.profiles if profile)
-        return min(r.min[0] for r in ranges), largest
-
-
-def interface_of(artefact: Path, manifest: Manifest | None) -> Interface:
-    """The `Interface` of an artefact, from its manifest or, for a foreign ONNX file, from its graph.
-
-    Raises RefusedError for an unreadable or unknown file, an engine without a manifest, and a TensorRT-RTX engine.
-    """
-    if not artefact.is_file():
-        raise RefusedError(f"{artefact}: no such file")
-    suffix = artefact.suffix.lower()
-    kind = manifest.artefact.kind if manifest else {".onnx": "onnx", ".plan": "engine", ".engine": "engine"}.get(suffix)
-    if kind not in ("onnx", "engine"):
-        raise RefusedError(f"{artefact}: not an ONNX file or an engine; export it with export.onnx or export.tensorrt")
-    if manifest is None:
-        if kind == "engine":
-            raise RefusedError(
-                f"{artefact}: an engine without its manifest {artefact.name}.json; its inputs cannot be read without "
-                f"the GPU it was built for. Build it with export.tensorrt, or copy both files"
-            )
-        return _graph_interface(artefact)
-    if kind == "engine" and is_rtx(manifest):
-        raise RefusedError(
-            f"{artefact}: a TensorRT-RTX engine; Triton's tensorrt backend loads engines of the full TensorRT only. "
-            f"Build with export.tensorrt --flavor tensorrt, give Triton the ONNX file, or serve this with runtime.serve"
-        )
-    return Interface(
-        source=artefact,
-        backend="tensorrt" if kind == "engine" else "onnxruntime",
-        inputs=manifest.inputs,
-        outputs=manifest.outputs,
-        profiles=manifest.profiles,
-        labels=manifest.labels,
-        sample=_sample(manifest),
-        external=tuple(e.file for e in manifest.external),
-    )
-
-
-def is_rtx(manifest: Manifest) -> bool:
-    """Whether an engine's manifest says that TensorRT-RTX built it."""
-    flavor = str(manifest.build.get("flavor", "")).lower()
-    return flavor == "rtx" or (not flavor and any("rtx" in name.lower() for name in manifest.versions))
 
 
 def model_config(name: str, interface: Interface, options: ServingOptions) -> Any:
@@ -162,14 +92,11 @@ def check_config(config: Any, interface: Interface) -> None:
     where = f"{interface.source}: config.pbtxt"
     if config.backend != interface.backend:
         raise RefusedError(f"{where} names backend {config.backend!r}; this artefact needs {interface.backend!r}")
-    low, high = interface.batch_range
-    limit = config.max_batch_size
+    limit, high = config.max_batch_size, interface.batch_limit
     if limit and not interface.batched:
-        raise RefusedError(f"{where} says max_batch_size {limit}, but the artefact's batch is fixed")
+        raise RefusedError(f"{where} says max_batch_size {limit}, but of the artefact {interface.unbatched_reason}")
     if high is not None and limit > high:
-        raise RefusedError(f"{where} says max_batch_size {limit}, but the engine's profile ends at {high}")
-    if limit and low > 1:
-        raise RefusedError(f"{where} batches from 1, but the engine's profile starts at {low}")
+        raise RefusedError(f"{where} says max_batch_size {limit}, but the engine takes every batch only up to {high}")
     for side, found, wanted in (
         ("input", config.input, interface.inputs),
         ("output", config.output, interface.outputs),
@@ -205,25 +132,45 @@ def from_text(text: str, source: Path) -> Any:
         raise RefusedError(f"{source}: not a Triton configuration ({error}); repair or remove it") from error
 
 
+def batching_note(interface: Interface, limit: int) -> str | None:
+    """What a configuration with max_batch_size `limit` leaves out of what the artefact seems to offer, if anything."""
+    if not interface.batched:
+        reason = interface.unbatched_reason
+        return None if reason == "its batch is fixed" else f"not batched: {reason}"
+    ends = [batch_range(profile)[1] for profile in interface.profiles]
+    if limit and limit == interface.batch_limit and limit < max(ends):
+        where = interface.reach.index(limit)
+        return (
+            f"batches end at {limit}, not at {max(ends)} as profile {ends.index(max(ends))} does: at the shapes of "
+            f"profile {where} no profile takes a batch of {limit + 1}"
+        )
+    return None
+
+
 def _batch_limit(interface: Interface, options: ServingOptions) -> int:
-    low, high = interface.batch_range
     if not interface.batched:
         if options.max_batch:
             raise RefusedError(
-                f"{interface.source}: its batch is fixed, so Triton cannot batch it; leave --max-batch out, or "
-                f"export with a dynamic batch"
+                f"{interface.source}: {interface.unbatched_reason}, so Triton cannot batch it; leave --max-batch out, "
+                f"or export with a dynamic batch"
             )
         return 0
-    limit = options.max_batch if options.max_batch is not None else (high or DEFAULT_MAX_BATCH)
-    if high is not None and limit > high:
+    if options.max_batch == 0:
+        return 0
+    high = interface.batch_limit
+    if high == 0:
+        index = interface.reach.index(0)
+        which = f"profile {index}" if len(interface.profiles) > 1 else "profile"
         raise RefusedError(
-            f"{interface.source}: --max-batch {limit} is over the engine's profile maximum {high}; "
-            f"lower it, or build with --max {limit}"
+            f"{interface.source}: the engine's {which} starts at batch {batch_range(interface.profiles[index])[0]}, "
+            f"Triton sends batches from 1; build with --min 1, or give --max-batch 0"
         )
-    if limit and low > 1:
+    limit = options.max_batch or high or DEFAULT_MAX_BATCH
+    if high is not None and limit > high:
+        within = "" if len(interface.profiles) == 1 else ", up to which every batch fits at the shapes of every profile"
         raise RefusedError(
-            f"{interface.source}: the engine's profile starts at batch {low}, Triton sends batches from 1; "
-            f"build with --min 1, or give --max-batch 0"
+            f"{interface.source}: --max-batch {limit} is over the engine's profile maximum {high}{within}; "
+            f"lower it, or build with --max {limit}"
         )
     return limit
 
@@ -239,6 +186,11 @@ def _tensor(pb: Any, tensor: Any, spec: TensorSpec, interface: Interface, *, bat
     tensor.name = spec.name
     tensor.data_type = pb.DataType.Value(_TYPES[spec.dtype])
     dims = _dims(spec, batched=batched)
+    if not dims and not batched:
+        raise RefusedError(
+            f"{interface.source}: {spec.name!r} is a scalar, which Triton takes only beside a batch axis; "
+            f"export it with the shape [1]"
+        )
     tensor.dims.extend(dims or (1,))
     if not dims:  # Triton wants at least one dim; the reshape to [] is how its documentation writes a scalar
         tensor.reshape.SetInParent()
@@ -278,24 +230,45 @@ def _dynamic_batching(pb: Any, config: Any, options: ServingOptions) -> None:
 
 
 def _warmup(config: Any, interface: Interface, options: ServingOptions, limit: int) -> None:
+    """One sample for the smallest and the largest batch of each profile, at the shape it was tuned for."""
     unknown = set(options.warmup_shapes) - {s.name for s in interface.inputs}
     if unknown:
         raise RefusedError(f"{interface.source}: has no input {sorted(unknown)[0]!r} to give a --shape for")
-    for batch in sorted({1, limit}) if limit else [0]:
-        warmup = config.model_warmup.add()
-        warmup.name = f"batch {batch}" if batch else "fixed batch"
-        warmup.batch_size = batch
-        for tensor, spec in zip(config.input, interface.inputs, strict=True):
-            data = warmup.inputs[spec.name]
-            data.data_type = tensor.data_type
-            data.dims.extend(_warmup_dims(spec, interface, options, batched=limit > 0) or (1,))
-            if spec.dtype.startswith(("float", "bfloat")):
-                data.random_data = True
-            else:  # random indices could leave an embedding's range
-                data.zero_data = True
+    for index, profile in enumerate(interface.profiles or ({},)):
+        shapes = {s.name: _warmup_dims(s, profile, interface, options, batched=limit > 0) for s in interface.inputs}
+        low, high = batch_range(profile) if limit and profile else (1, limit)
+        if low > (limit or 1) or not _holds(profile, shapes):  # over the limit; or another profile holds the --shape
+            continue
+        for batch in sorted({low, min(high, limit)}) if limit else [1]:  # Triton skips samples of batch 0
+            warmup = config.model_warmup.add(batch_size=batch)
+            warmup.name = f"batch {batch}" if limit else "one request"
+            if len(interface.profiles) > 1:
+                warmup.name = f"profile {index}, {warmup.name}"
+            for tensor, spec in zip(config.input, interface.inputs, strict=True):
+                data = warmup.inputs[spec.name]
+                data.data_type = tensor.data_type
+                data.dims.extend(shapes[spec.name] or (1,))
+                if spec.dtype.startswith(("float", "bfloat")):
+                    data.random_data = True
+                else:  # random indices could leave an embedding's range
+                    data.zero_data = True
+    if not config.model_warmup:
+        raise RefusedError(f"{interface.source}: no profile of the engine holds the shapes given by --shape")
 
 
-def _warmup_dims(spec: TensorSpec, interface: Interface, options: ServingOptions, *, batched: bool) -> tuple[int, ...]:
+def _holds(profile: Profile, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether shapes, with the batch or without, lie within a profile; the last axes are compared."""
+    return all(
+        low <= d <= high
+        for name, shape in shapes.items()
+        if name in profile and shape
+        for low, d, high in zip(profile[name].min[-len(shape) :], shape, profile[name].max[-len(shape) :], strict=True)
+    )
+
+
+def _warmup_dims(
+    spec: TensorSpec, profile: Profile, interface: Interface, options: ServingOptions, *, batched: bool
+) -> tuple[int, ...]:
     dims = _dims(spec, batched=batched)
     candidates: list[tuple[int, ...]] = []
     given = options.warmup_shapes.get(spec.name)
@@ -304,7 +277,8 @@ def _warmup_dims(spec: TensorSpec, interface: Interface, options: ServingOptions
     elif -1 not in dims:
         return dims
     else:
-        candidates += [p[spec.name].opt[1 if batched else 0 :] for p in interface.profiles if spec.name in p]
+        if spec.name in profile:
+            candidates.append(profile[spec.name].opt[1 if batched else 0 :])
         if interface.sample is not None:
             candidates.append(interface.sample if batched else (1, *interface.sample))
     for candidate in candidates:
@@ -312,9 +286,11 @@ def _warmup_dims(spec: TensorSpec, interface: Interface, options: ServingOptions
             return candidate
     if given is not None:
         raise RefusedError(f"{interface.source}: --shape {list(given)} does not fit input {spec.name!r}: {list(dims)}")
+    batch = not batched and interface.batched
+    example = "x".join(str(d if d > 0 else 1 if batch and axis == 0 else 224) for axis, d in enumerate(dims))
     raise RefusedError(
         f"{interface.source}: input {spec.name!r} has dynamic axes {list(dims)}; give a warm-up shape, such as "
-        f"--shape {spec.name}=3x224x224, or --no-warmup"
+        f"--shape {spec.name}={example}, or --no-warmup"
     )
 
 
@@ -331,69 +307,3 @@ def _cuda_graphs(config: Any, interface: Interface, limit: int) -> None:
         spec.batch_size = batch
         for tensor in interface.inputs:
             spec.input[tensor.name].dim.extend(_dims(tensor, batched=limit > 0))
-
-
-def _sample(manifest: Manifest) -> tuple[int, ...] | None:
-    preprocessing = manifest.preprocessing
-    if preprocessing is None or len(manifest.inputs) != 1:
-        return None
-    return (1 if preprocessing.channel_order == "L" else 3, *preprocessing.size)
-
-
-def _graph_interface(artefact: Path) -> Interface:
-    onnx = require("onnx", "export")
-    try:
-        model = onnx.load(artefact, load_external_data=False)
-        onnx.checker.check_model(model) if not _external(onnx, model, artefact) else None
-        model = onnx.shape_inference.infer_shapes(model)
-    except RefusedError:
-        raise
-    except Exception as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RefusedError(f"{artefact}: not a readable ONNX file ({line[:200]})") from error
-    initializers = {i.name for i in model.graph.initializer}
-    inputs = tuple(_spec(onnx, v, artefact) for v in model.graph.input if v.name not in initializers)
-    outputs = tuple(_spec(onnx, v, artefact) for v in model.graph.output)
-    if not inputs or not outputs:
-        raise RefusedError(f"{artefact}: the graph has no {'outputs' if inputs else 'inputs'}; nothing to serve")
-    return Interface(
-        source=artefact,
-        backend="onnxruntime",
-        inputs=inputs,
-        outputs=outputs,
-        external=_external(onnx, model, artefact),
-    )
-
-
-def _external(onnx: Any, model: Any, artefact: Path) -> tuple[str, ...]:
-    """Base names of the external data files the graph reads, each checked to lie beside it."""
-    from onnx.external_data_helper import _get_all_tensors
-
-    files: set[str] = set()
-    for tensor in _get_all_tensors(model):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
-        if not location or "/" in location or "\\" in location or location in (".", ".."):
-            raise RefusedError(f"{artefact}: external data {location[:80]!r} lies outside its folder; save it beside")
-        if not artefact.with_name(location).is_file():
-            raise RefusedError(f"{artefact}: its external data {location} is missing; copy it beside the model")
-        files.add(location)
-    return tuple(sorted(files))
-
-
-def _spec(onnx: Any, value: Any, artefact: Path) -> TensorSpec:
-    tensor = value.type.tensor_type
-    if value.type.WhichOneof("value") != "tensor_type" or not tensor.HasField("shape"):
-        raise RefusedError(f"{artefact}: {value.name!r} has no known shape; run ONNX shape inference, or export again")
-    try:
-        dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
-    except (KeyError, TypeError) as error:
-        raise RefusedError(f"{artefact}: {value.name!r} has ONNX type {tensor.elem_type}, unknown here") from error
-    if dtype == "object":
-        raise RefusedError(f"{artefact}: {value.name!r} carries strings; this writes numeric models only")
-    shape = tuple(
-        d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else (d.dim_param or f"{value.name}_{i}")
-        for i, d in enumerate(tensor.shape.dim)
-    )
-    return TensorSpec(value.name, dtype, shape)

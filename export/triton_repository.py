@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from export.triton_config import BACKEND_FILE, Interface, check_config, from_text, interface_of, to_text
+from export.triton_config import BACKEND_FILE, check_config, from_text, to_text
+from export.triton_interface import Interface, interface_of
 from runtime.errors import RefusedError
 from runtime.manifest import Manifest, find_manifest, sha256_file, sidecar
 
