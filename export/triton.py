@@ -9,8 +9,13 @@ models at batch 4). Fields: docs/user_guide/model_configuration.md of github.com
 from __future__ import annotations
 
 import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -19,7 +24,7 @@ from export.triton_config import BACKEND_FILE, ServingOptions, batching_note, ch
 from export.triton_interface import Interface, interface_of
 from export.triton_repository import place_version
 from runtime.cli import Command, print_json, progress_console, require
-from runtime.errors import RefusedError
+from runtime.errors import Interrupted, RefusedError
 from runtime.manifest import find_manifest
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
@@ -52,11 +57,13 @@ def write_repository(
 ) -> RepositoryEntry:
     """Place `artefact` (an ONNX file or an engine) into the Triton repository `repository` as `name`/`version`.
 
-    A new model or version appears by one rename; what is there already is refused unless `force`. With several
-    versions the one config.pbtxt of a model must fit them all, which is checked even under `force`.
+    A server that reads the repository meanwhile, or after this was killed, finds what was there before or the new
+    model, whole; what is there already is refused unless `force`. With several versions the one config.pbtxt of a model
+    must fit them all, which is checked even under `force`.
 
     Raises RefusedError when the artefact, its manifest or the name is refused, the engine cannot be loaded by Triton
-    (TensorRT-RTX), the options do not fit the artefact, or the repository holds something else under that name.
+    (TensorRT-RTX), the options do not fit the artefact, the repository holds something else under that name, or another
+    run is writing that model.
     """
     options = options or ServingOptions()
     name = artefact.stem if name is None else name
@@ -78,6 +85,23 @@ def write_repository(
         max_batch_size=config.max_batch_size,
         note=batching_note(interface, config.max_batch_size) if options.max_batch is None else None,
     )
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM as Interrupted, so that what is staged is removed on the way out."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise Interrupted("stopped by SIGTERM before it was done; run it again")
+
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parse_shape(value: str) -> tuple[str, tuple[int, ...]]:
@@ -140,14 +164,15 @@ def main(
 ) -> None:
     """Write ARTEFACT (model.onnx or model.plan) into a Triton model repository."""
     require("tritonclient.grpc", "serve")
-    entry = write_repository(
-        artefact,
-        repository,
-        ServingOptions(version_policy=policy, warmup_shapes=shapes, **options),
-        name=name,
-        version=version,
-        force=force,
-    )
+    with _stoppable():
+        entry = write_repository(
+            artefact,
+            repository,
+            ServingOptions(version_policy=policy, warmup_shapes=shapes, **options),
+            name=name,
+            version=version,
+            force=force,
+        )
     console = progress_console()
     if entry.note:
         console.print(f"note: {entry.note}", markup=False, highlight=False, soft_wrap=True)

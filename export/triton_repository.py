@@ -1,19 +1,19 @@
-"""Putting a version of a model into a Triton repository by one rename."""
+"""Putting a version of a model into a Triton repository, or replacing one, in one step."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from export.triton_config import BACKEND_FILE, check_config, from_text, to_text
 from export.triton_interface import Interface, interface_of
+from export.triton_staging import Staging, fill, link_tree, staging, sync
 from runtime.errors import RefusedError
 from runtime.manifest import Manifest, find_manifest, sha256_file, sidecar
+
+_CONFIG, _LABELS = "config.pbtxt", "labels.txt"
 
 
 def place_version(
@@ -28,40 +28,49 @@ def place_version(
 ) -> Path:
     """Write `repository/<config.name>/` and its `version`; the model's folder.
 
+    A version that fits what is there appears by one rename. Anything else (a new model, a version replaced, another
+    configuration) is made as a whole model folder, the versions that stay linked into it, and shown in one step, so
+    that no configuration ever lies beside a version it was not checked against.
+
     Raises RefusedError when the version exists (without `force`), config.pbtxt or the labels there say something else
-    (without `force`), another version would not fit the new configuration, or the disk refuses.
+    (without `force`), another version would not fit the new configuration, another run is at work on the model, or the
+    disk refuses.
     """
     model = repository / str(config.name)
     final = model / str(version)
-    labels = "".join(f"{_one_line(label)}\n" for label in interface.labels or ())
+    labels = "".join(f"{_one_line(label)}\n" for label in interface.labels or ()).encode()
+    made = not repository.exists()
     try:
-        _refuse_conflicts(model, final, config, labels, version, force=force)
         repository.mkdir(parents=True, exist_ok=True)
-        if not model.exists():
-            with _scratch(repository, config.name) as scratch:
-                _write_version(artefact, manifest, interface, scratch / str(version))
-                _write_shared(scratch, config, labels)
-                scratch.chmod(0o755)
-                scratch.rename(model)
-            return model
-        with _scratch(model, str(version)) as scratch:
-            _write_version(artefact, manifest, interface, scratch / "new")
-            _write_shared(scratch, config, labels)
-            for file in ("labels.txt", "config.pbtxt"):
-                if (scratch / file).exists():
-                    (scratch / file).replace(model / file)
-            if final.exists():
-                _swap(scratch / "new", final, scratch / "old")
+        with staging(repository, str(config.name)) as stage:
+            _refuse_conflicts(model, final, config, labels, version, force=force)
+            shared = _changed_shared(model, config, labels)
+            adds = model.exists() and not final.exists() and not shared
+            stage.choose(model if adds else repository)
+            files = _stage_version(artefact, manifest, interface, stage)
+            if adds:
+                stage.folder.mkdir()
+                fill(stage.folder, files)
+                stage.folder.rename(final)
+                sync(model)
             else:
-                (scratch / "new").rename(final)
+                _make_model(stage, str(version), files, shared)
+                stage.publish()
     except OSError as error:
         raise RefusedError(
             f"{final}: cannot be written ({error.strerror or error}); the repository serves what it served before"
         ) from error
+    finally:
+        if made:
+            with suppress(OSError):  # it holds the model
+                repository.rmdir()
     return model
 
 
-def _refuse_conflicts(model: Path, final: Path, config: Any, labels: str, version: int, *, force: bool) -> None:
+def _refuse_conflicts(model: Path, final: Path, config: Any, labels: bytes, version: int, *, force: bool) -> None:
+    if model.is_symlink():
+        real = model.resolve()
+        raise RefusedError(f"{model}: is a link; write where it points, with -o {real.parent} --name {real.name}")
     if not model.exists():
         return
     if not model.is_dir():
@@ -70,14 +79,14 @@ def _refuse_conflicts(model: Path, final: Path, config: Any, labels: str, versio
         raise RefusedError(
             f"{final}: version {version} exists; write --version {version + 1}, or --force to replace it"
         )
-    shared = model / "config.pbtxt"
+    shared = model / _CONFIG
     if shared.exists() and not force and from_text(shared.read_text("utf-8", "replace"), shared) != config:
         raise RefusedError(
             f"{shared}: differs from what these options give, and all versions of a model share it; give the options "
             f"it was written with, another --name, or --force to rewrite it"
         )
-    if (model / "labels.txt").exists() and not force and (model / "labels.txt").read_text("utf-8") != labels:
-        raise RefusedError(f"{model / 'labels.txt'}: holds other labels; give another --name, or --force to rewrite it")
+    if (model / _LABELS).exists() and not force and (model / _LABELS).read_bytes() != labels:
+        raise RefusedError(f"{model / _LABELS}: holds other labels; give another --name, or --force to rewrite it")
     for other in sorted(model.iterdir()):
         if other.name.isdecimal() and other != final:
             _fits_other_version(other, config)
@@ -97,49 +106,54 @@ def _fits_other_version(folder: Path, config: Any) -> None:
                 ) from error
 
 
-def _write_version(artefact: Path, manifest: Manifest | None, interface: Interface, folder: Path) -> None:
-    folder.mkdir(mode=0o755)
-    target = folder / BACKEND_FILE[interface.backend]
-    if target.name in interface.external:
-        raise RefusedError(f"{artefact}: its external data is itself named {target.name}; export it under another name")
-    shutil.copyfile(artefact, target)
-    for file in interface.external:
-        shutil.copyfile(artefact.with_name(file), folder / file)
+def _changed_shared(model: Path, config: Any, labels: bytes) -> dict[str, bytes | None]:
+    """What config.pbtxt and labels.txt of a model must become, each only if it is not that already; None: no file."""
+    changed: dict[str, bytes | None] = {}
+    path = model / _CONFIG
+    if not _says(path, config):
+        text = to_text(config)
+        if from_text(text, path) != config:
+            raise RefusedError(f"{path}: would not survive being written and read back; report this model's names")
+        changed[_CONFIG] = text.encode()
+    if labels != ((model / _LABELS).read_bytes() if (model / _LABELS).exists() else b""):
+        changed[_LABELS] = labels or None
+    return changed
+
+
+def _says(path: Path, config: Any) -> bool:
+    try:
+        return bool(from_text(path.read_text("utf-8", "replace"), path) == config)
+    except (FileNotFoundError, RefusedError):  # a damaged one, which --force replaces
+        return False
+
+
+def _stage_version(artefact: Path, manifest: Manifest | None, interface: Interface, stage: Staging) -> dict[str, Path]:
+    """Staged copies of the artefact, its external data and its manifest, by their names in the version's folder."""
+    target = BACKEND_FILE[interface.backend]
+    manifest_name = sidecar(Path(target)).name
+    if clash := {target, manifest_name} & set(interface.external):
+        raise RefusedError(f"{artefact}: its external data is itself named {clash.pop()}; export it under another name")
+    files = {target: stage.copy(artefact)}
+    files |= {file: stage.copy(artefact.with_name(file)) for file in interface.external}
     if manifest is None:
-        return
-    for entry, copy in [(manifest.artefact, target), *((e, folder / e.file) for e in manifest.external)]:
+        return files
+    for entry, copy in [(manifest.artefact, files[target]), *((e, files[e.file]) for e in manifest.external)]:
         if sha256_file(copy) != entry.sha256:
             raise RefusedError(f"{artefact}: {entry.file} changed while it was copied; run this again")
-    moved = replace(manifest, artefact=replace(manifest.artefact, file=target.name))
-    sidecar(target).write_text(moved.to_json(), "utf-8")
+    moved = replace(manifest, artefact=replace(manifest.artefact, file=target))
+    return files | {manifest_name: stage.write(moved.to_json().encode())}
 
 
-def _write_shared(folder: Path, config: Any, labels: str) -> None:
-    path = folder / "config.pbtxt"
-    path.write_text(to_text(config), "utf-8")
-    if from_text(path.read_text("utf-8"), path) != config:
-        raise RefusedError(f"{path}: did not survive being written and read back; report this model's names")
-    if labels:
-        (folder / "labels.txt").write_text(labels, "utf-8")
-
-
-def _swap(new: Path, final: Path, old: Path) -> None:
-    final.rename(old)
-    try:
-        new.rename(final)
-    except OSError:
-        old.rename(final)
-        raise
-
-
-@contextmanager
-def _scratch(parent: Path, name: str) -> Iterator[Path]:
-    """A hidden folder on the same file system; Triton skips version folders that are not numbers."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _make_model(stage: Staging, version: str, files: dict[str, Path], shared: dict[str, bytes | None]) -> None:
+    """Make the whole model folder: what stays of the old one, the version, and what of the shared files changes."""
+    shared_files = {name: stage.write(data) for name, data in shared.items() if data is not None}
+    if stage.model.exists():
+        link_tree(stage.model, stage.folder, frozenset({version, *shared}))
+    else:
+        stage.folder.mkdir()
+    (stage.folder / version).mkdir()
+    fill(stage.folder / version, files)
+    fill(stage.folder, shared_files)
 
 
 def _one_line(label: str) -> str:

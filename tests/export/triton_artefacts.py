@@ -18,9 +18,12 @@ LABELS = tuple(f"digit {i}" for i in range(10))
 
 
 def make_onnx(
-    path: Path, batch: int | str = "batch", size: tuple[int | str, ...] = (3, 8, 8), *, data: str = ""
+    path: Path, batch: int | str = "batch", size: tuple[int | str, ...] = (3, 8, 8), *, data: str = "", note: str = ""
 ) -> Path:
-    """A network that averages its planes and multiplies by 10 weights: input (batch, C, H, W) -> logits (batch, 10)."""
+    """A network that averages its planes and multiplies by 10 weights: input (batch, C, H, W) -> logits (batch, 10).
+
+    `data` names a file for the weights; `note` is text inside the file, which changes its bytes and nothing else.
+    """
     weight = np.linspace(-1, 1, 30, dtype=np.float32).reshape(3, 10)
     nodes = [
         helper.make_node("GlobalAveragePool", ["input"], ["pooled"]),
@@ -34,7 +37,7 @@ def make_onnx(
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, 10])],
         [numpy_helper.from_array(weight, "weight")],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10, doc_string=note)
     if data:
         onnx.save(model, path, save_as_external_data=True, location=data, size_threshold=0)
     else:
