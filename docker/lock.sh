@@ -20,7 +20,7 @@ for name in ${LOCKS:-cpu gpu tensorrt rtx tools cuda-headers}; do
   case $name in
     cpu) lock cpu pyproject.toml --extra serve --extra cpu ;;
     gpu) lock gpu pyproject.toml docker/gpu.in --extra serve --extra gpu ;;
-    tensorrt | rtx) lock "$name" pyproject.toml docker/engines.in --extra serve --extra "$name" ;;
+    tensorrt | rtx) lock "$name" pyproject.toml docker/engines.in --extra serve --extra "$name" --extra cuda ;;
     *) lock "$name" "docker/requirements-$name.in" ;;
   esac
 done

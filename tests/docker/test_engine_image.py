@@ -32,12 +32,27 @@ def models(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_differs_from_the_cpu_image_in_its_wheels_alone(engine: Any, cpu_image: str, rtx_image: str) -> None:
+def test_it_differs_from_the_cpu_image_in_its_wheels_and_what_a_gpu_needs(
+    engine: Any, cpu_image: str, rtx_image: str
+) -> None:
     cpu, rtx = (engine.inspect(image)["Config"] for image in (cpu_image, rtx_image))
-    assert {e for e in rtx["Env"] if e not in cpu["Env"]} == {"GMCONV_ENGINE=rtx"}
+    assert {e for e in rtx["Env"] if e not in cpu["Env"]} == {
+        "GMCONV_ENGINE=rtx",
+        "NVIDIA_VISIBLE_DEVICES=all",
+        "NVIDIA_DRIVER_CAPABILITIES=compute,utility",
+        "CUDA_CACHE_PATH=/var/cache/gmconv/cuda",
+    }
     assert (rtx["User"], rtx["Entrypoint"], rtx["Cmd"]) == (cpu["User"], cpu["Entrypoint"], cpu["Cmd"])
     found = engine.command(rtx_image, "sh", "-c", "for c in gcc cc g++ ld nvcc pip; do command -v $c; done; true")
     assert found == ""
+
+
+def test_of_what_runs_an_engine_only_the_driver_is_missing(engine: Any, rtx_image: str) -> None:
+    """pycuda was compiled in the build: its module loads but for libcuda.so.1, which the container runtime brings."""
+    shell = "ldd /opt/venv/lib/python3*/site-packages/pycuda/_driver*.so | grep 'not found'"
+    assert engine.command(rtx_image, "sh", "-c", shell).split() == ["libcuda.so.1", "=>", "not", "found"]
+    code = "import pycuda, pynvml, cuda.bindings.driver, tensorrt_rtx; print('loaded')"
+    assert engine.command(rtx_image, "python", "-c", code) == "loaded"
 
 
 def test_an_engine_is_built_in_the_hardened_container_without_torch(engine: Any, rtx_image: str, models: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+import tomllib
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import pytest
 
 pytestmark = pytest.mark.docker
 
+ROOT = Path(__file__).resolve().parents[2]
 MEGABYTE = 1_000_000
 LARGEST = 420 * MEGABYTE
 COMPILERS = ("gcc", "cc", "g++", "c++", "clang", "ld", "as", "nvcc", "make", "rustc", "go")
@@ -107,6 +109,7 @@ def test_what_the_image_says_of_itself(engine: Any, cpu_image: str) -> None:
     assert config["Entrypoint"][0] == "/opt/venv/bin/python"
     assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
     assert "ORT_DISABLE_TELEMETRY=1" in config["Env"]
+    assert not [variable for variable in config["Env"] if variable.startswith(("NVIDIA_", "CUDA_"))]
     assert "/var/cache/gmconv" in config["Volumes"]
     health = found.get("Healthcheck") or config["Healthcheck"]  # podman lists it beside Config, docker inside
     assert health["Test"] == ["CMD", "/opt/venv/bin/python", "-I", "/opt/healthcheck.py"]
@@ -118,11 +121,12 @@ def test_the_sbom_lists_exactly_what_is_locked(engine: Any, cpu_image: str) -> N
     assert bom["bomFormat"] == "CycloneDX"
     assert bom["metadata"]["component"]["name"] == "gmconv-deploy"
     found = {(c["name"].lower().replace("_", "-"), c["version"]) for c in bom["components"]}
-    lock = Path(__file__).resolve().parents[2] / "docker" / "requirements-cpu.txt"
+    lock = ROOT / "docker" / "requirements-cpu.txt"
     pins = [
         line.split(" ")[0].split("==") for line in lock.read_text().splitlines() if "==" in line and line[0].isalnum()
     ]
-    assert found - {("gmconv-deploy", "0.1.0")} == {(name, version) for name, version in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert found - {(project["name"], project["version"])} == {(name, version) for name, version in pins}
 
 
 def test_it_runs_as_10001_on_a_read_only_root_without_capabilities(running: Running) -> None:
@@ -230,6 +234,21 @@ def test_a_refused_model_ends_the_container_with_3_and_one_sentence(
         assert container.state()["ExitCode"] == 3
         assert "none.onnx" in container.logs()
         assert "Traceback" not in container.logs()
+
+
+def test_python_code_beside_the_models_is_not_run(engine: Any, cpu_image: str, tmp_path: Path) -> None:
+    """The working directory is the model volume: what lies there must not stand in for the server's own modules."""
+    folder = tmp_path / "models"
+    (folder / "runtime").mkdir(parents=True)
+    for parent in [folder, *list(folder.parents)[:3]]:
+        parent.chmod(0o755)
+    for name in ("runtime/__init__.py", "click.py", "json.py"):
+        (folder / name).write_text("raise SystemExit(99)\n")
+    with engine.run(cpu_image, "/models/none.onnx", options=["-v", f"{folder}:/models:ro"]) as container:
+        end = time.monotonic() + 30
+        while container.state()["Running"] and time.monotonic() < end:
+            time.sleep(0.1)
+        assert container.state()["ExitCode"] == 3, container.logs()[-2000:]
 
 
 def test_the_same_command_stops_at_once_when_told_before_ready(

@@ -20,9 +20,10 @@ DOCKER = ROOT / "docker"
 VARIANTS = {
     "cpu": (["cpu"], []),
     "gpu": (["gpu"], ["gpu.in"]),
-    "tensorrt": (["tensorrt"], ["engines.in"]),
-    "rtx": (["rtx"], ["engines.in"]),
+    "tensorrt": (["tensorrt", "cuda"], ["engines.in"]),
+    "rtx": (["rtx", "cuda"], ["engines.in"]),
 }
+ENGINES = ("tensorrt", "rtx")
 TOOLS = ("tools", "cuda-headers")
 PIN = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^ ;\\]+)(?: ;[^\\]*)? \\$")
 
@@ -52,7 +53,10 @@ def wanted(variant: str) -> list[Requirement]:
         lines += project["optional-dependencies"][extra]
     for file in files:
         lines += (DOCKER / file).read_text().splitlines()
-    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    own = {extra for r in found if r.name == project["name"] for extra in r.extras}
+    assert own <= set(extras), "an extra that names another brings it along"
+    return [r for r in found if r.name != project["name"]]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -73,8 +77,9 @@ def test_every_pin_has_a_hash_and_torch_is_not_among_them(name: str) -> None:
 
 def test_the_variants_agree_on_what_they_share() -> None:
     locks = {name: read_lock(name) for name in VARIANTS}
-    for package in set.intersection(*(set(lock) for lock in locks.values())):
-        assert len({lock[package] for lock in locks.values()}) == 1, package
+    for package in set().union(*locks.values()):
+        versions = {name: lock[package] for name, lock in locks.items() if package in lock}
+        assert len(set(versions.values())) == 1, (package, versions)
 
 
 def test_each_variant_carries_its_engine_and_no_other() -> None:
@@ -83,6 +88,36 @@ def test_each_variant_carries_its_engine_and_no_other() -> None:
     assert engines & set(read_lock("gpu")) == {"onnxruntime-gpu"}
     assert engines & set(read_lock("tensorrt")) == {"onnxruntime", "tensorrt"}
     assert engines & set(read_lock("rtx")) == {"onnxruntime", "tensorrt-rtx"}
+
+
+def test_the_variants_that_run_an_engine_carry_what_runs_it_and_no_other_compiles() -> None:
+    """runtime/cuda.py needs pycuda and cuda-bindings for any engine, ONNX Runtime neither; NVML is for metrics."""
+    driver = {"pycuda", "cuda-bindings"}
+    for variant in VARIANTS:
+        assert driver & set(read_lock(variant)) == (driver if variant in ENGINES else set()), variant
+        assert ("nvidia-ml-py" in read_lock(variant)) == (variant != "cpu"), variant
+
+
+def test_only_the_variants_that_compile_have_a_compiler() -> None:
+    """pycuda is source only: its variants build on the stage with a compiler, the others on the bare tools."""
+    dockerfile = (DOCKER / "Dockerfile").read_text()
+    for variant in VARIANTS:
+        stage = "toolchain-engine" if variant in ENGINES else "tools"
+        assert f"FROM {stage} AS toolchain-{variant}\n" in dockerfile, variant
+
+
+def test_the_development_environment_compiles_nothing() -> None:
+    """`make install` must work without CUDA: engines are built there, not run."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+    def packages(extra: str) -> set[str]:
+        found = [Requirement(line) for line in extras[extra]]
+        nested = [packages(e) for r in found if r.name == "gmconv-deploy" for e in r.extras]
+        return {r.name for r in found}.union(*nested)
+
+    assert "tensorrt-rtx" in packages("dev")
+    assert "pycuda" not in packages("dev")
+    assert "pycuda" in packages("tensorrt")
 
 
 @pytest.mark.slow
@@ -104,7 +139,6 @@ def test_the_lock_resolves_again_to_itself(name: str, tmp_path: Path) -> None:
 
 
 def _network() -> dict[str, str]:
-
     return {
         k: v for k, v in os.environ.items() if k.upper().startswith(("PIP_", "UV_", "SSL_", "HTTP", "NO_PROXY", "HOME"))
     }
