@@ -149,6 +149,24 @@ def free_ports() -> Callable[[int], list[int]]:
     return pick
 
 
+def install_from_debian(tools: Sequence[str], packages: Sequence[str]) -> None:
+    """Install `packages` unless every one of `tools` is there. The test fails where that cannot be."""
+    if all(shutil.which(tool) for tool in tools):
+        return
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        pytest.fail(f"this test needs {', '.join(tools)}: install them", pytrace=False)
+    sh(["apt-get", "update", "-qq"])
+    options = ["-y", "-qq", "--no-install-recommends"]
+    sh(["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", *options, *packages])
+
+
+@pytest.fixture(scope="session")
+def promtool() -> str:
+    """The path of promtool; installs it from Debian where it is missing."""
+    install_from_debian(["promtool"], ["prometheus"])
+    return str(shutil.which("promtool"))
+
+
 @pytest.fixture(scope="session")
 def engine() -> Engine:
     """The container tools and the base image; installs the tools from Debian where they are missing.
@@ -157,22 +175,7 @@ def engine() -> Engine:
     """
     if os.geteuid() != 0:
         pytest.fail("the image test builds and runs containers: run it as root", pytrace=False)
-    if any(shutil.which(tool) is None for tool in TOOLS):
-        if shutil.which("apt-get") is None:
-            pytest.fail(f"the image test needs {', '.join(TOOLS)}: install them", pytrace=False)
-        sh(["apt-get", "update", "-qq"])
-        sh(
-            [
-                "env",
-                "DEBIAN_FRONTEND=noninteractive",
-                "apt-get",
-                "install",
-                "-y",
-                "-qq",
-                "--no-install-recommends",
-                *TOOLS,
-            ]
-        )
+    install_from_debian(TOOLS, TOOLS)
     work = Path(os.environ.get("GMCONV_IMAGE_TEST_DIR", "/var/tmp/gmconv-image-test"))
     work.mkdir(parents=True, exist_ok=True)
     engine = Engine(work)
