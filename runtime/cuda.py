@@ -117,7 +117,7 @@ class Device:
 
     def __init__(self, index: int = 0) -> None:
         self.info = device_info(index)
-        self._driver: Any = require("pycuda.driver", "tensorrt")
+        self._driver: Any = require("pycuda.driver", "cuda")
         self._context = _primary_context(self._driver, index)
 
     @contextmanager
@@ -201,7 +201,7 @@ class Graph:
 
     def __init__(self, stream: Any, enqueue: Callable[[], None]) -> None:
         """Record `enqueue` on `stream` (a pycuda stream). The caller has run it once before: first runs allocate."""
-        self._cuda: Any = require("cuda.bindings.driver", "tensorrt")
+        self._cuda: Any = require("cuda.bindings.driver", "cuda")
         self._stream = self._cuda.CUstream(stream.handle)
         mode = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._check("begin", self._cuda.cuStreamBeginCapture(self._stream, mode))

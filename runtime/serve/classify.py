@@ -36,14 +36,20 @@ async def classify_image(
             )
         if len(model.signature.inputs) != 1:
             raise RequestError(f"model '{model.source.name}' has several inputs: send tensors to infer")
+        if len(next(iter(model.signature.outputs.values())).shape) != 2:
+            raise RequestError(
+                f"the first output of model '{model.source.name}' is not (batch, classes): send tensors to infer"
+            )
+        most = service.settings.max_image_bytes
+        too_large = RequestError(f"the image file is larger than {most:,} bytes", Code.TOO_LARGE)
         model.batcher.check()
         size = headers.get(b"content-length", b"0")
-        if size.isdigit() and int(size[:20]) > service.settings.max_image_bytes:
-            raise RequestError("the image file is larger than this server takes", Code.TOO_LARGE)
+        if size.isdigit() and int(size[:20]) > most:
+            raise too_large
         body, reserved = await read_body(service, headers, request.receive, 0)
         try:
-            if len(body) > service.settings.max_image_bytes:
-                raise RequestError("the image file is larger than this server takes", Code.TOO_LARGE)
+            if len(body) > most:
+                raise too_large
             async with service.decoders:
                 pixels = await asyncio.to_thread(_load, bytes(body), preprocessing)
             prepared = monotonic_ns()
@@ -108,7 +114,7 @@ def _load(body: bytes, preprocessing: Any) -> Array:
     try:
         return np.asarray(load_image(body, preprocessing))
     except RefusedError as refusal:
-        raise RequestError(f"the image cannot be used: {refusal.message[:200]}") from None
+        raise RequestError(refusal.message[:200]) from None
 
 
 def _count(text: str) -> int:

@@ -9,10 +9,10 @@ class Code(Enum):
     """Triton's error codes: (HTTP status, name of the gRPC status, reason label of the failure metric)."""
 
     INVALID = (400, "INVALID_ARGUMENT", "OTHER")
-    UNAUTHENTICATED = (401, "UNAUTHENTICATED", "REJECTED")
+    UNAUTHENTICATED = (401, "UNAUTHENTICATED", "OTHER")
     NOT_FOUND = (404, "NOT_FOUND", "OTHER")
     TIMEOUT_BODY = (408, "DEADLINE_EXCEEDED", "OTHER")
-    TOO_LARGE = (413, "RESOURCE_EXHAUSTED", "REJECTED")
+    TOO_LARGE = (413, "RESOURCE_EXHAUSTED", "OTHER")
     UNSUPPORTED_TYPE = (415, "INVALID_ARGUMENT", "OTHER")
     CANCELLED = (499, "CANCELLED", "CANCELED")
     INTERNAL = (500, "INTERNAL", "BACKEND")
@@ -33,7 +33,8 @@ class Code(Enum):
 
     @property
     def reason(self) -> str:
-        """`reason` label of nv_inference_request_failure (Triton's values)."""
+        """`reason` label of nv_inference_request_failure (Triton's values). REJECTED is for want of capacity alone: the
+        autoscaler adds replicas for it."""
         return self.value[2]
 
 

@@ -276,5 +276,5 @@ def test_page_locked_memory_is_bytes(pycuda: Calls) -> None:
 def test_without_pycuda_the_package_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "device_info", lambda index: cuda.DeviceInfo(index, "Test GPU", "8.9", 1, "", "13.0"))
     monkeypatch.setitem(sys.modules, "pycuda", None)
-    with pytest.raises(UnavailableError, match=r"pip install 'gmconv-deploy\[tensorrt\]'"):
+    with pytest.raises(UnavailableError, match=r"pip install 'gmconv-deploy\[cuda\]'"):
         cuda.Device(0)

@@ -18,6 +18,7 @@ import onnxruntime as ort
 import pytest
 import tritonclient.grpc as tg
 import tritonclient.http as th
+from onnx import TensorProto, helper
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
@@ -25,9 +26,10 @@ from tritonclient.utils import InferenceServerException
 from runtime.images import load_image
 from runtime.serve.auth import Gate
 from runtime.serve.classify import softmax
+from runtime.serve.errors import Code
 from runtime.serve.metrics import gpu_metrics
 
-from .conftest import IMAGE, LABELS, Server, classifier
+from .conftest import IMAGE, LABELS, Server, classifier, write_model
 
 Start = Callable[..., Server]
 TOKEN = "a-token-of-32-characters-or-more"
@@ -247,9 +249,28 @@ def test_classify_refusals(server: Server, photo: Image.Image) -> None:
         got, _, answer = server.request("POST", path, body)
         assert got == status, (path, answer)
         assert set(json.loads(answer)) == {"error"}
-        assert "/work" not in answer.decode()
+        assert str(Path.cwd()) not in answer.decode()
         assert "Traceback" not in answer.decode()
     assert server.request("POST", "/v2/models/tiny/classify", good)[0] == 200
+
+
+def test_only_an_output_of_classes_is_read_as_classes(start: Start, tmp_path: Path, photo: Image.Image) -> None:
+    pixels = helper.make_tensor_value_info
+    dense = write_model(
+        tmp_path / "m.onnx",
+        [helper.make_node("Relu", ["input"], ["map"])],
+        [pixels("input", TensorProto.FLOAT, ["batch", 3, 8, 8])],
+        [pixels("map", TensorProto.FLOAT, ["batch", 3, 8, 8])],
+        preprocessing=IMAGE,
+    )
+    status, _, answer = start(dense).request("POST", "/v2/models/m/classify", encode(photo, "PNG"))
+    assert status == 400
+    assert "not (batch, classes): send tensors to infer" in json.loads(answer)["error"]
+
+
+def test_what_a_client_did_wrong_does_not_count_as_rejected() -> None:
+    rejected = {code.name for code in Code if code.reason == "REJECTED"}
+    assert rejected == {"OVERLOADED", "UNAVAILABLE", "EXPIRED"}
 
 
 def test_softmax_of_odd_scores() -> None:

@@ -188,7 +188,7 @@ def test_too_large_a_file_gets_a_sentence(browser: Any, carded: Server, tmp_path
     with Visit(browser, carded) as page:
         expect(page.locator("#model")).to_be_enabled()
         page.set_input_files("#image", str(tmp_path / "large.png"))
-        expect(page.locator("#result .error")).to_have_text("The image file is larger than this server takes.")
+        expect(page.locator("#result .error")).to_have_text("The image file is larger than 16,777,216 bytes.")
         assert page.locator("#preview").is_hidden()
 
 
@@ -234,7 +234,7 @@ def test_a_file_that_is_no_image_gets_a_sentence(browser: Any, carded: Server, t
     with Visit(browser, carded) as page:
         expect(page.locator("#model")).to_be_enabled()
         page.set_input_files("#image", str(tmp_path / "text.png"))
-        assert "cannot be used" in page.locator("#result .error").inner_text()
+        assert "not a JPEG, PNG" in page.locator("#result .error").inner_text()
 
 
 def test_keyboard_and_names(browser: Any, carded: Server, picture: Path) -> None:
