@@ -108,7 +108,7 @@ def _parse_shape(value: str) -> tuple[str, tuple[int, ...]]:
     match = re.fullmatch(r"(?P<name>.+?)[=:](?P<dims>\d{1,9}(?:[x,]\d{1,9})*)", value)
     dims = tuple(int(d) for d in re.split("[x,]", match["dims"])) if match else ()
     if match is None or not all(dims):
-        raise click.BadParameter(f"{value!r}: write NAME=3x224x224, the shape of one request without the batch")
+        raise click.BadParameter(f"{value!r}: write NAME=3x224x224, a shape without the axis Triton batches")
     return match["name"], dims
 
 
@@ -145,11 +145,11 @@ def _gpus(_context: click.Context, _parameter: click.Parameter, value: str | Non
 @click.option("--max-queue", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="0: no limit.")
 @click.option("--queue-timeout", type=click.IntRange(0, 2**40), default=0, show_default=True, help="µs; 0: none.")
 @click.option("--policy", callback=_policy, default="latest:1", show_default=True, help="all, latest:N, specific:1,3.")
-@click.option("--warmup/--no-warmup", default=True, show_default=True, help="Run each batch limit before ready.")
+@click.option("--warmup/--no-warmup", default=True, show_default=True, help="Run the batch limits before ready.")
 @click.option("--shape", "shapes", multiple=True, callback=_shapes, help="NAME=3x224x224: warm-up of dynamic axes.")
 @click.option("--cuda-graphs", is_flag=True, help="TensorRT: capture CUDA graphs for batch 1 and the limit.")
 @click.option("--threads", type=click.IntRange(1, 4096), help="onnxruntime on a CPU: intra-op threads.")
-@click.option("--force", is_flag=True, help="Replace an existing version and rewrite config.pbtxt.")
+@click.option("--force", is_flag=True, help="Replace an existing version, config.pbtxt and labels.txt.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def main(
     artefact: Path,
