@@ -231,28 +231,31 @@ def crop_table(certificate: dict[str, Any]) -> Table:
     """The rich table of the layers that lost taps, from a certificate dict as the manifest stores it."""
     from rich.table import Table
 
-    table = Table(title="What was cropped", title_justify="left", title_style="bold")
+    layers = [layer for layer in certificate["layers"] if _cropped(layer) or layer.get("split")]
+    timed = any(layer.get("split") for layer in layers)
+    clocked = any(layer.get("latency_after_ms") is not None for layer in layers)
+    table = Table(
+        title="What was cropped",
+        title_justify="left",
+        title_style="bold",
+        caption="worst case: of any output of the layer, for any input or for inputs as large as the data's; "
+        "measured: on the data; ms: the layer alone in ONNX Runtime",
+        caption_justify="left",
+    )
     table.add_column("layer", overflow="fold")
-    for column in ("kernel", "kept", "L1 removed", "MACs", "worst case", "max|x| from", "measured", "of layer RMS"):
-        table.add_column(column, justify="right")
-    timed = any(layer.get("split") for layer in certificate["layers"])
-    clocked = any(layer.get("latency_after_ms") is not None for layer in certificate["layers"])
-    if clocked:
-        table.add_column("ms, ONNX Runtime", justify="right")
+    for column in ("kernel", "L1 gone", "M MACs", "worst case", "for", "measured", "of RMS", *["ms"] * clocked):
+        table.add_column(column, justify="right", no_wrap=True)
     if timed:
         table.add_column("channel groups, timed against one window", overflow="fold")
-    for layer in certificate["layers"]:
-        if not _cropped(layer) and not layer.get("split"):
-            continue
+    for layer in layers:
         macs = (layer["macs_before"], layer["macs_after"])
         table.add_row(
             layer["name"],
-            "{}x{}".format(*layer["kernel"]),
-            "{}x{}".format(*layer["kept"]),
-            f"{layer['l1_removed']:.2e}",
-            "-" if None in macs else f"{macs[0] / 1e6:.1f} -> {macs[1] / 1e6:.1f} M",
+            "{}x{} -> {}x{}".format(*layer["kernel"], *layer["kept"]),
+            _number(layer["l1_removed"]),
+            "-" if None in macs else f"{macs[0] / 1e6:.1f} -> {macs[1] / 1e6:.1f}",
             _number(layer["bound"]),
-            layer["max_abs_source"] or "-",
+            {"analytic": "any input", "calibration": "the data"}.get(layer["max_abs_source"], "-"),
             _number(layer["measured"]),
             _number(layer["measured_rms"]),
             *([latency_text(layer) or "-"] if clocked else []),
@@ -264,7 +267,7 @@ def crop_table(certificate: dict[str, Any]) -> Table:
 def latency_text(layer: dict[str, Any]) -> str:
     """A layer's milliseconds with its whole kernel and with the kept window; empty where they were not measured."""
     before, after = layer.get("latency_before_ms"), layer.get("latency_after_ms")
-    return "" if before is None or after is None else f"{before:.3g} -> {after:.3g}"
+    return "" if before is None or after is None else f"{before:.2g} -> {after:.2g}"
 
 
 def split_text(split: dict[str, Any] | None) -> str:
@@ -378,4 +381,4 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2e}"
+    return "-" if value is None else f"{value:.1e}"
