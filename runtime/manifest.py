@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from runtime.cli import require
 from runtime.errors import RefusedError
 
 SCHEMA = "gmconv-deploy.manifest/v1"
@@ -123,9 +124,56 @@ def sha256_file(path: Path) -> str:
 
 
 def digest_onnx(path: Path) -> tuple[FileDigest, ...]:
-    """`digest` of an ONNX file, then of its external data (`NAME.onnx.data` beside it) where it has any."""
-    data = path.with_name(f"{path.name}.data")
-    return (digest(path, "onnx"), *([digest(data, "external-data")] if data.exists() else []))
+    """`digest` of an ONNX file, then of each file of external data that it reads. Raises what `external_files` does."""
+    return (digest(path, "onnx"), *(digest(file, "external-data") for file in external_files(path)))
+
+
+def external_files(path: Path) -> tuple[Path, ...]:
+    """The files beside the ONNX file `path` that hold tensors of it, by name; the tensors may stand anywhere in it.
+
+    Initializers, attributes of nodes, sparse tensors, in the graph, its subgraphs and functions. Raises RefusedError
+    when the file cannot be read or one that it names is not beside it, UnavailableError when the onnx package is needed
+    and missing.
+    """
+    try:
+        if not _mentions(path, b"location"):  # the key under which every external tensor names its file
+            return ()
+    except OSError as error:
+        raise RefusedError(f"{path}: cannot be read ({error.strerror})") from error
+    onnx = require("onnx", "export")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's own class
+        raise RefusedError(f"{path}: not a readable ONNX file; export it again") from error
+    tensors = (t for t in _tensors(model) if t.data_location == onnx.TensorProto.EXTERNAL)
+    names = {next((e.value for e in t.external_data if e.key == "location"), "") for t in tensors}
+    for name in sorted(names):
+        if not name or Path(name).name != name or not path.with_name(name).is_file():
+            raise RefusedError(f"{path}: its external data {name[:80]!r} is not beside it; copy it there")
+    return tuple(path.with_name(name) for name in sorted(names))
+
+
+def _mentions(path: Path, word: bytes) -> bool:
+    """Whether the bytes of a file hold `word`: no parsing, and no weights in memory, which may be gigabytes."""
+    tail = b""
+    with path.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            if word in tail + chunk:
+                return True
+            tail = chunk[-len(word) :]
+    return False
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every onnx.TensorProto in a protobuf message, however deep."""
+    for kind, value in message.ListFields():
+        if kind.message_type is None:
+            continue
+        for item in [value] if hasattr(value, "ListFields") else value:
+            if kind.message_type.full_name == "onnx.TensorProto":
+                yield item
+            else:
+                yield from _tensors(item)
 
 
 def digest(path: Path, kind: Literal["checkpoint", "onnx", "external-data", "engine"]) -> FileDigest:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import NodeProto, SparseTensorProto, TensorProto, helper
 
 from runtime.errors import RefusedError
 from runtime.manifest import (
@@ -17,6 +19,8 @@ from runtime.manifest import (
     Preprocessing,
     TensorSpec,
     digest,
+    digest_onnx,
+    external_files,
     find_manifest,
     read_manifest,
     read_preprocessing,
@@ -108,6 +112,78 @@ def test_a_damaged_sidecar_is_refused(text: str, words: str, tmp_path: Path) -> 
     sidecar(tmp_path / "m.onnx").write_text(text)
     with pytest.raises(RefusedError, match=words):
         read_manifest(tmp_path / "m.onnx")
+
+
+def external(name: str, location: str) -> TensorProto:
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[2], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value=location)
+    return tensor
+
+
+def constant(location: str) -> NodeProto:
+    return helper.make_node("Constant", [], ["c"], value=external("c", location))
+
+
+def test_external_data_is_found_wherever_the_graph_has_tensors(tmp_path: Path) -> None:
+    """Initializers, attributes, subgraphs, functions, sparse tensors; two tensors may share a file."""
+    branch = helper.make_graph([constant("branch.bin")], "b", [], [], [external("i", "shared.bin")])
+    sparse = SparseTensorProto(values=external("s", "values.bin"), indices=external("s", "indices.bin"), dims=[2])
+    nodes = [constant("constant.bin"), helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch)]
+    graph = helper.make_graph(nodes, "g", [], [], [external("a", "shared.bin"), external("b", "init.bin")])
+    graph.sparse_initializer.append(sparse)
+    function = helper.make_function("local", "f", [], ["c"], [constant("function.bin")], [])
+    model = helper.make_model(graph, functions=[function])
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    names = ["branch", "constant", "function", "indices", "init", "shared", "values"]
+    for name in names:
+        (tmp_path / f"{name}.bin").write_bytes(name.encode())
+    (tmp_path / "m.onnx.data").write_bytes(b"of an earlier export; nothing reads it")
+    assert [file.name for file in external_files(path)] == [f"{name}.bin" for name in names]
+    assert [entry.file for entry in digest_onnx(path)] == ["m.onnx", *(f"{name}.bin" for name in names)]
+    (tmp_path / "function.bin").unlink()
+    with pytest.raises(RefusedError, match=r"m\.onnx: its external data 'function\.bin' is not beside it"):
+        external_files(path)
+
+
+def test_external_data_is_found_at_any_place_of_a_large_file(tmp_path: Path) -> None:
+    """The word that gives it away may lie across two of the pieces in which a file is read."""
+    (tmp_path / "m.bin").write_bytes(b"x")
+    nodes = helper.make_graph([constant("m.bin")], "g", [], [])
+    at = helper.make_model(nodes, producer_name="p").SerializeToString().index(b"location")
+    for shift in range(-9, 2):
+        padding = "p" * (2**20 - at + shift)
+        model = helper.make_model(nodes, producer_name=padding).SerializeToString()
+        (tmp_path / "m.onnx").write_bytes(model)
+        assert abs(model.index(b"location") - 2**20) < 16
+        assert external_files(tmp_path / "m.onnx") == (tmp_path / "m.bin",)
+
+
+@pytest.mark.parametrize("location", ["", ".", "..", "../m.bin", "sub/m.bin", "/etc/passwd", "no\0thing"])
+def test_external_data_elsewhere_is_refused(location: str, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "m.bin").write_bytes(b"x")
+    path = tmp_path / "m.onnx"
+    path.write_bytes(helper.make_model(helper.make_graph([constant(location)], "g", [], [])).SerializeToString())
+    with pytest.raises(RefusedError, match="is not beside it"):
+        external_files(path)
+
+
+def test_a_file_that_cannot_be_parsed_for_external_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=r"m\.onnx: cannot be read \(No such file"):
+        external_files(tmp_path / "m.onnx")
+    (tmp_path / "m.onnx").write_bytes(b"\xff\xfflocation\xff")
+    with pytest.raises(RefusedError, match="not a readable ONNX file"):
+        external_files(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("content", [b"", b"weights, all inside"])
+def test_a_file_with_all_its_weights_inside_needs_no_onnx_package(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    (tmp_path / "m.onnx").write_bytes(content)
+    assert external_files(tmp_path / "m.onnx") == ()
 
 
 def test_a_sidecar_may_not_name_files_elsewhere(tmp_path: Path) -> None:
