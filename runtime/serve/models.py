@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import logging
 import math
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime import trt
 from runtime.errors import RefusedError
 from runtime.manifest import Manifest, TensorSpec, find_manifest, read_manifest
 from runtime.qdq import layout_warning
@@ -87,19 +89,26 @@ class ModelVersion:
 def find_sources(settings: Settings) -> list[Source]:
     """What `settings.source` holds: an artefact; or a folder of artefacts, of models, or of one model's versions.
 
-    Raises RefusedError when there is nothing to serve or a name cannot be part of a URL.
+    NAME.onnx and NAME.plan (or NAME.engine) in one folder are one model: the engine is served where a GPU was asked for
+    and there is a TensorRT, else the ONNX file.
+
+    Raises RefusedError when there is nothing to serve, two artefacts claim one version, a name cannot be part of a URL,
+    or a folder cannot be read.
     """
     root = settings.source
-    if root.is_file():
-        if root.suffix not in SUFFIXES:
-            raise RefusedError(f"{root}: not a .onnx, .plan or .engine file; export or build one first")
-        sources = [Source(settings.model_name or root.stem, "1", root)]
-    elif root.is_dir():
-        sources = _scan(root, settings.model_name)
-        if not sources:
-            raise RefusedError(f"{root}: holds no .onnx, .plan or .engine file, nor NAME/VERSION/model.onnx")
-    else:
-        raise RefusedError(f"{root}: no such file or folder")
+    try:
+        if root.is_file():
+            if root.suffix not in SUFFIXES:
+                raise RefusedError(f"{root}: not a .onnx, .plan or .engine file; export or build one first")
+            sources = [Source(settings.model_name or root.stem, "1", root)]
+        elif root.is_dir():
+            sources = _scan(root, settings)
+            if not sources:
+                raise RefusedError(f"{root}: holds no .onnx, .plan or .engine file, nor NAME/VERSION/model.onnx")
+        else:
+            raise RefusedError(f"{root}: no such file or folder")
+    except OSError as error:
+        raise RefusedError(f"{error.filename or root}: cannot be read ({error.strerror})") from error
     seen: set[tuple[str, str]] = set()
     for source in sources:
         if not NAME.fullmatch(source.name):
@@ -110,16 +119,20 @@ def find_sources(settings: Settings) -> list[Source]:
     return sources
 
 
-def _scan(root: Path, model_name: str | None) -> list[Source]:
-    sources = [Source(p.stem, "1", p) for p in _artefacts(root)]
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+def _scan(root: Path, settings: Settings) -> list[Source]:
+    model_name = settings.model_name
+    engines = settings.device.startswith("cuda") and any(trt.installed(flavor) for flavor in trt.MODULES)
+    sources = [Source(p.stem, "1", p) for p in _artefacts(root, engines)]
+    # lost+found is what a volume's file system has at its root, for root alone.
+    folders = sorted(p for p in root.iterdir() if not p.name.startswith(".") and p.name != "lost+found" and p.is_dir())
     for folder in folders:
         if folder.name.isdigit():
-            sources += [Source(model_name or root.resolve().name, _version(folder), p) for p in _artefacts(folder)]
+            name = model_name or root.resolve().name
+            sources += [Source(name, _version(folder), p) for p in _artefacts(folder, engines)]
             continue
         versions = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
-        sources += [Source(folder.name, "1", p) for p in _artefacts(folder)]
-        sources += [Source(folder.name, _version(v), p) for v in versions for p in _artefacts(v)]
+        sources += [Source(folder.name, "1", p) for p in _artefacts(folder, engines)]
+        sources += [Source(folder.name, _version(v), p) for v in versions for p in _artefacts(v, engines)]
     if model_name and len({s.name for s in sources}) == 1:
         sources = [Source(model_name, s.version, s.path) for s in sources]
     elif model_name:
@@ -131,8 +144,27 @@ def _version(folder: Path) -> str:
     return str(int(folder.name))
 
 
-def _artefacts(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file() and not p.name.startswith("."))
+def _artefacts(folder: Path, engines: bool) -> list[Path]:
+    """The artefacts to serve. Of an ONNX file and an engine of one stem the engine if `engines`, else the ONNX file."""
+    stems: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in SUFFIXES and path.is_file() and not path.name.startswith("."):
+            stems.setdefault(path.stem, []).append(path)
+    for stem, found in stems.items():
+        kinds = {SUFFIXES[path.suffix]: path for path in found}
+        if len(kinds) == len(found) == 2:
+            served, other = kinds["tensorrt"], kinds["onnxruntime"]
+            if not engines:
+                served, other = other, served
+            _say(f"{other}: not served, {served.name} beside it is; --device cuda chooses engines, else ONNX files")
+            stems[stem] = [served]
+    return [path for found in stems.values() for path in found]
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """Log once what is found at each look at a folder."""
+    log.info(text)
 
 
 def read_source(source: Source, settings: Settings) -> Manifest | None:
