@@ -150,10 +150,10 @@ def make_settings(options: dict[str, Any]) -> Settings:
     if cache := options["engine_cache"]:
         if source.suffix != ".onnx":
             raise click.UsageError("--engine-cache goes with an .onnx file: it builds the engine from it")
-        from runtime.serve.first_start import prepare_engine
+        from runtime.serve.engine_cache import prepare_engine
 
         options["model_name"] = options["model_name"] or source.stem
-        source = prepare_engine(source, cache)
+        source = prepare_engine(source, cache, device=options["device"], require_manifest=options["require_manifest"])
     token = read_token(options["token_file"]) if options["token_file"] else os.environ.get(TOKEN_VARIABLE) or None
     plain = set(Settings.__dataclass_fields__) & set(options)
     return Settings(

@@ -1,0 +1,292 @@
+"""Engines for the GPU found here, built from ONNX files once and kept in a cache that several servers may share.
+
+`prepare_engine` builds in a child process (`python -m export.tensorrt`), compares the engine with ONNX Runtime on the
+ONNX file (`python -m runtime.parity`), and keeps it with the verdict in its manifest. A cache entry belongs to one GPU
+model, compute capability, driver, TensorRT version, gmconv-deploy version, ONNX file (with its manifest and external
+data) and batch profile; change one and another entry is built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+import click
+
+from runtime.errors import BuildError, Interrupted, ParityError, RefusedError, UnavailableError
+from runtime.manifest import external_files, find_manifest, read_manifest, sha256_file, sidecar, utc_now
+
+Profile = tuple[int, int, int]
+Note = Callable[[str], None]
+ENGINE = "model.plan"
+VERIFIED = "verified.json"
+STOP_SECONDS = 10.0
+"""How long a child may take to end after SIGTERM."""
+_ERRORS = {4: ParityError, 5: BuildError, 6: UnavailableError, 130: Interrupted}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceIdentity:
+    """What an engine is built for, besides the network: change one of these and it must be built again."""
+
+    gpu: str
+    compute_capability: str
+    driver: str
+    flavor: str
+    tensorrt: str
+
+
+class RunChild(Protocol):
+    """`run_child`, or what stands for it."""
+
+    def __call__(
+        self, arguments: Sequence[str], environment: Mapping[str, str] = ..., output: Path | None = ...
+    ) -> int:
+        """Run `python -m ARGUMENTS`; the exit code."""
+        ...
+
+
+def prepare_engine(
+    onnx_path: Path,
+    cache_dir: Path,
+    *,
+    flavor: Literal["auto", "tensorrt", "rtx"] = "auto",
+    device: str = "auto",
+    profile: Profile | None = None,
+    require_manifest: bool = True,
+    identify: Callable[[str, int], DeviceIdentity] | None = None,
+    run: RunChild | None = None,
+    note: Note | None = None,
+) -> Path:
+    """The engine for `onnx_path` on the GPU `device` ("cuda:1"; "auto": the first), cached or built and compared now.
+
+    `profile` is the smallest, tuned and largest batch (export.tensorrt's default without it). Servers that start
+    together on one cache wait for the one that builds. A damaged entry is built again. SIGTERM ends the build.
+
+    Raises RefusedError (the ONNX file or the cache folder), BuildError, ParityError (nothing is cached, nothing may be
+    served), UnavailableError (no driver, GPU or TensorRT) and Interrupted.
+    """
+    from runtime import cuda
+
+    note = note or (lambda text: click.echo(text, err=True))
+    index = cuda.device_index("cuda" if device == "auto" else device)
+    found = (identify or identify_device)(flavor, index)
+    sources = hash_sources(onnx_path, require_manifest)
+    identity = {**asdict(found), "profile": profile, "sources": sources, "gmconv-deploy": _version()}
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    entry = cache_dir / key
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with locked(cache_dir / f"{key}.lock", lambda: note("another server is preparing this engine; waiting for it")):
+            problem = _problem(entry, identity)
+            if problem is None:
+                note(f"engine for {found.gpu} found in the cache ({key[:12]})")
+            else:
+                note(f"building an engine for {found.gpu}, {found.flavor} {found.tensorrt}: {problem}")
+                child = functools.partial(run or run_child, environment={"CUDA_VISIBLE_DEVICES": visible_device(index)})
+                _build(onnx_path, entry, identity, child, note)
+            if hash_sources(onnx_path, require_manifest) != sources:  # it may have taken minutes
+                raise BuildError(f"{onnx_path}: changed while its engine was prepared; start again")
+    except OSError as error:
+        raise RefusedError(
+            f"{cache_dir}: the engine cache cannot be used ({error.strerror or error}); mount a volume that uid "
+            f"{os.getuid()} may write to"
+        ) from error
+    return entry / ENGINE
+
+
+def identify_device(flavor: str, index: int) -> DeviceIdentity:
+    """The GPU `index` and the TensorRT found here. Raises UnavailableError when there is none."""
+    from runtime import cuda, trt
+
+    info = cuda.device_info(index)
+    chosen, _ = trt.choose_flavor(flavor)  # type: ignore[arg-type]
+    return DeviceIdentity(
+        gpu=info.name,
+        compute_capability=info.compute_capability,
+        driver=info.driver or f"CUDA {info.cuda}",
+        flavor=chosen,
+        tensorrt=trt.version(trt.api(chosen)),
+    )
+
+
+def visible_device(index: int) -> str:
+    """What CUDA_VISIBLE_DEVICES must be for a child process whose only GPU is this one's `index`."""
+    here = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return here.split(",")[index].strip() if here else str(index)
+
+
+def hash_sources(onnx_path: Path, require_manifest: bool) -> list[str]:
+    """sha256 of what an engine and its manifest are made from: the ONNX file, its external data, its manifest.
+
+    Raises RefusedError when one cannot be read or does not match the manifest, or when there is no manifest and
+    `require_manifest`.
+    """
+    try:
+        manifest = read_manifest(onnx_path) if require_manifest else find_manifest(onnx_path)
+        known = {onnx_path: manifest.artefact.sha256} if manifest else {}
+        known |= {onnx_path.with_name(data.file): data.sha256 for data in (manifest.external if manifest else ())}
+        files = [onnx_path, *external_files(onnx_path), *([sidecar(onnx_path)] if manifest else [])]
+        return [known.get(file) or sha256_file(file) for file in files]
+    except OSError as error:
+        raise RefusedError(f"{onnx_path}: cannot be read ({error.strerror or error})") from error
+
+
+def run_child(
+    arguments: Sequence[str], environment: Mapping[str, str] | None = None, output: Path | None = None
+) -> int:
+    """Run `python -m ARGUMENTS`, its standard output in the file `output` or on this process's stderr; the exit code.
+
+    `environment` is added to this process's own. SIGTERM and Ctrl-C end the child first and raise Interrupted: a
+    container that is told to stop during a build stops.
+    """
+    asked: list[float] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        asked.append(time.monotonic())
+        if child is not None:
+            child.terminate()
+
+    main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)} if main_thread else {}
+    try:
+        with contextlib.ExitStack() as stack:
+            stdout = stack.enter_context(output.open("wb")) if output else 2
+            command = [sys.executable, "-m", *arguments]
+            child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=stdout, env={**os.environ, **(environment or {})}
+            )
+        if asked:  # before `child` was known to the handler
+            child.terminate()
+        while True:
+            try:
+                code = child.wait(1)
+                break
+            except subprocess.TimeoutExpired:
+                if asked and time.monotonic() - asked[0] > STOP_SECONDS:
+                    child.kill()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        raise Interrupted("stopped while the engine was being prepared; nothing was cached")
+    return code
+
+
+def _build(onnx_path: Path, entry: Path, identity: dict[str, Any], run: RunChild, note: Note) -> None:
+    """Build and compare beside the entry, then rename: an entry that exists was compared.
+
+    Both children read a copy, so that a file that is replaced meanwhile cannot be half of the engine's story.
+    """
+    for left in entry.parent.glob(f".{entry.name}*.build"):  # of a server that was killed: the lock is ours
+        shutil.rmtree(left, ignore_errors=True)
+    # A name of its own: a child may outlive its server (not in a container) and still write.
+    folder = entry.with_name(f".{entry.name}.{secrets.token_hex(4)}.build")
+    folder.mkdir()
+    try:
+        source = _copy(onnx_path, folder / "source")
+        if hash_sources(source, require_manifest=False) != identity["sources"]:
+            raise BuildError(f"{onnx_path}: changed while its engine was prepared; start again")
+        engine, report = folder / ENGINE, folder / "parity.json"
+        profile = identity["profile"]
+        batches = [f"--{side}={n}" for side, n in zip(("min", "opt", "max"), profile, strict=True)] if profile else []
+        flavor = str(identity["flavor"])
+        build = ["export.tensorrt", str(source), "-o", str(engine), "--flavor", flavor, "--no-verify", *batches]
+        _succeed(run(build), f"{onnx_path}: the engine was not built")
+        manifest = read_manifest(engine)
+        link = manifest.source("onnx")
+        if link is None or link.sha256 != identity["sources"][0]:
+            raise BuildError(f"{onnx_path}: the engine's manifest names another ONNX file as its source; start again")
+        note("comparing the engine with ONNX Runtime")
+        compare = ["runtime.parity", str(source), str(engine), "--device", "cuda", "--no-yardstick", "--json"]
+        _succeed(run(compare, output=report), f"{onnx_path}: the engine was not served")
+        verdict = _verdict(report, onnx_path)
+        sidecar(engine).write_text(replace(manifest, parity=verdict).to_json())
+        record = {"identity": identity, "engine": manifest.artefact.sha256, "verified": utc_now()}
+        (folder / VERIFIED).write_text(json.dumps(record, indent=1))
+        report.unlink()
+        shutil.rmtree(source.parent)
+        shutil.rmtree(entry, ignore_errors=True)
+        folder.rename(entry)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _copy(onnx_path: Path, folder: Path) -> Path:
+    """The ONNX file, its manifest and its external data in `folder`; the copy's path."""
+    folder.mkdir()
+    manifest = [sidecar(onnx_path)] if sidecar(onnx_path).exists() else []
+    for file in (onnx_path, *external_files(onnx_path), *manifest):
+        shutil.copyfile(file, folder / file.name)
+    return folder / onnx_path.name
+
+
+def _verdict(report: Path, onnx_path: Path) -> dict[str, Any]:
+    """What a manifest says of parity, as export.tensorrt writes it, from the output of `runtime.parity --json`."""
+    try:
+        text = report.read_text()
+        document, _ = json.JSONDecoder().raw_decode(text, text.index("{\n"))  # a native library may have said more
+        candidate = document["candidates"][0]
+        kept = ("passed", "engine", "precision", "tolerance", "cases", "yardstick", "notes")
+        return {"result": "passed", "reference": onnx_path.name, **{key: candidate[key] for key in kept}}
+    except (ValueError, LookupError, TypeError) as error:
+        raise BuildError(f"{onnx_path}: the comparison with ONNX Runtime left no result; start again") from error
+
+
+def _succeed(code: int, what: str) -> None:
+    if code == 0:
+        return
+    reasons = {3: "its input was refused", 4: "it differs from ONNX Runtime", 5: "the build failed", 6: "it cannot run"}
+    reason = reasons.get(code, f"the child process ended with status {code}")
+    raise _ERRORS.get(code, RefusedError if code == 3 else BuildError)(f"{what}: {reason} (its message is above)")
+
+
+def _problem(entry: Path, identity: dict[str, Any]) -> str | None:
+    """Why the entry cannot be used, or None when it can."""
+    if not entry.exists():
+        return "none in the cache for this GPU, driver, TensorRT, gmconv-deploy and ONNX file"
+    try:
+        record = json.loads((entry / VERIFIED).read_text())
+        manifest = read_manifest(entry / ENGINE)
+        if record["engine"] != manifest.artefact.sha256 or record["identity"] != json.loads(json.dumps(identity)):
+            return "the cached one is not the one that was compared"
+    except (OSError, ValueError, KeyError, TypeError, RefusedError) as error:
+        return f"the cached one is damaged ({error})"
+    return None
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("gmconv-deploy")
+    except importlib.metadata.PackageNotFoundError:  # run from the sources
+        return "not installed"
+
+
+@contextlib.contextmanager
+def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold an exclusive lock on `path`, across processes and containers that share the volume; it ends with them."""
+    with path.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
