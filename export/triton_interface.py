@@ -8,7 +8,7 @@ from typing import Any
 
 from runtime.cli import require
 from runtime.errors import RefusedError
-from runtime.manifest import Manifest, ShapeRange, TensorSpec
+from runtime.manifest import Manifest, ShapeRange, TensorSpec, external_files
 
 Profile = dict[str, ShapeRange]
 
@@ -144,8 +144,10 @@ def _sample(manifest: Manifest) -> tuple[int, ...] | None:
 def _graph_interface(artefact: Path) -> Interface:
     onnx = require("onnx", "export")
     try:
+        external = tuple(file.name for file in external_files(artefact))
         model = onnx.load(artefact, load_external_data=False)
-        onnx.checker.check_model(model) if not _external(onnx, model, artefact) else None
+        if not external:
+            onnx.checker.check_model(model)
         model = onnx.shape_inference.infer_shapes(model)
     except RefusedError:
         raise
@@ -162,25 +164,8 @@ def _graph_interface(artefact: Path) -> Interface:
         backend="onnxruntime",
         inputs=inputs,
         outputs=outputs,
-        external=_external(onnx, model, artefact),
+        external=external,
     )
-
-
-def _external(onnx: Any, model: Any, artefact: Path) -> tuple[str, ...]:
-    """Base names of the external data files the graph reads, each checked to lie beside it."""
-    from onnx.external_data_helper import _get_all_tensors
-
-    files: set[str] = set()
-    for tensor in _get_all_tensors(model):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
-        if not location or "/" in location or "\\" in location or location in (".", ".."):
-            raise RefusedError(f"{artefact}: external data {location[:80]!r} lies outside its folder; save it beside")
-        if not artefact.with_name(location).is_file():
-            raise RefusedError(f"{artefact}: its external data {location} is missing; copy it beside the model")
-        files.add(location)
-    return tuple(sorted(files))
 
 
 def _spec(onnx: Any, value: Any, artefact: Path) -> TensorSpec:

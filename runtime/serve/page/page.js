@@ -207,7 +207,8 @@ function showManifest(card) {
   const found = Object.entries(card.precision_found || {}).map(([kind, count]) => count + " " + kind).join(", ");
   fact("Precision", card.precision + (found && "; layers found: " + found));
   if (card.parity && card.parity.passed !== undefined) {
-    fact("Parity with the trained model", card.parity.passed ? "passed" : "failed");
+    const against = card.parity.reference;
+    fact("Parity with " + (typeof against === "string" ? against : "the trained model"), card.parity.passed ? "passed" : "failed");
   }
   for (const [kind, term] of [["checkpoint", "From checkpoint"], ["onnx", "From ONNX"]]) {
     const from = (card.chain || []).filter((link) => link.kind === kind).pop();
