@@ -16,8 +16,8 @@ class CroppedConv2d(nn.Conv2d):
 
     Only for crops that `nn.Conv2d` cannot state: a kernel cropped by more than its padding (the border of the input
     is then no longer read), or off its centre. `pads` is (left, right, top, bottom), in pixels: positive sides are
-    padded in `padding_mode` first, negative ones sliced off after. Zero padding exports to ONNX as the `pads` of the
-    one Conv node; a negative side as a Slice before it.
+    padded in `padding_mode` first, negative ones cut off after. Zero padding exports to ONNX as the `pads` of the one
+    Conv node; a negative side as a Pad before it.
     """
 
     pads: tuple[int, int, int, int]
@@ -27,11 +27,8 @@ class CroppedConv2d(nn.Conv2d):
         if any(added):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, added, mode)
-        left, right, top, bottom = (max(-side, 0) for side in self.pads)
-        if top or bottom:
-            input = input[..., top : -bottom or None, :]
-        if left or right:
-            input = input[..., left : -right or None]
+        if min(self.pads) < 0:  # not a slice, which torch.export cannot bound where height and width are dynamic
+            input = F.pad(input, [min(side, 0) for side in self.pads])
         return F.conv2d(input, weight, bias, self.stride, 0, self.dilation, self.groups)
 
     def extra_repr(self) -> str:

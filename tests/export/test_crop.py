@@ -110,7 +110,7 @@ def test_the_first_layers_bound_holds_for_every_image(model: nn.Module) -> None:
 
 
 def test_a_crop_exports_as_convolutions_that_compute_the_same(tmp_path: Path) -> None:
-    """Zero padding stays inside the Conv node, whatever its sides; a crop beyond the padding is a Slice before it."""
+    """Zero padding stays inside the Conv node, whatever its sides; a crop beyond the padding is a Pad before it."""
     import onnx
     import onnxruntime as ort
 
@@ -130,7 +130,7 @@ def test_a_crop_exports_as_convolutions_that_compute_the_same(tmp_path: Path) ->
     torch.onnx.export(cropped, example, path, dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
 
     graph = onnx.load(path).graph
-    assert [node.op_type for node in graph.node] == ["Conv", "Conv", "Conv", "Pad", "Conv", "Slice", "Slice", "Conv"]
+    assert [node.op_type for node in graph.node] == ["Conv", "Conv", "Conv", "Pad", "Conv", "Pad", "Conv"]
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     x = torch.randn(3, 2, 20, 20)
     with torch.no_grad():
@@ -139,6 +139,38 @@ def test_a_crop_exports_as_convolutions_that_compute_the_same(tmp_path: Path) ->
         expected = plain(x)
     found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-5)
+
+
+def test_a_crop_beyond_the_padding_keeps_height_and_width_free(tmp_path: Path) -> None:
+    import onnxruntime as ort
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(2, 4, 7, padding=1), nn.ReLU(), nn.Conv2d(4, 4, (5, 4), padding=(2, 0))).eval()
+    cropped = crop_to(plain, {"0": Window(2, 2, 3, 3), "2": Window(1, 1, 3, 2)})
+    free = ({0: "batch", 2: "height", 3: "width"},)
+    path = tmp_path / "cropped.onnx"
+    torch.onnx.export(cropped, (torch.randn(2, 2, 20, 22),), path, dynamo=True, dynamic_shapes=free, verbose=False)
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    x = torch.randn(1, 2, 31, 17)
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(found, cropped(x).numpy(), rtol=0, atol=1e-5)
+
+
+def test_layers_that_see_no_batch_or_only_part_of_their_input_are_timed_too() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cut, self.single = nn.Conv2d(1, 4, 7), nn.Conv2d(4, 4, 7, padding=3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.cut(input=x)
+            return x + self.single(x.mean(0))
+
+    model = bake(convert(Net(), sigma=0.6)).eval()
+    _, certificate = crop_for_export(model, CropRequest(tolerance=1e-3), input_shape=SHAPE)
+    assert [layer.kept for layer in certificate.layers] == [(5, 5), (5, 5)]
+    assert all(layer.latency_after_ms is not None for layer in certificate.layers)
 
 
 def test_crops_choose_on_training_images_not_on_held_out_ones(model: nn.Module) -> None:
