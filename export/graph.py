@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
+import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +59,7 @@ def to_onnx(
 
     Raises:
         RefusedError: the network cannot be exported with these axes, or not as this opset.
+        RuntimeError: the exporter lost a convolution.
     """
     import torch
 
@@ -85,6 +88,7 @@ def to_onnx(
             f"asked for opset {opset}, the installed torch writes {written} instead; say --opset {written}"
         )
     strip_metadata(graph_model)
+    require_convolutions(graph_model, _convolutions(program))
     return graph_model
 
 
@@ -130,30 +134,59 @@ def operator_histogram(model: ir.Model) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def require_no_mask(model: ir.Model, convolutions: int) -> None:
+def require_no_mask(model: ir.Model) -> None:
     """Prove by structure that nothing of a mask is left in the graph.
 
-    Every Conv reads its kernel from an initializer, there are as many as the network has, and no node computes from
-    constants alone (an unbaked mask is such a chain: Pow, Div, Exp, Mul).
+    Every Conv reads its kernel from an initializer, and no node computes from constants alone (an unbaked mask is such
+    a chain: Pow, Div, Exp, Mul).
 
     Raises:
         RuntimeError: it is not so; a bug here, not in the user's network.
     """
     constant = {value.name for value in model.graph.initializers.values()}
-    kernels = 0
     for node in model.graph:
         names = [value.name for value in node.inputs if value is not None]
-        if node.op_type == "Conv":
-            kernels += 1
-            if node.inputs[1] is None or node.inputs[1].name not in constant:
-                raise RuntimeError(f"the kernel of {node.name} is computed in the graph, not stored")
+        if node.op_type == "Conv" and (node.inputs[1] is None or node.inputs[1].name not in constant):
+            raise RuntimeError(f"the kernel of {node.name} is computed in the graph, not stored")
         masks = node.op_type in ("Exp", "Mul", "Div", "Pow", "Neg", "Sqrt", "Reciprocal")
         if masks and names and all(name in constant for name in names):
             raise RuntimeError(f"{node.op_type} node {node.name} computes from constants alone: a mask was not baked")
         if node.op_type == "Constant":
             constant.add(node.outputs[0].name)
+
+
+def require_convolutions(model: ir.Model, convolutions: int) -> None:
+    """Raise RuntimeError where the graph has fewer Conv nodes than the network runs on the way to its outputs."""
+    kernels = sum(node.op_type == "Conv" for node in model.graph.all_nodes())
     if kernels < convolutions:
         raise RuntimeError(f"the network runs {convolutions} convolutions, the graph has {kernels}")
+
+
+def layers_without_node(model: ir.Model, network: nn.Module, names: Iterable[str]) -> list[str]:
+    """Of the named layers of `network` those that no node is from: they never run, or no output depends on them."""
+    scopes = {scope for node in model.graph.all_nodes() for scope in _scopes(node)}
+    # A layer that is registered under several names appears under one of them.
+    found = {id(module) for name, module in network.named_modules(remove_duplicate=False) if name in scopes}
+    return [name for name in names if id(network.get_submodule(name)) not in found]
+
+
+def _scopes(node: ir.Node) -> list[str]:
+    """The paths of the modules that a node is in, outermost first."""
+    scopes: list[str] = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+    return scopes
+
+
+def _convolutions(program: torch.onnx.ONNXProgram) -> int:
+    """How many convolutions torch captured, transposed ones and those that no output needs left out."""
+    captured = program.exported_program
+    if captured is None:
+        return 0
+    return sum(
+        node.op == "call_function"
+        and re.fullmatch(r"aten\.(conv[123]d|convolution)\.\w+", str(node.target)) is not None
+        and not (str(node.target).startswith("aten.convolution") and node.args[6])
+        for node in captured.graph.nodes
+    )
 
 
 def simplify(path: Path) -> None:
@@ -186,13 +219,6 @@ def captured(log: Path) -> Iterator[None]:
             os.close(saved[0])
             os.close(saved[1])
             logging.raiseExceptions = previous
-
-
-def convolutions(model: nn.Module) -> int:
-    """How many distinct convolution layers the network has."""
-    from torch import nn as torch_nn
-
-    return sum(isinstance(module, torch_nn.Conv2d) for module in model.modules())
 
 
 def specs(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

@@ -168,7 +168,12 @@ def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: Expo
         if chatter:
             note(f"{said} {chatter}")
     log.unlink(missing_ok=True)
-    graph.require_no_mask(exported, graph.convolutions(model))
+    graph.require_no_mask(exported)
+    unused = graph.layers_without_node(exported, model, loaded.masked)
+    if unused:
+        text = f"not in the graph, as no output needs them: {', '.join(unused)}"
+        note(text)
+        loaded = replace(loaded, notes=(*loaded.notes, text))
     inputs, outputs = graph.specs(exported)
     operators = graph.operator_histogram(exported)
     _save(exported, file, options)

@@ -38,20 +38,40 @@ def test_a_baked_network_has_its_plain_twins_operators(name: str, size: int, tmp
     baked = exported(gmconv.bake(live), (3, size, size), tmp_path / "log")
     twin = exported(gmconv.models.create(name, num_classes=10, gmconv=False), (3, size, size), tmp_path / "log")
     assert graph.operator_histogram(baked) == graph.operator_histogram(twin)
-    graph.require_no_mask(baked, graph.convolutions(live))
+    graph.require_no_mask(baked)
 
 
 def test_an_unbaked_network_is_noticed(tmp_path: Path) -> None:
     live = nn.Sequential(gmconv.GMConv2d(3, 64, 7), nn.ReLU(), gmconv.GMConv2d(64, 64, 3), nn.Flatten())
     unbaked = exported(live, (3, 12, 12), tmp_path / "log")
     with pytest.raises(RuntimeError, match="is computed in the graph, not stored|a mask was not baked"):
-        graph.require_no_mask(unbaked, 2)
+        graph.require_no_mask(unbaked)
 
 
 def test_a_missing_convolution_is_noticed(tmp_path: Path) -> None:
     model = exported(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), (3, 8, 8), tmp_path / "log")
     with pytest.raises(RuntimeError, match="runs 2 convolutions, the graph has 1"):
-        graph.require_no_mask(model, 2)
+        graph.require_convolutions(model, 2)
+
+
+def test_layers_that_no_output_needs_are_left_out_and_named(tmp_path: Path) -> None:
+    class Heads(nn.Module):
+        """An auxiliary head that only runs in training, one whose result is dropped, one that has two names."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.auxiliary, self.dropped = (nn.Conv2d(3, 3, 3) for _ in range(3))
+            self.alias = self.body
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.alias(x)
+            self.dropped(y)
+            return self.auxiliary(y) if self.training else y
+
+    live = Heads()
+    model = exported(live, (3, 8, 8), tmp_path / "log")
+    assert graph.operator_histogram(model) == {"Conv": 1}
+    assert graph.layers_without_node(model, live, ["body", "auxiliary", "dropped"]) == ["auxiliary", "dropped"]
 
 
 def test_a_network_that_fixes_its_batch_is_refused_with_the_flag_to_use(tmp_path: Path) -> None:

@@ -49,10 +49,13 @@ class Net(nn.Module):
         self.squeeze = Squeeze(8)
         self.shared = nn.Conv2d(8, 8, 3, padding=2, dilation=2)
         self.head, self.other = nn.Linear(8, num_classes), nn.Linear(8, 3)
+        self.in_training = nn.Conv2d(8, 8, 3)
     def forward(self, image):
         x = torch.nn.functional.silu(self.norm(self.stem(image)))
         x = self.squeeze(self.even(self.depthwise(x)))
         x = self.shared(torch.relu(self.shared(x))).mean((2, 3))
+        if self.training:
+            x = self.in_training(x)
         return {"logits": self.head(x), "aux": self.other(x)}
 
 def make(num_classes=7):
@@ -155,6 +158,7 @@ def test_a_network_never_seen_before(tmp_path: Path, cli: Run, monkeypatch: pyte
     assert [spec["name"] for spec in manifest["outputs"]] == ["logits", "aux"]
     assert manifest["parity"]["passed"] is True
     assert {o["output"] for hop in manifest["parity"]["hops"] for o in hop["outputs"]} == {"logits", "aux"}
+    assert manifest["build"]["notes"][-1] == "not in the graph, as no output needs them: in_training"
 
 
 def test_dynamic_height_and_width_are_compared_at_another_size(tmp_path: Path) -> None:
