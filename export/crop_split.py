@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from export.crop_latency import module_session, time_sessions
 from gmconv.crop_groups import ChannelGroup, DepthwiseSplit
+from gmconv.crop_measure import run
 from gmconv.crop_window import Precision
 from gmconv.cropping import Tolerance, choose_groups, choose_windows, crop_to, croppable
 from gmconv.macs import count_macs
@@ -40,7 +41,8 @@ def faster_splits(
 
     Returns:
         By layer name the fastest split and its times, `taken` where it is faster. Layers that cannot save a tenth of
-        their multiply-accumulates and 8 taps per channel (no 3x3 can), or never run, are missing.
+        their multiply-accumulates and 8 taps per channel (no 3x3 can), never run, or whose weight the network reads
+        elsewhere are missing.
     """
     candidates = choose_groups(model, tolerance, precision=precision)
     if not candidates:
@@ -52,6 +54,9 @@ def faster_splits(
         channels, window = layers[name].in_channels, windows[name]
         splits = [groups for groups in splits if window.taps - _taps(groups) / channels >= _COPIES]
         if name not in shapes or not splits:
+            continue
+        if not _runs_split(model, example, name, splits[0]):
+            note(f"{name} is not split: the network reads its weight elsewhere")
             continue
         note(f"timing {name} in channel groups in ONNX Runtime")
         alone, shape = nn.Sequential(layers[name]), (len(example), *shapes[name].input_shape)
@@ -68,6 +73,15 @@ def faster_splits(
             taken=bootstrap_ratio(times[best], times[0]).high <= _FASTER,
         )
     return found
+
+
+def _runs_split(model: nn.Module, example: Tensor, name: str, groups: Sequence[ChannelGroup]) -> bool:
+    """Whether the network runs with the layer split: not where it reads the weight or bias, which is then in parts."""
+    try:
+        run(crop_to(model, {}, {name: groups}), example)
+    except AttributeError:
+        return False
+    return True
 
 
 def _taps(groups: Sequence[ChannelGroup]) -> int:

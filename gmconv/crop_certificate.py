@@ -39,8 +39,9 @@ class CroppedLayer:
     of the layer's sum of squares. `bounds` holds, per output channel, `sum over input channels of
     ||removed taps||_1 * max|x|`: the most that the channel's output can move, for inputs within `max_abs_input`;
     `bound` is the largest. `max_abs_source` says where max|x| is from: "analytic" holds for every input,
-    "calibration" for inputs as large as the calibration data. `measured` is the largest change seen on that data,
-    `measured_rms` the root mean square change over the root mean square of the layer's output. `magnitude` is the
+    "calibration" for inputs as large as the calibration data. `measured` is the most that the removed taps added to an
+    output on that data (in float64: without the rounding of either convolution), `measured_rms` their root mean
+    square over that of the layer's output. `magnitude` is the
     mean |tap| at each position of the trained kernel. `latency_*_ms` are of the layer alone, one sample, in ONNX
     Runtime. Numbers that were not measured are None.
 
@@ -158,27 +159,27 @@ def certify(
     smaller = dict(cropped.named_modules())
     splits = splits or {}
     kept = {name: _kept(convs[name], window, splits.get(name)) for name, window in windows.items()}
-    changed = {
-        n: smaller[n] for n, pieces in kept.items() if any(w.taps < convs[n].weight[0, 0].numel() for _, w in pieces)
+    gone = {
+        name: _removed(convs[name], pieces)
+        for name, pieces in kept.items()
+        if any(window.taps < convs[name].weight[0, 0].numel() for _, window in pieces)
     }
     example = _example(model, batches, input_shape)
     analytic = analytic_input_ranges(model, example, max_abs_input) if example is not None else {}
     calibrated = measure_input_ranges(model, batches)
-    errors = _layer_errors(model, changed, batches)
+    errors = _layer_errors(model, gone, batches)
     before = count_macs(model, example) if isinstance(example, Tensor) else {}
     after = count_macs(cropped, example) if isinstance(example, Tensor) else {}
 
     layers = []
     for name, window in windows.items():
         conv, reach, source = convs[name], calibrated.get(name), None
-        if name in analytic:
+        # A bound that the data itself breaks was read wrongly from the network.
+        if name in analytic and (reach is None or float(reach.max()) <= analytic[name] * (1 + 1e-6)):
             source, reach = "analytic", torch.full((conv.in_channels,), analytic[name], dtype=torch.float64)
         elif reach is not None:
             source = "calibration"
-        weight = conv.weight.detach().double()
-        removed = torch.zeros_like(weight)
-        for rows, piece in kept[name]:
-            removed[rows] = piece.removed(weight[rows])
+        weight, removed = conv.weight.detach().double(), gone.get(name, torch.zeros(()))
         bounds = _bounds(removed, reach, conv.groups) if reach is not None and removed.any() else None
         energy = float(weight.square().sum())
         seen = errors.get(name)
@@ -331,23 +332,33 @@ def _macs(counted: Mapping[str, LayerMacs], name: str) -> int | None:
     return sum(found) if found else None
 
 
+def _removed(conv: nn.Conv2d, kept: Sequence[tuple[list[int], Window]]) -> Tensor:
+    """The taps outside the windows, zeros inside, in float64."""
+    weight = conv.weight.detach().double()
+    removed = torch.zeros_like(weight)
+    for rows, window in kept:
+        removed[rows] = window.removed(weight[rows])
+    return removed
+
+
 def _layer_errors(
-    model: nn.Module, smaller: Mapping[str, nn.Module], batches: Sequence[Batch]
+    model: nn.Module, removed: Mapping[str, Tensor], batches: Sequence[Batch]
 ) -> dict[str, tuple[float, float]]:
-    """Per cropped layer, fed with the uncropped network's inputs: largest error; RMS error over the output's RMS."""
+    """Per layer, fed with the uncropped network's inputs: largest error; RMS error over the output's RMS.
+
+    The error is what the removed taps contribute, in float64: where they are tiny, the difference of two rounded
+    convolutions would be their rounding.
+    """
     worst: dict[str, float] = {}
     squares: dict[str, tuple[float, float]] = {}
     convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    inside = False  # the convolution called below has the hook too
 
     def see(name: str, x: Tensor) -> None:
-        nonlocal inside
-        if inside or name not in smaller:
+        if name not in removed:
             return
-        inside = True
-        reference = convs[name](x).double()
-        inside = False
-        error = smaller[name](x).double() - reference
+        conv = convs[name]
+        reference = conv._conv_forward(x, conv.weight, conv.bias).double()
+        error = conv._conv_forward(x.double(), removed[name], None)
         worst[name] = max(worst.get(name, 0.0), float(error.abs().max()))
         lost, whole = squares.get(name, (0.0, 0.0))
         squares[name] = (lost + float(error.square().sum()), whole + float(reference.square().sum()))

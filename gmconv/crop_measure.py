@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gmconv.macs import evaluating
+from gmconv.macs import evaluating, first_input
 
 Batch = Tensor | tuple[Tensor, ...]
 
@@ -118,11 +118,11 @@ def analytic_input_ranges(model: nn.Module, example: Batch, max_abs_input: float
 def watching(model: nn.Module, see: Callable[[str, Tensor], None]) -> Any:
     """Inside the block, `see(name, input)` is called for every `nn.Conv2d` of `model` before it runs."""
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, args: see(name, args[0])
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda module, args, kwargs: see(name, first_input(args, kwargs))
 
     convs = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in convs]
+    handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in convs]
     try:
         yield
     finally:
@@ -164,12 +164,20 @@ class _BoundTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         bound = self._bound(func.overloadpacket.__name__, args, kwargs)
         result = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            self._forget_written(args, kwargs)
         for tensor in _tensors(result):
             if bound is None:
-                self.bounds.pop(tensor, None)  # written in place: what was known of it no longer holds
+                self.bounds.pop(tensor, None)
             else:
                 self.bounds[tensor] = bound
         return result
+
+    def _forget_written(self, args: Any, kwargs: Any) -> None:
+        """An operator that writes in place may have written to any view of its arguments' memory."""
+        written = {tensor.untyped_storage()._cdata for tensor in (*_tensors(args), *_tensors(kwargs))}
+        for tensor in [t for t in self.bounds if t.untyped_storage()._cdata in written]:
+            self.bounds.pop(tensor)
 
     def _bound(self, name: str, args: Any, kwargs: Any) -> float | None:
         known = self._known(args[0]) if args else None

@@ -19,6 +19,7 @@ from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gmconv.crop_certificate import CropCertificate, SumOrder, certify
 from gmconv.crop_conv import CroppedConv2d, crop_conv
@@ -242,7 +243,7 @@ def _fold_scales(model: nn.Module) -> dict[int, Tensor]:
     """
     scales: dict[int, Tensor] = {}
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
+        if isinstance(module, _BatchNorm) and module.running_var is not None:
             scale = (module.running_var.detach().double() + module.eps).rsqrt()
             if module.weight is not None:
                 scale = scale * module.weight.detach().double().abs()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +34,30 @@ def count_macs(model: nn.Module, example: Tensor) -> dict[str, LayerMacs]:
     names = {module: name for name, module in model.named_modules()}
     found: dict[str, LayerMacs] = {}
 
-    def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         name, batch = names[module], example.shape[0]
         per_output = module.weight[0].numel()  # type: ignore[index]
         macs = output.numel() // batch * per_output
         before = found[name].macs if name in found else 0
-        found[name] = LayerMacs(name, before + macs, tuple(args[0].shape[1:]), tuple(output.shape[1:]))
+        # A convolution also takes an input without a batch.
+        start = -1 - len(module.kernel_size) if isinstance(module, _ConvNd) else 1
+        shapes = (tuple(tensor.shape[start:]) for tensor in (first_input(args, kwargs), output))
+        found[name] = LayerMacs(name, before + macs, *shapes)
 
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
+    handles = [m.register_forward_hook(count, with_kwargs=True) for m in model.modules() if isinstance(m, kinds)]
     try:
         with torch.no_grad(), evaluating(model):
             model(example)
     finally:
         for handle in handles:
             handle.remove()
+    return found
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a hook's layer was called with, by position or as `input=`."""
+    found: Tensor = args[0] if args else kwargs["input"]
     return found
 
 

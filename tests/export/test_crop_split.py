@@ -49,6 +49,22 @@ def network(channels: int, kernel: int) -> nn.Sequential:
 Times = Callable[[float], None]
 
 
+def test_a_layer_whose_weight_the_network_reads_is_not_split(times: Times) -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = gmconv.bake(network(64, 31))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.body(x.to(self.body[1].weight.dtype))
+            return out
+
+    times(0.55)
+    said: list[str] = []
+    assert faster_splits(Reads().eval(), torch.randn(1, 3, 32, 32), 1e-3, note=said.append) == {}
+    assert said == ["body.1 is not split: the network reads its weight elsewhere"]
+
+
 @pytest.fixture
 def times(monkeypatch: pytest.MonkeyPatch) -> Times:
     """Call it with what a split layer takes of the whole one's time: the sessions run, but no clock decides."""

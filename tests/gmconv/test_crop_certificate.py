@@ -1,5 +1,6 @@
 """The certificate of a crop: bounds that hold, measured errors that are the real ones, counts that add up."""
 
+import copy
 import io
 import json
 
@@ -8,6 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from gmconv import crop_certificate
 from gmconv.crop_certificate import certify, crop_summary
 from gmconv.crop_measure import output_error
 from gmconv.cropping import Window, analytic_input_ranges, crop_model, crop_to, measure_input_ranges
@@ -78,6 +80,48 @@ def test_grouped_bounds_use_the_groups_own_inputs() -> None:
     _, certificate = crop_model(model, 0.9, batches=[x])
     assert certificate.layers[0].bounds == (8.0, 80.0)
     assert certificate.layers[0].measured == pytest.approx(80)
+
+
+def test_the_measured_error_is_what_the_removed_taps_added_not_rounding() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 7, padding=3))
+    model[0].weight.data[:, :, 0] *= 1e-9  # far below the rounding of the sums
+    windows, x = {"0": Window(1, 1, 5, 5)}, torch.randn(4, 3, 9, 9)
+    model[0].weight.data[:, :, 1:, [0, -1]] = 0
+    model[0].weight.data[:, :, -1] = 0
+    cropped = crop_to(model, windows)
+    layer = certify(model, cropped, windows, tolerance=None, precision="fp32", batches=[x]).layers[0]
+    double = copy.deepcopy(model).double()
+    with torch.no_grad():
+        moved = float((crop_to(double, windows)(x.double()) - double(x.double())).abs().max())
+    assert layer.measured == pytest.approx(moved, rel=1e-3)
+    assert layer.measured is not None
+    assert layer.bound is not None
+    assert 0 < layer.measured <= layer.bound < 1e-7
+
+
+def test_a_bound_that_the_data_breaks_is_not_shown(monkeypatch: pytest.MonkeyPatch, batches: list[Tensor]) -> None:
+    monkeypatch.setattr(crop_certificate, "analytic_input_ranges", lambda *_: {"0": 1e-3, "3": 6.0})
+    _, certificate = crop_model(small_network(), 0.02, batches=batches)
+    assert [layer.max_abs_source for layer in certificate.layers] == ["calibration", "analytic"]
+    assert certificate.layers[0].max_abs_input == pytest.approx(float(torch.cat(batches).abs().max()))
+
+
+def test_layers_called_by_keyword_or_without_a_batch_are_measured() -> None:
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.named, self.single = nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.named(input=x)
+            return x + self.single(nn.functional.pad(x[0], (1, 1, 1, 1)))
+
+    batch = torch.randn(1, 2, 8, 8)
+    _, certificate = crop_model(Calls().eval(), 0.9, batches=[batch])
+    assert all(layer.kept == (1, 1) and layer.measured for layer in certificate.layers)
+    assert [layer.macs_before for layer in certificate.layers] == [36 * 2 * 2 * 9] * 2
+    assert count_macs(Calls(), batch)["single"].input_shape == (2, 8, 8)
 
 
 def test_end_to_end_error_is_that_of_the_two_networks(batches: list[Tensor]) -> None:
@@ -192,6 +236,21 @@ class TestRanges:
             def forward(self, x: Tensor) -> Tensor:
                 y = torch.tanh(x)
                 y.exp_()
+                out: Tensor = self.conv(y)
+                return out
+
+        assert analytic_input_ranges(Grows(), torch.randn(1, 1, 2, 2)) == {}
+
+    def test_writing_to_a_view_forgets_the_whole(self) -> None:
+        class Grows(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(1, 1, 1)
+
+            def forward(self, x: Tensor) -> Tensor:
+                y = torch.tanh(x)
+                y[..., 0].mul_(100)
+                y.flatten()[1:].add_(100)
                 out: Tensor = self.conv(y)
                 return out
 

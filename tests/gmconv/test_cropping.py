@@ -4,6 +4,7 @@ import copy
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -308,9 +309,10 @@ class TestLossless:
         model[0].weight = nn.Parameter(weight)
         assert (crop(model, "lossless", precision=precision)[0].kernel_size == (1, 1)) is zero
 
-    def test_a_batchnorm_that_will_be_folded_counts(self) -> None:
+    @pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.SyncBatchNorm])
+    def test_a_batchnorm_that_will_be_folded_counts(self, norm: Callable[[int], nn.Module]) -> None:
         # 2e-8 is zero in fp16, but not once a BatchNorm of variance 1e-4 has multiplied it by 100.
-        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval()
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), norm(2)).eval()
         model[0].weight = nn.Parameter(self.kernel(2e-8))
         assert crop(model, "lossless", precision="fp16")[0].kernel_size == (1, 1)
         model[1].running_var.fill_(1e-4)
