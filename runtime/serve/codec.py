@@ -6,7 +6,6 @@ Reference: KServe's "Open Inference Protocol" and Triton's binary tensor, classi
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -50,7 +49,7 @@ class _Request(msgspec.Struct):
     outputs: Annotated[list[_Output], msgspec.Meta(max_length=64)] = []
 
 
-_NOT_FINITE = re.compile(rb"(?<=[\[,\s])-?(?:NaN|Infinity)(?=[\],\s])")
+_NOT_FINITE = (b"NaN", b"Infinity")
 _decode_request = msgspec.json.Decoder(_Request).decode
 _encode = msgspec.json.Encoder().encode
 
@@ -152,12 +151,23 @@ def _parse(text: memoryview) -> tuple[_Request, bool]:
         try:
             return _decode_request(text), True
         except msgspec.DecodeError:
-            quoted, words = _NOT_FINITE.subn(rb'"\g<0>"', bytes(text))
-            if not words:
+            data = bytes(text)
+            if not any(word in data for word in _NOT_FINITE):
                 raise
-            return _decode_request(quoted), False
+            return _decode_request(_quote_not_finite(data)), False
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise RequestError(f"failed to parse the request JSON: {clip(str(error), 200)}") from None
+
+
+def _quote_not_finite(text: bytes) -> bytes:
+    """Put every number that is none in quotes, at memory speed: a regular expression takes a second for a million."""
+    if sum(text.count(word) for word in _NOT_FINITE) > text.count(b",") + MAX_QUOTES:
+        raise ValueError("NaN or Infinity outside a list of numbers")
+    for word in _NOT_FINITE:
+        for sign in (b"", b"-") if word in text else ():
+            for before in (b"[", b",", b" ", b"\n", b"\r", b"\t"):
+                text = text.replace(before + sign + word, before + b'"' + sign + word + b'"')
+    return text
 
 
 def _decode_planned(tail: memoryview, plan: Plan) -> Decoded:
@@ -219,10 +229,10 @@ def _from_json(port: Port, shape: Sequence[int], elements: int, raw: bytes, stri
         raise RequestError(
             f"input '{port.name}': 'data' has {raw.count(b',') + 1} values, expecting {elements} for {short(shape)}"
         )
-    head = raw[:256].translate(None, b" \t\r\n")
+    head = raw[1:].lstrip(b" \t\r\n")[:1] if raw[:1] == b"[" else b""
     kind = "bool" if port.datatype == "BOOL" else "float" if port.dtype.kind not in "iu" else "int"
     try:
-        values = _decoder(kind, len(shape) if head.startswith(b"[[") else 1, strict).decode(raw)
+        values = _decoder(kind, len(shape) if head == b"[" else 1, strict).decode(raw)
         with np.errstate(over="ignore"):
             array = np.array(values, dtype=port.dtype)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError, OverflowError, TypeError) as error:

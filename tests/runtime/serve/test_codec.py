@@ -139,6 +139,14 @@ def test_bare_nan_and_infinity_are_read_as_triton_reads_them(values: list[float]
     np.testing.assert_array_equal(decoded.feeds["x"], x)
 
 
+def test_the_first_bracket_decides_whether_data_is_nested_whatever_the_space_between() -> None:
+    tensor = {"name": "x", "shape": [1, 2, 3], "datatype": "FP32", "data": "DATA"}
+    for data in ("[ \n\t [[1,2,3],[4,5,6]]]", "[" + " " * 400 + "[[1,2,3],[4,5,6]]]", "[" + " " * 400 + "1,2,3,4,5,6]"):
+        text = json.dumps({"inputs": [tensor]}).replace('"DATA"', data)
+        decoded = codec.decode(text.encode(), None, signature("float32"))
+        assert decoded.feeds["x"].ravel().tolist() == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize(
     ("dtype", "data"),
     [
