@@ -146,7 +146,7 @@ class Batcher:
         with self._lock:
             if self._closing:
                 raise RequestError("the model is being unloaded", Code.UNAVAILABLE)
-            if alone and not self._queue and self._run_alone(item):
+            if alone and not self._queue and not self.policy.delay_ns and self._run_alone(item):
                 return item.future
             self._queue.push(item)
             if wake:
@@ -181,6 +181,8 @@ class Batcher:
             self._wake()
 
     def _wake(self) -> None:
+        if self._filling and self._queue.rows < self.policy.max_rows:
+            return  # it takes what there is when its delay is over, and wakes the others then
         while self._idle and self._woken < len(self._queue):
             self._woken += 1
             self._idle.pop().wake.release()
@@ -192,11 +194,12 @@ class Batcher:
         """The batch of the engine that takes now; the lock is held.
 
         Of several engines each gets as much, and a share is left in the queue: an engine that is done finds work at
-        once, without a wait for its answers to travel and the next requests to come.
+        once, without a wait for its answers to travel and the next requests to come. Not where a delay was asked for:
+        then full batches are wanted.
         """
         limit, engines = self.policy.max_rows, len(self._instances)
         present = self._queue.rows + sum(batch.rows for batch in self._running())
-        share = limit if engines == 1 else min(limit, ceil(present / (engines + 1)))
+        share = limit if engines == 1 or self.policy.delay_ns else min(limit, ceil(present / (engines + 1)))
         instance.items = items = self._queue.take(share, dropped)
         if not self._queue or (engines > 1 and present <= engines * limit):
             self._standing = 0
@@ -267,10 +270,12 @@ class Batcher:
                     woken = False
                 if self._filling is instance:
                     self._filling = None
-                if self._queue:
+                if self._queue and not (self._filling and not self._closing):
                     wait = self._still_filling()
                     if wait <= 0:
                         items = self._take_share(instance, dropped)
+                        if self.policy.delay_ns:
+                            self._wake()
                         if dropped:
                             self._call(self._drop, dropped)
                             dropped = []
@@ -282,8 +287,9 @@ class Batcher:
                 elif self._closing:
                     return None
                 else:
-                    self._queue.reset()
-                    self._standing = 0
+                    if not self._queue:
+                        self._queue.reset()
+                        self._standing = 0
                     self._idle.append(instance)
             if wait < 0:
                 instance.wake.acquire()
@@ -298,7 +304,7 @@ class Batcher:
     def _still_filling(self) -> float:
         """Seconds that the opt-in queue delay still allows this batch to grow."""
         delay = self.policy.delay_ns
-        if not delay or self._closing or self._filling or self._queue.rows >= self.policy.max_rows:
+        if not delay or self._closing or self._queue.rows >= self.policy.max_rows:
             return 0.0
         return (self._queue.oldest() + delay - monotonic_ns()) / 1e9
 

@@ -202,6 +202,31 @@ def test_queue_delay_waits_for_a_fuller_batch_but_not_for_long() -> None:
     asyncio.run(run())
 
 
+def test_queue_delay_holds_for_several_instances_and_for_a_lone_request() -> None:
+    async def run() -> None:
+        engines = [Engine(), Engine()]
+        batcher = Batcher(engines, Policy(max_rows=4, delay_ns=100_000_000, on_cpu=True))
+        for _ in range(2):
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+            futures = [batcher.submit(item(0, client=0), alone=True)]
+            for i in range(1, 3):
+                await asyncio.sleep(0.01)
+                futures.append(batcher.submit(item(i, client=i)))
+            await asyncio.gather(*futures)
+            assert 0.09 < loop.time() - began < 5
+        assert [len(b) for e in engines for b in e.batches] == [3, 3]
+        # A full batch waits for nothing, and what it leaves waits on its own account.
+        began = loop.time()
+        futures = [batcher.submit(item(i, client=i)) for i in range(5)]
+        await asyncio.gather(*futures)
+        assert 0.09 < loop.time() - began < 5
+        assert sorted(len(b) for e in engines for b in e.batches) == [1, 3, 3, 4]
+        assert await batcher.close()
+
+    asyncio.run(run())
+
+
 def test_several_instances_share_the_queue() -> None:
     async def run() -> None:
         engines = [Engine(), Engine()]
