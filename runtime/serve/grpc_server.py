@@ -25,6 +25,14 @@ from runtime.serve.service import Service
 
 log = logging.getLogger("gmconv.serve")
 OPEN_METHODS = ("/inference.GRPCInferenceService/ServerLive", "/inference.GRPCInferenceService/ServerReady")
+MISSING_METHODS = frozenset(
+    f"/inference.GRPCInferenceService/{name}"
+    for name in (
+        *("RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload"),
+        *("SystemSharedMemoryStatus", "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister"),
+        *("CudaSharedMemoryStatus", "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister"),
+    )
+)
 STREAM_WINDOW = 64
 """Requests of one stream that may be under way; the reader waits beyond that."""
 
@@ -35,10 +43,15 @@ class GateInterceptor(aio.ServerInterceptor):  # type: ignore[misc]
     def __init__(self, service: Service) -> None:
         self._service = service
 
-        async def refuse(request: Any, context: Any) -> None:
+        async def refuse(requests: Any, context: Any) -> None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a valid bearer token is needed")
 
-        self._unary = grpc.unary_unary_rpc_method_handler(refuse)
+        async def missing(requests: Any, context: Any) -> None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server has no such method")
+
+        # As if all were streams: a handler of one request would be called only after that was read.
+        self._refuse = grpc.stream_stream_rpc_method_handler(refuse)
+        self._missing = grpc.stream_stream_rpc_method_handler(missing)
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         """grpc.aio's hook."""
@@ -46,12 +59,14 @@ class GateInterceptor(aio.ServerInterceptor):  # type: ignore[misc]
         if gate.closed and details.method not in OPEN_METHODS:
             token = next((v for k, v in details.invocation_metadata if k == "authorization"), None)
             if not gate.allows(token):
-                return self._unary
+                return self._refuse
+        if details.method in MISSING_METHODS:
+            return self._missing
         return await continuation(details)
 
 
 class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """The methods this server has; the base class answers UNIMPLEMENTED to the rest."""
+    """The methods this server has; `GateInterceptor` answers UNIMPLEMENTED to the rest."""
 
     def __init__(self, service: Service) -> None:
         self.service = service

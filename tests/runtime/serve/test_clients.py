@@ -16,7 +16,10 @@ import tritonclient.grpc as tg
 import tritonclient.grpc.aio as tga
 import tritonclient.http as th
 import tritonclient.http.aio as tha
+from tritonclient.grpc import service_pb2_grpc
 from tritonclient.utils import InferenceServerException
+
+from runtime.serve.grpc_server import MISSING_METHODS, InferenceServicer
 
 from .conftest import DTYPES, LABELS, Server
 
@@ -335,6 +338,10 @@ def test_removed_by_design(server: Server) -> None:
         with pytest.raises(InferenceServerException) as caught:
             getattr(grpc, name)(*args)
         assert "UNIMPLEMENTED" in str(caught.value.status())
+        assert "NotImplementedError" not in str(caught.value)
+    base = service_pb2_grpc.GRPCInferenceServiceServicer
+    absent = {n for n in vars(base) if n[0] != "_" and getattr(base, n) is getattr(InferenceServicer, n)}
+    assert {path.rpartition("/")[2] for path in MISSING_METHODS} == absent
     tensor = tg.InferInput("input", [1, 3, 8, 8], "FP32")
     tensor.set_shared_memory("region", 768)
     with pytest.raises(InferenceServerException, match="shared memory is not supported"):
