@@ -310,7 +310,8 @@ class Repository:
     async def reload(self) -> bool:
         """Look at the folder again: load what is new or changed, then drop what is gone. False if anything failed.
 
-        A version is swapped in only after it passed its warm-up; one that fails leaves the old one serving.
+        A version is swapped in only after it passed its warm-up; one that fails leaves the old one serving, also where
+        the old one has another version and its file is gone.
         """
         async with self._reloading:
             try:
@@ -318,7 +319,7 @@ class Repository:
             except (RefusedError, OSError) as error:
                 log.error("reload: %s; still serving what was loaded", error)
                 return False
-            complete = True
+            failed: set[str] = set()
             for source in sources:
                 old = self._models.get(source.name, {}).get(source.version)
                 try:
@@ -328,13 +329,19 @@ class Repository:
                         self._install(await self._open(source))
                         log.info("reload: %s version %s is in service", source.name, source.version)
                 except Exception as error:
-                    complete = False
+                    failed.add(source.name)
                     log.error("reload: %s version %s: %s; not loaded", source.name, source.version, error)
             wanted = {(s.name, s.version) for s in sources}
             for model in self.all():
-                if (model.source.name, model.source.version) not in wanted:
+                if (model.source.name, model.source.version) in wanted:
+                    continue
+                if model.source.name in failed:
+                    log.warning(
+                        "reload: %s version %s is gone, still serving it", model.source.name, model.source.version
+                    )
+                else:
                     self._remove(model)
-            return complete
+            return not failed
 
     async def _open(self, source: Source) -> ModelVersion:
         loading = asyncio.get_running_loop().run_in_executor(self._loader, self._open_blocking, source)
