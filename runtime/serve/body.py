@@ -24,31 +24,27 @@ async def read_body(
 ) -> tuple[bytes | memoryview, int]:
     """The whole body and how many bytes were reserved for it; the caller gives those back when it is done.
 
+    Bytes count as they arrive: a length that is declared and never sent holds nothing against others.
     A body in one piece is not copied. A larger one is gathered in a buffer that starts so that the bytes after
     `header_length` lie aligned, which saves the batcher a copy.
     """
     declared = headers.get(b"content-length")
     size = int(declared) if declared is not None and declared.isdigit() and len(declared) < 20 else -1
-    reserved = max(size, 0)
-    service.reserve(reserved)
+    service.check_size(max(size, 0))
+    reserved = 0
     try:
         message = await _receive(receive)
         piece: bytes = message.get("body", b"")
         if not message.get("more_body"):
-            if len(piece) > reserved:
-                service.reserve(len(piece) - reserved)
-                reserved = len(piece)
-            return piece, reserved
+            service.reserve(len(piece))
+            return piece, len(piece)
         offset = -header_length % ALIGN
         buffer = bytearray(offset + size) if size >= 0 else bytearray(offset)
         at = offset
         while True:
-            if at + len(piece) - offset > service.settings.max_request_bytes:
-                service.reserve(service.settings.max_request_bytes + 1)
-            if at + len(piece) - offset > reserved:
-                grow = max(len(piece), OFF_LOOP)
-                service.reserve(grow)
-                reserved += grow
+            service.check_size(at + len(piece) - offset)
+            service.reserve(len(piece))
+            reserved += len(piece)
             buffer[at : at + len(piece)] = piece
             at += len(piece)
             if not message.get("more_body"):

@@ -79,8 +79,7 @@ class FastPath:
             model.users += 1
             model.batcher.check()
             exchange.header_length = header_size(headers.get(b"inference-header-content-length"))
-            service.reserve(exchange.size)
-            exchange.reserved = exchange.size
+            service.check_size(exchange.size)
         except RequestError as error:
             exchange.set_exception(error)
         return exchange
@@ -128,6 +127,7 @@ class Exchange:
     request's future, so it has what these two use of them."""
 
     __slots__ = (
+        "answered",
         "body",
         "connection",
         "decoded",
@@ -152,6 +152,8 @@ class Exchange:
         self.started = monotonic_ns()
         self.path, self.connection, self.headers, self.size = path, connection, headers, size
         self.response_started = self.response_complete = self.disconnected = False
+        self.answered = False
+        """The batcher has nothing more to say; the answer may still be in the compressor."""
         self.keep_alive = True
         self.url = connection.url.decode()
         self.model: ModelVersion | None = None
@@ -175,6 +177,12 @@ class Exchange:
         """Part of the body; what comes in one piece is not copied."""
         if self.response_complete:
             return
+        try:
+            self.path.service.reserve(len(data))
+        except RequestError as error:
+            self.set_exception(error)
+            return
+        self.reserved += len(data)
         if len(data) == self.size:
             self.body = data
         else:
@@ -206,7 +214,7 @@ class Exchange:
 
     def done(self) -> bool:
         """As of a future."""
-        return self.response_complete
+        return self.answered
 
     def set_result(self, outputs: dict[str, Array]) -> None:
         """Answer with the network's outputs."""
@@ -225,7 +233,7 @@ class Exchange:
         entry["model"], entry["version"] = source.name, source.version
         accepted = self.headers.get(b"accept-encoding")
         if accepted and len(answer) >= MIN_COMPRESS:
-            self.response_complete = True  # for the batcher; the write follows
+            self.answered = True
             self.path.spawn(self._compressed(accepted, answer, headers, request_id, entry))
         else:
             self._finish(200, headers, answer, request_id, entry)
@@ -248,7 +256,7 @@ class Exchange:
 
     def _finish(self, status: int, headers: Headers, body: bytes, request_id: str, extra: dict[str, Any]) -> None:
         """Write the answer, give back what was reserved, log."""
-        self.response_started = self.response_complete = True
+        self.response_started = self.response_complete = self.answered = True
         connection, service = self.connection, self.path.service
         if not self.disconnected and not connection.transport.is_closing():
             if service.draining or not self.keep_alive:
@@ -263,6 +271,7 @@ class Exchange:
         if self.model is not None:
             self.model.users -= 1
         service.inflight_bytes -= self.reserved
+        self.body, self.decoded, self.item = b"", NOTHING, None  # a connection that idles keeps its last exchange
         service.leave()
         if service.log_settings.values["log_info"]:
             entry = {"time": 0.0, "request_id": request_id, "protocol": "http", "method": "POST", "path": self.url}

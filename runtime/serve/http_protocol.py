@@ -23,6 +23,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head = 0
         """Bytes received since the last message ended, or -1 while a body is being read."""
         self._wire = 0
+        self._empty = 0
+        """Bytes received since there last was some body in them: chunk headers, trailers."""
         self._header_bytes = 0
         self._idle_since = 0.0
         """Loop time of the last answer; 0 while a request is being read or answered."""
@@ -53,13 +55,16 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._head >= 0:
             self._head += size
         self._wire += size
+        self._empty += size
         super().data_received(data)
         if self._timer is None:
             if self._head > 0:
                 self._timer = self.loop.call_later(self.settings.header_timeout, self._too_slow)
             elif self._head < 0:
                 self._timer = self.loop.call_later(self.settings.body_timeout, self._too_slow)
-        if self._head > self.settings.max_header_bytes:
+        if self._head > self.settings.max_header_bytes or (
+            self._head < 0 and self._empty > self.settings.max_header_bytes
+        ):
             self._refuse(431, "the request header is too large")
         elif self._wire > 8 * self.settings.max_request_bytes + self.settings.max_header_bytes:
             self._refuse(413, "the request is too large on the wire")
@@ -86,6 +91,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refusal = (431, "the request header is too large")
             raise ValueError("header too large")
         self._head = -1
+        self._empty = 0
         self._stop_timer()
         free = self.cycle is None or self.cycle.response_complete
         if not (free and self.fast is not None and self.fast.accept(self)):
@@ -98,6 +104,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Part of a body."""
+        self._empty = 0
         if isinstance(self.cycle, Exchange):
             self.cycle.feed(body)
         else:
@@ -172,7 +179,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self._stop_timer()
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        answered = self._head < 0 and self.cycle is not None and self.cycle.response_complete  # before its body was in
+        if not answered and (self.cycle is None or self.cycle.response_complete or not self.cycle.response_started):
             if self.cycle is not None and not self.cycle.response_complete:
                 self.cycle.disconnected = True
                 self.cycle.message_event.set()

@@ -17,6 +17,7 @@ from typing import Any
 import uvicorn
 
 from runtime.errors import RefusedError, UnavailableError
+from runtime.serve.access_log import logging_to
 from runtime.serve.fast_path import FastPath
 from runtime.serve.http_app import App
 from runtime.serve.http_protocol import BoundedProtocol
@@ -73,8 +74,14 @@ def check(settings: Settings) -> None:
 
 async def serve(settings: Settings, announce: Callable[[dict[str, Any]], None]) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. `announce` gets the ports when bound, then when ready."""
-    began = time.monotonic()
     service = Service(settings)
+    with logging_to(service.log):
+        return await _serve(service, announce)
+
+
+async def _serve(service: Service, announce: Callable[[dict[str, Any]], None]) -> int:
+    began = time.monotonic()
+    settings = service.settings
     servers: list[tuple[_Uvicorn, socket.socket]] = []
     ports: dict[str, Any] = {}
     grpc_server = None
@@ -128,7 +135,6 @@ async def serve(settings: Settings, announce: Callable[[dict[str, Any]], None]) 
         released = await service.repository.close(1.0)
         if service.tracer:
             await asyncio.to_thread(service.tracer.close)
-        service.log.close()
     if lost:
         log.error("drain: %d requests were not finished within %g s", lost, settings.drain_timeout)
     code = ENGINE_FAILED if service.failure else 0
@@ -138,6 +144,7 @@ async def serve(settings: Settings, announce: Callable[[dict[str, Any]], None]) 
     if not released:
         # A thread is still inside the engine, perhaps for ever. Running the destructors under it could hang or crash.
         log.error("an engine is still busy; leaving it")
+        service.log.close()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -185,7 +192,8 @@ async def _end(
 ) -> None:
     for server, _ in servers:
         server.should_exit = True
-    await asyncio.wait(tasks, timeout=3.0)
+    if tasks:
+        await asyncio.wait(tasks, timeout=3.0)
     if grpc_server:
         await grpc_server.stop(0)
     for task in tasks:

@@ -35,7 +35,7 @@ class Service:
         self.settings = settings
         self.repository = Repository(settings, self.break_down)
         self.gate = Gate(settings.token)
-        self.log = AccessLog(settings.access_log)
+        self.log = AccessLog()
         self.log_settings = LogSettings(settings.access_log)
         self.tracer = Tracer(settings.otel) if settings.otel else None
         self.decoders = asyncio.Semaphore(max(1, available_cores() // 2))
@@ -82,12 +82,16 @@ class Service:
         self.inflight -= 1
         self.last_active = time.monotonic()
 
-    def reserve(self, size: int) -> None:
-        """Account for `size` bytes of request body before they are read; raises RequestError."""
+    def check_size(self, size: int) -> None:
+        """Raise RequestError where a request body of `size` bytes is more than one may have."""
         if size > self.settings.max_request_bytes:
             raise RequestError(
                 f"the request body is larger than {self.settings.max_request_bytes} bytes", Code.TOO_LARGE
             )
+
+    def reserve(self, size: int) -> None:
+        """Account for `size` bytes of request body; raises RequestError."""
+        self.check_size(size)
         if self.inflight_bytes + size > self.settings.max_inflight_bytes:
             raise RequestError("the server holds as many request bytes as it may", Code.OVERLOADED)
         self.inflight_bytes += size

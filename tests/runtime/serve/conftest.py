@@ -141,9 +141,9 @@ class Server:
             self._reader.join(5)
             raise AssertionError(f"did not start: {self.log[-2000:]}")
         self.listening = json.loads(line)
-        self.http_port: int = self.listening["http_port"]
-        self.grpc_port: int = self.listening["grpc_port"]
-        self.metrics_port: int = self.listening["metrics_port"]
+        self.http_port: int = self.listening.get("http_port", 0)
+        self.grpc_port: int = self.listening.get("grpc_port", 0)
+        self.metrics_port: int = self.listening.get("metrics_port", 0)
         if wait:
             self.ready = json.loads(self.process.stdout.readline())
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .conftest import Server, classifier, heavy
+from .conftest import Server, adder, classifier, heavy
 
+Start = Callable[..., Server]
 ROW = np.random.default_rng(5).random((1, 3, 8, 8), np.float32)
 LONG_WAY = {"expect": "100-continue"}
 
@@ -98,6 +99,24 @@ def test_pipelined_requests_of_both_ways_are_answered_in_order(server: Server) -
             connection.sendall(message)
             statuses = [status for status, _ in read_answers(connection, 5)]
         assert statuses == [200, 200, 200, 404, 200]
+
+
+def test_an_answer_in_the_compressor_is_not_overtaken(start: Start, tmp_path: Path) -> None:
+    server = start(adder(tmp_path / "add.onnx"))
+    x = np.random.default_rng(0).random((1, 100_000), np.float32)  # its answer is compressed on another thread
+    parts = [
+        {"name": n, "shape": x.shape, "datatype": "FP32", "parameters": {"binary_data_size": x.nbytes}} for n in "ab"
+    ]
+    header = json.dumps({"inputs": parts, "parameters": {"binary_data_output": True}}).encode()
+    extra = {"Inference-Header-Content-Length": str(len(header)), "Accept-Encoding": "gzip"}
+    first = wire("/v2/models/add/infer", header + x.tobytes() * 2, extra)
+    second = wire("/v2/models/none/infer", *binary(ROW))
+    for pause in (0.0, 0.002, 0.004, 0.008):
+        with socket.create_connection(("127.0.0.1", server.http_port), 10) as connection:
+            connection.sendall(first)
+            time.sleep(pause)
+            connection.sendall(second)
+            assert [status for status, _ in read_answers(connection, 2)] == [200, 404]
 
 
 def test_a_body_in_pieces_and_a_connection_that_goes_on_after_errors(server: Server) -> None:

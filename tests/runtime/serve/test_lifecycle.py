@@ -159,6 +159,13 @@ def test_idle_server_stops_quickly(start: Start, tmp_path: Path) -> None:
     assert time.monotonic() - began < 3
 
 
+def test_one_protocol_alone_stops_quietly(start: Start, tmp_path: Path) -> None:
+    for flags in (("--no-http", "--no-metrics"), ("--no-grpc", "--no-metrics")):
+        server = start(classifier(tmp_path / "m.onnx"), *flags)
+        assert server.stop() == 0
+        assert "Traceback" not in server.log
+
+
 def test_drain_timeout_answers_the_rest_503(start: Start, tmp_path: Path) -> None:
     server = start(heavy(tmp_path / "m.onnx", size=500, layers=16), "--drain-timeout", "0.5", "--max-batch", "1")
     body, headers = body_for((1, 500, 500), "x")
@@ -199,9 +206,12 @@ def test_reload_swaps_a_changed_model_and_keeps_the_old_when_the_new_is_bad(star
     artefact.write_bytes(artefact.read_bytes()[:-1] + b"\0")
     reload_until("not loaded")
     assert answer() == second
-    # A file that passes the check and cannot be loaded leaves the old one serving too.
-    classifier(root / "m" / "2" / "model.onnx", seed=5, batch=1)
+    # So does one whose file is gone, as long as another of its model fails.
     shutil.rmtree(root / "m" / "1")
+    reload_until("m version 1 is gone, still serving it")
+    assert answer("1") == first
+    # What is gone leaves service once all that is there could be loaded.
+    classifier(root / "m" / "2" / "model.onnx", seed=5, batch=1)
     reload_until("m version 1 left service")
     assert answer("1")[0] == 404
     assert server.stop() == 0
