@@ -51,6 +51,8 @@ async def classify_image(
             if len(body) > most:
                 raise too_large
             async with service.decoders:
+                if (connection := request.scope.get("connection")) is not None and connection.gone:
+                    raise RequestError("the client went away", Code.CANCELLED)
                 pixels = await asyncio.to_thread(_load, bytes(body), preprocessing)
             prepared = monotonic_ns()
             port = next(iter(model.signature.inputs.values()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import socket
 import ssl
 import subprocess
 import sys
@@ -164,6 +165,7 @@ def test_access_log_and_request_ids(start: Start, tmp_path: Path) -> None:
 
 def test_a_reader_that_stops_reading_the_log_does_not_stop_the_server(tmp_path: Path) -> None:
     path = classifier(tmp_path / "m.onnx")
+    text = b"GET nonsense\r\n\r\n"  # logged as a warning, not in the access log
     ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--json"]
     process = subprocess.Popen(
         [sys.executable, "-m", "runtime.serve", str(path), *ports], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -178,6 +180,10 @@ def test_a_reader_that_stops_reading_the_log_does_not_stop_the_server(tmp_path: 
             connection.request("GET", "/v2/health/live", headers={"X-Request-Id": "x" * 100})
             assert connection.getresponse().read() == b""
         connection.close()
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", server.http_port), 10) as bad:
+                bad.sendall(text)
+                assert bad.recv(100).startswith(b"HTTP/1.1 400")
         process.terminate()
         assert process.wait(20) == 0
     finally:
@@ -271,6 +277,24 @@ def test_only_an_output_of_classes_is_read_as_classes(start: Start, tmp_path: Pa
 def test_what_a_client_did_wrong_does_not_count_as_rejected() -> None:
     rejected = {code.name for code in Code if code.reason == "REJECTED"}
     assert rejected == {"OVERLOADED", "UNAVAILABLE", "EXPIRED"}
+
+
+def test_an_image_whose_sender_is_gone_is_not_decoded(start: Start, tmp_path: Path) -> None:
+    server = start(classifier(tmp_path / "m.onnx"))
+    file = io.BytesIO()
+    Image.new("RGB", (4000, 4000)).save(file, "PNG")  # a quarter of a second to decode, 50 kB
+    body = file.getvalue()
+    head = f"POST /v2/models/m/classify HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    for _ in range(12):
+        with socket.create_connection(("127.0.0.1", server.http_port), 10) as connection:
+            connection.sendall(head + body)
+    Image.new("RGB", (8, 8)).save(small := io.BytesIO(), "PNG")
+    assert server.request("POST", "/v2/models/m/classify", small.getvalue())[0] == 200
+    server.stop()
+    entries = [json.loads(line) for line in server.errors if line.startswith("{")]
+    gone = sorted(e["total_us"] for e in entries if e["status"] == 499)
+    assert len(gone) == 12
+    assert gone[-1] < 4 * gone[0] + 1_000_000  # all waited for the one or two that were being decoded, not in turn
 
 
 def test_softmax_of_odd_scores() -> None:
