@@ -82,7 +82,7 @@ TOKEN_VARIABLE = "GMCONV_SERVE_TOKEN"
     type=click.FloatRange(0, min_open=True),
     default=DEFAULT.shed_target,
     show_default=True,
-    help="Under overload, seconds of work that may wait; the rest gets 503.",
+    help="Under overload, seconds of work that may wait (at least three executions); the rest gets 503.",
 )
 @click.option(
     "--priority-levels",

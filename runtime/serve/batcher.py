@@ -23,6 +23,9 @@ from runtime.serve.instance import Instance, RunsFeeds, give_way
 INLINE_NS = 2_000_000
 WINDOW_NS = 500_000_000
 SATURATED = 0.9
+BACKLOG = 3
+"""Executions of the shortest kind that may wait under overload, whatever the target: with less than one batch in the
+queue a network whose batches take as long as single rows would never see a batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +35,7 @@ class Policy:
     max_rows: int
     queue_size: int = 2048
     delay_ns: int = 0
-    shed_target_ns: int = 4_000_000
+    shed_target_ns: int = 2_000_000
     burst_ns: int = 100_000_000
     on_cpu: bool = False
     """The engines compute on the cores that the event loop runs on: a short lone request runs on the loop itself, and
@@ -71,6 +74,8 @@ class Batcher:
         """Instances that were woken and have not looked at the queue yet."""
         self._closing = False
         self._row_ns = 0.0
+        self._least_ns = 0.0
+        """The shortest execution so far."""
         self._standing = 0
         """Since when (monotonic ns) there has been more than the engines can take at once; 0: there is not."""
         self._shedding = False
@@ -103,8 +108,8 @@ class Batcher:
         """Raise RequestError(OVERLOADED) if a request that came now would be refused.
 
         The queue is bounded. Besides, when a backlog has stood for `burst_ns` this is overload, not a burst: from then
-        until the engines are found idle a tenth of the time, only as much is let in as runs within `shed_target_ns`, so
-        that what is accepted is answered soon. While draining, everything that fits is let in: it was already sent.
+        until the engines are found idle a tenth of the time, only as much is let in as runs within `shed_target_ns` (or
+        `BACKLOG` times as long as the shortest execution), so that what is accepted is answered soon. While draining, everything that fits is let in: it was already sent.
         """
         if len(self._queue) >= self.policy.queue_size:
             raise RequestError("the queue is full", Code.OVERLOADED)
@@ -113,7 +118,8 @@ class Batcher:
         now = monotonic_ns()
         if self._shedding:
             self._shedding = now - self._window < WINDOW_NS or self._saturated(now)
-            if self._shedding and self._queue.rows * self._row_ns >= self.policy.shed_target_ns:
+            most = max(self.policy.shed_target_ns, BACKLOG * self._least_ns)
+            if self._shedding and self._queue.rows * self._row_ns >= most:
                 raise RequestError("the server is overloaded", Code.OVERLOADED)
         elif self._standing and now - self._standing > self.policy.burst_ns:
             self._shedding = True
@@ -326,7 +332,9 @@ class Batcher:
                 start = end
             batch.done = monotonic_ns()
             engines = 1 if instance is self._solo else len(self._instances)
-            cost = (batch.done - batch.taken) / max(batch.rows, 1) / engines
+            took = batch.done - batch.taken
+            self._least_ns = min(took, self._least_ns or took)
+            cost = took / max(batch.rows, 1) / engines
             self._row_ns = 0.8 * self._row_ns + 0.2 * cost if self._row_ns else cost
             call(self._deliver, batch, items, results)
         except BaseException as error:

@@ -40,7 +40,7 @@ class Settings:
     max_queue_delay: float = 0.0
     queue_size: int = 2048
     queue_timeout: float = 10.0
-    shed_target: float = 0.004
+    shed_target: float = 0.002
     """Under sustained overload, the queueing time (s) that admission aims at."""
     burst_window: float = 0.1
     """How long a backlog may stand before it counts as overload rather than as a burst."""

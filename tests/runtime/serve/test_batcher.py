@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+import time
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -180,6 +182,30 @@ def test_the_queue_is_bounded_and_sheds_only_while_overloaded() -> None:
         await asyncio.sleep(0.6)  # and now it was idle for most of it
         batcher.check()
         assert not batcher._shedding
+        assert await batcher.close()
+
+    asyncio.run(run())
+
+
+def test_overload_does_not_starve_an_engine_whose_batches_take_as_long_as_single_rows() -> None:
+    class Launches(Engine):
+        def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+            time.sleep(0.01)
+            return super().run(feeds)
+
+    async def run() -> None:
+        engine = Launches()
+        batcher = Batcher([engine], Policy(max_rows=8, burst_ns=1, shed_target_ns=1))
+        futures = []
+        end = time.monotonic() + 1
+        while time.monotonic() < end:  # far more than single rows could be answered
+            with contextlib.suppress(RequestError):
+                futures.append(batcher.submit(item(0, client=len(futures))))
+            await asyncio.sleep(0.0005)
+        await asyncio.gather(*futures)
+        assert batcher._shedding
+        later = engine.batches[len(engine.batches) // 2 :]
+        assert sum(len(batch) for batch in later) / len(later) > 2
         assert await batcher.close()
 
     asyncio.run(run())
