@@ -109,7 +109,8 @@ class Batcher:
 
         The queue is bounded. Besides, when a backlog has stood for `burst_ns` this is overload, not a burst: from then
         until the engines are found idle a tenth of the time, only as much is let in as runs within `shed_target_ns` (or
-        `BACKLOG` times as long as the shortest execution), so that what is accepted is answered soon. While draining, everything that fits is let in: it was already sent.
+        `BACKLOG` times as long as the shortest execution), so that what is accepted is answered soon. While draining,
+        everything that fits is let in: it was already sent.
         """
         if len(self._queue) >= self.policy.queue_size:
             raise RequestError("the queue is full", Code.OVERLOADED)
