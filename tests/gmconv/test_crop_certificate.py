@@ -112,6 +112,8 @@ def test_layers_called_by_keyword_or_without_a_batch_are_measured() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.named, self.single = nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3)
+            nn.init.ones_(self.named.weight)
+            nn.init.ones_(self.single.weight)
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.named(input=x)
