@@ -167,6 +167,7 @@ def test_layers_that_see_no_batch_or_only_part_of_their_input_are_timed_too() ->
             x = self.cut(input=x)
             return x + self.single(x.mean(0))
 
+    torch.manual_seed(0)
     model = bake(convert(Net(), sigma=0.6)).eval()
     _, certificate = crop_for_export(model, CropRequest(tolerance=1e-3), input_shape=SHAPE)
     assert [layer.kept for layer in certificate.layers] == [(5, 5), (5, 5)]
