@@ -75,7 +75,7 @@ TOKEN_VARIABLE = "GMCONV_SERVE_TOKEN"
     type=click.FloatRange(0, min_open=True),
     default=DEFAULT.burst_window,
     show_default=True,
-    help="Seconds a backlog may stand before it counts as overload.",
+    help="Seconds of work that may pile up, and stay, before it counts as overload.",
 )
 @click.option(
     "--shed-target",

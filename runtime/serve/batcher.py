@@ -107,7 +107,8 @@ class Batcher:
     def check(self) -> None:
         """Raise RequestError(OVERLOADED) if a request that came now would be refused.
 
-        The queue is bounded. Besides, when a backlog has stood for `burst_ns` this is overload, not a burst: from then
+        The queue is bounded. Besides, when a backlog has stood for `burst_ns` and takes longer than that to work off,
+        this is overload, neither a burst nor some dozens of clients that each wait for their answer: from then
         until the engines are found idle a tenth of the time, only as much is let in as runs within `shed_target_ns` (or
         `BACKLOG` times as long as the shortest execution), so that what is accepted is answered soon. While draining,
         everything that fits is let in: it was already sent.
@@ -122,7 +123,11 @@ class Batcher:
             most = max(self.policy.shed_target_ns, BACKLOG * self._least_ns)
             if self._shedding and self._queue.rows * self._row_ns >= most:
                 raise RequestError("the server is overloaded", Code.OVERLOADED)
-        elif self._standing and now - self._standing > self.policy.burst_ns:
+        elif (
+            self._standing
+            and now - self._standing > self.policy.burst_ns
+            and self._queue.rows * self._row_ns > self.policy.burst_ns
+        ):
             self._shedding = True
             self._window, self._window_busy = now, self._busy(now)
 

@@ -43,7 +43,7 @@ class Settings:
     shed_target: float = 0.002
     """Under sustained overload, the queueing time (s) that admission aims at."""
     burst_window: float = 0.1
-    """How long a backlog may stand before it counts as overload rather than as a burst."""
+    """Seconds of work that may pile up, and for how long, before it counts as overload rather than as a burst."""
     priority_levels: int = 0
 
     max_request_bytes: int = 64 * MIB
