@@ -181,11 +181,15 @@ def _convolutions(program: torch.onnx.ONNXProgram) -> int:
     captured = program.exported_program
     if captured is None:
         return 0
+    needed = set(captured.graph.find_nodes(op="output"))
+    for node in reversed(captured.graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
     return sum(
         node.op == "call_function"
         and re.fullmatch(r"aten\.(conv[123]d|convolution)\.\w+", str(node.target)) is not None
         and not (str(node.target).startswith("aten.convolution") and node.args[6])
-        for node in captured.graph.nodes
+        for node in needed
     )
 
 
