@@ -162,7 +162,7 @@ def module_session(module: nn.Module, shape: tuple[int, ...], *, outputs: int = 
             axes=graph.Axes(batch=False),
             opset=20,
             log=Path(folder) / "exporter.log",
-        )
+        ).model
     return open_session(ir.to_proto(exported), threads)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import logging
 import os
 import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,20 @@ from runtime.errors import RefusedError
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
-    from torch import nn
+    from torch import fx, nn
 
     from runtime.manifest import TensorSpec
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 OLDEST_OPSET = 18  # the dynamo exporter writes no older one: asked for 17 it silently writes 18
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """The graph, and the names of the network's parameters that an output depends on."""
+
+    model: ir.Model
+    parameters: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +52,7 @@ def to_onnx(
     axes: Axes,
     opset: int,
     log: Path,
-) -> ir.Model:
+) -> Exported:
     """Export `model` (baked, eval mode) with `torch.onnx.export(dynamo=True)`; the result is cleaned and checked.
 
     Args:
@@ -88,9 +95,11 @@ def to_onnx(
             f"asked for opset {opset}, the installed torch writes {written} instead; say --opset {written}"
         )
     strip_metadata(graph_model)
-    if _convolutions(program):  # layers that share an input may be merged: parity proves the values
-        require_convolutions(graph_model, 1)
-    return graph_model
+    if program.exported_program is None:
+        return Exported(graph_model, frozenset(name for name, _ in model.named_parameters()))
+    needed, parameters = _needed(program.exported_program)
+    require_convolutions(graph_model, _kernels(program.exported_program, needed, parameters))
+    return Exported(graph_model, frozenset(parameters.values()))
 
 
 def _why_not(error: Exception, axes: Axes) -> str:
@@ -156,42 +165,58 @@ def require_no_mask(model: ir.Model) -> None:
             constant.add(node.outputs[0].name)
 
 
-def require_convolutions(model: ir.Model, convolutions: int) -> None:
-    """Raise RuntimeError where the graph has fewer Conv nodes than the network runs on the way to its outputs."""
-    kernels = sum(node.op_type == "Conv" for node in model.graph.all_nodes())
-    if kernels < convolutions:
-        raise RuntimeError(f"the network runs {convolutions} convolutions, the graph has {kernels}")
+def require_convolutions(model: ir.Model, kernels: Mapping[str, torch.Tensor]) -> None:
+    """Raise RuntimeError where the graph has fewer Conv nodes than the network uses different `kernels`.
+
+    Not fewer than it runs: convolutions of one kernel on one input are merged, whatever names the kernel has.
+    """
+    from gmconv.certificate import tensor_sha256
+
+    nodes = sum(node.op_type == "Conv" for node in model.graph.all_nodes())
+    if nodes < len(kernels):
+        different = len({tensor_sha256(kernel) for kernel in kernels.values()})
+        if nodes < different:
+            raise RuntimeError(f"the network runs {different} convolutions, the graph has {nodes}")
 
 
-def layers_without_node(model: ir.Model, network: nn.Module, names: Iterable[str]) -> list[str]:
-    """Of the named layers of `network` those that no node is from: they never run, or no output depends on them."""
-    scopes = {scope for node in model.graph.all_nodes() for scope in _scopes(node)}
-    # A layer that is registered under several names appears under one of them.
-    found = {id(module) for name, module in network.named_modules(remove_duplicate=False) if name in scopes}
-    return [name for name in names if id(network.get_submodule(name)) not in found]
+def unused_layers(exported: Exported, network: nn.Module, names: Iterable[str]) -> list[str]:
+    """Of the named layers of `network` those of which no output needs a parameter: most never run."""
+    parameters = dict(network.named_parameters(remove_duplicate=False))  # shared ones appear under one of their names
+    used = {id(parameters[name]) for name in exported.parameters if name in parameters}
+    return [name for name in names if all(id(p) not in used for p in network.get_submodule(name).parameters())]
 
 
-def _scopes(node: ir.Node) -> list[str]:
-    """The paths of the modules that a node is in, outermost first."""
-    scopes: list[str] = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
-    return scopes
-
-
-def _convolutions(program: torch.onnx.ONNXProgram) -> int:
-    """How many convolutions torch captured, transposed ones and those that no output needs left out."""
-    captured = program.exported_program
-    if captured is None:
-        return 0
-    needed = set(captured.graph.find_nodes(op="output"))
-    for node in reversed(captured.graph.nodes):
+def _needed(program: torch.export.ExportedProgram) -> tuple[set[fx.Node], dict[str, str]]:
+    """The nodes that an output depends on, and the parameters among them: node name -> parameter name."""
+    needed = set(program.graph.find_nodes(op="output"))
+    for node in reversed(program.graph.nodes):
         if node in needed:
             needed.update(node.all_input_nodes)
-    return sum(
-        node.op == "call_function"
-        and re.fullmatch(r"aten\.(conv[123]d|convolution)\.\w+", str(node.target)) is not None
-        and not (str(node.target).startswith("aten.convolution") and node.args[6])
-        for node in needed
-    )
+    names = program.graph_signature.inputs_to_parameters
+    return needed, {node.name: names[node.name] for node in needed if node.name in names}
+
+
+def _kernels(
+    program: torch.export.ExportedProgram, needed: set[fx.Node], parameters: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """The kernels, by parameter name, of needed convolutions that depend on the network's input.
+
+    Not of transposed ones, which are another operator in ONNX, and not of those that compute from constants: they may
+    be folded.
+    """
+    from_input: set[fx.Node] = set()
+    found = {}
+    for node in program.graph.nodes:
+        given = node.name in program.graph_signature.user_inputs
+        if not given and not any(source in from_input for source in node.all_input_nodes):
+            continue
+        from_input.add(node)
+        operator = str(node.target)
+        plain = re.fullmatch(r"aten\.(conv[123]d|convolution)\.\w+", operator) is not None
+        transposed = operator.startswith("aten.convolution") and node.args[6]
+        if node in needed and plain and not transposed and (name := parameters.get(node.args[1].name)):
+            found[name] = program.state_dict[name]
+    return found
 
 
 def simplify(path: Path) -> None:

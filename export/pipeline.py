@@ -151,7 +151,7 @@ def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: Expo
     log = file.with_name("exporter.log")
     said = "[exporter]"
     try:
-        exported = graph.to_onnx(
+        written = graph.to_onnx(
             model,
             _example(loaded, options),
             input_name=options.input_name,
@@ -168,8 +168,9 @@ def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: Expo
         if chatter:
             note(f"{said} {chatter}")
     log.unlink(missing_ok=True)
+    exported = written.model
     graph.require_no_mask(exported)
-    unused = graph.layers_without_node(exported, model, loaded.masked)
+    unused = graph.unused_layers(written, model, loaded.masked)
     if unused:
         text = f"not in the graph, as no output needs them: {', '.join(unused)}"
         note(text)

@@ -19,6 +19,10 @@ REST = [("vgg11_bn", 64), ("resnet50", 64), ("vgg16", 64), ("resnet56", 32)]
 
 
 def exported(model: nn.Module, shape: tuple[int, ...], log: Path, opset: int = 20) -> graph.ir.Model:  # type: ignore[name-defined]
+    return written(model, shape, log, opset).model
+
+
+def written(model: nn.Module, shape: tuple[int, ...], log: Path, opset: int = 20) -> graph.Exported:
     return graph.to_onnx(
         model.eval(),
         torch.zeros(2, *shape),
@@ -35,10 +39,13 @@ def test_a_baked_network_has_its_plain_twins_operators(name: str, size: int, tmp
     live = gmconv.models.create(name, num_classes=10)
     for layer in masked_layers(live).values():
         nn.init.uniform_(layer.sigma, 0.4, 5)
-    baked = exported(gmconv.bake(live), (3, size, size), tmp_path / "log")
+    network = gmconv.bake(live)
+    result = written(network, (3, size, size), tmp_path / "log")
+    baked = result.model
     twin = exported(gmconv.models.create(name, num_classes=10, gmconv=False), (3, size, size), tmp_path / "log")
     assert graph.operator_histogram(baked) == graph.operator_histogram(twin)
     graph.require_no_mask(baked)
+    assert graph.unused_layers(result, network, masked_layers(live)) == []
 
 
 def test_an_unbaked_network_is_noticed(tmp_path: Path) -> None:
@@ -51,7 +58,28 @@ def test_an_unbaked_network_is_noticed(tmp_path: Path) -> None:
 def test_a_missing_convolution_is_noticed(tmp_path: Path) -> None:
     model = exported(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), (3, 8, 8), tmp_path / "log")
     with pytest.raises(RuntimeError, match="runs 2 convolutions, the graph has 1"):
-        graph.require_convolutions(model, 2)
+        graph.require_convolutions(model, {"a": torch.zeros(4, 3, 3, 3), "b": torch.ones(4, 3, 3, 3)})
+
+
+def test_convolutions_that_the_exporter_merges_or_folds_are_not_missing(tmp_path: Path) -> None:
+    class Merged(nn.Module):
+        """One layer twice on one input, two equal layers on one input, one that reads only a constant."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.twice, self.one, self.other, self.position = (nn.Conv2d(3, 3, 1) for _ in range(4))
+            self.other.load_state_dict(self.one.state_dict())
+            self.register_buffer("grid", torch.rand(1, 3, 8, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.twice(x).relu() - self.twice(x).sigmoid() + self.one(x) + self.other(x).tanh()
+            out: torch.Tensor = y + self.position(self.grid)
+            return out
+
+    live = Merged()
+    result = written(live, (3, 8, 8), tmp_path / "log")
+    assert graph.operator_histogram(result.model)["Conv"] < 5
+    assert graph.unused_layers(result, live, ["twice", "one", "other", "position"]) == []
 
 
 def test_layers_that_no_output_needs_are_left_out_and_named(tmp_path: Path) -> None:
@@ -69,9 +97,9 @@ def test_layers_that_no_output_needs_are_left_out_and_named(tmp_path: Path) -> N
             return self.auxiliary(y) if self.training else y
 
     live = Heads()
-    model = exported(live, (3, 8, 8), tmp_path / "log")
-    assert graph.operator_histogram(model) == {"Conv": 1}
-    assert graph.layers_without_node(model, live, ["body", "auxiliary", "dropped"]) == ["auxiliary", "dropped"]
+    result = written(live, (3, 8, 8), tmp_path / "log")
+    assert graph.operator_histogram(result.model) == {"Conv": 1}
+    assert graph.unused_layers(result, live, ["body", "auxiliary", "dropped"]) == ["auxiliary", "dropped"]
 
 
 def test_a_network_that_fixes_its_batch_is_refused_with_the_flag_to_use(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ example = torch.zeros(2, 3, int(size), int(size))
 exported = graph.to_onnx(
     model, example, input_name="input", output_names=["logits"], axes=axes, opset=20, log=Path(path + ".log")
 )
-onnx_ir.save(exported, path)
+onnx_ir.save(exported.model, path)
 """
 CONVOLUTIONS = {"alexnet": 5, "resnet18": 20, "resnet50": 53, "mobilenet_v2": 52, "vgg11": 8}
 RTX = BuildOptions(flavor="rtx", verify=False)
