@@ -137,6 +137,9 @@ def calibration_batches(
     )
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
     batches = [torch.from_numpy(batch.images).to(like.device, like.dtype) for batch in samples.batches(_BATCH)]
+    reach = max_abs_pixel(preprocessing)
+    if source == "noise" and reach is not None:  # no image is larger
+        batches = [batch.clamp(-reach, reach) for batch in batches]
     known = samples.labels is not None and bool((samples.labels >= 0).all())
     labels = torch.from_numpy(samples.labels) if known else None
     return batches, labels, f"{samples.count} of {samples.name}, seed {request.seed}"

@@ -174,8 +174,9 @@ def certify(
     layers = []
     for name, window in windows.items():
         conv, reach, source = convs[name], calibrated.get(name), None
-        # A bound that the data itself breaks was read wrongly from the network.
-        if name in analytic and (reach is None or float(reach.max()) <= analytic[name] * (1 + 1e-6)):
+        # A bound that the data itself breaks, by more than the rounding of both, was read wrongly from the network.
+        slack = 1 + max(1e-6, 2 * torch.finfo(conv.weight.dtype).eps)
+        if name in analytic and (reach is None or float(reach.max()) <= analytic[name] * slack):
             source, reach = "analytic", torch.full((conv.in_channels,), analytic[name], dtype=torch.float64)
         elif reach is not None:
             source = "calibration"

@@ -175,8 +175,8 @@ class _BoundTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _forget_written(self, args: Any, kwargs: Any) -> None:
         """An operator that writes in place may have written to any view of its arguments' memory."""
-        written = {tensor.untyped_storage()._cdata for tensor in (*_tensors(args), *_tensors(kwargs))}
-        for tensor in [t for t in self.bounds if t.untyped_storage()._cdata in written]:
+        written = {_memory(tensor) for tensor in (*_tensors(args), *_tensors(kwargs))}
+        for tensor in [t for t in self.bounds if _memory(t) in written]:
             self.bounds.pop(tensor)
 
     def _bound(self, name: str, args: Any, kwargs: Any) -> float | None:
@@ -209,6 +209,15 @@ class _BoundTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return abs(float(value))
         bound: float | None = self.bounds.get(value) if isinstance(value, Tensor) else None
         return bound
+
+
+def _memory(tensor: Tensor) -> int:
+    """What tensors that share memory have in common."""
+    try:
+        address: int = tensor.untyped_storage()._cdata
+        return address
+    except NotImplementedError:  # sparse: it has none of its own to share
+        return id(tensor)
 
 
 def _largest_limit(name: str, args: Any, kwargs: Any) -> float | None:

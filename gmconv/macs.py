@@ -56,8 +56,8 @@ def count_macs(model: nn.Module, example: Tensor) -> dict[str, LayerMacs]:
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a hook's layer was called with, by position or as `input=`."""
-    found: Tensor = args[0] if args else kwargs["input"]
+    """What a hook's layer was called with, by position or by name (a subclass may call it other than `input`)."""
+    found: Tensor = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
     return found
 
 

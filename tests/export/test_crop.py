@@ -109,6 +109,17 @@ def test_the_first_layers_bound_holds_for_every_image(model: nn.Module) -> None:
     assert certificate.layers[1].max_abs_source == "calibration"
 
 
+def test_noise_is_no_larger_than_an_image_and_keeps_the_bound_for_every_image(model: nn.Module) -> None:
+    digits = Preprocessing(size=(16, 16), mean=(0.5,), std=(0.5,), channel_order="L")
+    _, certificate = crop_for_export(model, CropRequest(tolerance=1e-2), input_shape=SHAPE, preprocessing=digits)
+    first = certificate.layers[0]
+    assert first.max_abs_source == "analytic"
+    assert first.max_abs_input == pytest.approx(1.0)
+    assert first.measured is not None
+    assert first.bound is not None
+    assert first.measured <= first.bound
+
+
 def test_a_crop_exports_as_convolutions_that_compute_the_same(tmp_path: Path) -> None:
     """Zero padding stays inside the Conv node, whatever its sides; a crop beyond the padding is a Pad before it."""
     import onnx

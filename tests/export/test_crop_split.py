@@ -49,14 +49,17 @@ def network(channels: int, kernel: int) -> nn.Sequential:
 Times = Callable[[float], None]
 
 
-def test_a_layer_whose_weight_the_network_reads_is_not_split(times: Times) -> None:
+@pytest.mark.parametrize(
+    "read", [lambda net: net.body[1].weight, lambda net: dict(net.named_parameters())["body.1.weight"]]
+)
+def test_a_layer_whose_weight_the_network_reads_is_not_split(read: Callable[[Any], torch.Tensor], times: Times) -> None:
     class Reads(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.body = gmconv.bake(network(64, 31))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = self.body(x.to(self.body[1].weight.dtype))
+            out: torch.Tensor = self.body(x.to(read(self).dtype))
             return out
 
     times(0.55)

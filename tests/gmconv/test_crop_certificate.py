@@ -109,15 +109,20 @@ def test_a_bound_that_the_data_breaks_is_not_shown(monkeypatch: pytest.MonkeyPat
 
 
 def test_layers_called_by_keyword_or_without_a_batch_are_measured() -> None:
+    class Renamed(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
     class Calls(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.named, self.single = nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3)
+            self.renamed = Renamed(2, 2, 1)
             nn.init.ones_(self.named.weight)
             nn.init.ones_(self.single.weight)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.named(input=x)
+            x = self.renamed(x=self.named(input=x))
             return x + self.single(nn.functional.pad(x[0], (1, 1, 1, 1)))
 
     batch = torch.randn(1, 2, 8, 8)
@@ -252,6 +257,19 @@ class TestRanges:
                 return out
 
         assert analytic_input_ranges(Grows(), torch.randn(1, 1, 2, 2)) == {}
+
+    def test_sparse_tensors_have_no_memory_to_share(self) -> None:
+        class Sparse(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(1, 1, 1)
+
+            def forward(self, x: Tensor) -> Tensor:
+                torch.eye(2).to_sparse().mul_(2)
+                out: Tensor = self.conv(torch.tanh(x))
+                return out
+
+        assert analytic_input_ranges(Sparse(), torch.randn(1, 1, 2, 2)) == {"conv": 1.0}
 
     def test_a_shared_layer_needs_a_bound_at_every_use(self) -> None:
         class Shared(nn.Module):

@@ -273,10 +273,12 @@ def test_fits_and_has_contrast(browser: Any, odd: Server, picture: Path, width: 
     with Visit(browser, odd, viewport={"width": width, "height": 844}, color_scheme=scheme) as page:
         page.set_input_files("#image", str(picture))
         shown(page)
+        expect(page.locator("#card-panel")).to_have_attribute("aria-busy", "false")
         states = [page.evaluate(TEXT_COLOURS)]
         page.focus("#image")  # tints the drop zone
         page.select_option("#model", label="tensors")  # an error, and a note below the picker
         expect(page.locator("#result .error")).to_contain_text("no preprocessing")
+        expect(page.locator("#card-panel")).to_have_attribute("aria-busy", "false")
         states.append(page.evaluate(TEXT_COLOURS))
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         for state in states:
