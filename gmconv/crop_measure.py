@@ -110,7 +110,11 @@ def analytic_input_ranges(model: nn.Module, example: Batch, max_abs_input: float
                 ranges[name] = max(bound, ranges.get(name, 0.0))
 
         with watching(model, see):
-            run(model, inputs)
+            try:
+                run(model, inputs)
+            except NotImplementedError:  # an operator with branches of its own (torch.cond): a mode cannot see inside
+                torch._dynamo.reset()  # it compiles torch.cond, and would fail for good after this
+                return {}
     return {name: bound for name, bound in ranges.items() if name not in unbounded}
 
 
@@ -119,7 +123,11 @@ def watching(model: nn.Module, see: Callable[[str, Tensor], None]) -> Any:
     """Inside the block, `see(name, input)` is called for every `nn.Conv2d` of `model` before it runs."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        return lambda module, args, kwargs: see(name, first_input(args, kwargs))
+        def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not torch.compiler.is_compiling():  # in a branch of torch.cond a hook may write nothing
+                see(name, first_input(args, kwargs))
+
+        return seen
 
     convs = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in convs]
@@ -147,7 +155,7 @@ _NEVER_GROWS = {
     *("relu", "relu_", "silu", "silu_", "gelu", "hardswish", "hardswish_", "abs", "neg", "mish"),
     *("max_pool2d", "max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "mean"),
     *("view", "_unsafe_view", "reshape", "flatten", "slice", "select", "permute", "transpose", "t", "expand"),
-    *("squeeze", "unsqueeze", "clone", "alias", "detach", "contiguous", "native_dropout", "pixel_shuffle", "roll"),
+    *("squeeze", "unsqueeze", "clone", "alias", "detach", "contiguous", "pixel_shuffle", "roll"),
     *("upsample_nearest2d", "upsample_bilinear2d", "reflection_pad2d", "replication_pad2d", "index_select"),
     *("split", "split_with_sizes", "chunk", "unbind", "amax", "_to_copy"),
 }
@@ -202,6 +210,11 @@ class _BoundTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return max(known, abs(args[2]) if len(args) > 2 else 0.0)
         if name == "leaky_relu":
             return known * max(1.0, abs(args[1]) if len(args) > 1 else 0.01)
+        if name == "avg_pool2d" and len(args) > 6 and args[6] is not None:  # a divisor of the caller's choice
+            return None
+        dtypes = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
+        if (name == "view" and dtypes) or not all(dtype.is_floating_point for dtype in dtypes):
+            return None  # the same bits read as another type; -1 as a uint8 is 255
         return known if name in _NEVER_GROWS else None
 
     def _known(self, value: Any) -> float | None:

@@ -29,12 +29,15 @@ def count_macs(model: nn.Module, example: Tensor) -> dict[str, LayerMacs]:
     """Run `model` once on `example` (batch first) and count each Conv and Linear layer, by name.
 
     Only multiply-accumulates of these layers are counted, per sample: bias, normalisation and pooling are not.
-    A GMConv2d counts as the convolution it bakes to. Padding counts as if it were data, as hardware computes it.
+    A GMConv2d counts as the convolution it bakes to. Padding counts as if it were data, as hardware computes it. Layers
+    in a branch of torch.cond are not counted: which branch runs is known only at run time.
     """
     names = {module: name for name, module in model.named_modules()}
     found: dict[str, LayerMacs] = {}
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
         name, batch = names[module], example.shape[0]
         per_output = module.weight[0].numel()  # type: ignore[index]
         macs = output.numel() // batch * per_output

@@ -258,6 +258,47 @@ class TestRanges:
 
         assert analytic_input_ranges(Grows(), torch.randn(1, 1, 2, 2)) == {}
 
+    @pytest.mark.parametrize(
+        "grow",
+        [
+            lambda y: nn.functional.avg_pool2d(y, 2, divisor_override=1),
+            lambda y: y.view(torch.int32).float(),
+            lambda y: y.to(torch.uint8).float(),
+            lambda y: nn.functional.dropout(y, 0.5, training=True),
+        ],
+        ids=["a divisor of 1", "its bits as int32", "-1 as uint8", "dropout that stays on"],
+    )
+    def test_what_may_grow_ends_a_bound(self, grow: Callable[[Tensor], Tensor]) -> None:
+        class Grows(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.kept, self.conv = nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1)
+
+            def forward(self, x: Tensor) -> Tensor:
+                y = torch.tanh(x)
+                out: Tensor = self.kept(nn.functional.avg_pool2d(y, 2)).sum() + self.conv(grow(y))
+                return out
+
+        assert analytic_input_ranges(Grows(), torch.randn(1, 1, 4, 4)) == {"kept": 1.0}
+
+    def test_layers_in_a_branch_of_cond_are_neither_bounded_nor_measured(self) -> None:
+        class Branches(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.yes, self.no = (nn.Conv2d(1, 1, 3, padding=1) for _ in range(3))
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = torch.tanh(self.first(torch.tanh(x)))
+                out: Tensor = torch.cond(x.mean() > 0, lambda y: self.yes(y), lambda y: self.no(y), (x,))
+                return out
+
+        model, batch = bake(convert(Branches(), sigma=0.6)), torch.randn(2, 1, 8, 8)
+        assert analytic_input_ranges(model, batch) == {}
+        assert list(measure_input_ranges(model, [batch])) == ["first"]
+        cropped, certificate = crop_model(model, 0.5, batches=[batch])
+        assert [layer.name for layer in certificate.layers if layer.measured is None] == ["yes", "no"]
+        assert torch.isfinite(cropped(batch)).all()
+
     def test_sparse_tensors_have_no_memory_to_share(self) -> None:
         class Sparse(nn.Module):
             def __init__(self) -> None:
