@@ -27,7 +27,9 @@ def print_export(output: Path) -> None:
     if manifest.crop:
         from gmconv.crop_certificate import crop_summary, crop_table
 
-        console.print(crop_table(manifest.crop))
+        table = crop_table(manifest.crop)
+        if table.row_count:
+            console.print(table)
         console.print(crop_summary(manifest.crop))
     if manifest.parity:
         console.print(parity_table(manifest.parity, baking=manifest.precision == "fp32"))
