@@ -41,9 +41,8 @@ class CroppedLayer:
     `bound` is the largest. `max_abs_source` says where max|x| is from: "analytic" holds for every input,
     "calibration" for inputs as large as the calibration data. `measured` is the most that the removed taps added to an
     output on that data (in float64: without the rounding of either convolution), `measured_rms` their root mean
-    square over that of the layer's output. `magnitude` is the
-    mean |tap| at each position of the trained kernel. `latency_*_ms` are of the layer alone, one sample, in ONNX
-    Runtime. Numbers that were not measured are None.
+    square over that of the layer's output. `magnitude` is the mean |tap| at each position of the trained kernel.
+    `latency_*_ms` are of the layer alone, one sample, in ONNX Runtime. Numbers that were not measured are None.
 
     `split` is there where a depthwise layer was timed in channel groups. If it was taken, each group has a window of
     its own: the removed taps, errors and MACs are those of the groups, `kept` the window that all channels would

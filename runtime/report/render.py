@@ -287,6 +287,7 @@ def _crop_tile(layer: Mapping[str, Any]) -> dict[str, Any]:
     magnitude = np.asarray(layer.get("magnitude") or np.ones((height, width)), dtype=np.float64).reshape(height, width)
     (top, left), (kept_height, kept_width) = layer["offset"], layer["kept"]
     kept_rows, kept_columns = range(top, top + kept_height), range(left, left + kept_width)
+    split_taken = bool((layer.get("split") or {}).get("taken"))
     removed = [(r, c) for r in range(height) for c in range(width) if not (r in kept_rows and c in kept_columns)]
     return {
         "name": layer["name"],
@@ -296,13 +297,26 @@ def _crop_tile(layer: Mapping[str, Any]) -> dict[str, Any]:
         "width": width,
         "image": plots.image(magnitude, 0, float(magnitude.max()) or 1.0),
         "removed": removed,
-        "cropped": bool(removed) or bool((layer.get("split") or {}).get("taken")),
+        "cropped": bool(removed) or split_taken,
         "energy": layer.get("energy_removed"),
-        "measured": layer.get("measured_rms"),
+        "errors": _crop_errors(layer) if removed or split_taken else [],
         "macs": _before_after(layer.get("macs_before"), layer.get("macs_after"), 1e-6),
         "latency": _before_after(layer.get("latency_before_ms"), layer.get("latency_after_ms"), 1.0),
         "split": _split_text(layer.get("split")),
     }
+
+
+def _crop_errors(layer: Mapping[str, Any]) -> list[str]:
+    """The bound of a layer's output error and what was measured of it, a line each; what is not known is left out."""
+    lines = []
+    if (bound := layer.get("bound")) is not None:
+        holds_for = {"analytic": ", any input", "calibration": ", data"}.get(layer.get("max_abs_source") or "", "")
+        lines.append(f"error ≤ {number(bound, 2)}{holds_for}")
+    if (largest := layer.get("measured")) is not None:
+        lines.append(f"measured {number(largest, 2)}")
+    if (relative := layer.get("measured_rms")) is not None:
+        lines.append(f"error / RMS {number(relative, 2)}")
+    return lines
 
 
 def _before_after(before: float | None, after: float | None, unit: float) -> str:

@@ -69,6 +69,12 @@ def test_numbers_and_verdicts_are_in_the_text(report: Path) -> None:
         assert words in text
 
 
+def test_each_cropped_layer_says_its_bound_and_what_was_measured(report: Path) -> None:
+    first, second = re.findall(r"<figcaption><b>conv\d</b>[37]×[37] → 3×3(.*?)</figcaption>", report.read_text())
+    assert "<br>error ≤ 0.003, any input<br>measured 0.0002<br>error / RMS 0.0001<br>" in first
+    assert "error" not in second
+
+
 def test_each_layer_says_its_work_and_time_before_and_after_the_crop(report: Path) -> None:
     captions = re.findall(r"<figcaption><b>(conv\d)</b>(7×7 → 3×3|3×3 → 3×3)(.*?)</figcaption>", report.read_text())
     first, second = (caption for _, _, caption in captions)
