@@ -63,7 +63,9 @@ _NOT_NEGATIVE = click.FloatRange(min=0)
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=2))
 @click.option("--lr", default=3e-3, show_default=True, type=_POSITIVE, callback=_finite, help="Peak learning rate.")
 @click.option("--weight-decay", default=0.05, show_default=True, type=_NOT_NEGATIVE, callback=_finite)
-@click.option("--sigma", default=5.0, show_default=True, callback=_finite, help="Initial sigma, in taps.")
+@click.option(
+    "--sigma", default=5.0, show_default=True, type=_POSITIVE, callback=_finite, help="Initial sigma, in taps."
+)
 @click.option("--sigma-per", default="layer", show_default=True, type=click.Choice(["layer", "channel"]))
 @click.option(
     "--sigma-lr", default=0.02, show_default=True, type=_NOT_NEGATIVE, callback=_finite, help="Of sigma alone."
@@ -102,6 +104,10 @@ def main(output: Path, plain: bool, as_json: bool, quiet: bool, **values: Any) -
     values["arch"] = values["arch"].removeprefix("gmconv.models:")
     if values["crop_tolerance"] >= 1:
         raise click.BadParameter("it is a share of a kernel, below 1", param_hint="--crop-tolerance")
+    if plain and values["sigma_penalty"]:
+        raise click.UsageError("a plain network has no sigma to penalize: drop --plain or --sigma-penalty")
+    if values["kernel_size"] == 1 and not plain:
+        raise click.UsageError("kernels of one tap have nothing to mask: give --kernel-size 3 or more, or --plain")
     try:
         _require_device(values["device"])
         from gmconv.training import TrainOptions
