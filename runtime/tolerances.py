@@ -121,7 +121,8 @@ def crop_cost(crop: Mapping[str, Any] | None) -> float:
     What was asked for decides, before what came of it: a limit taken from the measured error would pass any mistake
     that the measurement saw. So, in this order:
 
-    - "lossless": 0. Only zeros are gone; the precision's own tolerance has room for another order of the sums.
+    - "lossless", or a crop of no layer, or of none but zero taps: 0. The precision's own tolerance has room for another
+      order of the sums.
     - a tolerance t: 10 t. Each layer may lose the share t of its taps' L1 norm; errors of L layers add as a random
       walk, sqrt(L), 12.3 for the deepest of the zoo, and a layer's error is far below the worst case that t bounds.
     - an error budget b: b. It bounds the largest error on the calibration data; the RMS, several times smaller, has
@@ -133,12 +134,20 @@ def crop_cost(crop: Mapping[str, Any] | None) -> float:
     """
     crop = crop or {}
     tolerance, asked = crop.get("tolerance"), (crop.get("budget") or {}).get("asked")
-    if tolerance == "lossless":
+    if tolerance == "lossless" or removes_only_zeros(crop):
         return 0.0
     cost = _positive(tolerance, 10.0) or _positive(asked, 1.0)
-    if not cost:
+    if not cost and tolerance is None:
         cost = _positive((crop.get("end_to_end") or {}).get("relative_rms"), 2.0)
     return min(MAX_CROP_COST, cost)
+
+
+def removes_only_zeros(crop: Mapping[str, Any]) -> bool:
+    """Whether the crop of a manifest removed nothing, or taps of exactly zero; False where it does not say."""
+    layers = crop.get("layers")
+    return isinstance(layers, list) and all(
+        isinstance(layer, Mapping) and layer.get("l1_removed") == 0 for layer in layers
+    )
 
 
 def _positive(value: Any, factor: float) -> float:
