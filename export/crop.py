@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from export.crop_budget import Budget, choose
+from export.crop_budget import Budget, choose, free_windows, windows_to_try
 from export.crop_latency import measure_latencies, with_latencies
 from export.crop_lossless import hold_sum_order
 from export.crop_split import faster_splits
+from export.quantize import FP8_MAX_TAPS
 from gmconv.crop_certificate import CropCertificate
+from gmconv.crop_check import layers_used_elsewhere
 from gmconv.crop_window import Precision, Window
-from gmconv.cropping import Tolerance, crop_model
+from gmconv.cropping import Tolerance, Where, choose_windows, crop_model, croppable
 from runtime.errors import RefusedError
 
 if TYPE_CHECKING:
+    from export.converter import PrecisionOptions
     from runtime.manifest import Preprocessing
 
 M = TypeVar("M", bound=nn.Module)
@@ -58,6 +62,7 @@ def crop_for_export(
     *,
     input_shape: tuple[int, int, int],
     precision: Precision = "fp32",
+    fp32_layers: Collection[str] = (),
     dataset: dict[str, Any] | None = None,
     preprocessing: Preprocessing | None = None,
     note: Callable[[str], None] = lambda _: None,
@@ -65,8 +70,17 @@ def crop_for_export(
     """Crop a baked model as `request` says; the certificate's numbers come from its calibration data.
 
     A crop by tolerance also splits depthwise layers into channel groups where ONNX Runtime is faster with them; a
-    lossless one in fp32 leaves layers whole where the order of sums would be seen (`export.crop_lossless`). Every
-    cropped layer is timed alone, before and after, in ONNX Runtime on this machine.
+    lossless one in fp32 leaves layers whole where the order of sums would be seen (`export.crop_lossless`). Layers
+    whose kernel the network uses elsewhere stay whole. Every cropped layer is timed alone, before and after, in ONNX
+    Runtime on this machine.
+
+    Args:
+        model: baked; not changed.
+        request: what was asked for.
+        input_shape: (C, H, W).
+        precision: what the weights will be stored in, except those of the convolutions named in `fp32_layers`.
+        dataset, preprocessing: what the checkpoint says of its data.
+        note: called with a few words when a step begins.
 
     Raises:
         RefusedError: the calibration data was refused, or a top-1 budget does not fit the network's output.
@@ -74,26 +88,44 @@ def crop_for_export(
     """
     batches, labels, origin = calibration_batches(model, request, input_shape, dataset, preprocessing)
     bound = max_abs_pixel(preprocessing)
-    latencies = None
+    example, latencies = batches[0][:1], None
+
+    def note_whole(names: Sequence[str]) -> None:
+        if names:
+            note(f"left whole, as the network uses their kernels outside of them: {', '.join(names)}")
+
     try:
         if request.budget is None:
             note(f"cropping kernels, tolerance {request.tolerance}, judged on {origin}")
             tolerance: Tolerance = "lossless" if request.tolerance is None else request.tolerance
-            splits = faster_splits(model, batches[0][:1], tolerance, precision=precision, note=note)
+            windows = choose_windows(model, tolerance, precision=precision, fp32_layers=fp32_layers)
+            elsewhere = layers_used_elsewhere(model, windows, {}, example)
+            note_whole(elsewhere)
+            where: Where = lambda name, _: name not in elsewhere  # noqa: E731
+            splits = faster_splits(
+                model, example, tolerance, precision=precision, fp32_layers=fp32_layers, where=where, note=note
+            )
             held = tolerance == "lossless" and precision == "fp32"
+            order = hold_sum_order(model, batches[0], splits, where=where, note=note) if held else None
             cropped, certificate = crop_model(
                 model,
                 tolerance,
                 precision=precision,
+                fp32_layers=fp32_layers,
                 splits=splits,
-                sum_order=hold_sum_order(model, batches[0], splits, note=note) if held else None,
+                sum_order=order,
                 batches=batches,
+                measured_on=origin,
                 max_abs_input=bound,
             )
         else:
+            free, elsewhere = free_windows(model, example, precision=precision, fp32_layers=fp32_layers)
+            note_whole(elsewhere)
             if request.gain == "latency":
                 note("timing every layer at every window in ONNX Runtime")
-                latencies = measure_latencies(model, batches[0][:1])
+                layers = croppable(model, lambda name, _: name in free)
+                tried = {name: windows_to_try(layer, free[name]) for name, layer in layers.items()}
+                latencies = measure_latencies(model, example, windows=tried)
             note(f"spending the crop budget {request.budget}, measured on {origin}")
             cropped, certificate = choose(
                 model,
@@ -102,17 +134,41 @@ def crop_for_export(
                 labels=labels,
                 latencies=latencies,
                 precision=precision,
+                fp32_layers=fp32_layers,
                 max_abs_input=bound,
                 origin=origin,
+                free=free,
             )
     except ValueError as error:
         raise RefusedError(f"cropping: {error}") from error
     if latencies is None and certificate.cropped:
         note("timing the cropped layers before and after in ONNX Runtime")
-        kept = {layer.name: Window(*layer.offset, *layer.kept) for layer in certificate.cropped}
-        times = measure_latencies(model, batches[0][:1], windows=kept, rounds=_ROUNDS)
+        kept = {layer.name: [Window(*layer.offset, *layer.kept)] for layer in certificate.cropped}
+        times = measure_latencies(model, example, windows=kept, rounds=_ROUNDS)
         certificate = with_latencies(certificate, times)
     return cropped, certificate
+
+
+def stored_as(
+    model: nn.Module, precisions: Collection[Precision], options: PrecisionOptions | None = None
+) -> tuple[Precision, set[str]]:
+    """The precision in which the files of an export store weights, and the convolutions that stay in fp32 all the same.
+
+    Of several precisions the one whose zeros are zeros in all: of fp16 and bf16 the latter, else fp32. Where it cannot
+    be told from the model which layers `--keep-fp32` or a precision plan leave alone (they may name nodes of the graph)
+    it is all of them. Convolutions of more than 32 taps have no fp8 kernel and stay in fp16: here they count as fp32.
+    """
+    kinds = set(precisions)
+    precision: Precision = next(iter(kinds)) if len(kinds) == 1 else "bf16" if kinds == {"fp16", "bf16"} else "fp32"
+    layers = croppable(model)
+    patterns = [*options.keep_fp32, *(options.plan.keep if options.plan else ())] if options else []
+    fp32: set[str] = set()
+    for pattern in patterns:
+        fp32 |= {n for n in layers if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")} or set(layers)
+    if precision == "fp8":
+        windows = choose_windows(model, "lossless", precision="fp8")
+        fp32 |= {name for name, window in windows.items() if window.taps > FP8_MAX_TAPS}
+    return precision, fp32
 
 
 def calibration_batches(
@@ -125,6 +181,9 @@ def calibration_batches(
     """Batches of up to 16 in the model's dtype, the labels (samples,) where known, and where both are from."""
     from runtime.datasets import load_samples
 
+    top1 = request.budget is not None and request.budget.kind == "top1"
+    if request.images is None and (dataset or {}).get("name") != "digits" and top1:
+        raise RefusedError("a top-1 budget is spent on images, and the checkpoint knows none: give --images DIR")
     source = request.images or ("digits" if (dataset or {}).get("name") == "digits" else "noise")
     samples = load_samples(
         source,

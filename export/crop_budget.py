@@ -10,7 +10,7 @@ model, data and gains give the same choice.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from export.crop_latency import Latencies, with_latencies
 from gmconv.crop_certificate import certify
-from gmconv.crop_measure import Batch, output_error, run
+from gmconv.crop_check import layers_used_elsewhere
+from gmconv.crop_measure import Batch, example_of, output_error, run
 from gmconv.crop_window import Precision, Window, nested_windows
 from gmconv.cropping import CropCertificate, Where, choose_windows, crop_to, croppable
 from gmconv.macs import count_macs
@@ -83,9 +84,11 @@ def choose(
     labels: Tensor | None = None,
     latencies: Latencies | None = None,
     precision: Precision = "fp32",
+    fp32_layers: Collection[str] = (),
     where: Where | None = None,
     max_abs_input: float | None = None,
     origin: str | None = None,
+    free: Mapping[str, Window] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[M, CropCertificate]:
     """Crop a baked model as far as `budget` allows.
@@ -95,9 +98,12 @@ def choose(
         batches: calibration data, at least one batch; costs and the final check are measured on it.
         budget: what the whole crop may cost.
         labels: (samples,) integer classes of `batches`, for a "top1" budget.
-        latencies: gain by time instead of multiply-accumulates; see `export.crop_latency.measure_latencies`.
-        precision, where, max_abs_input: as `gmconv.crop_model`. Taps that are zero in `precision` go for nothing.
+        latencies: gain by time instead of multiply-accumulates, of the windows of `windows_to_try`; see
+            `export.crop_latency.measure_latencies`.
+        precision, fp32_layers, where, max_abs_input: as `gmconv.crop_model`. Taps that are zero in `precision` go for
+            nothing, unless the order of sums alone breaks the budget: then nothing is cropped.
         origin: what `batches` are, for the record.
+        free: the first of `free_windows`, where that is known.
         progress: called with each layer's name before its options are measured.
 
     Returns:
@@ -111,21 +117,24 @@ def choose(
     if not batches:
         raise ValueError("a crop budget needs calibration data: at least one batch")
     reference = [run(model, batch) for batch in batches]
-    free = choose_windows(model, "lossless", precision=precision, where=where)
+    if free is None:
+        example = example_of(batches)
+        free, _ = free_windows(model, example, precision=precision, fp32_layers=fp32_layers, where=where)
     spent = _Spending(model, batches, reference, budget, labels)
-    options = _measure_options(model, spent, free, latencies, where, progress)
+    options = _measure_options(model, spent, free, latencies, progress) if spent.allows(free) else []
 
-    windows, tried = _best_within(options, free, spent)
+    chosen, tried = _best_within(options, free, spent)
+    layers = croppable(model, where)
+    windows = {name: chosen.get(name, Window.whole(conv.kernel_size)) for name, conv in layers.items()}
     cropped = crop_to(model, windows)
     details = {
         "asked": str(budget),
         "kind": budget.kind,
         "value": budget.value,
-        "spent": spent(windows),
+        "spent": spent(chosen),
         "gain_by": "macs" if latencies is None else "latency_ms",
         "gain": sum(o.gain for o in options if windows[o.layer] == o.window),
         "choices_tried": tried,
-        "measured_on": origin,
         "labels": labels is not None,
         "options": [
             {
@@ -146,9 +155,35 @@ def choose(
         precision=precision,
         batches=batches,
         max_abs_input=max_abs_input,
+        measured_on=origin,
         budget=details,
+        used_elsewhere=[name for name in layers if name not in free],
     )
     return cropped, with_latencies(certificate, latencies) if latencies else certificate
+
+
+def free_windows(
+    model: nn.Module,
+    example: Batch,
+    *,
+    precision: Precision = "fp32",
+    fp32_layers: Collection[str] = (),
+    where: Where | None = None,
+) -> tuple[dict[str, Window], tuple[str, ...]]:
+    """What a lossless crop keeps of each layer, and which layers must stay whole (see `layers_used_elsewhere`).
+
+    The latter are missing in the former. They are looked for with the smallest windows that a budget could choose.
+    """
+    windows = choose_windows(model, "lossless", precision=precision, fp32_layers=fp32_layers, where=where)
+    smallest = {name: windows_to_try(conv, windows[name])[-1] for name, conv in croppable(model, where).items()}
+    elsewhere = layers_used_elsewhere(model, smallest, {}, example)
+    return {name: window for name, window in windows.items() if name not in elsewhere}, elsewhere
+
+
+def windows_to_try(conv: nn.Conv2d, free: Window) -> list[Window]:
+    """A layer's nested windows, without the taps that are free to go (outside of `free`), from the largest on."""
+    kernel = (int(conv.kernel_size[0]), int(conv.kernel_size[1]))
+    return list(dict.fromkeys(window.intersection(free) for window in nested_windows(kernel)))
 
 
 def knapsack(options: Sequence[Option], budget: float) -> dict[str, Window]:
@@ -241,30 +276,23 @@ def _measure_options(
     spent: _Spending,
     free: Mapping[str, Window],
     latencies: Latencies | None,
-    where: Where | None,
     progress: Callable[[str], None],
 ) -> list[Option]:
     first = spent.batches[0]
     macs = count_macs(model, first[:1]) if isinstance(first, Tensor) else {}
     options = []
-    for name, conv in croppable(model, where).items():
+    for name, conv in croppable(model, lambda name, _: name in free).items():
         progress(name)
-        kernel = (int(conv.kernel_size[0]), int(conv.kernel_size[1]))
-        for window in nested_windows(kernel)[1:]:
+        whole = Window.whole(conv.kernel_size)
+        for window in windows_to_try(conv, free[name]):
             if latencies is None:
-                whole = macs[name].macs if name in macs else conv.weight.numel()
-                gain = whole * (1 - window.taps / (kernel[0] * kernel[1]))
+                gain = (macs[name].macs if name in macs else conv.weight.numel()) * (1 - window.taps / whole.taps)
             else:
                 times = latencies.get(name, {})
-                gain = (
-                    times[Window.whole(kernel)] - times[window]
-                    if window in times and Window.whole(kernel) in times
-                    else 0.0
-                )
+                gain = times[whole] - times[window] if window in times and whole in times else 0.0
             if gain <= 0:
                 continue
-            lossless = _contains(window, free[name])
-            cost = 0.0 if lossless else spent.estimate({**free, name: window})
+            cost = 0.0 if window == free[name] else spent.estimate({**free, name: window})
             options.append(Option(name, window, cost, gain))
             if spent.budget.kind == "error" and cost > 2 * spent.budget.value:
                 break  # smaller windows cost more still
@@ -277,6 +305,9 @@ def _best_within(
     """The choice with the largest gain whose measured spending the budget allows, and how many choices were run."""
     gains = {(o.layer, o.window): o.gain for o in options}
     best, best_gain, tried = dict(free), sum(gains.get(item, 0.0) for item in free.items()), 0
+    if not spent.allows(free):
+        layers = croppable(spent.model, lambda name, _: name in free)
+        return {name: Window.whole(conv.kernel_size) for name, conv in layers.items()}, 1
     costs = [o.cost for o in options if o.cost > 0]
     if not costs:
         return best, tried
@@ -304,12 +335,3 @@ def _units(cost: float, budget: float) -> int | None:
         return 0
     share = (cost / budget) ** 2 if budget > 0 else math.inf
     return math.ceil(share * _BINS) if share <= 1 else None
-
-
-def _contains(outer: Window, inner: Window) -> bool:
-    return (
-        outer.top <= inner.top
-        and outer.left <= inner.left
-        and outer.top + outer.height >= inner.top + inner.height
-        and outer.left + outer.width >= inner.left + inner.width
-    )

@@ -36,7 +36,7 @@ def measure_latencies(
     example: Tensor,
     *,
     where: Where | None = None,
-    windows: Mapping[str, Window] | None = None,
+    windows: Mapping[str, Sequence[Window]] | None = None,
     threads: int = 0,
     rounds: int = _ROUNDS,
     progress: Callable[[str], None] = lambda _: None,
@@ -44,8 +44,8 @@ def measure_latencies(
     """Time each croppable layer of `model` alone, at the shapes it sees for `example` (batch first), window by window.
 
     The windows of one layer take turns, so that a busy moment of the machine hits all of them: all of its
-    `nested_windows`, or where `windows` is given its own there, for those layers that have a smaller one. `threads` 0
-    lets ONNX Runtime choose. Layers of equal geometry are timed once.
+    `nested_windows`, or where `windows` is given its own there and the whole kernel, for those layers that have a
+    smaller one. `threads` 0 lets ONNX Runtime choose. Layers of equal geometry are timed once.
 
     Returns:
         Milliseconds (median of `rounds`) per layer and window, the whole kernel first.
@@ -60,8 +60,8 @@ def measure_latencies(
         kernel = (int(conv.kernel_size[0]), int(conv.kernel_size[1]))
         timed = nested_windows(kernel)
         if windows is not None:
-            timed = [Window.whole(kernel), windows.get(name, Window.whole(kernel))]
-            if timed[0] == timed[1]:
+            timed = list(dict.fromkeys((Window.whole(kernel), *windows.get(name, ()))))
+            if len(timed) == 1:
                 continue
         key = (shape, conv.out_channels, kernel, conv.stride, conv.dilation, conv.groups, pads_of(conv), tuple(timed))
         if key not in known:

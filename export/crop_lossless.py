@@ -17,7 +17,7 @@ from export.crop_latency import module_session
 from gmconv.crop_certificate import SumOrder
 from gmconv.crop_groups import DepthwiseSplit
 from gmconv.crop_measure import output_error, run
-from gmconv.cropping import choose_windows, crop_to, croppable
+from gmconv.cropping import Where, choose_windows, crop_to, croppable
 
 LIMIT = 1e-6
 _MARGIN = 0.5  # the largest of some thousand rounding errors varies by a third and more from input to input
@@ -28,6 +28,7 @@ def hold_sum_order(
     batch: Tensor,
     splits: Mapping[str, DepthwiseSplit] | None = None,
     *,
+    where: Where | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> SumOrder:
     """Which layers a lossless crop in fp32 must leave whole for the outputs to stay within 1e-6 of their RMS.
@@ -39,9 +40,10 @@ def hold_sum_order(
         model: baked, fp32; not changed.
         batch: (N, C, H, W).
         splits: depthwise layers that would be cropped in channel groups.
+        where: as for `gmconv.crop`.
         note: called with a few words before ONNX Runtime runs.
     """
-    layers, windows = croppable(model), choose_windows(model, "lossless")
+    layers, windows = croppable(model, where), choose_windows(model, "lossless", where=where)
     groups = {name: split.groups for name, split in (splits or {}).items() if split.taken}
     names = [n for n, w in windows.items() if n in groups or (w.height, w.width) != tuple(layers[n].kernel_size)]
     if not names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from export.crop_latency import module_session, time_sessions
 from gmconv.crop_groups import ChannelGroup, DepthwiseSplit
 from gmconv.crop_measure import run
 from gmconv.crop_window import Precision
-from gmconv.cropping import Tolerance, choose_groups, choose_windows, crop_to, croppable
+from gmconv.cropping import Tolerance, Where, choose_groups, choose_windows, crop_to, croppable
 from gmconv.macs import count_macs
 from runtime.bench.interleave import bootstrap_ratio
 
@@ -26,6 +26,8 @@ def faster_splits(
     tolerance: Tolerance,
     *,
     precision: Precision = "fp32",
+    fp32_layers: Collection[str] = (),
+    where: Where | None = None,
     threads: int = 0,
     note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, DepthwiseSplit]:
@@ -35,7 +37,7 @@ def faster_splits(
     ONNX Runtime folds both into one convolution, but not into several, and a split has to be worth that too.
 
     Args:
-        model, tolerance, precision: as for `gmconv.crop`.
+        model, tolerance, precision, fp32_layers, where: as for `gmconv.crop`.
         threads: ONNX Runtime's; 0 lets it choose.
         note: called with a few words before each layer is timed.
 
@@ -44,11 +46,11 @@ def faster_splits(
         their multiply-accumulates and 8 taps per channel (no 3x3 can), never run, or whose weight the network reads
         elsewhere are missing.
     """
-    candidates = choose_groups(model, tolerance, precision=precision)
+    candidates = choose_groups(model, tolerance, precision=precision, fp32_layers=fp32_layers, where=where)
     if not candidates:
         return {}
     shapes, layers = count_macs(model, example), croppable(model)
-    windows = choose_windows(model, tolerance, precision=precision)
+    windows = choose_windows(model, tolerance, precision=precision, fp32_layers=fp32_layers)
     found = {}
     for name, splits in candidates.items():
         channels, window = layers[name].in_channels, windows[name]

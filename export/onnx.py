@@ -92,7 +92,10 @@ def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Prec
 )
 @precision_flags
 @click.option(
-    "--crop", callback=_crop, metavar="TOL|lossless", help="Crop kernels: a layer may lose a share TOL of its L1 norm."
+    "--crop",
+    callback=_crop,
+    metavar="TOL|lossless",
+    help="Crop kernels: a layer may lose a share TOL of its L1 norm. Zeros in the precision always go.",
 )
 @click.option(
     "--crop-budget",
@@ -103,9 +106,7 @@ def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Prec
 @click.option(
     "--crop-gain",
     type=click.Choice(["macs", "latency"]),
-    default="macs",
-    show_default=True,
-    help="What a budget buys: multiply-accumulates, or time measured in ONNX Runtime.",
+    help="What a budget buys: multiply-accumulates (the default), or time measured in ONNX Runtime.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no table.")
@@ -120,6 +121,9 @@ def main(checkpoint: Path, output: Path | None, as_json: bool, quiet: bool, verb
         raise click.UsageError("a network exported here has one input: give --input-names one name")
     if flags["crop"] is not None and flags["crop_budget"] is not None:
         raise click.UsageError("--crop and --crop-budget exclude each other")
+    if flags["crop_gain"] is not None and flags["crop_budget"] is None:
+        raise click.UsageError("--crop-gain says what a --crop-budget buys; give a budget, or leave it out")
+    flags["crop_gain"] = flags["crop_gain"] or "macs"
     fields = {name: value for name, value in flags.items() if name in ExportOptions.__dataclass_fields__}
     fields |= {"input_name": names[0], "seed": flags["noise_seed"], "precision": options_from_flags(flags)}
     options = ExportOptions(**fields)
@@ -136,8 +140,8 @@ def main(checkpoint: Path, output: Path | None, as_json: bool, quiet: bool, verb
 
         print_json(msgspec.to_builtins(manifest))
     elif not quiet:
-        for written in options.outputs(output):
-            print_export(written)
+        for index, written in enumerate(options.outputs(output)):
+            print_export(written, first=index == 0)
 
 
 if __name__ == "__main__":

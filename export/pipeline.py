@@ -146,7 +146,7 @@ def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: Expo
     model = gmconv.bake(loaded.model, inplace=True)
     baked = {name: tensor_sha256(model.get_submodule(name).weight) for name in loaded.masked}  # type: ignore[arg-type]
     model, crop = _crop(model, loaded, options, note)
-    cropped = run_torch(model, cases, names) if crop else None
+    cropped = run_torch(model, cases, names) if crop and crop.cropped else None
     note("exporting to ONNX")
     log = file.with_name("exporter.log")
     said = "[exporter]"
@@ -192,7 +192,7 @@ def _crop(
     """The model with smaller kernels, where that was asked for; chosen on training images, never on held-out ones."""
     if options.crop is None and options.crop_budget is None:
         return model, None
-    from export.crop import CropRequest, crop_for_export
+    from export.crop import CropRequest, crop_for_export, stored_as
     from export.crop_budget import parse_budget
     from runtime.manifest import read_preprocessing
 
@@ -203,11 +203,13 @@ def _crop(
     request = CropRequest(
         tolerance=options.crop, budget=budget, gain=options.crop_gain, images=options.images, seed=options.seed
     )
+    precision, fp32_layers = stored_as(model, options.precisions, options.precision)
     return crop_for_export(
         model,
         request,
         input_shape=loaded.input_shape,
-        precision=options.precisions[0] if options.precisions[0] in ("fp16", "bf16") else "fp32",
+        precision=precision,
+        fp32_layers=fp32_layers,
         dataset=loaded.dataset,
         preprocessing=read_preprocessing(loaded.preprocessing),
         note=note,
@@ -330,7 +332,7 @@ def run_onnx(file: Path, input_name: str, cases: list[Case], **runner_options: A
 
 def _prove(exported: _Exported, cases: list[Case], reference: Any, options: ExportOptions) -> Proof:
     from export.verify import Proof
-    from runtime.tolerances import crop_cost
+    from runtime.tolerances import crop_cost, removes_only_zeros
 
     for layer in reference.certificate["layers"]:
         if layer["baked_sha256"] != exported.baked_sha256[layer["name"]]:
@@ -338,8 +340,17 @@ def _prove(exported: _Exported, cases: list[Case], reference: Any, options: Expo
                 f"layer {layer['name']!r}: two processes baked different weights; refusing to ship either"
             )
     outputs = run_onnx(exported.file, options.input_name, cases)
-    cost = crop_cost(exported.crop.to_dict() if exported.crop else None)
-    return Proof(cases, reference, outputs, exported.classifies, exported.cropped, cost)
+    proof = Proof(cases, reference, outputs, exported.classifies)
+    if exported.crop is None:
+        return proof
+    crop = exported.crop.to_dict()
+    return replace(
+        proof,
+        cropped=exported.cropped,
+        crop_cost=crop_cost(crop),
+        crop_precision=exported.crop.precision,
+        lossy=not removes_only_zeros(crop),
+    )
 
 
 def _manifest(

@@ -14,25 +14,28 @@ if TYPE_CHECKING:
     from runtime.manifest import Manifest
 
 
-def print_export(output: Path) -> None:
-    """Print what the manifest of `output` says: certificate, crop, parity and a closing line, on stdout."""
+def print_export(output: Path, *, first: bool = True) -> None:
+    """Print what the manifest of `output` says: certificate, crop, parity and a closing line, on stdout.
+
+    `first` False leaves out what the first file of the same export has shown: what was baked, and cropped.
+    """
     from gmconv.certificate import certificate_table
     from runtime.cli import result_console
     from runtime.manifest import read_manifest
 
     manifest = read_manifest(output, verify=False)
     console = result_console()
-    if manifest.certificate and manifest.certificate["layers"] and manifest.precision == "fp32":
+    if manifest.certificate and manifest.certificate["layers"] and first:
         console.print(certificate_table(manifest.certificate))
-    if manifest.crop:
-        from gmconv.crop_certificate import crop_summary, crop_table
+    if manifest.crop and first:
+        from gmconv.crop_table import crop_summary, crop_table
 
         table = crop_table(manifest.crop)
         if table.row_count:
             console.print(table)
         console.print(crop_summary(manifest.crop))
     if manifest.parity:
-        console.print(parity_table(manifest.parity, baking=manifest.precision == "fp32"))
+        console.print(parity_table(manifest.parity, baking=first))
         for measured in manifest.parity["yardstick"]:
             console.print(_yardstick_line(measured, manifest))
     size = manifest.artefact.bytes + sum(entry.bytes for entry in manifest.external)
@@ -45,9 +48,11 @@ def print_export(output: Path) -> None:
 
 def _yardstick_line(measured: dict[str, Any], manifest: Manifest) -> str:
     line = f"float64 yardstick on {measured['samples']} samples: torch fp32 is {measured['reference_rel_rms']:.1e} away"
-    if manifest.precision == "fp32" and not manifest.crop:
-        line += f", ONNX Runtime {measured['candidate_rel_rms']:.1e} (allowed: {measured['factor']:g} times torch's)"
-    return line
+    if measured["candidate_rel_rms"] is not None:
+        found = f"ONNX Runtime {measured['candidate_rel_rms']:.1e}"
+        return f"{line}, {found} (allowed: {measured['factor']:g} times torch's)"
+    why = "it was cropped" if manifest.precision == "fp32" else f"{manifest.precision} rounds"
+    return f"{line}; the file is not held to that, as {why} on purpose"
 
 
 def parity_table(parity: dict[str, Any], *, baking: bool = True) -> Table:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -16,12 +17,13 @@ from gmconv.crop_groups import DepthwiseSplit, SplitDepthwise2d, kernels_of
 from gmconv.crop_measure import (
     Batch,
     OutputError,
-    analytic_input_ranges,
+    example_for,
     measure_input_ranges,
     output_error,
     run,
     watching,
 )
+from gmconv.crop_ranges import analytic_input_ranges
 from gmconv.crop_window import Window, removed_share
 from gmconv.errors import SurgeryError
 from gmconv.macs import LayerMacs, count_macs
@@ -103,8 +105,9 @@ class CropCertificate:
 
     `tolerance` is a share, "lossless", or None where a budget chose (then `budget` says what was asked and found).
     `macs_*` are the whole network's multiply-accumulates for one sample. `end_to_end` compares the outputs of the
-    cropped network with the uncropped one's on the calibration data. `sum_order` is there where a lossless crop was
-    held to a limit.
+    cropped network with the uncropped one's on the calibration data, which `measured_on` describes. `sum_order` is
+    there where a lossless crop was held to a limit; `used_elsewhere` names the layers that had to stay whole (see
+    `gmconv.crop_check`).
     """
 
     tolerance: float | Literal["lossless"] | None
@@ -113,8 +116,10 @@ class CropCertificate:
     macs_before: int | None
     macs_after: int | None
     end_to_end: OutputError | None
+    measured_on: str | None = None
     budget: dict[str, Any] | None = None
     sum_order: SumOrder | None = None
+    used_elsewhere: tuple[str, ...] = ()
 
     @property
     def cropped(self) -> tuple[CroppedLayer, ...]:
@@ -131,6 +136,8 @@ class CropCertificate:
 
     def table(self) -> Table:
         """The layers that lost taps, as a rich table."""
+        from gmconv.crop_table import crop_table
+
         return crop_table(self.to_dict())
 
 
@@ -146,8 +153,10 @@ def certify(
     batches: Sequence[Batch] = (),
     input_shape: tuple[int, ...] | None = None,
     max_abs_input: float | None = None,
+    measured_on: str | None = None,
     budget: dict[str, Any] | None = None,
     sum_order: SumOrder | None = None,
+    used_elsewhere: Collection[str] = (),
 ) -> CropCertificate:
     """Measure what was done: `cropped` is `model` cropped to `windows` and `splits`. Arguments as `crop_model`'s.
 
@@ -163,7 +172,7 @@ def certify(
         for name, pieces in kept.items()
         if any(window.taps < convs[name].weight[0, 0].numel() for _, window in pieces)
     }
-    example = _example(model, batches, input_shape)
+    example = example_for(model, batches, input_shape)
     analytic = analytic_input_ranges(model, example, max_abs_input) if example is not None else {}
     calibrated = measure_input_ranges(model, batches)
     errors = _layer_errors(model, gone, batches)
@@ -172,13 +181,8 @@ def certify(
 
     layers = []
     for name, window in windows.items():
-        conv, reach, source = convs[name], calibrated.get(name), None
-        # A bound that the data itself breaks, by more than the rounding of both, was read wrongly from the network.
-        slack = 1 + max(1e-6, 2 * torch.finfo(conv.weight.dtype).eps)
-        if name in analytic and (reach is None or float(reach.max()) <= analytic[name] * slack):
-            source, reach = "analytic", torch.full((conv.in_channels,), analytic[name], dtype=torch.float64)
-        elif reach is not None:
-            source = "calibration"
+        conv = convs[name]
+        reach, source = _reach(conv, analytic.get(name), calibrated.get(name))
         weight, removed = conv.weight.detach().double(), gone.get(name, torch.zeros(()))
         bounds = _bounds(removed, reach, conv.groups) if reach is not None and removed.any() else None
         energy = float(weight.square().sum())
@@ -202,9 +206,9 @@ def certify(
                 macs_before=before[name].macs if name in before else None,
                 macs_after=_macs(after, name),
                 max_abs_input=float(reach.max()) if reach is not None else None,
-                max_abs_source=cast(Any, source),
+                max_abs_source=source,
                 bound=float(bounds.max()) if bounds is not None else 0.0 if reach is not None else None,
-                bounds=tuple(float(f"{b:.6g}") for b in bounds) if bounds is not None else (),
+                bounds=tuple(_rounded_up(float(b)) for b in bounds) if bounds is not None else (),
                 measured=seen[0] if seen else None,
                 measured_rms=seen[1] if seen else None,
                 magnitude=tuple(tuple(float(f"{v:.6g}") for v in row) for row in weight.abs().mean((0, 1)).tolist()),
@@ -223,95 +227,11 @@ def certify(
         macs_before=sum(layer.macs for layer in before.values()) if before else None,
         macs_after=sum(layer.macs for layer in after.values()) if after else None,
         end_to_end=end_to_end,
+        measured_on=measured_on,
         budget=budget,
         sum_order=sum_order,
+        used_elsewhere=tuple(used_elsewhere),
     )
-
-
-def crop_table(certificate: dict[str, Any]) -> Table:
-    """The rich table of the layers that lost taps, from a certificate dict as the manifest stores it."""
-    from rich.table import Table
-
-    layers = [layer for layer in certificate["layers"] if _cropped(layer) or layer.get("split")]
-    timed = any(layer.get("split") for layer in layers)
-    clocked = any(layer.get("latency_after_ms") is not None for layer in layers)
-    table = Table(
-        title="What was cropped",
-        title_justify="left",
-        title_style="bold",
-        caption="worst case: of any output of the layer, for any input or for inputs as large as the data's; "
-        "measured: on the data" + "; ms: the layer alone in ONNX Runtime" * clocked,
-        caption_justify="left",
-    )
-    table.add_column("layer", overflow="fold")
-    for column in ("kernel", "L1 gone", "M MACs", "worst case", "for", "measured", "of RMS", *["ms"] * clocked):
-        table.add_column(column, justify="right", no_wrap=True)
-    if timed:
-        table.add_column("channel groups, timed against one window", overflow="fold")
-    for layer in layers:
-        macs = (layer["macs_before"], layer["macs_after"])
-        table.add_row(
-            layer["name"],
-            "{}x{} -> {}x{}".format(*layer["kernel"], *layer["kept"]),
-            _number(layer["l1_removed"]),
-            "-" if None in macs else f"{macs[0] / 1e6:.1f} -> {macs[1] / 1e6:.1f}",
-            _number(layer["bound"]),
-            {"analytic": "any input", "calibration": "the data"}.get(layer["max_abs_source"], "-"),
-            _number(layer["measured"]),
-            _number(layer["measured_rms"]),
-            *([latency_text(layer) or "-"] if clocked else []),
-            *([split_text(layer.get("split")) or "-"] if timed else []),
-        )
-    return table
-
-
-def latency_text(layer: dict[str, Any]) -> str:
-    """A layer's milliseconds with its whole kernel and with the kept window; empty where they were not measured."""
-    before, after = layer.get("latency_before_ms"), layer.get("latency_after_ms")
-    return "" if before is None or after is None else f"{before:.2g} -> {after:.2g}"
-
-
-def split_text(split: dict[str, Any] | None) -> str:
-    """A layer's split in one line: channels and window of each group, milliseconds whole and in groups."""
-    if split is None:
-        return ""
-    groups = [(len(group["channels"]), group["window"]) for group in split["groups"]]
-    text = " + ".join(f"{count} of {window['height']}x{window['width']}" for count, window in groups)
-    times = f"{split['one_window_ms']:.3g} -> {split['split_ms']:.3g} ms"
-    return f"{text}: {times}" if split["taken"] else f"kept whole; {text} is not faster: {times}"
-
-
-def crop_summary(certificate: dict[str, Any]) -> str:
-    """One sentence: how it was cropped, layers, multiply-accumulates, end-to-end error."""
-    layers = certificate["layers"]
-    count = sum(_cropped(layer) for layer in layers)
-    asked = certificate["tolerance"]
-    how = "lossless" if asked == "lossless" else f"tolerance {asked:g}" if asked is not None else "budget"
-    if certificate["budget"] is not None:
-        how = f"budget {certificate['budget'].get('asked', '')}".strip()
-    parts = [f"{count} of {len(layers)} kernels cropped ({how}, {certificate['precision']})"]
-    before, after = certificate["macs_before"], certificate["macs_after"]
-    if before and after:
-        parts.append(f"{before / 1e6:,.1f} -> {after / 1e6:,.1f} M multiply-accumulates (/{before / after:.2f})")
-    timed = [layer["split"] for layer in layers if layer.get("split")]
-    if timed:
-        taken = sum(split["taken"] for split in timed)
-        parts.append(f"{taken} of {len(timed)} depthwise layers timed are faster in channel groups, and split")
-    order = certificate.get("sum_order")
-    if order and order["whole"]:
-        parts.append(
-            f"{len(order['whole'])} more kernels have zero taps and stay whole: without them the order of sums would "
-            f"change an output by {order['error_of_all']:.1e} of its RMS in ONNX Runtime, the limit is "
-            f"{order['limit']:.0e} (--crop 0 cuts them)"
-        )
-    seen = certificate["end_to_end"]
-    if seen:
-        parts.append(f"output error {seen['relative_max']:.1e} of its RMS over {seen['samples']} samples")
-    return "; ".join(parts)
-
-
-def _cropped(layer: dict[str, Any]) -> bool:
-    return layer["kernel"] != layer["kept"] or bool(layer.get("split") and layer["split"]["taken"])
 
 
 def _kept(conv: nn.Conv2d, window: Window, split: DepthwiseSplit | None) -> list[tuple[list[int], Window]]:
@@ -347,7 +267,7 @@ def _layer_errors(
     """Per layer, fed with the uncropped network's inputs: largest error; RMS error over the output's RMS.
 
     The error is what the removed taps contribute, in float64: where they are tiny, the difference of two rounded
-    convolutions would be their rounding.
+    convolutions would be their rounding. A layer that is fed NaN or Inf is missing.
     """
     worst: dict[str, float] = {}
     squares: dict[str, tuple[float, float]] = {}
@@ -366,7 +286,31 @@ def _layer_errors(
     for batch in batches:
         with watching(model, see):
             run(model, batch)
-    return {name: (worst[name], (lost / whole) ** 0.5 if whole else 0.0) for name, (lost, whole) in squares.items()}
+    return {
+        name: (worst[name], (lost / whole) ** 0.5 if whole else 0.0)
+        for name, (lost, whole) in squares.items()
+        if math.isfinite(lost) and math.isfinite(whole)
+    }
+
+
+def _reach(
+    conv: nn.Conv2d, analytic: float | None, seen: Tensor | None
+) -> tuple[Tensor | None, Literal["analytic", "calibration"] | None]:
+    """max|x| of each input channel (in_channels,), and where it is from; None where it is not known, or infinite."""
+    if seen is not None and not torch.isfinite(seen).all():
+        return None, None
+    # A bound that the data itself breaks, by more than the rounding of both, was read wrongly from the network.
+    slack = 1 + max(1e-6, 2 * torch.finfo(conv.weight.dtype).eps)
+    largest = 0.0 if seen is None else float(seen.max())
+    if analytic is not None and largest <= analytic * slack:
+        return torch.full((conv.in_channels,), max(analytic, largest), dtype=torch.float64), "analytic"
+    return (None, None) if seen is None else (seen, "calibration")
+
+
+def _rounded_up(bound: float) -> float:
+    """Six digits, and not below `bound`."""
+    rounded = float(f"{bound:.6g}")
+    return rounded if rounded >= bound else float(f"{bound * (1 + 5e-6):.6g}")
 
 
 def _bounds(removed: Tensor, reach: Tensor, groups: int) -> Tensor:
@@ -376,20 +320,5 @@ def _bounds(removed: Tensor, reach: Tensor, groups: int) -> Tensor:
     return (norms.view(groups, -1, norms.shape[1]) * per_group).sum(-1).flatten()
 
 
-def _example(model: nn.Module, batches: Sequence[Batch], input_shape: tuple[int, ...] | None) -> Batch | None:
-    if batches:
-        first = batches[0]
-        return tuple(t[:1] for t in first) if isinstance(first, tuple) else first[:1]
-    if input_shape is None:
-        return None
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn((1, *input_shape), generator=generator).to(like.device, like.dtype)
-
-
 def _pair(value: Any) -> tuple[int, int]:
     return (int(value[0]), int(value[1]))
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1e}"

@@ -37,6 +37,13 @@ class Window:
         """Kept taps per pair of input and output channel."""
         return self.height * self.width
 
+    def intersection(self, other: Window) -> Window:
+        """The taps that both keep; both are windows of one kernel with its centre."""
+        top, left = max(self.top, other.top), max(self.left, other.left)
+        bottom = min(self.top + self.height, other.top + other.height)
+        right = min(self.left + self.width, other.left + other.width)
+        return Window(top, left, bottom - top, right - left)
+
     def cut(self, kernel: Tensor) -> Tensor:
         """The kept part of `kernel` (..., kh, kw), a view."""
         return kernel[..., self.top : self.top + self.height, self.left : self.left + self.width]

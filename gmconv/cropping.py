@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gmconv.crop_certificate import CropCertificate, SumOrder, certify
+from gmconv.crop_check import layers_used_elsewhere
 from gmconv.crop_conv import CroppedConv2d, crop_conv
 from gmconv.crop_groups import ChannelGroup, DepthwiseSplit, best_groups, is_depthwise, split_conv
-from gmconv.crop_measure import Batch, analytic_input_ranges, measure_input_ranges
+from gmconv.crop_measure import Batch, example_for, measure_input_ranges
+from gmconv.crop_ranges import analytic_input_ranges
 from gmconv.crop_window import PRECISIONS, Precision, Window, smallest_lossless_window, smallest_window
 from gmconv.errors import SurgeryError
 from gmconv.layer import GMConv2d
@@ -39,6 +41,7 @@ __all__ = [
     "crop",
     "crop_model",
     "crop_to",
+    "layers_used_elsewhere",
     "measure_input_ranges",
     "parse_tolerance",
 ]
@@ -53,6 +56,7 @@ def crop(
     tolerance: float | str = 1e-3,
     *,
     precision: Precision = "fp32",
+    fp32_layers: Collection[str] = (),
     where: Where | None = None,
     inplace: bool = False,
 ) -> M:
@@ -61,22 +65,25 @@ def crop(
     Args:
         model: a baked model, or any other of plain `nn.Conv2d`.
         tolerance: the largest share of an output channel's L1 norm to remove, in 0 <= tolerance < 1; or "lossless":
-            only taps that are zero in `precision`.
-        precision: what the weights will be stored in. For "int8" and "fp8" a layer that stays in higher precision
-            must be left out with `where`.
+            only taps that are zero in `precision`. Those go with either.
+        precision: what the weights will be stored in.
+        fp32_layers: names of the convolutions whose weights stay in fp32 all the same.
         where: called with the name and module of each convolution; decides which may be cropped. Default: all.
         inplace: change `model` itself instead of a deep copy.
 
     Returns:
         The model with smaller kernels, and the same layer objects, names, hooks, sharing and output shapes. A layer
         whose new padding `nn.Conv2d` cannot state (cropped by more than it pads) becomes a `CroppedConv2d`. Subclasses
-        of `nn.Conv2d` and layers that compute their weight are left alone.
+        of `nn.Conv2d` and layers that compute their weight are left alone. A network that uses a layer's
+        `weight` or `kernel_size` elsewhere, say to compute padding of its own, is only seen by running it: leave such a
+        layer out with `where`, or use `crop_model`, which runs the network.
 
     Raises:
         SurgeryError: a GMConv2d is still there (bake first), or a weight holds NaN or Inf.
         ValueError: `tolerance` or `precision` is neither of the above.
     """
-    return crop_to(model, choose_windows(model, tolerance, precision=precision, where=where), inplace=inplace)
+    windows = choose_windows(model, tolerance, precision=precision, fp32_layers=fp32_layers, where=where)
+    return crop_to(model, windows, inplace=inplace)
 
 
 def crop_model(
@@ -84,32 +91,46 @@ def crop_model(
     tolerance: float | str = "lossless",
     *,
     precision: Precision = "fp32",
+    fp32_layers: Collection[str] = (),
     where: Where | None = None,
     splits: Mapping[str, DepthwiseSplit] | None = None,
     sum_order: SumOrder | None = None,
     batches: Iterable[Batch] = (),
+    measured_on: str | None = None,
     input_shape: tuple[int, ...] | None = None,
     max_abs_input: float | None = None,
 ) -> tuple[M, CropCertificate]:
     """`crop`, and the certificate of what it did.
 
     Args:
-        model, tolerance, precision, where: as for `crop`; `model` is not changed.
+        model, tolerance, precision, fp32_layers, where: as for `crop`; `model` is not changed.
         splits: depthwise layers that were timed in channel groups, from `choose_groups`; the taken ones are split.
         sum_order: which layers stay whole all the same, for a lossless crop; see `export.crop_lossless`.
         batches: calibration data: ranges, measured errors and multiply-accumulates come from it.
+        measured_on: what `batches` are, in a few words for the record.
         input_shape: (C, H, W), to count multiply-accumulates and find analytic bounds where there are no batches.
         max_abs_input: the largest |x| the network's own input can have, when its preprocessing knows.
+
+    With data or a shape, layers whose kernel or weight the network uses elsewhere are found and stay whole; see
+    `layers_used_elsewhere`.
 
     Raises:
         SurgeryError, ValueError: as `crop`.
     """
-    tolerance = parse_tolerance(tolerance)
-    windows = choose_windows(model, tolerance, precision=precision, where=where)
+    tolerance, batches = parse_tolerance(tolerance), list(batches)
+    windows = choose_windows(model, tolerance, precision=precision, fp32_layers=fp32_layers, where=where)
     splits = dict(splits or {})
     for name in sum_order.whole if sum_order else ():
         windows[name] = Window.whole(cast(nn.Conv2d, model.get_submodule(name)).kernel_size)
         splits.pop(name, None)
+    example = example_for(model, batches, input_shape)
+    elsewhere: tuple[str, ...] = ()
+    if example is not None:
+        taken = {name: split.groups for name, split in splits.items() if split.taken}
+        elsewhere = layers_used_elsewhere(model, windows, taken, example)
+        for name in elsewhere:
+            windows[name] = Window.whole(cast(nn.Conv2d, model.get_submodule(name)).kernel_size)
+            splits.pop(name, None)
     cropped = crop_to(model, windows, {name: split.groups for name, split in splits.items() if split.taken})
     certificate = certify(
         model,
@@ -118,16 +139,23 @@ def crop_model(
         tolerance=tolerance,
         precision=precision,
         splits=splits,
-        batches=list(batches),
+        batches=batches,
+        measured_on=measured_on,
         input_shape=input_shape,
         max_abs_input=max_abs_input,
         sum_order=sum_order,
+        used_elsewhere=elsewhere,
     )
     return cropped, certificate
 
 
 def choose_windows(
-    model: nn.Module, tolerance: float | str, *, precision: Precision = "fp32", where: Where | None = None
+    model: nn.Module,
+    tolerance: float | str,
+    *,
+    precision: Precision = "fp32",
+    fp32_layers: Collection[str] = (),
+    where: Where | None = None,
 ) -> dict[str, Window]:
     """The window that `crop` would cut each layer to, by name; uncropped layers with a kernel over 1x1 included."""
     tolerance = parse_tolerance(tolerance)
@@ -136,7 +164,8 @@ def choose_windows(
     scales = _fold_scales(model)
     windows = {}
     for name, conv in croppable(model, where).items():
-        window = smallest_lossless_window(conv.weight, precision, scales.get(conv.out_channels))
+        stored: Precision = "fp32" if name in fp32_layers else precision
+        window = smallest_lossless_window(conv.weight, stored, scales.get(conv.out_channels))
         if tolerance != "lossless":
             window = min(window, smallest_window(conv.weight, tolerance), key=lambda w: w.taps)
         windows[name] = window
@@ -144,7 +173,12 @@ def choose_windows(
 
 
 def choose_groups(
-    model: nn.Module, tolerance: float | str, *, precision: Precision = "fp32", where: Where | None = None
+    model: nn.Module,
+    tolerance: float | str,
+    *,
+    precision: Precision = "fp32",
+    fp32_layers: Collection[str] = (),
+    where: Where | None = None,
 ) -> dict[str, list[tuple[ChannelGroup, ...]]]:
     """How each depthwise layer could be split into channel groups of smaller windows, by name; see `best_groups`.
 
@@ -153,12 +187,14 @@ def choose_groups(
     tolerance = parse_tolerance(tolerance)
     share = None if tolerance == "lossless" else tolerance
     scales = _fold_scales(model)
-    return {
-        name: groups
-        for name, conv in croppable(model, where).items()
-        if is_depthwise(conv)
-        and (groups := best_groups(conv, share, precision=precision, scale=scales.get(conv.out_channels)))
-    }
+    found = {}
+    for name, conv in croppable(model, where).items():
+        if not is_depthwise(conv):
+            continue
+        stored: Precision = "fp32" if name in fp32_layers else precision
+        if groups := best_groups(conv, share, precision=stored, scale=scales.get(conv.out_channels)):
+            found[name] = groups
+    return found
 
 
 def crop_to(
@@ -213,6 +249,8 @@ def croppable(model: nn.Module, where: Where | None = None) -> dict[str, nn.Conv
             continue
         if where is not None and not where(name, conv):
             continue
+        if weight.is_meta:
+            raise SurgeryError(f"layer {name!r}: its weight is on the meta device and has no values to crop by")
         if not torch.isfinite(weight).all():
             raise SurgeryError(f"layer {name!r}: its weight holds NaN or Inf; this model cannot be cropped")
         found[name] = conv

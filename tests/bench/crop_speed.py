@@ -20,7 +20,7 @@ from torch import nn
 import gmconv
 from export.crop import CropRequest, crop_for_export
 from export.crop_budget import parse_budget
-from gmconv.crop_certificate import split_text
+from gmconv.crop_table import split_text
 from tests.bench.crop_timing import interleaved, ratio, shown, write_onnx
 
 SHAPE = (3, 224, 224)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from export.crop import CropRequest, calibration_batches, crop_for_export, max_abs_pixel
+from export.converter import PrecisionOptions
+from export.crop import CropRequest, calibration_batches, crop_for_export, max_abs_pixel, stored_as
 from export.crop_budget import Budget
 from gmconv.crop_conv import CroppedConv2d
 from gmconv.crop_measure import output_error, run
-from gmconv.crop_window import Window
+from gmconv.crop_window import Precision, Window
 from gmconv.cropping import crop_to
 from gmconv.surgery import bake, convert
 from runtime.errors import RefusedError
@@ -61,7 +62,38 @@ def test_missing_images_are_refused(model: nn.Module) -> None:
 def test_a_top1_budget_needs_classes() -> None:
     conv = nn.Sequential(nn.Conv2d(1, 1, 3))
     with pytest.raises(RefusedError, match="classes"):
-        crop_for_export(conv, CropRequest(budget=Budget("top1", 1.0)), input_shape=SHAPE)
+        crop_for_export(conv, CropRequest(budget=Budget("top1", 1.0)), input_shape=SHAPE, dataset=DIGITS)
+
+
+def test_a_top1_budget_is_not_spent_on_noise(model: nn.Module) -> None:
+    with pytest.raises(RefusedError, match="give --images"):
+        crop_for_export(model, CropRequest(budget=Budget("top1", 1.0)), input_shape=SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("precisions", "keep", "expected"),
+    [
+        (("fp32",), (), ("fp32", set())),
+        (("fp16",), (), ("fp16", set())),
+        (("int8",), (), ("int8", set())),
+        (("fp16", "bf16"), (), ("bf16", set())),
+        (("fp16", "int8"), (), ("fp32", set())),
+        (("fp32", "fp16"), (), ("fp32", set())),
+        (("fp16",), ("0",), ("fp16", {"0"})),
+        (("fp16",), ("[02]",), ("fp16", {"0", "2"})),
+        (("fp16",), ("node_conv2d",), ("fp16", {"0", "2"})),  # a node of the graph, whichever layer that is
+        (("fp8",), (), ("fp8", {"0"})),  # 49 taps stay in fp16
+    ],
+)
+def test_zeros_are_those_of_the_precision_that_a_layer_is_stored_in(
+    model: nn.Module, precisions: tuple[Precision, ...], keep: tuple[str, ...], expected: tuple[str, set[str]]
+) -> None:
+    with torch.no_grad():
+        model[0].weight += 1e-2
+        model[2].weight *= (
+            torch.ones(7, 7).index_fill(0, torch.tensor([0, 6]), 0).index_fill(1, torch.tensor([0, 6]), 0)
+        )
+    assert stored_as(model, precisions, PrecisionOptions(keep_fp32=keep)) == expected
 
 
 @pytest.mark.parametrize("request_", [CropRequest(tolerance=t) for t in ("lossless", 1e-3, 2e-2)], ids=str)
@@ -78,7 +110,7 @@ def test_a_budget_by_latency_is_measured(model: nn.Module) -> None:
     cropped, certificate = crop_for_export(model, request, input_shape=SHAPE, dataset=DIGITS)
     assert certificate.budget is not None
     assert certificate.budget["gain_by"] == "latency_ms"
-    assert certificate.budget["measured_on"] == "8 of digits, seed 0"
+    assert certificate.measured_on == "8 of digits, seed 0"
     assert certificate.budget["spent"] <= 0.05
     assert all(layer.latency_before_ms is not None for layer in certificate.layers)
     assert certificate.layers[0].kept == tuple(cropped[0].kernel_size)

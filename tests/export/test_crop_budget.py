@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from export import crop_budget
 from export.crop_budget import Budget, Option, choose, knapsack, parse_budget
 from export.crop_latency import measure_latencies
 from gmconv.crop_measure import output_error, run
-from gmconv.crop_window import nested_windows
+from gmconv.crop_window import Window, nested_windows
 from gmconv.surgery import bake, convert
 
 WINDOWS = nested_windows((7, 7))[1:]
@@ -124,6 +125,46 @@ def test_zero_taps_are_free(batches: list[Tensor]) -> None:
     assert cropped[0].kernel_size == (3, 3)
     assert certificate.budget is not None
     assert certificate.budget["spent"] <= 1e-12
+
+
+@pytest.mark.parametrize("value", [1e-4, 1e-2, 0.5])
+def test_what_is_free_is_never_bought_back(batches: list[Tensor], value: float) -> None:
+    """A window that is not square: of the nested ones none is as small."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 7, padding=3), nn.ReLU(), nn.Conv2d(8, 2, 3), nn.Flatten()).eval()
+    with torch.no_grad():
+        row = model[0].weight[..., 3, 2:5].clone()
+        model[0].weight.zero_()[..., 3, 2:5] = row
+    _, certificate = choose(model, batches, Budget("error", value))
+    assert math.prod(certificate.layers[0].kept) <= 3
+    assert certificate.layers[0].kept[0] == 1
+
+
+def test_nothing_is_cropped_where_even_zeros_break_the_budget(
+    model: nn.Module, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the order of sums moves an output by more than the budget."""
+    monkeypatch.setattr(crop_budget._Spending, "allows", lambda self, windows: not any(w.top for w in windows.values()))
+    monkeypatch.setattr(crop_budget, "choose_windows", lambda *_, **__: {"0": Window(1, 1, 5, 5)})
+    _, certificate = choose(model, batches, Budget("error", 1e-3), where=lambda name, _: name == "0")
+    assert certificate.cropped == ()
+    assert certificate.budget is not None
+    assert certificate.budget["spent"] == 0
+
+
+def test_a_layer_used_elsewhere_is_listed_and_left_whole(batches: list[Tensor]) -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 5, padding=2), nn.Conv2d(4, 4, 5, padding=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(self.a(x)) + nn.functional.conv2d(x, self.a.weight, padding=2)
+            return y
+
+    torch.manual_seed(0)
+    _, certificate = choose(bake(convert(Reads(), sigma=0.5)).eval(), batches, Budget("error", 0.1))
+    assert {layer.name: layer.cropped for layer in certificate.layers} == {"a": False, "b": True}
 
 
 def test_measured_latency_decides_when_given(model: nn.Module, batches: list[Tensor]) -> None:

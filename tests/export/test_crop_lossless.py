@@ -12,8 +12,8 @@ from export import crop_lossless
 from export.crop import CropRequest, crop_for_export
 from export.crop_latency import module_session
 from export.crop_lossless import LIMIT, hold_sum_order
-from gmconv.crop_certificate import crop_summary
 from gmconv.crop_measure import output_error
+from gmconv.crop_table import crop_summary
 
 
 def in_onnxruntime(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:

@@ -220,6 +220,64 @@ def test_a_crop_is_proven_against_the_uncropped_network(tmp_path: Path) -> None:
         "cropped -> ORT",
     ]
     assert max(kernel_sizes(tmp_path / "net.onnx")) < 7
+    assert [item["candidate_rel_rms"] for item in manifest.parity["yardstick"]] == [None]  # it is not held to that
+
+
+def test_a_crop_of_zeros_is_held_to_the_float64_yardstick(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = gmconv.models.create("resnet20", kernel_size=7, sigma=0.1)
+    gmconv.save_checkpoint(tmp_path / "net.pt", model, "gmconv.models:resnet20", (3, 16, 16), {"kernel_size": 7})
+    assert export(tmp_path / "net.pt", "--crop", "0", "-q") == 0
+    manifest = read_manifest(tmp_path / "net.onnx")
+    assert manifest.parity is not None
+    assert max(kernel_sizes(tmp_path / "net.onnx")) < 7
+    (measured,) = manifest.parity["yardstick"]
+    assert 0 < measured["candidate_rel_rms"] <= measured["limit"]
+    limits = {hop["hop"]: hop["outputs"][0]["tolerance"] for hop in manifest.parity["hops"]}
+    assert limits["baked -> cropped"] == limits["cropped -> ORT"] == 2e-5
+
+
+def test_taps_that_int8_stores_as_zero_go_with_a_lossless_crop(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = gmconv.models.create("resnet20", kernel_size=7, sigma=0.7)
+    gmconv.save_checkpoint(tmp_path / "net.pt", model, "gmconv.models:resnet20", (3, 16, 16), {"kernel_size": 7})
+    flags = ["--precision", "int8", "--calibration", "digits", "--calibration-images", "8", "-q"]
+    assert export(tmp_path / "net.pt", *flags, "-o", tmp_path / "whole.onnx") == 0
+    assert export(tmp_path / "net.pt", *flags, "--crop", "lossless", "-o", tmp_path / "net.onnx") == 0
+    whole, cropped = (int8_kernels(tmp_path / name) for name in ("whole.onnx", "net.onnx"))
+    assert whole.keys() == cropped.keys()
+    for name, kernel in whole.items():
+        cut = (kernel.shape[-1] - cropped[name].shape[-1]) // 2
+        inner = kernel[..., cut : kernel.shape[-2] - cut, cut : kernel.shape[-1] - cut]
+        assert np.array_equal(inner, cropped[name])
+        assert np.count_nonzero(kernel) == np.count_nonzero(inner)
+    assert any(kernel.shape[-1] < 7 for kernel in cropped.values())
+    manifest = read_manifest(tmp_path / "net.onnx")
+    assert manifest.parity is not None
+    assert manifest.parity["hops"][-1]["hop"] == "baked -> ORT int8"
+    assert manifest.parity["hops"][-1]["outputs"][0]["tolerance"] == 0.2
+
+
+def int8_kernels(file: Path) -> dict[str, Any]:
+    tensors = onnx.load(file).graph.initializer
+    return {t.name: onnx.numpy_helper.to_array(t) for t in tensors if len(t.dims) == 4}
+
+
+def test_what_stays_in_fp32_keeps_the_taps_that_only_fp16_loses(tmp_path: Path) -> None:
+    """A layer too small for fp16 is why one keeps it in fp32; its crop has to know."""
+    torch.manual_seed(0)
+    model = gmconv.models.create("resnet20", kernel_size=5, sigma=1.0)
+    with torch.no_grad():
+        model.layer1[0].conv1.weight *= 1e-7
+        model.layer1[0].bn1.running_var *= 1e-14
+        model.layer1[0].bn1.eps = 1e-30
+    gmconv.save_checkpoint(tmp_path / "net.pt", model, "gmconv.models:resnet20", (3, 16, 16), {"kernel_size": 5})
+    flags = ["--precision", "fp16", "--crop", "lossless", "-q"]
+    assert export(tmp_path / "net.pt", *flags, "--keep-fp32", "layer1.0.conv1") == 0
+    manifest = read_manifest(tmp_path / "net.onnx")
+    assert manifest.crop is not None
+    layers = {layer["name"]: layer for layer in manifest.crop["layers"]}
+    assert layers["layer1.0.conv1"]["kept"] == [5, 5]
 
 
 def kernel_sizes(file: Path) -> list[int]:
@@ -305,6 +363,7 @@ def test_no_cases_is_a_failure_not_a_pass(
         (["{ckpt}", "--crop-budget", "top1:0"], 2, "points of top-1"),
         (["{ckpt}", "--crop-budget", "1e-2", "--crop", "0"], 2, "exclude each other"),
         (["{ckpt}", "--crop-budget", "1e-2", "--crop-gain", "joy"], 2, "joy"),
+        (["{ckpt}", "--crop", "1e-3", "--crop-gain", "latency"], 2, "give a budget"),
         (["{ckpt}", "--precision", "fp12"], 2, "'fp12' is none of"),
         (["{ckpt}", "--images", "{tmp}/nothing"], 3, "nothing"),
         (["{ckpt}", "--arch", "resnet21"], 3, "resnet21"),

@@ -3,7 +3,6 @@
 import copy
 import io
 import json
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,9 +10,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from gmconv import crop_certificate
-from gmconv.crop_certificate import certify, crop_summary
+from gmconv.crop_certificate import certify
 from gmconv.crop_measure import output_error
-from gmconv.cropping import Window, analytic_input_ranges, crop_model, crop_to, measure_input_ranges
+from gmconv.crop_table import crop_summary
+from gmconv.cropping import Window, crop_model, crop_to, measure_input_ranges
 from gmconv.errors import SurgeryError
 from gmconv.macs import count_macs
 from gmconv.surgery import bake, convert
@@ -196,133 +196,12 @@ def test_json_and_table(batches: list[Tensor]) -> None:
     assert "7x7" in text
 
 
-class TestRanges:
-    """max|x|, measured and analytic."""
-
-    def test_measured_ranges_are_per_input_channel(self) -> None:
-        model = nn.Sequential(nn.ReLU(), nn.Conv2d(2, 1, 1))
-        x = torch.zeros(2, 2, 3, 3)
-        x[0, 0, 1, 1], x[1, 1, 0, 0], x[1, 1, 0, 1] = 3, 4, -9
-        ranges = measure_input_ranges(model, [x, x / 2])
-        assert ranges["1"].tolist() == [3, 4]
-
-    def test_the_model_is_left_as_it_was(self) -> None:
-        model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)).train()
-        model[1].eval()
-        before = {k: v.clone() for k, v in model.state_dict().items()}
-        measure_input_ranges(model, [torch.randn(4, 1, 3, 3)])
-        analytic_input_ranges(model, torch.randn(4, 1, 3, 3))
-        assert model.training
-        assert not model[1].training
-        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-        assert not model[0]._forward_pre_hooks
-
-    def test_bounded_activations_carry_through(self) -> None:
-        class Branches(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.first, self.summed, self.joined, self.lost = (nn.Conv2d(c, 2, 1) for c in (2, 2, 4, 2))
-
-            def forward(self, x: Tensor) -> Tensor:
-                a = torch.sigmoid(self.first(x))
-                b = nn.functional.hardtanh(x, -2, 1)
-                c = nn.functional.max_pool2d(nn.functional.pad(b, (1, 1, 1, 1)), 3, 1)
-                total: Tensor = self.summed(a + 3 * c).sum() + self.joined(torch.cat([a, b], 1)).sum()
-                return total + self.lost(self.first(x)).sum()
-
-        model = Branches()
-        ranges = analytic_input_ranges(model, torch.randn(1, 2, 6, 6))
-        assert ranges == {"summed": 7.0, "joined": 2.0}
-        assert analytic_input_ranges(model, torch.randn(1, 2, 6, 6), 0.5)["first"] == 0.5
-
-    @pytest.mark.parametrize(
-        "write",
-        [
-            lambda y: y.exp_(),
-            lambda y: y[..., 0].mul_(100),
-            lambda y: y.flatten()[1:].add_(100),
-        ],
-        ids=["itself", "a view", "a view of a view"],
-    )
-    def test_writing_in_place_forgets_the_whole(self, write: Callable[[Tensor], Tensor]) -> None:
-        class Grows(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.conv = nn.Conv2d(1, 1, 1)
-
-            def forward(self, x: Tensor) -> Tensor:
-                y = torch.tanh(x)
-                write(y)
-                out: Tensor = self.conv(y)
-                return out
-
-        assert analytic_input_ranges(Grows(), torch.randn(1, 1, 2, 2)) == {}
-
-    @pytest.mark.parametrize(
-        "grow",
-        [
-            lambda y: nn.functional.avg_pool2d(y, 2, divisor_override=1),
-            lambda y: y.view(torch.int32).float(),
-            lambda y: y.to(torch.uint8).float(),
-            lambda y: nn.functional.dropout(y, 0.5, training=True),
-        ],
-        ids=["a divisor of 1", "its bits as int32", "-1 as uint8", "dropout that stays on"],
-    )
-    def test_what_may_grow_ends_a_bound(self, grow: Callable[[Tensor], Tensor]) -> None:
-        class Grows(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.kept, self.conv = nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1)
-
-            def forward(self, x: Tensor) -> Tensor:
-                y = torch.tanh(x)
-                out: Tensor = self.kept(nn.functional.avg_pool2d(y, 2)).sum() + self.conv(grow(y))
-                return out
-
-        assert analytic_input_ranges(Grows(), torch.randn(1, 1, 4, 4)) == {"kept": 1.0}
-
-    def test_layers_in_a_branch_of_cond_are_neither_bounded_nor_measured(self) -> None:
-        class Branches(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.first, self.yes, self.no = (nn.Conv2d(1, 1, 3, padding=1) for _ in range(3))
-
-            def forward(self, x: Tensor) -> Tensor:
-                x = torch.tanh(self.first(torch.tanh(x)))
-                out: Tensor = torch.cond(x.mean() > 0, lambda y: self.yes(y), lambda y: self.no(y), (x,))
-                return out
-
-        model, batch = bake(convert(Branches(), sigma=0.6)), torch.randn(2, 1, 8, 8)
-        assert analytic_input_ranges(model, batch) == {}
-        assert list(measure_input_ranges(model, [batch])) == ["first"]
-        cropped, certificate = crop_model(model, 0.5, batches=[batch])
-        assert [layer.name for layer in certificate.layers if layer.measured is None] == ["yes", "no"]
-        assert torch.isfinite(cropped(batch)).all()
-
-    def test_sparse_tensors_have_no_memory_to_share(self) -> None:
-        class Sparse(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.conv = nn.Conv2d(1, 1, 1)
-
-            def forward(self, x: Tensor) -> Tensor:
-                torch.eye(2).to_sparse().mul_(2)
-                out: Tensor = self.conv(torch.tanh(x))
-                return out
-
-        assert analytic_input_ranges(Sparse(), torch.randn(1, 1, 2, 2)) == {"conv": 1.0}
-
-    def test_a_shared_layer_needs_a_bound_at_every_use(self) -> None:
-        class Shared(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.conv = nn.Conv2d(1, 1, 1)
-
-            def forward(self, x: Tensor) -> Tensor:
-                out: Tensor = self.conv(self.conv(torch.tanh(x)))
-                return out
-
-        assert analytic_input_ranges(Shared(), torch.randn(1, 1, 2, 2)) == {}
+def test_measured_ranges_are_per_input_channel() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Conv2d(2, 1, 1))
+    x = torch.zeros(2, 2, 3, 3)
+    x[0, 0, 1, 1], x[1, 1, 0, 0], x[1, 1, 0, 1] = 3, 4, -9
+    ranges = measure_input_ranges(model, [x, x / 2])
+    assert ranges["1"].tolist() == [3, 4]
 
 
 def test_comparing_nothing_or_nan_is_an_error() -> None:
@@ -347,3 +226,43 @@ def test_macs_of_a_layer_that_runs_twice() -> None:
     counts = count_macs(nn.Sequential(conv, conv), torch.zeros(3, 2, 4, 4))
     assert counts["0"].macs == 2 * 16 * 2 * 2 * 9
     assert counts["0"].input_shape == (2, 4, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_limit_that_the_type_cannot_hold_exactly_bounds_its_rounding(dtype: torch.dtype) -> None:
+    """0.3 is 0.3008 in bfloat16, and the data reaches it."""
+    model = nn.Sequential(nn.Hardtanh(-0.1, 0.3), nn.Conv2d(2, 2, 3, padding=1, bias=False)).to(dtype)
+    with torch.no_grad():
+        model[1].weight.abs_()
+    windows = {"1": Window(1, 1, 1, 1)}
+    batch = torch.full((1, 2, 5, 5), 9.0, dtype=dtype)
+    certificate = certify(model, crop_to(model, windows), windows, tolerance=0.9, precision="fp32", batches=[batch])
+    (layer,) = certificate.layers
+    assert layer.max_abs_source == "analytic"
+    assert layer.bound is not None
+    assert layer.measured is not None
+    assert 0 < layer.measured <= layer.bound
+    assert max(layer.bounds) >= layer.bound
+
+
+def test_a_layer_that_is_fed_infinity_is_not_measured_and_the_json_stays_valid() -> None:
+    class Infinite(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = nn.functional.relu6(self.conv(1 / (x * 0))).nan_to_num() + x
+            return y
+
+    model = Infinite()
+    with torch.no_grad():
+        model.conv.weight[..., 0, :] *= 1e-6
+    windows = {"conv": Window(1, 1, 1, 1)}
+    certificate = certify(
+        model, crop_to(model, windows), windows, tolerance=0.9, precision="fp32", batches=[torch.ones(1, 1, 4, 4)]
+    )
+    (layer,) = certificate.layers
+    assert (layer.bound, layer.max_abs_input, layer.max_abs_source) == (None, None, None)
+    assert (layer.measured, layer.measured_rms) == (None, None)
+    json.loads(certificate.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gmconv.crop_certificate import crop_summary, crop_table
 from gmconv.crop_groups import ChannelGroup, DepthwiseSplit, SplitDepthwise2d, best_groups, is_depthwise
+from gmconv.crop_table import crop_summary, crop_table
 from gmconv.crop_window import Window, removed_shares, smallest_window
 from gmconv.cropping import choose_groups, choose_windows, crop_model, crop_to
 from gmconv.errors import SurgeryError

@@ -242,6 +242,21 @@ def test_where_chooses_the_layers() -> None:
     assert [tuple(m.kernel_size) for m in cropped] == [(3, 3), (1, 1)]
 
 
+def test_layers_that_stay_in_fp32_lose_only_exact_zeros() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 5, padding=2), nn.Conv2d(2, 2, 5, padding=2))
+    with torch.no_grad():
+        for conv in model:
+            conv.weight[..., (0, -1), :] *= 1e-9  # zero in fp16
+            conv.weight[..., (0, -1)] *= 1e-9
+    cropped = crop(model, "lossless", precision="fp16", fp32_layers=["1"])
+    assert [conv.kernel_size for conv in cropped] == [(3, 3), (5, 5)]
+
+
+def test_a_weight_without_values_is_refused_by_name() -> None:
+    with pytest.raises(SurgeryError, match="'0'.*meta device"):
+        crop(nn.Sequential(nn.Conv2d(1, 1, 3, device="meta")))
+
+
 def test_a_live_model_is_refused_by_name() -> None:
     model = convert(nn.Sequential(nn.Conv2d(1, 1, 3)))
     with pytest.raises(SurgeryError, match=r"'0'.*bake"):

@@ -1,0 +1,105 @@
+"""A network that uses a kernel outside of its layer keeps that kernel whole; every other network is cropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gmconv.crop_check import layers_used_elsewhere
+from gmconv.crop_groups import ChannelGroup
+from gmconv.crop_table import crop_summary
+from gmconv.crop_window import Window
+from gmconv.cropping import choose_windows, crop_model
+
+
+class Network(nn.Module):
+    """Three 5x5 kernels, of which `middle` runs as `use` says."""
+
+    def __init__(self, use: Callable[[nn.Conv2d, Tensor], Tensor], **middle: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(2, 4, 5, padding=2)
+        self.middle = nn.Conv2d(4, 4, 5, **{"padding": 2, **middle})
+        self.last = nn.Conv2d(4, 4, 5, padding=2)
+        self.use = use
+        with torch.no_grad():
+            for conv in (self.first, self.middle, self.last):
+                conv.weight[..., (0, -1), :] = 0
+                conv.weight[..., (0, -1)] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(F.relu(self.use(self.middle, F.relu(self.first(x)))))
+        return y
+
+
+def tensorflow_same(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    rows, columns = (k - 1 for k in conv.kernel_size)
+    y: Tensor = conv(F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)))
+    return y
+
+
+USES: dict[str, tuple[Callable[[nn.Conv2d, Tensor], Tensor], dict[str, int]]] = {
+    "pads by the kernel's size, as TensorFlow does": (tensorflow_same, {"padding": 0}),
+    "the weight with padding of the caller's": (lambda c, x: F.conv2d(x, c.weight, c.bias, padding=2), {}),
+    "the weight, flattened": (lambda c, x: c(x) + (c.weight.flatten(1) @ torch.ones(100)).view(1, -1, 1, 1), {}),
+    "a shape that has to fit": (lambda c, x: c(x) * c.weight.view(4, 100).mean(1).view(1, -1, 1, 1), {}),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_kernel_used_outside_of_its_layer_stays_whole(use: str) -> None:
+    run, arguments = USES[use]
+    model = Network(run, **arguments).eval()
+    x = torch.randn(3, 2, 12, 12)
+    cropped, certificate = crop_model(model, 0, batches=[x])
+    kept = {layer.name: layer.kept for layer in certificate.layers}
+    assert kept["first"] == kept["last"] == (3, 3)
+    assert kept["middle"] == (5, 5)
+    assert certificate.used_elsewhere == ("middle",)
+    assert "uses their kernels outside of them: middle" in crop_summary(certificate.to_dict())
+    torch.testing.assert_close(cropped(x), model(x))
+
+
+def test_an_ordinary_network_is_cropped_and_its_weights_are_put_back() -> None:
+    model = Network(lambda conv, x: conv(x)).eval()
+    with torch.no_grad():
+        model.first.weight += 0.01
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    windows = choose_windows(model, 0.5)
+    assert windows["first"] == Window(1, 1, 3, 3)
+    assert layers_used_elsewhere(model, windows, {}, torch.randn(1, 2, 12, 12)) == ()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_layers_that_share_a_weight_stay_whole_together() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+            self.b.weight = self.a.weight
+            self.free = nn.Conv2d(2, 2, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.free(self.b(self.a(x)) + F.conv2d(x, self.a.weight, padding=1))
+            return y
+
+    windows = {name: Window(1, 1, 1, 1) for name in ("a", "b", "free")}
+    assert layers_used_elsewhere(Tied(), windows, {}, torch.randn(1, 2, 6, 6)) == ("a", "b")
+
+
+def test_a_split_counts_as_a_crop() -> None:
+    depthwise = nn.Conv2d(4, 4, 5, padding=2, groups=4)
+    model = nn.Sequential(depthwise, nn.ReLU())
+    groups = (ChannelGroup((0, 2), Window(1, 1, 3, 3)), ChannelGroup((1, 3), Window.whole((5, 5))))
+    whole = {"0": Window.whole((5, 5))}
+    assert layers_used_elsewhere(model, whole, {"0": groups}, torch.randn(1, 4, 9, 9)) == ()
+
+
+def test_a_network_that_depends_on_chance_is_left_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.AlphaDropout(0.5)).eval()
+    model[1].forward = lambda x: x * torch.rand_like(x)  # type: ignore[method-assign]
+    assert layers_used_elsewhere(model, {"0": Window(1, 1, 1, 1)}, {}, torch.randn(1, 1, 6, 6)) == ("0",)
