@@ -6,8 +6,6 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-BAKING = "live -> baked"
-
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -59,6 +57,8 @@ def parity_table(parity: dict[str, Any], *, baking: bool = True) -> Table:
     """The rich table of a manifest's `parity`; `baking` False leaves out the bitwise hop, shown before."""
     from rich import box
     from rich.table import Table
+
+    from runtime.manifest import BAKING
 
     title = "Parity, hop by hop: errors of the right side against the left"
     table = Table(

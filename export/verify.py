@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 import numpy as np
 
-from export.tables import BAKING
 from runtime.errors import RefusedError
+from runtime.manifest import BAKING
 from runtime.runners.base import Array, numpy_dtype
 
 if TYPE_CHECKING:

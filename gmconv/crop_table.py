@@ -75,6 +75,14 @@ def crop_summary(certificate: dict[str, Any]) -> str:
     before, after = certificate["macs_before"], certificate["macs_after"]
     if before and after and count:
         parts.append(f"{before / 1e6:,.1f} -> {after / 1e6:,.1f} M multiply-accumulates (/{before / after:.2f})")
+    if not count and layers and not (certificate.get("sum_order") or {}).get("whole"):
+        parts.append(
+            "no smaller window keeps the budget"
+            if asked is None
+            else f"no kernel has an outer ring that is zero in {certificate['precision']}"
+            if asked == "lossless"
+            else "every smaller window loses more than that"
+        )
     timed = [layer["split"] for layer in layers if layer.get("split")]
     if timed:
         taken = sum(split["taken"] for split in timed)

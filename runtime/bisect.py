@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,7 +230,7 @@ def _judge(
     layers = []
     for name in tensors:
         nodes, _ = segments[name]
-        title = _title(graph, nodes, names.get(name, name))
+        title = _title(graph, nodes, names.get(name, name), sigmas)
         own = error(name, local)
         layer = _layer(title, graph.ops(nodes), name, _sigma_of(title, sigmas), own, accumulated[name])
         if exact is not None:
@@ -324,9 +324,14 @@ def _module_names(graph: Graph, matches: Sequence[Match], order: Sequence[str], 
     return names
 
 
-def _title(graph: Graph, nodes: Sequence[int], module: str) -> str:
-    """What to call a segment: the layers its weights are named after (`val_12` is no name), else the module."""
+def _title(graph: Graph, nodes: Sequence[int], module: str, masked: Collection[str]) -> str:
+    """What to call a segment: the layers its weights are named after (`val_12` is no name), else the module.
+
+    The parts of a masked layer that a crop split into channel groups go by the layer's name.
+    """
     weights = [name for name in graph.weight_names(nodes) if not re.fullmatch(r"(onnx::.*|val|w|weight)?_?\d*", name)]
+    layers = [re.sub(r"\.parts\.\d+$", "", name) for name in weights]
+    weights = [layer if layer in masked else name for layer, name in zip(layers, weights, strict=True)]
     return " or ".join(dict.fromkeys(weights)) or module
 
 

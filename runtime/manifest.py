@@ -24,6 +24,8 @@ from runtime.cli import require
 from runtime.errors import RefusedError
 
 SCHEMA = "gmconv-deploy.manifest/v1"
+#: The hop of `Manifest.parity` in which bits have to be equal.
+BAKING = "live -> baked"
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,11 @@ def _shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
 @click.option("--device", default="cpu", show_default=True, help="Of the candidates: cpu, cuda, cuda:N.")
 @click.option("--reference-device", default="cpu", show_default=True, help="Of the reference.")
 @click.option("--precision", type=click.Choice(_PRECISIONS), help="Judge by this row instead of the manifest's.")
-@click.option("--tolerance", type=float, help="Relative RMS error allowed, instead of the table's.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Relative RMS error allowed, instead of the table's.",
+)
 @click.option("--bisect", is_flag=True, help="On failure, name the first layer that is out of tolerance.")
 @click.option("--yardstick/--no-yardstick", default=True, help="Measure fp32 candidates against a float64 run too.")
 @click.option("--classes/--no-classes", default=True, help="Whether outputs of shape (N, K) are class scores.")

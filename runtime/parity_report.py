@@ -17,6 +17,7 @@ from runtime.report import (
     Text,
     comparison_row,
     manifest_sections,
+    without_repeated_masks,
     write_report,
 )
 from runtime.runners import artefact_kind
@@ -36,11 +37,11 @@ def write_parity_report(path: Path, found: ParityReport) -> None:
     if artefact_kind(found.reference) == "checkpoint" and (field := _receptive_field(found.reference)) is not None:
         sections.append(field)
     names = ", ".join(candidate.path.name for candidate in found.candidates)
-    write_report(path, f"Parity of {names} with {found.reference.name}", [*sections, *texts])
+    write_report(path, f"Parity of {names} with {found.reference.name}", [*without_repeated_masks(sections), *texts])
 
 
 def _candidate(found: ParityReport, candidate: CandidateReport, texts: list[Section]) -> list[Section]:
-    name = candidate.path.name
+    name, alone = candidate.path.name, len(found.candidates) == 1
     rows = {
         "Reference": f"{found.reference.name} ({found.engine})",
         "Candidate": f"{name} ({candidate.engine})",
@@ -57,6 +58,7 @@ def _candidate(found: ParityReport, candidate: CandidateReport, texts: list[Sect
     sections: list[Section] = [
         Facts(rows=rows, title=f"{name}: verdict", passed=candidate.passed, warnings=candidate.failures()),
         Parity(
+            title="Parity" if alone else f"Parity: {name}",
             reference=found.reference.name,
             candidate=name,
             rows=[
@@ -70,7 +72,7 @@ def _candidate(found: ParityReport, candidate: CandidateReport, texts: list[Sect
         sections.append(Text(title=f"{name}: notes", paragraphs=candidate.notes))
     manifest = None if artefact_kind(candidate.path) == "checkpoint" else find_manifest(candidate.path)
     if manifest is not None:
-        sections += manifest_sections(name, manifest)
+        sections += manifest_sections(name, manifest, alone=alone)
         texts.append(ManifestText(name=name, manifest=manifest))
     return sections
 

@@ -14,7 +14,7 @@ from runtime.manifest import Manifest, find_manifest
 from runtime.parity_inputs import Case, Facts, Feeds, make_cases
 from runtime.runners import artefact_kind, open_runner
 from runtime.runners.base import Array, Runner, numpy_dtype
-from runtime.tolerances import Tolerance, crop_cost, tolerance_for
+from runtime.tolerances import MAX_CROP_COST, Tolerance, crop_cost, tolerance_for
 
 if TYPE_CHECKING:
     from runtime.bisect import Bisection
@@ -171,7 +171,8 @@ def _compare(
     notes: list[str] = []
     manifest = find_manifest(path) if artefact_kind(path) != "checkpoint" else None
     precision = options.precision or _precision(path, manifest, notes)
-    tolerance = _tolerance(precision, manifest, options, notes)
+    source = find_manifest(reference_path) if artefact_kind(reference_path) != "checkpoint" else None
+    tolerance = _tolerance(precision, manifest, source, options, notes)
     with open_candidate(path, options.device, precision, manifest, notes) as candidate:
         facts = _facts(reference, reference_path, candidate, manifest)
         _check_source(reference, path, manifest, notes)
@@ -185,7 +186,7 @@ def _compare(
             seed=options.seed,
             calibrated=tolerance.calibrated,
         )
-        pair = _Pair(reference, candidate)
+        pair = _Pair(reference, candidate, path.name)
         judge = exact is not None and tolerance == tolerance_for("fp32")
         yardstick = Yardstick()
         results = []
@@ -241,15 +242,15 @@ class _Pair:
     checkpoints do not name their tensors.
     """
 
-    def __init__(self, reference: Runner, candidate: Runner) -> None:
+    def __init__(self, reference: Runner, candidate: Runner, name: str) -> None:
         self.reference, self.candidate = reference, candidate
         ours, theirs = reference.inputs, candidate.inputs
         if len(ours) != len(theirs):
-            raise RefusedError(f"the reference takes {len(ours)} inputs, the candidate {len(theirs)}: not one network")
+            raise RefusedError(f"the reference takes {len(ours)} inputs, {name} {len(theirs)}: not one network")
         for mine, other in zip(ours, theirs, strict=True):
             if not _compatible(mine.shape, other.shape):
                 raise RefusedError(
-                    f"the reference takes {mine.name} {tuple(mine.shape)}, the candidate {other.name} "
+                    f"the reference's {mine.name} is {tuple(mine.shape)}, that of {name} ({other.name}) "
                     f"{tuple(other.shape)}: not one network"
                 )
         same = {spec.name for spec in ours} == {spec.name for spec in theirs}
@@ -297,14 +298,20 @@ def _device(path: Path, device: str) -> str:
     return "cuda:0" if device == "cpu" and artefact_kind(path) == "engine" else device
 
 
-def _tolerance(precision: str, manifest: Manifest | None, options: ParityOptions, notes: list[str]) -> Tolerance:
+def _tolerance(
+    precision: str, manifest: Manifest | None, source: Manifest | None, options: ParityOptions, notes: list[str]
+) -> Tolerance:
+    """The table's row or the user's number, wider where one side is cropped, or both are, each in its own way."""
     tolerance = tolerance_for(precision)
     if options.tolerance is not None:
         notes.append(f"tolerance {options.tolerance:g} was given; the table says {tolerance.rel_rms:g} for {precision}")
         return tolerance.override(options.tolerance)
-    cost = crop_cost(manifest.crop if manifest else None)
+    crop, reference_crop = manifest.crop if manifest else None, source.crop if source else None
+    own, other = crop_cost(crop), crop_cost(reference_crop)
+    cost = 0.0 if crop == reference_crop else min(MAX_CROP_COST, own + other)
     if cost:
-        notes.append(f"its kernels are cropped, which may cost {cost:.1e} besides what {precision} may")
+        whose = "its" if not other else "both networks'" if own else "the reference's"
+        notes.append(f"{whose} kernels are cropped, which may cost {cost:.1e} besides what {precision} may")
     return tolerance.widened(cost)
 
 

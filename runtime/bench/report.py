@@ -17,11 +17,11 @@ from runtime.report import (
     LatencyRun,
     LayerTimes,
     ManifestText,
-    Masks,
     RatioRow,
     ReceptiveField,
     Section,
     manifest_sections,
+    without_repeated_masks,
     write_report,
 )
 from runtime.runners import artefact_kind
@@ -83,7 +83,6 @@ def _artefact_sections(prepared: Sequence[Prepared]) -> list[Section]:
     """
     sections: list[Section] = []
     texts: list[Section] = []
-    certificates: list[object] = []
     fields = False
     for opened in prepared:
         if opened.artefact.generated:
@@ -96,12 +95,9 @@ def _artefact_sections(prepared: Sequence[Prepared]) -> list[Section]:
             fields = True
             sections.append(ReceptiveField(before=before, after=after, samples=_SAMPLES))
         if opened.manifest is not None:
-            layers = (opened.manifest.certificate or {}).get("layers")
-            told = manifest_sections(opened.artefact.name, opened.manifest)
-            sections += [s for s in told if not (isinstance(s, Masks) and layers in certificates)]
-            certificates.append(layers)
+            sections += manifest_sections(opened.artefact.name, opened.manifest, alone=len(prepared) == 1)
             texts.append(ManifestText(name=opened.artefact.name, manifest=opened.manifest))
-    return sections + texts
+    return without_repeated_masks(sections) + texts
 
 
 def _words(values: dict[str, object]) -> dict[str, str]:

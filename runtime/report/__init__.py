@@ -19,6 +19,7 @@ from runtime.report.sections import (
     Text,
     comparison_row,
     manifest_sections,
+    without_repeated_masks,
 )
 
 __all__ = [
@@ -39,5 +40,6 @@ __all__ = [
     "Text",
     "comparison_row",
     "manifest_sections",
+    "without_repeated_masks",
     "write_report",
 ]

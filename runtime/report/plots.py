@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 #: CSS pixels; matplotlib's SVG has 72 units per inch, and the page scales a unit to a pixel.
 WIDE, NARROW = 860, 330
 #: Series colours in order; the page's style sheet gives each a value for light and for dark.
-SERIES = ("--c1", "--c2", "--c3", "--c4", "--c5", "--c6")
+SERIES = ("--c1", "--c2", "--c3", "--c4", "--c5", "--c6", "--c7", "--c8")
 _VARIABLES = ("--ink", "--soft", "--line", "--good", "--bad", *SERIES)
 # matplotlib knows no CSS variables: each is drawn in a colour of its own that is then replaced by name.
 _STAND_IN = {name: f"#0102{index + 16:02x}" for index, name in enumerate(_VARIABLES)}
@@ -142,8 +142,10 @@ def parity(rows: Sequence[ParityRow]) -> str:
             if row.rel_rms is None:
                 axes.plot([row.tolerance], [index], "x", color=tone, markersize=7, markeredgewidth=2)
                 continue
-            axes.hlines(index, error, row.tolerance, color=tone, linewidth=3, alpha=0.35)
             axes.plot([error], [index], "o" if error > floor else "<", color=tone, markersize=6)
+            if row.bitwise:
+                continue
+            axes.hlines(index, error, row.tolerance, color=tone, linewidth=3, alpha=0.35)
             axes.plot([row.tolerance], [index], "|", color=colour("--ink"), markersize=12, markeredgewidth=1.6)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
@@ -245,9 +247,13 @@ def _embed(svg: str, label: str) -> str:
 
 
 def _rows(axes: Axes, names: Sequence[str], narrow: bool) -> None:
-    """One named row per item, the first on top; long names lose their middle."""
+    """One named row per item, the first on top; long names lose their middle, and are numbered where that is the
+    only difference between them."""
     room = 20 if narrow else 48
-    axes.set_yticks(range(len(names)), [_shortened(name, room) for name in names])
+    short = [_shortened(name, room) for name in names]
+    if len(set(short)) < len(set(names)):
+        short = [f"{index} {_shortened(name, room - 3)}" for index, name in enumerate(names, 1)]
+    axes.set_yticks(range(len(names)), short)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
 

@@ -164,6 +164,7 @@ def _(section: Parity) -> Block:
             "reference": section.reference,
             "candidate": section.candidate,
             "note": section.note,
+            "bitwise": any(row.bitwise for row in rows),
             "passed": bool(rows) and all(row.passed for row in rows),
         },
     )
@@ -214,14 +215,11 @@ def _(section: LayerTimes) -> Block:
 def _(section: Crop) -> Block:
     certificate = section.certificate
     tiles = [_crop_tile(layer) for layer in certificate["layers"]]
-    before, after = certificate.get("macs_before"), certificate.get("macs_after")
-    rows = {
-        "Tolerance": "by budget" if certificate.get("tolerance") is None else str(certificate["tolerance"]),
-        "Layers cropped": f"{sum(t['cropped'] for t in tiles)} of {len(tiles)}",
-    }
-    if before and after:
-        rows["Multiply-accumulates"] = f"{before:,} → {after:,} ({after / before:.1%})"
-    return Block("crop", section.title, {"tiles": tiles, "rows": rows})
+    return Block(
+        "crop",
+        section.title,
+        {"tiles": tiles, "rows": _crop_facts(certificate, tiles), "any": any(tile["cropped"] for tile in tiles)},
+    )
 
 
 @block.register
@@ -282,6 +280,35 @@ def _normalized(values: NDArray[Any]) -> NDArray[np.float64]:
     return array / max(float(array.max()), 1e-30)
 
 
+def _crop_facts(certificate: Mapping[str, Any], tiles: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What was asked of a crop and what came of it, end to end."""
+    asked, budget = certificate.get("tolerance"), certificate.get("budget") or {}
+    cropped = sum(tile["cropped"] for tile in tiles)
+    rows = {"Tolerance": str(asked)} if asked is not None else {}
+    if budget:
+        unit = " points of top-1" if budget.get("kind") == "top1" else " of the outputs’ RMS"
+        spent = f"{number(budget.get('spent'), 3)} of {number(budget.get('value'), 3)}{unit}"
+        rows["Budget spent"] = spent + (", by labels" if budget.get("labels") else "")
+    rows["Layers cropped"] = f"{cropped} of {len(tiles)}"
+    before, after = certificate.get("macs_before"), certificate.get("macs_after")
+    if before and after and cropped:
+        rows["Multiply-accumulates"] = f"{before:,} → {after:,} ({after / before:.1%})"
+    seen = certificate.get("end_to_end") or {}
+    if seen and cropped:
+        largest, rms = (number(seen.get(key), 2) for key in ("relative_max", "relative_rms"))
+        rows["Output error over the outputs’ RMS"] = f"{rms} RMS, {largest} largest"
+        if seen.get("top1_agreement") is not None:
+            rows["Top-1 agreement"] = f"{seen['top1_agreement']:.2%} of {seen.get('samples')} samples"
+    if certificate.get("measured_on"):
+        rows["Measured on"] = str(certificate["measured_on"])
+    if certificate.get("used_elsewhere"):
+        names = ", ".join(certificate["used_elsewhere"])
+        rows["Left whole, as the network uses their kernels outside of them"] = names
+    if whole := (certificate.get("sum_order") or {}).get("whole"):
+        rows["Left whole for the order of sums"] = ", ".join(whole)
+    return rows
+
+
 def _crop_tile(layer: Mapping[str, Any]) -> dict[str, Any]:
     height, width = layer["kernel"]
     magnitude = np.asarray(layer.get("magnitude") or np.ones((height, width)), dtype=np.float64).reshape(height, width)
@@ -298,6 +325,7 @@ def _crop_tile(layer: Mapping[str, Any]) -> dict[str, Any]:
         "image": plots.image(magnitude, 0, float(magnitude.max()) or 1.0),
         "removed": removed,
         "cropped": bool(removed) or split_taken,
+        "l1": layer.get("l1_removed"),
         "energy": layer.get("energy_removed"),
         "errors": _crop_errors(layer) if removed or split_taken else [],
         "macs": _before_after(layer.get("macs_before"), layer.get("macs_after"), 1e-6),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.manifest import Manifest
+from runtime.manifest import BAKING, Manifest
 
 Values = NDArray[Any]
 
@@ -53,7 +53,10 @@ class ReceptiveField:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityRow:
-    """One comparison. Errors are relative RMS; `margin` is tolerance over error, above 1 passes; None: no number."""
+    """One comparison. Errors are relative RMS; `margin` is tolerance over error, above 1 passes; None: no number.
+
+    `bitwise`: equal bits were asked for, so there is no tolerance and no margin.
+    """
 
     case: str
     output: str
@@ -67,6 +70,7 @@ class ParityRow:
     top1: float | None = None
     margin: float | None = None
     reason: str = ""
+    bitwise: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,20 +163,40 @@ Section = (
 )
 
 
-def manifest_sections(name: str, manifest: Manifest) -> list[Section]:
-    """Everything a manifest can tell about an artefact: network, masks, crop, tails, and the manifest itself last."""
+def manifest_sections(name: str, manifest: Manifest, *, alone: bool = True) -> list[Section]:
+    """Everything a manifest can tell about an artefact: network, masks, crop, tails, parity at export.
+
+    `alone` False: other artefacts are in the same report, so each section names its own.
+    """
+
+    def title(text: str) -> str:
+        return text if alone else f"{text}: {name}"
+
     sections: list[Section] = [Network(name=name, manifest=manifest)]
     if (manifest.certificate or {}).get("layers"):
-        sections.append(Masks(certificate=manifest.certificate or {}))
+        sections.append(Masks(certificate=manifest.certificate or {}, title=title("Masks")))
     if (manifest.crop or {}).get("layers"):
-        sections.append(Crop(certificate=manifest.crop or {}))
+        sections.append(Crop(certificate=manifest.crop or {}, title=title("Crop")))
     if audit := find_audit(manifest):
-        sections.append(TailAudit(layers=audit))
+        sections.append(TailAudit(layers=audit, title=title("Kernel tails at this precision")))
     if rows := manifest_parity(manifest):
-        sections.append(
-            Parity(reference="the trained network", candidate=name, rows=rows, title="Parity, as proven at export")
-        )
+        said = title("Parity, as proven at export")
+        sections.append(Parity(reference="the trained network", candidate=name, rows=rows, title=said))
     return sections
+
+
+def without_repeated_masks(sections: Iterable[Section]) -> list[Section]:
+    """The sections, masks once: artefacts of one checkpoint were baked from the same ones."""
+    kept: list[Section] = []
+    seen: list[Any] = []
+    for section in sections:
+        if isinstance(section, Masks):
+            layers = section.certificate["layers"]
+            if layers in seen:
+                continue
+            seen.append(layers)
+        kept.append(section)
+    return kept
 
 
 def find_audit(manifest: Manifest) -> Sequence[Mapping[str, Any]]:
@@ -187,7 +211,10 @@ def manifest_parity(manifest: Manifest) -> list[ParityRow]:
     for hop in (manifest.parity or {}).get("hops", ()):
         shape = "x".join(map(str, hop.get("shape", ())))
         label = f"{hop.get('hop', '')}, {hop.get('case', '')}"
-        rows += [comparison_row(label, shape, output) for output in hop.get("outputs", ())]
+        found = [comparison_row(label, shape, output) for output in hop.get("outputs", ())]
+        if hop.get("hop") == BAKING:
+            found = [replace(row, bitwise=True, passed=row.passed and hop.get("bitwise") is True) for row in found]
+        rows += found
     return rows
 
 

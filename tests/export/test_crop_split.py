@@ -20,6 +20,7 @@ from gmconv.crop_groups import SplitDepthwise2d
 from gmconv.crop_measure import output_error, run
 from runtime.errors import ParityError
 from runtime.manifest import read_manifest
+from runtime.parity_run import ParityOptions, compare_artefacts
 from runtime.report import manifest_sections, write_report
 
 NETWORK = """
@@ -173,6 +174,23 @@ def test_an_exported_split_is_proven_against_the_network_as_trained(
     assert converted.parity["passed"]
     write_report(tmp_path / "report.html", "Split", manifest_sections("net.onnx", manifest))
     assert "split: 32 channels 5×5, 32 channels 17×17; " in (tmp_path / "report.html").read_text()
+
+
+def test_a_wrong_part_of_a_split_goes_by_the_layers_name_and_sigma(checkpoint: Path, tmp_path: Path) -> None:
+    options = ExportOptions(arch="wide_and_narrow:make", crop=1e-3)
+    manifest = export_onnx(checkpoint, tmp_path / "net.onnx", options)
+    assert manifest.crop is not None
+    name = manifest.crop["layers"][0]["name"]
+    graph = onnx.load(tmp_path / "net.onnx")
+    part = next(tensor for tensor in graph.graph.initializer if tensor.name == f"{name}.parts.1.weight")
+    part.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(part) * 3, part.name))
+    onnx.save(graph, tmp_path / "wrong.onnx")
+    settings = ParityOptions(bisect=True, load_options={"arch": "wide_and_narrow:make"})
+    (found,) = compare_artefacts(checkpoint, [tmp_path / "wrong.onnx"], settings).candidates
+    assert found.bisection is not None
+    assert found.bisection.culprit is not None
+    assert found.bisection.culprit.name == name
+    assert found.bisection.culprit.sigma is not None
 
 
 def test_channels_in_the_wrong_order_are_not_shipped(

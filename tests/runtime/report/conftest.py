@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def crop_layer(name: str, kernel: int, kept: int) -> dict[str, Any]:
         "offset": [(kernel - kept) // 2] * 2,
         "magnitude": np.ones((kernel, kernel)).tolist(),
         "energy_removed": 1e-5,
+        "l1_removed": 7e-4 if kept < kernel else 0.0,
         "bound": 3e-3 if kept < kernel else 0.0,
         "max_abs_source": "analytic",
         "measured": 2e-4 if kept < kernel else None,
@@ -73,6 +75,19 @@ def parity_row(case: str, error: float | None, passed: bool = True) -> ParityRow
         margin=2e-5 / error if error else None,
         reason="" if passed else "error / RMS is too large",
     )
+
+
+BUDGET: dict[str, Any] = {
+    "tolerance": None,
+    "budget": {"asked": "top1:0.5", "kind": "top1", "value": 0.5, "spent": 0.35, "labels": True},
+    "layers": [crop_layer("conv1", 5, 1)],
+    "macs_before": 25 * 10**6,
+    "macs_after": 10**6,
+    "end_to_end": {"samples": 1437, "relative_max": 0.71, "relative_rms": 0.189, "top1_agreement": 0.9951},
+    "measured_on": "1437 of digits, seed 0",
+    "used_elsewhere": ["stem"],
+    "sum_order": {"whole": ["conv9"]},
+}
 
 
 @pytest.fixture(scope="session")
@@ -105,10 +120,12 @@ def every_section() -> list[Section]:
                 parity_row("noise", 3e-7),
                 parity_row("bad", 1e-3, passed=False),
                 parity_row("none", None),
+                replace(parity_row("live -> baked", 0.0), bitwise=True),
             ],
         ),
         LayerTimes(name="model.onnx", times={f"a/rather/long/name/of/a/node/Conv_{i}": 0.01 * i for i in range(40)}),
         Crop(certificate={"tolerance": 1e-3, "layers": [crop_layer("conv1", 7, 3), crop_layer("conv2", 3, 3)]}),
+        Crop(title="Crop: other.onnx", certificate=BUDGET),
         TailAudit(
             layers=[
                 {

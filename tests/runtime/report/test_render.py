@@ -11,9 +11,21 @@ from export.tail_audit import LayerAudit
 from gmconv import gaussian_mask
 from runtime.errors import RefusedError
 from runtime.manifest import FileDigest, Manifest, TensorSpec
-from runtime.report import Facts, Parity, ParityRow, Section, TailAudit, manifest_sections, write_report
+from runtime.report import (
+    Crop,
+    Facts,
+    Network,
+    Parity,
+    ParityRow,
+    Section,
+    TailAudit,
+    manifest_sections,
+    without_repeated_masks,
+    write_report,
+)
 from runtime.report.plots import image
 from runtime.report.render import energy_radius, mask_values, radial_profile, render
+from tests.runtime.report.conftest import crop_layer, mask_layer
 
 
 class Page(HTMLParser):
@@ -73,6 +85,63 @@ def test_each_cropped_layer_says_its_bound_and_what_was_measured(report: Path) -
     first, second = re.findall(r"<figcaption><b>conv\d</b>[37]×[37] → 3×3(.*?)</figcaption>", report.read_text())
     assert "<br>error ≤ 0.003, any input<br>measured 0.0002<br>error / RMS 0.0001<br>" in first
     assert "error" not in second
+
+
+def test_a_crop_says_what_was_asked_and_what_came_of_it(report: Path) -> None:
+    text = report.read_text()
+    for words in (
+        "0.35 of 0.5 points of top-1, by labels",
+        "25,000,000 → 1,000,000 (4.0%)",
+        "0.19 RMS, 0.71 largest",
+        "99.51% of 1437 samples",
+        "1437 of digits, seed 0",
+        "stem",
+        "conv9",
+        "L1 gone 0.07 %",
+    ):
+        assert words in text
+
+
+def test_a_crop_of_nothing_shows_kernels_and_no_errors() -> None:
+    layer = crop_layer("conv1", 3, 3)
+    text = render("Whole", [Crop(certificate={"tolerance": "lossless", "layers": [layer]})])
+    assert "0 of 1" in text
+    assert "hatched taps were removed" not in text
+    assert "L1 gone" not in text
+
+
+def test_baking_is_bitwise_and_has_no_margin(report: Path) -> None:
+    rows = re.findall(r"<tr>.*?</tr>", report.read_text(), re.DOTALL)
+    (row,) = (row for row in rows if "live -&gt; baked" in row)
+    assert re.findall(r"<td>(bitwise|equal)</td>", row) == ["bitwise", "equal"]
+
+
+def test_sections_name_their_artefact_where_there_are_several() -> None:
+    layers = [mask_layer("conv1", 7, 1.2)]
+    parity = {"hops": [{"hop": "live -> baked", "case": "noise", "bitwise": False, "outputs": [OUTPUT]}]}
+    manifest = Manifest(
+        artefact=FileDigest("onnx", "a.onnx", "0" * 64, 1),
+        inputs=(),
+        outputs=(),
+        certificate={"layers": layers},
+        crop={"tolerance": 1e-3, "layers": [crop_layer("conv1", 7, 3)]},
+        parity=parity,
+    )
+    told = [s for name in ("a.onnx", "b.onnx") for s in manifest_sections(name, manifest, alone=False)]
+    kept = without_repeated_masks(told)
+    assert [s.title for s in kept if not isinstance(s, Network)] == [
+        "Masks: a.onnx",
+        "Crop: a.onnx",
+        "Parity, as proven at export: a.onnx",
+        "Crop: b.onnx",
+        "Parity, as proven at export: b.onnx",
+    ]
+    (first, *_) = (s for s in kept if isinstance(s, Parity))
+    assert first.rows[0].bitwise
+    assert not first.rows[0].passed, "the tolerance held, the bits did not"
+
+
+OUTPUT = {"output": "logits", "passed": True, "tolerance": 2e-5, "rel_rms": 1e-7, "margin": 200.0}
 
 
 def test_each_layer_says_its_work_and_time_before_and_after_the_crop(report: Path) -> None:
