@@ -332,7 +332,7 @@ def run_onnx(file: Path, input_name: str, cases: list[Case], **runner_options: A
 
 def _prove(exported: _Exported, cases: list[Case], reference: Any, options: ExportOptions) -> Proof:
     from export.verify import Proof
-    from runtime.tolerances import crop_cost, removes_only_zeros
+    from runtime.tolerances import crop_cost, removes_only_zeros, spent_on_data
 
     for layer in reference.certificate["layers"]:
         if layer["baked_sha256"] != exported.baked_sha256[layer["name"]]:
@@ -350,6 +350,7 @@ def _prove(exported: _Exported, cases: list[Case], reference: Any, options: Expo
         crop_cost=crop_cost(crop),
         crop_precision=exported.crop.precision,
         lossy=not removes_only_zeros(crop),
+        crop_on_data=spent_on_data(crop),
     )
 
 

@@ -72,8 +72,8 @@ def make_cases(
         inputs: an .npz file with one array per input, used alone.
         samples: of real data, and of noise at the main shape.
         seed: of noise and draws.
-        calibrated: the candidate's ranges were calibrated on data: corners are then filled with real samples, because
-            noise lies outside what it was made for.
+        calibrated: the candidate's ranges, or its crop, were calibrated on data: corners are then filled with real
+            samples, because noise lies outside what it was made for.
 
     Raises RefusedError when a source is missing or does not fit.
     """
@@ -87,7 +87,9 @@ def make_cases(
         filled = [_corner(real[0], corner) for corner in corners if _same_image(corner, main)]
         return [*filled, *real], notes
     if calibrated:
-        notes.append("no real images: a calibrated graph is judged on noise, outside its ranges perhaps; use --images")
+        notes.append(
+            "no real images: a calibrated graph is judged on noise, not made for it perhaps; use --images"
+        )
     noise = [Case("noise", c, _noise(specs, c, (seed, i))) for i, c in enumerate(corners)]
     return [*noise, *cases, *real], notes
 

@@ -14,7 +14,7 @@ from runtime.manifest import Manifest, find_manifest
 from runtime.parity_inputs import Case, Facts, Feeds, make_cases
 from runtime.runners import artefact_kind, open_runner
 from runtime.runners.base import Array, Runner, numpy_dtype
-from runtime.tolerances import MAX_CROP_COST, Tolerance, crop_cost, tolerance_for
+from runtime.tolerances import MAX_CROP_COST, Tolerance, crop_cost, spent_on_data, tolerance_for
 
 if TYPE_CHECKING:
     from runtime.bisect import Bisection
@@ -184,7 +184,7 @@ def _compare(
             inputs=options.inputs,
             samples=options.samples,
             seed=options.seed,
-            calibrated=tolerance.calibrated,
+            calibrated=tolerance.calibrated or any(spent_on_data(m.crop) for m in (manifest, source) if m),
         )
         pair = _Pair(reference, candidate, path.name)
         judge = exact is not None and tolerance == tolerance_for("fp32")

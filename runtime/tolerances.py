@@ -142,6 +142,11 @@ def crop_cost(crop: Mapping[str, Any] | None) -> float:
     return min(MAX_CROP_COST, cost)
 
 
+def spent_on_data(crop: Mapping[str, Any] | None) -> bool:
+    """Whether a budget chose the crop: what it promises is measured on images, and noise lies outside of it."""
+    return bool((crop or {}).get("budget"))
+
+
 def removes_only_zeros(crop: Mapping[str, Any]) -> bool:
     """Whether the crop of a manifest removed nothing, or taps of exactly zero; False where it does not say."""
     layers = crop.get("layers")

@@ -280,6 +280,28 @@ def test_what_stays_in_fp32_keeps_the_taps_that_only_fp16_loses(tmp_path: Path) 
     assert layers["layer1.0.conv1"]["kept"] == [5, 5]
 
 
+def test_what_a_budget_chose_on_images_is_judged_on_images(tmp_path: Path) -> None:
+    """Noise is none of what the budget was spent on, and may lose more."""
+    torch.manual_seed(0)
+    model = gmconv.models.create("resnet20", kernel_size=7, sigma=0.6, num_classes=10)
+    gmconv.save_checkpoint(
+        tmp_path / "net.pt",
+        model,
+        "gmconv.models:resnet20",
+        (3, 16, 16),
+        {"kernel_size": 7, "num_classes": 10},
+        dataset={"name": "digits", "test_size": 0.2, "split_seed": 0},
+    )
+    assert export(tmp_path / "net.pt", "--crop-budget", "0.05", "-q") == 0
+    manifest = read_manifest(tmp_path / "net.onnx")
+    assert manifest.parity is not None
+    seen: dict[str, set[str]] = {}
+    for hop in manifest.parity["hops"]:
+        seen.setdefault(hop["hop"], set()).add(hop["case"])
+    assert seen["baked -> cropped"] == {"held-out digits"}
+    assert seen["live -> baked"] == seen["cropped -> ORT"] == {"noise, seed 0", "held-out digits"}
+
+
 def kernel_sizes(file: Path) -> list[int]:
     return [i.dims[2] for i in onnx.load(file).graph.initializer if len(i.dims) == 4]
 
