@@ -78,7 +78,7 @@ def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Prec
 @click.option("--output-names", callback=_names, help="Comma-separated; default: logits.")
 @click.option("--simplify", is_flag=True, help="Rewrite the graph with onnxslim; parity is checked after it.")
 @click.option("--external-data", is_flag=True, help="Weights in model.onnx.data (always so above 2 GiB).")
-@click.option("--images", type=click.Path(path_type=Path), help="Folder of images to compare on, besides noise.")
+@click.option("--images", type=click.Path(path_type=Path), help="Images to compare on, and to crop by.")
 @click.option("--samples", type=click.IntRange(3), default=64, show_default=True, help="How many images.")
 @click.option("--seed", "noise_seed", type=int, default=0, show_default=True, help="Of the noise.")
 @click.option(

@@ -87,9 +87,7 @@ def make_cases(
         filled = [_corner(real[0], corner) for corner in corners if _same_image(corner, main)]
         return [*filled, *real], notes
     if calibrated:
-        notes.append(
-            "no real images: a calibrated graph is judged on noise, not made for it perhaps; use --images"
-        )
+        notes.append("no real images: a calibrated graph is judged on noise, not made for it perhaps; use --images")
     noise = [Case("noise", c, _noise(specs, c, (seed, i))) for i, c in enumerate(corners)]
     return [*noise, *cases, *real], notes
 
