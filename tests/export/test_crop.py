@@ -116,6 +116,19 @@ def test_a_budget_by_latency_is_measured(model: nn.Module) -> None:
     assert certificate.layers[0].kept == tuple(cropped[0].kernel_size)
 
 
+def test_a_budget_is_not_spent_on_zeros_of_int8(model: nn.Module) -> None:
+    """They cost nothing in int8, but the budget is measured in the network as it is."""
+    request = CropRequest(budget=Budget("error", 1e-6), samples=8)
+    _, certificate = crop_for_export(model, request, input_shape=SHAPE, dataset=DIGITS, precision="int8")
+    assert certificate.cropped == ()
+    assert certificate.precision == "fp32"
+    request = CropRequest(budget=Budget("error", 0.05), samples=8)
+    _, certificate = crop_for_export(model, request, input_shape=SHAPE, dataset=DIGITS, precision="int8")
+    assert certificate.cropped
+    assert certificate.end_to_end is not None
+    assert certificate.end_to_end.relative_max <= 0.05
+
+
 @pytest.mark.parametrize("request_", [CropRequest(tolerance=1e-2), CropRequest(budget=Budget("error", 0.05))], ids=str)
 def test_cropped_layers_are_timed_before_and_after_for_the_record(model: nn.Module, request_: CropRequest) -> None:
     _, certificate = crop_for_export(model, request_, input_shape=SHAPE, dataset=DIGITS)
