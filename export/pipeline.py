@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import nn
 
+    from export.cases import Case
     from export.converter import Precision, PrecisionOptions
-    from export.verify import Case, Outputs, Proof
+    from export.proof import Proof
+    from export.verify import Outputs
     from gmconv import Checkpoint
     from gmconv.crop_certificate import CropCertificate
     from runtime.manifest import FileDigest, Manifest
@@ -104,6 +106,7 @@ def export_onnx(
         gmconv.errors.CheckpointError, BakeError: the checkpoint was refused.
         ParityError: ONNX Runtime does not compute what the network as trained computes.
     """
+    from export.cases import comparison_cases
     from export.verify import ReferenceProcess, is_large
     from runtime.manifest import read_manifest, staged
 
@@ -216,65 +219,6 @@ def _crop(
     )
 
 
-def comparison_cases(loaded: Checkpoint, options: ExportOptions) -> list[Case]:
-    """Noise at batch 1, 2 and an odd larger one (or the fixed batch), another size if H and W are free, real images."""
-    import numpy as np
-
-    from export.verify import Case
-
-    generator = np.random.default_rng(options.seed)
-    channels, height, width = loaded.input_shape
-    sizes = (1, 2, 3) if options.batch is None else (options.batch,)
-    shapes = [(n, channels, height, width) for n in sizes]
-    if options.dynamic_hw:
-        shapes.append((sizes[-1], channels, _larger(height), _larger(width) + 32))
-    cases = [
-        Case(
-            f"noise, seed {options.seed}", generator.standard_normal(shape, dtype=np.float32), shape[0] != 3, noise=True
-        )
-        for shape in shapes
-    ]
-    images = images_of(loaded, options)
-    if images is not None:
-        label, samples, _ = images
-        batches = [(0, 1), (1, 3), (3, len(samples) - (len(samples) % 2 == 1))]
-        if options.batch is not None:
-            batches = [(i, i + options.batch) for i in range(0, len(samples) - options.batch + 1, options.batch)]
-        for start, stop in batches:
-            if stop > start:
-                small = samples[0].size * (stop - start) <= 2**20
-                cases.append(Case(label, np.ascontiguousarray(samples[start:stop]), yardstick=small))
-    return cases
-
-
-def images_of(loaded: Checkpoint, options: ExportOptions) -> tuple[str, Any, Any] | None:
-    """Label, float32 `(N, C, H, W)` and labels of real images: `--images`, or the data the checkpoint says it knows."""
-    import numpy as np
-
-    given = options.images or (options.precision.calibration if options.precision else None)
-    source = str(given) if given else (loaded.dataset or {}).get("name")
-    if not given and source != "digits":
-        return None
-    from runtime.datasets import load_samples
-    from runtime.manifest import read_preprocessing
-
-    samples = load_samples(
-        str(source),
-        input_shape=loaded.input_shape,
-        preprocessing=read_preprocessing(loaded.preprocessing),
-        dataset=loaded.dataset,
-        class_names=loaded.labels,
-        limit=options.samples,
-        seed=options.seed,
-    )
-    batch = np.concatenate([batch.images for batch in samples])
-    return ("held-out digits" if source == "digits" else f"images, {Path(str(source)).name}"), batch, samples.labels
-
-
-def _larger(pixels: int) -> int:
-    return (pixels + pixels // 4 + 7) // 8 * 8
-
-
 def _output_names(loaded: Checkpoint, options: ExportOptions) -> list[str]:
     import torch
 
@@ -331,7 +275,7 @@ def run_onnx(file: Path, input_name: str, cases: list[Case], **runner_options: A
 
 
 def _prove(exported: _Exported, cases: list[Case], reference: Any, options: ExportOptions) -> Proof:
-    from export.verify import Proof
+    from export.proof import Proof
     from runtime.tolerances import crop_cost, removes_only_zeros, spent_on_data
 
     for layer in reference.certificate["layers"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -20,10 +19,10 @@ import torch
 from torch import nn
 
 import gmconv
-from export import pipeline, verify
-from export.onnx import main
+from export import cases, pipeline, verify
 from gmconv.surgery import masked_layers
 from runtime.manifest import read_manifest, sha256_file
+from tests.export.conftest import export
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -62,15 +61,6 @@ class Net(nn.Module):
 def make(num_classes=7):
     return gmconv.convert(Net(num_classes))
 """
-
-
-def export(*arguments: str | Path) -> int:
-    """The command line in this process; its exit code."""
-    try:
-        main([str(a) for a in arguments])
-    except SystemExit as done:
-        return int(done.code or 0)
-    return 0
 
 
 def random_checkpoint(path: Path, name: str, shape: tuple[int, int, int], **kwargs: Any) -> Path:
@@ -207,135 +197,6 @@ def test_one_other_precision_leaves_only_that_file(digits_checkpoint: Path, tmp_
     assert read_manifest(tmp_path / "half.onnx").precision == "fp16"
 
 
-TWO_KERNELS = """
-import gmconv
-from torch import nn
-
-def make(sigma=0.7):
-    conv = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 7, padding=3, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-    net = nn.Sequential(conv(3, 8), conv(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
-    return gmconv.convert(net, sigma=sigma)
-"""
-
-
-@pytest.fixture
-def two_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[str | Path]]:
-    """Saves a network of two 7x7 kernels with that sigma, and gives the arguments that export it."""
-    (tmp_path / "two_kernels.py").write_text(TWO_KERNELS)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-
-    def save(sigma: float) -> list[str | Path]:
-        torch.manual_seed(0)
-        model = importlib.import_module("two_kernels").make(sigma)
-        data = {"name": "digits", "test_size": 0.2, "split_seed": 0}
-        arch = "two_kernels:make"
-        gmconv.save_checkpoint(tmp_path / "net.pt", model, arch, (3, 16, 16), {"sigma": sigma}, dataset=data)
-        return [tmp_path / "net.pt", "--arch", arch, "-q"]
-
-    return save
-
-
-TwoKernels = Callable[[float], list[str | Path]]
-
-
-def test_a_crop_is_proven_against_the_uncropped_network(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = gmconv.models.create("resnet20", kernel_size=7, sigma=0.6)
-    gmconv.save_checkpoint(tmp_path / "net.pt", model, "gmconv.models:resnet20", (3, 16, 16), {"kernel_size": 7})
-    assert export(tmp_path / "net.pt", "--crop", "1e-3", "-q") == 0
-    manifest = read_manifest(tmp_path / "net.onnx")
-    assert manifest.crop is not None
-    assert manifest.parity is not None
-    assert [hop["hop"] for hop in manifest.parity["hops"]][::3] == [
-        "live -> baked",
-        "baked -> cropped",
-        "cropped -> ORT",
-    ]
-    assert max(kernel_sizes(tmp_path / "net.onnx")) < 7
-    assert [item["candidate_rel_rms"] for item in manifest.parity["yardstick"]] == [None]  # it is not held to that
-
-
-def test_a_crop_of_zeros_is_held_to_the_float64_yardstick(tmp_path: Path, two_kernels: TwoKernels) -> None:
-    assert export(*two_kernels(0.1), "--crop", "0") == 0
-    manifest = read_manifest(tmp_path / "net.onnx")
-    assert manifest.parity is not None
-    assert max(kernel_sizes(tmp_path / "net.onnx")) < 7
-    (measured,) = manifest.parity["yardstick"]
-    assert 0 < measured["candidate_rel_rms"] <= measured["limit"]
-    limits = {hop["hop"]: hop["outputs"][0]["tolerance"] for hop in manifest.parity["hops"]}
-    assert limits["baked -> cropped"] == limits["cropped -> ORT"] == 2e-5
-
-
-def test_taps_that_int8_stores_as_zero_go_with_a_lossless_crop(tmp_path: Path, two_kernels: TwoKernels) -> None:
-    given = [*two_kernels(0.7), "--precision", "int8", "--calibration", "digits", "--calibration-images", "8"]
-    assert export(*given, "-o", tmp_path / "whole.onnx") == 0
-    assert export(*given, "--crop", "lossless", "-o", tmp_path / "net.onnx") == 0
-    whole, cropped = (int8_kernels(tmp_path / name) for name in ("whole.onnx", "net.onnx"))
-    assert whole.keys() == cropped.keys()
-    for name, kernel in whole.items():
-        cut = (kernel.shape[-1] - cropped[name].shape[-1]) // 2
-        inner = kernel[..., cut : kernel.shape[-2] - cut, cut : kernel.shape[-1] - cut]
-        assert np.array_equal(inner, cropped[name])
-        assert np.count_nonzero(kernel) == np.count_nonzero(inner)
-    assert any(kernel.shape[-1] < 7 for kernel in cropped.values())
-    manifest = read_manifest(tmp_path / "net.onnx")
-    assert manifest.parity is not None
-    assert manifest.parity["hops"][-1]["hop"] == "baked -> ORT int8"
-    assert manifest.parity["hops"][-1]["outputs"][0]["tolerance"] == 0.2
-
-
-def int8_kernels(file: Path) -> dict[str, Any]:
-    tensors = onnx.load(file).graph.initializer
-    return {t.name: onnx.numpy_helper.to_array(t) for t in tensors if len(t.dims) == 4}
-
-
-def test_what_stays_in_fp32_keeps_the_taps_that_only_fp16_loses(tmp_path: Path) -> None:
-    """A layer too small for fp16 is why one keeps it in fp32; its crop has to know."""
-    torch.manual_seed(0)
-    model = gmconv.models.create("resnet20", kernel_size=5, sigma=1.0)
-    with torch.no_grad():
-        model.layer1[0].conv1.weight *= 1e-7
-        model.layer1[0].bn1.running_var *= 1e-14
-        model.layer1[0].bn1.eps = 1e-30
-    gmconv.save_checkpoint(tmp_path / "net.pt", model, "gmconv.models:resnet20", (3, 16, 16), {"kernel_size": 5})
-    flags = ["--precision", "fp16", "--crop", "lossless", "-q"]
-    assert export(tmp_path / "net.pt", *flags, "--keep-fp32", "layer1.0.conv1") == 0
-    manifest = read_manifest(tmp_path / "net.onnx")
-    assert manifest.crop is not None
-    layers = {layer["name"]: layer for layer in manifest.crop["layers"]}
-    assert layers["layer1.0.conv1"]["kept"] == [5, 5]
-
-
-def test_what_a_budget_chose_on_images_is_judged_on_images(tmp_path: Path, two_kernels: TwoKernels) -> None:
-    """Noise is none of what the budget was spent on, and may lose more."""
-    assert export(*two_kernels(0.6), "--crop-budget", "0.05") == 0
-    manifest = read_manifest(tmp_path / "net.onnx")
-    assert manifest.parity is not None
-    assert manifest.crop is not None
-    assert manifest.crop["budget"]["gain_by"] == "macs"
-    assert max(kernel_sizes(tmp_path / "net.onnx")) < 7
-    seen: dict[str, set[str]] = {}
-    for hop in manifest.parity["hops"]:
-        seen.setdefault(hop["hop"], set()).add(hop["case"])
-    assert seen["baked -> cropped"] == {"held-out digits"}
-    assert seen["live -> baked"] == seen["cropped -> ORT"] == {"noise, seed 0", "held-out digits"}
-
-
-def kernel_sizes(file: Path) -> list[int]:
-    return [i.dims[2] for i in onnx.load(file).graph.initializer if len(i.dims) == 4]
-
-
-def test_taps_that_fp16_stores_as_zero_go_with_a_crop_of_zeros(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = gmconv.models.create("resnet20", kernel_size=7, sigma=0.5)
-    gmconv.save_checkpoint(tmp_path / "net.pt", model, "gmconv.models:resnet20", (3, 16, 16), {"kernel_size": 7})
-    assert export(tmp_path / "net.pt", "--crop", "0", "--precision", "fp16", "-q") == 0
-    manifest = read_manifest(tmp_path / "net.onnx")
-    assert manifest.crop is not None
-    assert max(kernel_sizes(tmp_path / "net.onnx")) < 7
-
-
 @pytest.mark.parametrize("opset", [18, 21])
 def test_the_opset_asked_for_is_the_opset_written(opset: int, checkpoint: Path, tmp_path: Path) -> None:
     assert export(checkpoint, "-o", tmp_path / "net.onnx", "--opset", str(opset), "-q") == 0
@@ -376,7 +237,7 @@ def test_failed_parity_is_exit_4_and_leaves_nothing(
 def test_no_cases_is_a_failure_not_a_pass(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipeline, "comparison_cases", lambda *_: [])
+    monkeypatch.setattr(cases, "comparison_cases", lambda *_: [])
     assert export(checkpoint, "-o", tmp_path / "net.onnx", "-q") == 4
     assert "nothing was compared" in capsys.readouterr().err
 
@@ -495,7 +356,7 @@ def test_the_exporters_own_words_appear_when_it_fails_and_only_then(
 
 def test_the_reference_says_why_it_refused(tmp_path: Path) -> None:
     (tmp_path / "net.pt").write_bytes(b"not a checkpoint")
-    case = verify.Case("noise", np.zeros((1, 3, 8, 8), np.float32))
+    case = cases.Case("noise", np.zeros((1, 3, 8, 8), np.float32))
     with verify.ReferenceProcess() as process:
         process.start(tmp_path / "net.pt", {}, (), [case])
         with pytest.raises(Exception, match="not a readable PyTorch checkpoint"):
