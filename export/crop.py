@@ -156,9 +156,10 @@ def stored_as(
 ) -> tuple[Precision, set[str]]:
     """The precision in which the files of an export store weights, and the convolutions that stay in fp32 all the same.
 
-    Of several precisions the one whose zeros are zeros in all: of fp16 and bf16 the latter, else fp32. Where it cannot
-    be told from the model which layers `--keep-fp32` or a precision plan leave alone (they may name nodes of the graph)
-    it is all of them. Convolutions of more than 32 taps have no fp8 kernel and stay in fp16: here they count as fp32.
+    Of several precisions the one whose zeros are zeros in all: of fp16 and bf16 the latter, else fp32. Patterns of
+    `--keep-fp32` and layers of a precision plan may also name nodes of the graph, which is not there yet: one that
+    matches no convolution here, or could match a node besides, keeps all of them. Convolutions of more than 32 taps
+    have no fp8 kernel and stay in fp16: here they count as fp32.
     """
     kinds = set(precisions)
     precision: Precision = next(iter(kinds)) if len(kinds) == 1 else "bf16" if kinds == {"fp16", "bf16"} else "fp32"
@@ -166,7 +167,8 @@ def stored_as(
     patterns = [*options.keep_fp32, *(options.plan.keep if options.plan else ())] if options else []
     fp32: set[str] = set()
     for pattern in patterns:
-        fp32 |= {n for n in layers if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")} or set(layers)
+        named = {n for n in layers if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")}
+        fp32 |= set(layers) if not named or pattern[:1] in tuple("*?[n") else named  # nodes are called node_Conv_12
     if precision == "fp8":
         windows = choose_windows(model, "lossless", precision="fp8")
         fp32 |= {name for name, window in windows.items() if window.taps > FP8_MAX_TAPS}

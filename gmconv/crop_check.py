@@ -33,7 +33,7 @@ def layers_used_elsewhere(
     Layers are tried one by one only where the whole crop fails.
 
     Args:
-        model: baked; its weights are zeroed in turns and put back.
+        model: baked; its weights are zeroed for a moment and put back.
         windows: by layer name, as for `gmconv.cropping.crop_to`.
         splits: channel groups by layer name.
         example: one sample or a few.
@@ -42,10 +42,7 @@ def layers_used_elsewhere(
     cut = [n for n, w in windows.items() if n in splits or (w.height, w.width) != tuple(layers[n].kernel_size)]
     if not cut or _same(model, windows, splits, cut, example):
         return ()
-    shared: dict[int, list[str]] = {}
-    for name in cut:
-        shared.setdefault(id(layers[name].weight), []).append(name)
-    broken = {name for names in shared.values() if not _same(model, windows, splits, names, example) for name in names}
+    broken = {name for name in cut if not _same(model, windows, splits, [name], example)}
     rest = [name for name in cut if name not in broken]
     return tuple(name for name in cut if name in broken or not rest or not _same(model, windows, splits, rest, example))
 
@@ -63,34 +60,34 @@ def _same(
     except Exception:  # the network ran before, so whatever this is, the crop did it
         return False
     fed, fed_after = before[0], after[0]
+    eps = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
     return (
         all(_fed_same(fed[name], fed_after[name]) for name in fed.keys() & fed_after.keys())
         and len(before[1]) == len(after[1])
-        and all(_output_same(a, b) for a, b in zip(before[1], after[1], strict=True))
+        and all(_output_same(a, b, eps) for a, b in zip(before[1], after[1], strict=True))
     )
 
 
 @contextmanager
 def _zeroed(model: nn.Module, windows: Mapping[str, Window], splits: Groups) -> Iterator[None]:
-    """The taps that would be removed are zero inside the block."""
-    kept: dict[int, tuple[Tensor, Tensor]] = {}
-    for name, window in windows.items():
-        conv = cast(nn.Conv2d, model.get_submodule(name))
-        if id(conv.weight) in kept:
-            continue
-        kept[id(conv.weight)] = (conv.weight, conv.weight.data)
-        weight = conv.weight.data.clone()
-        pieces = [(list(range(len(weight))), window)]
-        if name in splits:
-            pieces = list(zip(kernels_of(conv, splits[name]), (group.window for group in splits[name]), strict=True))
-        for rows, piece in pieces:
-            weight[rows] -= piece.removed(weight[rows])
-        conv.weight.data = weight
+    """The taps that would be removed are zero inside the block, in these layers alone where they share a weight."""
+    kept: list[tuple[nn.Conv2d, nn.Parameter]] = []
     try:
+        for name, window in windows.items():
+            conv = cast(nn.Conv2d, model.get_submodule(name))
+            weight = conv.weight.detach().clone()
+            pieces = [(list(range(len(weight))), window)]
+            if name in splits:
+                groups = splits[name]
+                pieces = list(zip(kernels_of(conv, groups), (group.window for group in groups), strict=True))
+            for rows, piece in pieces:
+                weight[rows] -= piece.removed(weight[rows])
+            kept.append((conv, cast(nn.Parameter, conv.weight)))
+            conv.weight = nn.Parameter(weight, requires_grad=False)
         yield
     finally:
-        for parameter, data in kept.values():
-            parameter.data = data
+        for conv, parameter in kept:
+            conv.weight = parameter
 
 
 def _trace(model: nn.Module, example: Batch) -> _Trace:
@@ -111,11 +108,12 @@ def _fed_same(before: list[tuple[tuple[int, ...], float]], after: list[tuple[tup
     return all(not abs(a - b) > _MOST * a for (_, a), (_, b) in zip(before, after, strict=True))
 
 
-def _output_same(before: Tensor, after: Tensor) -> bool:
+def _output_same(before: Tensor, after: Tensor, eps: float) -> bool:
+    """`eps`: of the coarsest weights; an output may be cast to more digits than were computed."""
     if before.shape != after.shape:
         return False
     if not before.is_floating_point() or not torch.isfinite(before).all():
         return True  # class numbers may flip where two logits tie; NaN is for others to refuse
     error, rms = (t.double().square().mean().sqrt() for t in (after.double() - before.double(), before))
-    allowed = min(_MOST, _UNITS * torch.finfo(before.dtype).eps / 2)
+    allowed = min(_MOST, _UNITS * max(eps, torch.finfo(before.dtype).eps) / 2)
     return bool(error <= allowed * (rms or 1.0))

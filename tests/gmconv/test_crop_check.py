@@ -75,20 +75,55 @@ def test_an_ordinary_network_is_cropped_and_its_weights_are_put_back() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_layers_that_share_a_weight_stay_whole_together() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
-            self.b.weight = self.a.weight
-            self.free = nn.Conv2d(2, 2, 3, padding=1)
+class Tied(nn.Module):
+    """`a` and `b` share a weight; the parent reads it through `a`."""
 
+    def __init__(self, reads: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+        self.b.weight = self.a.weight
+        self.reads = reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.a(x))
+        return y + F.conv2d(x, self.a.weight, padding=1) if self.reads else y
+
+
+@pytest.mark.parametrize(
+    ("reads", "cut", "expected"),
+    [(True, "ab", ("a",)), (True, "b", ()), (False, "ab", ()), (False, "a", ()), (False, "b", ())],
+)
+def test_layers_that_share_a_weight_are_judged_one_by_one(reads: bool, cut: str, expected: tuple[str, ...]) -> None:
+    model = Tied(reads)
+    weight = model.a.weight
+    windows = {name: Window(1, 1, 1, 1) for name in cut}
+    assert layers_used_elsewhere(model, windows, {}, torch.randn(1, 2, 6, 6)) == expected
+    assert model.a.weight is model.b.weight is weight
+
+
+@pytest.mark.parametrize(("weights", "output"), [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)])
+def test_an_output_cast_to_more_digits_is_not_held_to_them(weights: torch.dtype, output: torch.dtype) -> None:
+    class Cast(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.free(self.b(self.a(x)) + F.conv2d(x, self.a.weight, padding=1))
+            y: Tensor = super().forward(x.to(weights)).to(output)
             return y
 
-    windows = {name: Window(1, 1, 1, 1) for name in ("a", "b", "free")}
-    assert layers_used_elsewhere(Tied(), windows, {}, torch.randn(1, 2, 6, 6)) == ("a", "b")
+    torch.manual_seed(0)
+    model = Cast(*(nn.Conv2d(16, 16, 7, padding=3) for _ in range(3))).to(weights)
+    windows = {str(index): Window(2, 2, 3, 3) for index in range(3)}
+    assert layers_used_elsewhere(model, windows, {}, torch.randn(1, 16, 12, 12)) == ()
+
+
+def test_weights_are_put_back_whatever_happens() -> None:
+    model = nn.Sequential(*(nn.Conv2d(2, 2, 3, padding=1, groups=2) for _ in range(2)))
+    before = [conv.weight for conv in model]
+    small = Window(1, 1, 1, 1)
+    with pytest.raises(RuntimeError, match="channels"):
+        layers_used_elsewhere(model, {"0": small}, {}, torch.randn(1, 5, 6, 6))
+    nowhere = {"1": (ChannelGroup((9,), small),)}
+    with pytest.raises(IndexError):
+        layers_used_elsewhere(model, {"0": small, "1": small}, nowhere, torch.randn(1, 2, 6, 6))
+    assert all(conv.weight is weight for conv, weight in zip(model, before, strict=True))
 
 
 def test_a_split_counts_as_a_crop() -> None:
