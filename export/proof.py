@@ -138,9 +138,10 @@ class Proof:
         ]
         before, name = self.reference.baked, "baked"
         if self.cropped is not None:
-            zeros = tolerance_for(self.crop_precision)
+            stored = "fp32" if self.crop_on_data else self.crop_precision  # a budget has paid for its zeros
+            zeros = tolerance_for(stored)
             arrows.append(("baked -> cropped", before, self.cropped, zeros.widened(self.crop_cost)))
-            if precision == "fp32" or self.crop_precision == "fp32":
+            if precision == "fp32" or stored == "fp32":
                 before, name = tuple(self.cropped), "cropped"
             else:
                 limit = limit.widened(self.crop_cost)

@@ -143,8 +143,8 @@ def crop_cost(crop: Mapping[str, Any] | None) -> float:
 
 
 def spent_on_data(crop: Mapping[str, Any] | None) -> bool:
-    """Whether a budget chose the crop: what it promises is measured on images, and noise lies outside of it."""
-    return bool((crop or {}).get("budget"))
+    """Whether a budget chose which taps to lose: its promise is measured on images, and noise lies outside of them."""
+    return crop is not None and bool(crop.get("budget")) and not removes_only_zeros(crop)
 
 
 def removes_only_zeros(crop: Mapping[str, Any]) -> bool:

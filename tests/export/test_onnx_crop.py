@@ -143,3 +143,19 @@ def test_taps_that_fp16_stores_as_zero_go_with_a_crop_of_zeros(tmp_path: Path) -
     manifest = read_manifest(tmp_path / "net.onnx")
     assert manifest.crop is not None
     assert max(kernel_sizes(tmp_path / "net.onnx")) < 7
+
+
+def test_a_budget_that_bought_nothing_is_judged_on_noise_too(tmp_path: Path, two_kernels: TwoKernels) -> None:
+    assert export(*two_kernels(2.0), "--crop-budget", "1e-9", "--dynamic-hw") == 0
+    manifest = read_manifest(tmp_path / "net.onnx")
+    assert manifest.parity is not None
+    shapes = {tuple(hop["shape"]) for hop in manifest.parity["hops"] if hop["hop"] == "baked -> ORT"}
+    assert (3, 3, 24, 56) in shapes
+
+
+def test_a_half_precision_file_with_a_budget_is_compared_at_every_size(tmp_path: Path, two_kernels: TwoKernels) -> None:
+    assert export(*two_kernels(0.6), "--crop-budget", "0.05", "--dynamic-hw", "--precision", "fp16") == 0
+    manifest = read_manifest(tmp_path / "net.onnx")
+    assert manifest.parity is not None
+    shapes = {tuple(hop["shape"]) for hop in manifest.parity["hops"] if hop["hop"] == "cropped -> ORT fp16"}
+    assert (3, 3, 24, 56) in shapes
