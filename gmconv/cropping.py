@@ -251,7 +251,7 @@ def croppable(model: nn.Module, where: Where | None = None) -> dict[str, nn.Conv
             continue
         if weight.is_meta:
             raise SurgeryError(f"layer {name!r}: its weight is on the meta device and has no values to crop by")
-        if not torch.isfinite(weight).all():
+        if not torch.isfinite(weight.detach()).all():
             raise SurgeryError(f"layer {name!r}: its weight holds NaN or Inf; this model cannot be cropped")
         found[name] = conv
     return found

@@ -101,6 +101,22 @@ def test_layers_that_share_a_weight_are_judged_one_by_one(reads: bool, cut: str,
     assert model.a.weight is model.b.weight is weight
 
 
+@pytest.mark.parametrize("reads", [True, False])
+def test_class_numbers_count_as_outputs(reads: bool) -> None:
+    class Classes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 8, 7, padding=3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = F.conv2d(x, self.conv.weight, padding=3)[..., :9, :9] if reads else self.conv(x)
+            return y.argmax(1)
+
+    torch.manual_seed(0)
+    windows = {"conv": Window(2, 2, 3, 3)}
+    assert layers_used_elsewhere(Classes(), windows, {}, torch.randn(1, 2, 9, 9)) == (("conv",) if reads else ())
+
+
 @pytest.mark.parametrize(("weights", "output"), [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)])
 def test_an_output_cast_to_more_digits_is_not_held_to_them(weights: torch.dtype, output: torch.dtype) -> None:
     class Cast(nn.Sequential):
