@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -139,16 +141,22 @@ def test_unbatched_input_and_half_precision() -> None:
     assert copy.deepcopy(layer).to(torch.bfloat16).baked_weight().dtype == torch.bfloat16
 
 
-def test_data_parallel_gradients_reach_sigma() -> None:
-    import torch.distributed as dist
+DATA_PARALLEL = """
+import os
+import torch
+import torch.distributed as dist
+from gmconv import GMConv2d
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(GMConv2d(2, 3, 3))
-        wrapped(torch.randn(2, 2, 6, 6)).sum().backward()
-        assert wrapped.module.sigma.grad is not None
-    finally:
-        dist.destroy_process_group()
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+wrapped = torch.nn.parallel.DistributedDataParallel(GMConv2d(2, 3, 3))
+wrapped(torch.randn(2, 2, 6, 6)).sum().backward()
+os._exit(0 if wrapped.module.sigma.grad is not None else 4)
+"""
+
+
+def test_data_parallel_gradients_reach_sigma() -> None:
+    """In a process that ends without tearing gloo down: freeing it joins threads which may wait for the interpreter."""
+    assert subprocess.run([sys.executable, "-c", DATA_PARALLEL], timeout=120).returncode == 0
 
 
 def test_flat_mask_is_the_plain_convolution() -> None:
