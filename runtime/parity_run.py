@@ -159,22 +159,28 @@ def compare_artefacts(
         exact: TorchRunner | None = None
         if is_checkpoint and options.yardstick:
             exact = open_runner(reference, dtype="float64", **extra)  # type: ignore[assignment]
-        reports = tuple(_compare(runner, exact, reference, Path(path), options, note) for path in candidates)
+        source = None if is_checkpoint else find_manifest(reference)
+        reports = tuple(_compare(runner, exact, source, Path(path), options, note) for path in candidates)
     return ParityReport(reference, runner.name, reports)
 
 
 def _compare(
-    reference: Runner, exact: TorchRunner | None, reference_path: Path, path: Path, options: ParityOptions, note: Note
+    reference: Runner,
+    exact: TorchRunner | None,
+    source: Manifest | None,
+    path: Path,
+    options: ParityOptions,
+    note: Note,
 ) -> CandidateReport:
+    """`source`: the reference's manifest, if it has one."""
     started = time.perf_counter()
     note(f"opening {path.name}")
     notes: list[str] = []
     manifest = find_manifest(path) if artefact_kind(path) != "checkpoint" else None
     precision = options.precision or _precision(path, manifest, notes)
-    source = find_manifest(reference_path) if artefact_kind(reference_path) != "checkpoint" else None
     tolerance = _tolerance(precision, manifest, source, options, notes)
     with open_candidate(path, options.device, precision, manifest, notes) as candidate:
-        facts = _facts(reference, reference_path, candidate, manifest)
+        facts = _facts(reference, source, candidate, manifest)
         _check_source(reference, path, manifest, notes)
         cases, more = make_cases(
             candidate.inputs,
@@ -331,18 +337,17 @@ def _precision(path: Path, manifest: Manifest | None, notes: list[str]) -> str:
     return "fp32"
 
 
-def _facts(reference: Runner, path: Path, candidate: Runner, manifest: Manifest | None) -> Facts:
+def _facts(reference: Runner, source: Manifest | None, candidate: Runner, manifest: Manifest | None) -> Facts:
     """What is known of the data: from the candidate's manifest, then the checkpoint, then the reference's manifest."""
     checkpoint = getattr(reference, "checkpoint", None)
-    other = None if checkpoint is not None else find_manifest(path)
     sides: list[Facts] = []
     if manifest is not None:
         sides.append(Facts(_image(manifest), manifest.preprocessing, manifest.dataset, manifest.labels))
     if checkpoint is not None:
         preprocessing = getattr(reference, "preprocessing", None)
         sides.append(Facts(checkpoint.input_shape, preprocessing, checkpoint.dataset, checkpoint.labels))
-    if other is not None:
-        sides.append(Facts(_image(other), other.preprocessing, other.dataset, other.labels))
+    if source is not None:
+        sides.append(Facts(_image(source), source.preprocessing, source.dataset, source.labels))
     own = getattr(candidate, "checkpoint", None)
     if own is not None:
         sides.append(Facts(own.input_shape, getattr(candidate, "preprocessing", None), own.dataset, own.labels))
