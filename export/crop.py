@@ -19,7 +19,7 @@ from export.quantize import FP8_MAX_TAPS
 from gmconv.crop_certificate import CropCertificate
 from gmconv.crop_check import layers_used_elsewhere
 from gmconv.crop_window import Precision, Window
-from gmconv.cropping import Tolerance, Where, choose_windows, crop_model, croppable
+from gmconv.cropping import Tolerance, choose_windows, crop_model, croppable
 from runtime.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -101,7 +101,10 @@ def crop_for_export(
             windows = choose_windows(model, tolerance, precision=precision, fp32_layers=fp32_layers)
             elsewhere = layers_used_elsewhere(model, windows, {}, example)
             note_whole(elsewhere)
-            where: Where = lambda name, _: name not in elsewhere  # noqa: E731
+
+            def where(name: str, _: nn.Conv2d) -> bool:
+                return name not in elsewhere
+
             splits = faster_splits(
                 model, example, tolerance, precision=precision, fp32_layers=fp32_layers, where=where, note=note
             )
@@ -168,7 +171,8 @@ def stored_as(
     fp32: set[str] = set()
     for pattern in patterns:
         named = {n for n in layers if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")}
-        fp32 |= set(layers) if not named or pattern[:1] in tuple("*?[n") else named  # nodes are called node_Conv_12
+        may_name_a_node = pattern.startswith(("*", "?", "[", "n"))  # they are called node_Conv_12
+        fp32 |= set(layers) if may_name_a_node or not named else named
     if precision == "fp8":
         windows = choose_windows(model, "lossless", precision="fp8")
         fp32 |= {name for name, window in windows.items() if window.taps > FP8_MAX_TAPS}

@@ -121,9 +121,12 @@ def choose(
         example = example_of(batches)
         free, _ = free_windows(model, example, precision=precision, fp32_layers=fp32_layers, where=where)
     spent = _Spending(model, batches, reference, budget, labels)
-    options = _measure_options(model, spent, free, latencies, progress) if spent.allows(free) else []
-
-    chosen, tried = _best_within(options, free, spent)
+    options: list[Option] = []
+    chosen: dict[str, Window] = {}  # nothing is cropped where zeros alone cost too much
+    tried = 1
+    if spent.allows(free):
+        options = _measure_options(model, spent, free, latencies, progress)
+        chosen, tried = _best_within(options, free, spent)
     layers = croppable(model, where)
     windows = {name: chosen.get(name, Window.whole(conv.kernel_size)) for name, conv in layers.items()}
     cropped = crop_to(model, windows)
@@ -305,9 +308,6 @@ def _best_within(
     """The choice with the largest gain whose measured spending the budget allows, and how many choices were run."""
     gains = {(o.layer, o.window): o.gain for o in options}
     best, best_gain, tried = dict(free), sum(gains.get(item, 0.0) for item in free.items()), 0
-    if not spent.allows(free):
-        layers = croppable(spent.model, lambda name, _: name in free)
-        return {name: Window.whole(conv.kernel_size) for name, conv in layers.items()}, 1
     costs = [o.cost for o in options if o.cost > 0]
     if not costs:
         return best, tried

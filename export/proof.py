@@ -146,7 +146,7 @@ class Proof:
             else:
                 limit = limit.widened(self.crop_cost)
         arrows.append((f"{name} -> {last}", before, self.shipped, limit))
-        # Which drops the hops from the baked network on, over the crop.
+        # Noise is left out of the hops across the crop: they start at the baked network.
         images = self.crop_on_data and not all(case.noise for case in self.cases)
         hops = tuple(
             Hop(arrow, case.label, case.batch.shape, _bitwise(a, b), compare_outputs(a, b, most, classes=self.classes))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gmconv.crop_conv import pads_of
-from gmconv.crop_groups import DepthwiseSplit, SplitDepthwise2d, kernels_of
+from gmconv.crop_groups import DepthwiseSplit, SplitDepthwise2d, kept_pieces
 from gmconv.crop_measure import (
     Batch,
     OutputError,
@@ -166,7 +166,8 @@ def certify(
     convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     smaller = dict(cropped.named_modules())
     splits = splits or {}
-    kept = {name: _kept(convs[name], window, splits.get(name)) for name, window in windows.items()}
+    taken = {name: split.groups for name, split in splits.items() if split.taken}
+    kept = {name: kept_pieces(convs[name], window, taken.get(name)) for name, window in windows.items()}
     gone = {
         name: _removed(convs[name], pieces)
         for name, pieces in kept.items()
@@ -232,13 +233,6 @@ def certify(
         sum_order=sum_order,
         used_elsewhere=tuple(used_elsewhere),
     )
-
-
-def _kept(conv: nn.Conv2d, window: Window, split: DepthwiseSplit | None) -> list[tuple[list[int], Window]]:
-    """The rows of the weight, in pieces, and the window that each piece keeps."""
-    if split is None or not split.taken:
-        return [(list(range(conv.out_channels)), window)]
-    return list(zip(kernels_of(conv, split.groups), (group.window for group in split.groups), strict=True))
 
 
 def _largest(module: nn.Module) -> nn.Conv2d:

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from gmconv.crop_groups import ChannelGroup, kernels_of
+from gmconv.crop_groups import ChannelGroup, kept_pieces
 from gmconv.crop_measure import Batch, run, watching
 from gmconv.crop_window import Window
 
@@ -44,7 +44,7 @@ def layers_used_elsewhere(
         return ()
     broken = {name for name in cut if not _same(model, windows, splits, [name], example)}
     rest = [name for name in cut if name not in broken]
-    return tuple(name for name in cut if name in broken or not rest or not _same(model, windows, splits, rest, example))
+    return tuple(name for name in cut if name in broken) if _same(model, windows, splits, rest, example) else tuple(cut)
 
 
 def _same(
@@ -76,11 +76,7 @@ def _zeroed(model: nn.Module, windows: Mapping[str, Window], splits: Groups) -> 
         for name, window in windows.items():
             conv = cast(nn.Conv2d, model.get_submodule(name))
             weight = conv.weight.detach().clone()
-            pieces = [(list(range(len(weight))), window)]
-            if name in splits:
-                groups = splits[name]
-                pieces = list(zip(kernels_of(conv, groups), (group.window for group in groups), strict=True))
-            for rows, piece in pieces:
+            for rows, piece in kept_pieces(conv, window, splits.get(name)):
                 weight[rows] -= piece.removed(weight[rows])
             kept.append((conv, cast(nn.Parameter, conv.weight)))
             conv.weight = nn.Parameter(weight, requires_grad=False)

@@ -122,6 +122,15 @@ def kernels_of(conv: nn.Conv2d, groups: Sequence[ChannelGroup]) -> list[list[int
     return [[channel * per + i for channel in group.channels for i in range(per)] for group in groups]
 
 
+def kept_pieces(
+    conv: nn.Conv2d, window: Window, groups: Sequence[ChannelGroup] | None
+) -> list[tuple[list[int], Window]]:
+    """The rows of `conv.weight`, in pieces, and the window that each keeps: `window`, or each group's own."""
+    if groups is None:
+        return [(list(range(conv.out_channels)), window)]
+    return list(zip(kernels_of(conv, groups), (group.window for group in groups), strict=True))
+
+
 def split_conv(conv: nn.Conv2d, groups: Sequence[ChannelGroup]) -> None:
     """Make `conv`, depthwise, a `SplitDepthwise2d` in place: the same output as with the taps outside each group's
     window set to zero, same shape. The layer object stays, with its hooks and whatever shares it."""
