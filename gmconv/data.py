@@ -1,263 +1,305 @@
-"""Training data: the handwritten digits inside scikit-learn, and folders of images with one sub-folder per class."""
+"""Samples to compare and evaluate on: seeded noise, the digits, a folder of images, an .npz file; batch by batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, Any, Literal
 
-import click
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from runtime.cli import require
+from runtime.errors import RefusedError
+from runtime.images import SUFFIXES, load_image
+from runtime.manifest import Preprocessing
 
 Floats = NDArray[np.float32]
-Indices = NDArray[np.int64]
+Labels = NDArray[np.int64]
+Reader = Callable[[Labels], Iterator[Floats]]
+_Part = Literal["held-out", "train", "all"]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
-# A file of a format that is not read is refused by name rather than skipped: the classes would lose images unseen.
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-
-
-class DataError(click.ClickException):
-    """Exit 3: the training data was refused; the message names the folder or file."""
-
-    exit_code = 3
+NOISE_SAMPLES = 64
+_IMAGE_NAMES = ("input", "images", "x")
+_LABEL_NAMES = ("labels", "targets", "y")
 
 
-class Samples(Protocol):
-    """Images and their classes, by index."""
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """`images` float32 (N, C, H, W), ready for the network; `labels` int64 (N,) where they are known."""
 
-    @property
-    def targets(self) -> Indices:
-        """Class index of each image, int64 (N,)."""
-        ...
-
-    def batch(self, indices: Indices) -> Floats:
-        """The images at `indices`: float32 (N, C, H, W), preprocessed."""
-        ...
+    images: Floats
+    labels: Labels | None
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """What `gmconv.train` learns from and is measured on.
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Samples of one source, read batch by batch each time it is iterated; memory is that of one batch.
 
-    `record` is what a checkpoint keeps so that parity and evaluation find the same held-out images (None: they need
-    to be told). `preprocessing` has the fields of `runtime.manifest.Preprocessing`.
+    `name` for tables; `labels` int64 (count,) or None; `classes` the names behind them, where the source has some.
     """
 
     name: str
-    train: Samples
-    held_out: Samples
-    labels: tuple[str, ...]
-    preprocessing: dict[str, Any] | None
-    record: dict[str, Any] | None
+    count: int
+    labels: Labels | None
+    classes: tuple[str, ...] | None
+    batch: int
+    _indices: Labels
+    _read: Reader
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches(self.batch)
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Batches of `size` samples, the last one possibly smaller."""
+        held: list[Floats] = []
+        done = 0
+        for image in self._read(self._indices):
+            held.append(image)
+            if len(held) == size or done + len(held) == self.count:
+                labels = None if self.labels is None else self.labels[done : done + len(held)]
+                yield Batch(np.stack(held), labels)
+                done += len(held)
+                held = []
 
 
-@dataclass(frozen=True)
-class ArraySamples:
-    """Samples held in memory: `images` float32 (N, C, H, W), `targets` int64 (N,)."""
+def load_samples(
+    spec: str | Path,
+    *,
+    input_shape: tuple[int, int, int],
+    preprocessing: Preprocessing | None = None,
+    dataset: dict[str, Any] | None = None,
+    class_names: Sequence[str] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    batch: int = 32,
+    held_out_only: bool = True,
+    train_only: bool = False,
+) -> Samples:
+    """The samples that `spec` names, in the shape (C, H, W) a network takes.
 
-    images: Floats
-    targets: Indices
+    Args:
+        spec: "noise" (standard normal, 64 samples unless `limit` says more), "digits", a folder of images (with one
+            sub-folder per class, their labels), or an .npz file of float32 images (and labels).
+        input_shape: (C, H, W).
+        preprocessing: the manifest's; needed for image files.
+        dataset: the manifest's, which knows how the digits were split.
+        class_names: the manifest's labels: sub-folders are matched with them by name.
+        limit: at most this many, drawn by `seed` without repetition and kept in their order.
+        seed: of the noise and of the draw.
+        batch: samples per batch when iterated.
+        held_out_only: of the digits, those not trained on (and of a folder split in train and val, the latter).
+        train_only: the opposite part instead, for calibration; wins over `held_out_only`.
 
-    def batch(self, indices: Indices) -> Floats:
-        """The images at `indices`."""
-        return self.images[indices]
-
-
-@dataclass(frozen=True)
-class FileSamples:
-    """Samples read from image files when asked for."""
-
-    files: tuple[Path, ...]
-    targets: Indices
-    preprocessing: dict[str, Any]
-    workers: int = 4
-
-    def batch(self, indices: Indices) -> Floats:
-        """The images at `indices`, decoded in threads (PIL releases the lock)."""
-        files = [self.files[index] for index in indices]
-        with ThreadPoolExecutor(self.workers) as pool:
-            return np.stack(list(pool.map(lambda file: load_image(file, self.preprocessing), files)))
-
-
-def load_dataset(spec: str, input_shape: tuple[int, int, int], test_size: float = 0.2, split_seed: int = 0) -> Dataset:
-    """`digits`, or the folder named by `spec`, at `input_shape` (C, H, W).
-
-    Raises DataError when the data does not exist, cannot be read or cannot have that shape.
+    Raises:
+        RefusedError: the source is missing, empty, unreadable, or does not have that shape.
+        UnavailableError: scikit-learn (for digits) or pillow (for images) is not installed.
     """
-    if spec == "digits":
-        return digits(input_shape, test_size, split_seed)
-    return image_folder(Path(spec), input_shape, test_size, split_seed)
-
-
-def digits(input_shape: tuple[int, int, int] = (3, 32, 32), test_size: float = 0.2, split_seed: int = 0) -> Dataset:
-    """The 1,797 real 8x8 digits of scikit-learn (UCI, Alpaydin & Kaynak 1998), in [0, 1], 1,437 of them for training.
-
-    Each pixel is repeated to fill `input_shape` (C, H, W; H and W multiples of 8) and each channel is the same.
-    """
-    channels, height, width = input_shape
-    if channels < 1 or height < 8 or width < 8 or height % 8 or width % 8:
-        raise DataError(
-            f"digits are 8x8 and are enlarged by whole factors: height and width must be multiples of 8, "
-            f"not {height}x{width} with {channels} channels"
-        )
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError(f"the digits come with scikit-learn ({error}): pip install scikit-learn") from error
-    raw = load_digits()
-    grey = np.asarray(raw.images, np.float32) / np.float32(16)
-    enlarged = np.kron(grey, np.ones((1, height // 8, width // 8), np.float32))
-    images = np.ascontiguousarray(np.repeat(enlarged[:, None], channels, axis=1), np.float32)
-    targets = np.asarray(raw.target, np.int64)
-    train, held_out = split_indices(targets, test_size, split_seed)
-    preprocessing = {
-        "size": (height, width),
-        "mean": (0.0,) * channels,
-        "std": (1.0,) * channels,
-        "scale": 1 / 255,
-        "channel_order": "L" if channels == 1 else "RGB",
-        "interpolation": "nearest",
-        "resize": "stretch",
-        "crop_ratio": 1.0,
-    }
-    return Dataset(
-        name="digits",
-        train=ArraySamples(images[train], targets[train]),
-        held_out=ArraySamples(images[held_out], targets[held_out]),
-        labels=tuple(str(name) for name in raw.target_names),
-        preprocessing=preprocessing if channels in (1, 3) else None,
-        record={"name": "digits", "test_size": test_size, "split_seed": split_seed},
-    )
-
-
-def image_folder(folder: Path, input_shape: tuple[int, int, int], test_size: float, split_seed: int) -> Dataset:
-    """A folder with one sub-folder of images per class, at `input_shape` (C, H, W; C is 1 or 3).
-
-    A folder that holds just `train` and `val` (or `test`) is taken as already split; any other is split by class.
-    """
-    channels, height, width = input_shape
-    if channels not in (1, 3):
-        raise DataError(f"images have 1 or 3 channels, not {channels}; change --input-shape")
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give 'digits' or a folder with one sub-folder of images per class")
-    preprocessing = {
-        "size": (height, width),
-        "mean": (0.485, 0.456, 0.406) if channels == 3 else (0.5,),
-        "std": (0.229, 0.224, 0.225) if channels == 3 else (0.25,),
-        "scale": 1 / 255,
-        "channel_order": "RGB" if channels == 3 else "L",
-        "interpolation": "bilinear",
-        "resize": "shortest-then-crop",
-        "crop_ratio": 1.0,
-    }
-    parts = {entry.name: entry for entry in _folders(folder)}
-    other = next((name for name in ("val", "test") if set(parts) == {"train", name}), None)
-    if other:
-        files, targets, labels = _scan(parts["train"])
-        held_files, held_targets, held_labels = _scan(parts[other])
-        if held_labels != labels:
-            odd = ", ".join(sorted(set(labels) ^ set(held_labels))[:10])
-            raise DataError(f"{folder}: train and {other} do not hold the same classes ({odd})")
-        train = FileSamples(tuple(files), targets, preprocessing)
-        held_out = FileSamples(tuple(held_files), held_targets, preprocessing)
+    if limit is not None and limit < 1:
+        raise RefusedError(f"{limit} samples were asked for; at least 1 is needed")
+    part: _Part = "train" if train_only else "held-out" if held_out_only else "all"
+    classes: tuple[str, ...] | None = None
+    if str(spec) == "noise":
+        name, total, labels, read = "noise", limit or NOISE_SAMPLES, None, _noise(input_shape, seed)
+    elif str(spec) == "digits":
+        name, (total, labels, classes, read) = "digits", _digits(input_shape, dataset or {}, part)
+    elif Path(spec).is_dir():
+        name = Path(spec).name
+        total, labels, classes, read = _folder(Path(spec), input_shape, preprocessing, class_names, part)
+    elif Path(spec).suffix == ".npz" and Path(spec).is_file():
+        name, (total, labels, read) = Path(spec).name, _npz(Path(spec), input_shape)
     else:
-        files, targets, labels = _scan(folder)
-        inside, outside = split_indices(targets, test_size, split_seed)
-        train = FileSamples(tuple(files[i] for i in inside), targets[inside], preprocessing)
-        held_out = FileSamples(tuple(files[i] for i in outside), targets[outside], preprocessing)
-    return Dataset(folder.name, train, held_out, labels, preprocessing, record=None)
+        raise RefusedError(f"{spec}: no such data; give 'noise', 'digits', a folder of images or an .npz file")
+    if total == 0:
+        raise RefusedError(f"{spec}: holds no samples")
+    indices = np.arange(total)
+    if limit is not None and limit < total:
+        indices = np.sort(np.random.default_rng(seed).permutation(total)[:limit])
+    chosen = None if labels is None else labels[indices]
+    return Samples(name, len(indices), chosen, classes, batch, indices, read)
 
 
-def split_indices(targets: Indices, test_size: float, split_seed: int) -> tuple[Indices, Indices]:
-    """Indices for training and held out: stratified by class, the same for the same seed.
+def _noise(shape: tuple[int, int, int], seed: int) -> Reader:
+    def read(indices: Labels) -> Iterator[Floats]:
+        generator = np.random.default_rng(seed)
+        for _ in indices:
+            yield generator.standard_normal(shape, dtype=np.float32)
 
-    Raises DataError when there are too few images to have every class on both sides.
-    """
-    from sklearn.model_selection import train_test_split
-
-    try:
-        train, held_out = train_test_split(
-            np.arange(len(targets)), test_size=test_size, random_state=split_seed, stratify=targets
-        )
-    except ValueError as error:
-        raise DataError(f"{len(targets)} images cannot be split with every class on both sides ({error})") from error
-    return np.asarray(train, np.int64), np.asarray(held_out, np.int64)
+    return read
 
 
-def load_image(file: Path, preprocessing: dict[str, Any]) -> Floats:
-    """One image file (JPEG, PNG, WebP, BMP or PPM) as the network's input, float32 (C, H, W).
+def _digits(
+    shape: tuple[int, int, int], dataset: dict[str, Any], part: _Part
+) -> tuple[int, Labels, tuple[str, ...], Reader]:
+    """The 1,797 digits of scikit-learn in [0, 1], pixels and channels repeated; split as `gmconv.train` splits them."""
+    load_digits = require("sklearn.datasets", "export").load_digits
+    split = require("sklearn.model_selection", "export").train_test_split
+    channels, height, width = shape
+    if height % 8 or width % 8:
+        raise RefusedError(f"digits are 8 x 8 and grow by whole factors; this network takes {height} x {width}")
+    raw = load_digits()
+    chosen = np.arange(len(raw.target))
+    if part != "all":
+        size, seed = dataset.get("test_size", 0.2), dataset.get("split_seed", 0)
+        try:
+            train, held_out = split(chosen, test_size=size, random_state=seed, stratify=raw.target)
+        except (ValueError, TypeError) as error:
+            raise RefusedError(f"the digits cannot be split with test_size {size!r}, split_seed {seed!r}") from error
+        chosen = train if part == "train" else held_out
+    pixels = np.ones((height // 8, width // 8), np.float32)
 
-    Raises DataError when the file is none of these, or damaged.
-    """
-    from PIL import Image
+    def read(indices: Labels) -> Iterator[Floats]:
+        for index in chosen[indices]:
+            image = np.kron(np.asarray(raw.images[index], np.float32) / np.float32(16), pixels)
+            yield np.repeat(image[None], channels, axis=0)
 
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            return preprocess(image, preprocessing)
-    except Exception as error:  # a damaged file can make a decoder raise anything
-        why = str(error) or type(error).__name__
-        raise DataError(
-            f"{file}: cannot be decoded as a JPEG, PNG, WebP, BMP or PPM image ({why[:120]}); remove or convert it"
-        ) from error
+    labels = np.asarray(raw.target[chosen], np.int64)
+    return len(chosen), labels, tuple(str(name) for name in raw.target_names), read
 
 
-def preprocess(image: Image, preprocessing: dict[str, Any]) -> Floats:
-    """A PIL image as float32 (C, H, W): the arithmetic of `runtime.images.preprocess`, bit for bit.
+def _folder(
+    folder: Path,
+    shape: tuple[int, int, int],
+    preprocessing: Preprocessing | None,
+    class_names: Sequence[str] | None,
+    part: _Part,
+) -> tuple[int, Labels | None, tuple[str, ...] | None, Reader]:
+    if preprocessing is None:
+        raise RefusedError(f"{folder}: the manifest has no preprocessing, so image files cannot be turned into inputs")
+    channels = 1 if preprocessing.channel_order == "L" else 3
+    prepared = (channels, *preprocessing.size)
+    if prepared != tuple(shape):
+        raise RefusedError(f"{folder}: the preprocessing makes {prepared} images, the network takes {tuple(shape)}")
+    parts = _folders(folder)
+    held = [entry for entry in parts if entry.name in ("val", "test")]
+    train = [entry for entry in parts if entry.name == "train"]
+    if part != "all" and len(parts) == 2 and len(held) == len(train) == 1:
+        folder = train[0] if part == "train" else held[0]
+        parts = _folders(folder)
+    files = _images(folder)
+    labels: Labels | None = None
+    classes: tuple[str, ...] | None = None
+    if parts and all(file.parent != folder for file in files):
+        classes = tuple(entry.name for entry in parts)
+        positions = _positions(folder, classes, class_names)
+        files = [file for entry in parts for file in _images(entry)]
+        labels = np.asarray([positions[file.relative_to(folder).parts[0]] for file in files], np.int64)
 
-    It is written twice because this package does not import runtime; a test compares the two.
-    """
-    from PIL import ImageOps
-    from PIL.Image import Resampling, fromarray
+    def read(indices: Labels) -> Iterator[Floats]:
+        for index in indices:
+            yield load_image(files[index], preprocessing)
 
-    image = ImageOps.exif_transpose(image) or image
-    if image.mode.startswith("I"):  # 16 bits become 8
-        image = fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    order = preprocessing["channel_order"]
-    image = image.convert("L" if order == "L" else "RGB")
-    height, width = preprocessing["size"]
-    left, upper, part_w, part_h = 0.0, 0.0, float(image.width), float(image.height)
-    if preprocessing["resize"] != "stretch":  # the centred part of the target's aspect ratio
-        scale = max(height / image.height, width / image.width) / preprocessing["crop_ratio"]
-        part_w, part_h = min(image.width, width / scale), min(image.height, height / scale)
-        left, upper = (image.width - part_w) / 2, (image.height - part_h) / 2
-    resampling = Resampling[preprocessing["interpolation"].upper()]
-    image = image.resize((width, height), resampling, box=(left, upper, left + part_w, upper + part_h))
-    pixels = np.asarray(image, np.float32)
-    planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)[:: -1 if order == "BGR" else 1]
-    mean, std = (np.asarray(preprocessing[key], np.float32)[:, None, None] for key in ("mean", "std"))
-    return np.ascontiguousarray((planes * np.float32(preprocessing["scale"]) - mean) / std)
+    return len(files), labels, classes, read
+
+
+def _positions(folder: Path, classes: tuple[str, ...], names: Sequence[str] | None) -> dict[str, int]:
+    """Each sub-folder's class index: by name where the network knows names, else by alphabetical order."""
+    if names and set(classes) <= set(names):
+        return {name: list(names).index(name) for name in classes}
+    if names and len(classes) != len(names):
+        odd = ", ".join(sorted(set(classes) - set(names))[:5])
+        raise RefusedError(f"{folder}: sub-folders {odd} are not among the network's {len(names)} labels; rename them")
+    return {name: index for index, name in enumerate(classes)}
 
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _scan(folder: Path) -> tuple[list[Path], Indices, tuple[str, ...]]:
-    files: list[Path] = []
-    targets: list[int] = []
-    classes = _folders(folder)
-    if len(classes) < 2:
-        raise DataError(f"{folder}: needs at least two sub-folders, one per class; found {len(classes)}")
-    for index, entry in enumerate(classes):
-        found = sorted(f for f in entry.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
-        if not found:
-            raise DataError(f"{entry}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        files += found
-        targets += [index] * len(found)
-    return files, np.asarray(targets, np.int64), tuple(entry.name for entry in classes)
+def _images(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
-def batches(count: int, batch_size: int, order: Sequence[int] | Indices | None = None) -> list[Indices]:
-    """Indices 0..count-1, or `order`, in batches; a last batch of one joins the one before (batch norm needs two)."""
-    indices = np.arange(count) if order is None else np.asarray(order, np.int64)
-    starts = list(range(0, count, batch_size))
-    if len(starts) > 1 and count - starts[-1] == 1:
-        starts.pop()
-    return [indices[a:b] for a, b in zip(starts, [*starts[1:], count], strict=True)]
+def _npz(path: Path, shape: tuple[int, int, int]) -> tuple[int, Labels | None, Reader]:
+    names = npz_names(path)
+    image = next((name for name in _IMAGE_NAMES if name in names), None)
+    others = [name for name in names if name not in _LABEL_NAMES]
+    if image is None and len(others) == 1:
+        image = others[0]
+    if image is None:
+        raise RefusedError(f"{path}: holds {', '.join(names) or 'nothing'}; name the images' array 'input'")
+    label = next((name for name in _LABEL_NAMES if name in names), None)
+    rows, dtype = npz_header(path, image)
+    if rows[1:] != tuple(shape) or dtype != np.float32:
+        raise RefusedError(
+            f"{path}: {image!r} is {dtype} {rows}; the network takes float32 (N, {', '.join(map(str, shape))})"
+        )
+    labels = None
+    if label is not None:
+        labels = npz_array(path, label)
+        if labels.dtype.kind not in "iu" or labels.shape != (rows[0],):
+            raise RefusedError(f"{path}: {label!r} is {labels.dtype} {labels.shape}; one integer per image is needed")
+        labels = labels.astype(np.int64)
+
+    def read(indices: Labels) -> Iterator[Floats]:
+        size = int(np.prod(shape)) * dtype.itemsize
+        wanted = set(indices.tolist())
+        with _member(path, image) as (stream, _, _):
+            for index in range(int(indices[-1]) + 1):
+                raw = stream.read(size)
+                if len(raw) != size:
+                    raise RefusedError(f"{path}: {image!r} is truncated")
+                if index in wanted:
+                    yield np.frombuffer(raw, dtype).reshape(shape)
+
+    return rows[0], labels, read
+
+
+def npz_names(path: Path) -> list[str]:
+    """The arrays in an .npz file. Raises RefusedError when it is not one."""
+    if not path.is_file():
+        raise RefusedError(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise RefusedError(f"{path}: not a readable .npz file ({error})") from error
+
+
+def npz_header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of one array of an .npz file, without reading it."""
+    with _member(path, name) as (_, shape, dtype):
+        return shape, dtype
+
+
+def npz_array(path: Path, name: str) -> NDArray[Any]:
+    """One array of an .npz file; plain numbers in C order only, nothing is unpickled."""
+    with _member(path, name) as (stream, shape, dtype):
+        size = int(np.prod(shape)) * dtype.itemsize
+        raw = stream.read(size)
+        if len(raw) != size:
+            raise RefusedError(f"{path}: {name!r} is truncated")
+        return np.frombuffer(raw, dtype).reshape(shape)
+
+
+class _member:  # noqa: N801 (a context manager used like a function)
+    """One open array of an .npz file: its stream after the header, its shape and dtype."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self._name = path, name
+
+    def __enter__(self) -> tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]:
+        self._archive = self._stream = None
+        try:
+            self._archive = zipfile.ZipFile(self._path)
+            self._stream = self._archive.open(f"{self._name}.npy")
+            version = np.lib.format.read_magic(self._stream)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(self._stream)
+        except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError, NotImplementedError) as error:
+            self.__exit__()
+            raise RefusedError(f"{self._path}: array {self._name!r} cannot be read ({error})") from error
+        if dtype.hasobject or (fortran and len(shape) > 1):
+            self.__exit__()
+            raise RefusedError(f"{self._path}: array {self._name!r} must be plain numbers in C order; save it so")
+        return self._stream, tuple(shape), dtype
+
+    def __exit__(self, *_: object) -> None:
+        for opened in (self._stream, self._archive):
+            if opened is not None:
+                opened.close()

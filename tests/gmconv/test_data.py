@@ -1,201 +1,182 @@
-"""Training data: the digits' recipe, image folders, and the arithmetic shared with runtime."""
+"""Where samples come from, how they are drawn, and that memory is bounded by one batch."""
 
-from __future__ import annotations
-
-import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
-from gmconv.data import DataError, FileSamples, batches, digits, image_folder, load_dataset, load_image, preprocess
-from runtime import images
 from runtime.datasets import load_samples
+from runtime.errors import RefusedError
 from runtime.manifest import Preprocessing
+
+SHAPE = (3, 8, 8)
+PLAIN = Preprocessing(size=(8, 8), mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+def stack(samples: Any) -> Any:
+    return np.concatenate([batch.images for batch in samples])
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Two classes of ten PNG images each, of odd sizes."""
-    rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
+def classes(tmp_path: Path) -> Path:
+    """Two classes, `cat` with two images and `dog` with three; every image has its own grey."""
+    for name, greys in (("dog", (60, 70, 80)), ("cat", (10, 20))):
         (tmp_path / name).mkdir()
-        for index in range(10):
-            pixels = rng.integers(0, 256, (19 + index, 31 - index, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
+        for grey in greys:
+            Image.new("RGB", (8, 8), (grey,) * 3).save(tmp_path / name / f"{grey}.png")
+    (tmp_path / "notes.txt").write_text("not an image")
     return tmp_path
 
 
-def test_digits_are_split_by_class_and_the_same_every_time() -> None:
-    data, again = digits(), digits()
-    assert len(data.train.targets) == 1437
-    assert len(data.held_out.targets) == 360
-    assert data.labels == tuple("0123456789")
-    counts = np.bincount(data.held_out.targets)
-    assert counts.min() >= 34
-    assert counts.max() <= 37
-    assert np.array_equal(data.held_out.targets, again.held_out.targets)
-    assert not np.array_equal(digits(split_seed=1).held_out.targets, data.held_out.targets)
-    assert data.record == {"name": "digits", "test_size": 0.2, "split_seed": 0}
+def test_noise_is_seeded_and_independent_of_the_batch_size() -> None:
+    a = load_samples("noise", input_shape=SHAPE, limit=10, seed=3, batch=4)
+    assert [len(batch.images) for batch in a] == [4, 4, 2]
+    assert next(iter(a)).labels is None
+    np.testing.assert_array_equal(stack(a), stack(load_samples("noise", input_shape=SHAPE, limit=10, seed=3, batch=7)))
+    assert not np.array_equal(stack(a), stack(load_samples("noise", input_shape=SHAPE, limit=10, seed=4)))
+    np.testing.assert_array_equal(stack(a), stack(a))
 
 
-def test_digits_are_enlarged_by_whole_factors() -> None:
-    small, large = digits((1, 8, 8)).train.batch(np.arange(5)), digits((3, 16, 32)).train.batch(np.arange(5))
-    assert large.shape == (5, 3, 16, 32)
-    assert large.dtype == np.float32
-    assert np.array_equal(large[:, :, ::2, ::4], np.repeat(small, 3, axis=1))
-    assert np.array_equal(large[:, :, 1::2, 3::4], np.repeat(small, 3, axis=1))
-    assert small.min() == 0.0
-    assert small.max() == 1.0
+def test_digits_are_the_held_out_ones_of_the_manifests_split() -> None:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    raw = load_digits()
+    _, held_out = train_test_split(np.arange(1797), test_size=0.2, random_state=5, stratify=raw.target)
+    found = load_samples("digits", input_shape=(3, 16, 16), dataset={"test_size": 0.2, "split_seed": 5})
+    assert len(found) == 360
+    np.testing.assert_array_equal(found.labels, raw.target[held_out])
+    want = np.kron(raw.images[held_out[0]] / 16, np.ones((2, 2)))
+    np.testing.assert_array_equal(next(iter(found)).images[0], np.stack([want] * 3).astype(np.float32))
+    assert len(load_samples("digits", input_shape=(1, 8, 8), held_out_only=False)) == 1797
 
 
-def test_runtime_finds_the_same_held_out_digits() -> None:
-    data = digits((3, 16, 16))
-    samples = load_samples("digits", input_shape=(3, 16, 16), dataset=data.record, batch=360)
-    (batch,) = samples
-    assert np.array_equal(batch.images, data.held_out.batch(np.arange(360)))
-    assert np.array_equal(batch.labels, data.held_out.targets)
-
-
-@pytest.mark.parametrize("shape", [(3, 30, 32), (3, 4, 8), (0, 8, 8)])
-def test_digits_refuse_shapes_they_cannot_have(shape: tuple[int, int, int]) -> None:
-    with pytest.raises(DataError, match="multiples of 8"):
-        digits(shape)
-
-
-def test_a_folder_is_split_by_class(folder: Path) -> None:
-    data = load_dataset(str(folder), (3, 16, 24))
-    assert data.labels == ("cat", "dog")
-    assert np.bincount(data.train.targets).tolist() == [8, 8]
-    assert np.bincount(data.held_out.targets).tolist() == [2, 2]
-    assert data.train.batch(np.array([0, 3])).shape == (2, 3, 16, 24)
-    assert data.record is None
-
-
-def test_a_folder_with_train_and_val_is_taken_as_split(folder: Path, tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    for part in ("train", "val"):
-        for name in ("cat", "dog"):
-            (root / part / name).mkdir(parents=True)
-            for index in range(2 if part == "val" else 3):
-                shutil.copy(folder / name / f"{index}.png", root / part / name)
-    data = image_folder(root, (1, 8, 8), 0.2, 0)
-    assert (len(data.train.targets), len(data.held_out.targets)) == (6, 4)
-    assert data.train.batch(np.array([5])).shape == (1, 1, 8, 8)
-    (root / "val" / "dog").rename(root / "val" / "wolf")
-    with pytest.raises(DataError, match="same classes"):
-        image_folder(root, (1, 8, 8), 0.2, 0)
-
-
-def test_bad_folders_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such folder"):
-        load_dataset(str(tmp_path / "nowhere"), (3, 8, 8))
-    with pytest.raises(DataError, match="two sub-folders"):
-        load_dataset(str(folder / "cat"), (3, 8, 8))
-    with pytest.raises(DataError, match="channels"):
-        load_dataset(str(folder), (4, 8, 8))
-    (folder / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty: holds no images"):
-        load_dataset(str(folder), (3, 8, 8))
-
-
-def test_a_class_of_one_image_cannot_be_split(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (4, 4)).save(tmp_path / name / "only.png")
-    with pytest.raises(DataError, match="cannot be split"):
-        load_dataset(str(tmp_path), (3, 8, 8))
-
-
-def test_a_damaged_image_is_named(folder: Path) -> None:
-    target = folder / "cat" / "0.png"
-    target.write_bytes(target.read_bytes()[:200])
-    samples = FileSamples(
-        (folder / "cat" / "1.png", target), np.array([0, 0]), load_dataset(str(folder), (3, 8, 8)).preprocessing or {}
+def test_the_training_part_of_the_digits_is_the_rest() -> None:
+    train = stack(load_samples("digits", input_shape=(1, 8, 8), train_only=True))
+    held_out = stack(load_samples("digits", input_shape=(1, 8, 8)))
+    assert len(train) == 1797 - len(held_out)
+    every = stack(load_samples("digits", input_shape=(1, 8, 8), held_out_only=False))
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate([train, held_out]).reshape(1797, -1), axis=0), np.sort(every.reshape(1797, -1), axis=0)
     )
-    assert samples.batch(np.array([0])).shape == (1, 3, 8, 8)
-    with pytest.raises(DataError, match=r"cat/0\.png: cannot be decoded"):
-        samples.batch(np.array([0, 1]))
 
 
-@given(
-    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    mode=st.sampled_from(["RGB", "L", "RGBA", "P", "1", "CMYK", "I;16"]),
-    order=st.sampled_from(["RGB", "BGR", "L"]),
-    interpolation=st.sampled_from(["nearest", "bilinear", "bicubic"]),
-    resize=st.sampled_from(["stretch", "shortest-then-crop"]),
-    crop_ratio=st.floats(0.2, 1.0),
-    target=st.tuples(st.integers(1, 24), st.integers(1, 24)),
-    seed=st.integers(0, 999),
+def test_a_limit_draws_without_repetition_by_seed_and_keeps_labels_in_step() -> None:
+    whole = load_samples("digits", input_shape=(1, 8, 8))
+    some = load_samples("digits", input_shape=(1, 8, 8), limit=50, seed=1)
+    assert some.labels is not None
+    assert whole.labels is not None
+    images = {image.tobytes(): label for image, label in zip(stack(whole), whole.labels, strict=True)}
+    drawn = stack(some)
+    assert len({image.tobytes() for image in drawn}) == 50
+    assert [images[image.tobytes()] for image in drawn] == some.labels.tolist()
+    other = load_samples("digits", input_shape=(1, 8, 8), limit=50, seed=2)
+    assert not np.array_equal(stack(other), drawn)
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 8), (3, 30, 30)])
+def test_digits_need_whole_factors(shape: tuple[int, int, int]) -> None:
+    with pytest.raises(RefusedError, match="whole factors"):
+        load_samples("digits", input_shape=shape)
+
+
+def test_sub_folders_are_classes_in_alphabetical_order(classes: Path) -> None:
+    found = load_samples(classes, input_shape=SHAPE, preprocessing=PLAIN, batch=2)
+    assert found.classes == ("cat", "dog")
+    assert found.labels is not None
+    assert found.labels.tolist() == [0, 0, 1, 1, 1]
+    np.testing.assert_allclose(stack(found)[:, 0, 0, 0] * 255, [10, 20, 60, 70, 80], rtol=1e-5)
+    assert [batch.labels.tolist() for batch in found if batch.labels is not None] == [[0, 0], [1, 1], [1]]
+
+
+def test_sub_folders_follow_the_networks_labels_by_name(classes: Path) -> None:
+    found = load_samples(classes, input_shape=SHAPE, preprocessing=PLAIN, class_names=("dog", "fox", "cat"))
+    assert found.labels is not None
+    assert found.labels.tolist() == [2, 2, 0, 0, 0]
+    with pytest.raises(RefusedError, match="cat, dog are not among"):
+        load_samples(classes, input_shape=SHAPE, preprocessing=PLAIN, class_names=("a", "b", "c"))
+
+
+def test_a_flat_folder_has_no_labels(classes: Path) -> None:
+    found = load_samples(classes / "dog", input_shape=SHAPE, preprocessing=PLAIN)
+    assert found.labels is None
+    assert len(found) == 3
+
+
+def test_a_folder_split_in_train_and_val_gives_val(classes: Path) -> None:
+    (classes / "cat").rename(classes / "train")
+    (classes / "dog").rename(classes / "val")
+    assert len(load_samples(classes, input_shape=SHAPE, preprocessing=PLAIN)) == 3
+
+
+def test_npz_files_with_and_without_labels(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).standard_normal((7, *SHAPE), dtype=np.float32)
+    np.savez(tmp_path / "a.npz", input=images, labels=np.arange(7))
+    np.savez_compressed(tmp_path / "b.npz", anything=images)
+    a = load_samples(tmp_path / "a.npz", input_shape=SHAPE, limit=3, seed=0)
+    assert a.labels is not None
+    np.testing.assert_array_equal(stack(a), images[a.labels])
+    np.testing.assert_array_equal(stack(load_samples(tmp_path / "b.npz", input_shape=SHAPE, batch=3)), images)
+
+
+def test_npz_is_read_in_batches(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", input=np.zeros((2000, 3, 32, 32), np.float32))  # 24 MB
+    samples = load_samples(tmp_path / "a.npz", input_shape=(3, 32, 32), batch=8)
+    tracemalloc.start()
+    assert sum(len(batch.images) for batch in samples) == 2000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"input": np.zeros((2, 3, 8, 8))}, "float64"),
+        ({"input": np.zeros((2, 3, 8, 9), np.float32)}, "the network takes float32"),
+        ({"input": np.zeros((0, 3, 8, 8), np.float32)}, "no samples"),
+        ({"a": np.zeros(1), "b": np.zeros(1)}, "name the images' array 'input'"),
+        ({"input": np.zeros((2, 3, 8, 8), np.float32), "labels": np.zeros(3, int)}, "one integer per image"),
+        ({"input": np.array([{}])}, "plain numbers"),
+        ({}, "holds nothing"),
+    ],
 )
-def test_preprocessing_is_bitwise_that_of_runtime(
-    size: tuple[int, int],
-    mode: str,
-    order: Any,
-    interpolation: Any,
-    resize: Any,
-    crop_ratio: float,
-    target: tuple[int, int],
-    seed: int,
-) -> None:
-    rng = np.random.default_rng(seed)
-    if mode == "I;16":
-        image = Image.fromarray(rng.integers(0, 65536, size[::-1], dtype=np.uint16))
-    else:
-        image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).convert(mode)
-    channels = 1 if order == "L" else 3
-    spec = Preprocessing(
-        size=target,
-        mean=(0.485, 0.456, 0.406)[:channels],
-        std=(0.229, 0.224, 0.225)[:channels],
-        channel_order=order,
-        interpolation=interpolation,
-        resize=resize,
-        crop_ratio=crop_ratio,
-    )
-    fields = {name: getattr(spec, name) for name in Preprocessing.__dataclass_fields__}
-    ours, theirs = preprocess(image, fields), images.preprocess(image, spec)
-    assert ours.dtype == theirs.dtype == np.float32
-    assert ours.tobytes() == theirs.tobytes()
+def test_npz_files_that_do_not_fit_are_refused(tmp_path: Path, arrays: dict[str, Any], words: str) -> None:
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(RefusedError, match=words):
+        load_samples(tmp_path / "a.npz", input_shape=SHAPE)
 
 
-def test_exif_orientation_is_followed_as_in_runtime(tmp_path: Path) -> None:
-    image = Image.fromarray(np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "turned.png", exif=exif)
-    spec = Preprocessing(size=(4, 6), mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="nearest")
-    fields = {name: getattr(spec, name) for name in Preprocessing.__dataclass_fields__}
-    ours = load_image(tmp_path / "turned.png", fields)
-    assert ours.tobytes() == images.load_image(tmp_path / "turned.png", spec).tobytes()
-    upright = np.asarray(image.transpose(Image.Transpose.ROTATE_270), np.float32).transpose(2, 0, 1) / 255
-    np.testing.assert_allclose(ours, upright, rtol=1e-6)
+def test_truncated_and_foreign_npz_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, input=np.zeros((4, *SHAPE), np.float32))
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"text"):
+        path.write_bytes(content)
+        with pytest.raises(RefusedError, match="not a readable"):
+            load_samples(path, input_shape=SHAPE)
 
 
-def test_preprocessing_of_a_saved_digit_gives_the_training_image(tmp_path: Path) -> None:
-    """A digit stored as an 8x8 PNG and preprocessed is, to 8 bits, what was trained on."""
-    data = digits((3, 32, 32))
-    digit = digits((1, 8, 8)).held_out.batch(np.array([0]))[0, 0]
-    Image.fromarray(np.round(digit * 255).astype(np.uint8)).save(tmp_path / "digit.png")
-    assert data.preprocessing is not None
-    image = load_image(tmp_path / "digit.png", data.preprocessing)
-    np.testing.assert_allclose(image, data.held_out.batch(np.array([0]))[0], atol=0.51 / 255)
+def test_sources_that_give_nothing_are_refused(tmp_path: Path) -> None:
+    for spec, words in (
+        (tmp_path, "holds no samples"),
+        (tmp_path / "none", "no such data"),
+        ("imagenet", "no such data"),
+    ):
+        with pytest.raises(RefusedError, match=words):
+            load_samples(spec, input_shape=SHAPE, preprocessing=PLAIN)
+    with pytest.raises(RefusedError, match="no preprocessing"):
+        load_samples(tmp_path, input_shape=SHAPE)
+    with pytest.raises(RefusedError, match=r"makes \(3, 8, 8\) images"):
+        load_samples(tmp_path, input_shape=(1, 8, 8), preprocessing=PLAIN)
+    with pytest.raises(RefusedError, match="at least 1"):
+        load_samples("noise", input_shape=SHAPE, limit=0)
 
 
-def test_preprocessing_fields_are_those_of_the_manifest(folder: Path) -> None:
-    for data in (digits(), digits((1, 8, 8)), load_dataset(str(folder), (3, 8, 8))):
-        assert data.preprocessing is not None
-        Preprocessing(**data.preprocessing)
-    assert digits((2, 8, 8)).preprocessing is None
-
-
-@given(count=st.integers(1, 200), batch_size=st.integers(2, 64))
-def test_batches_hold_each_index_once_and_never_one_alone(count: int, batch_size: int) -> None:
-    plan = batches(count, batch_size)
-    assert np.array_equal(np.concatenate(plan), np.arange(count))
-    assert all(len(batch) > 1 for batch in plan) or count == 1
-    assert all(len(batch) <= batch_size + 1 for batch in plan)
+def test_a_damaged_image_in_a_folder_is_refused_by_name(classes: Path) -> None:
+    (classes / "cat" / "10.png").write_bytes(b"broken")
+    with pytest.raises(RefusedError, match=r"cat/10\.png"):
+        stack(load_samples(classes, input_shape=SHAPE, preprocessing=PLAIN))

@@ -1,0 +1,263 @@
+"""Training data: the handwritten digits inside scikit-learn, and folders of images with one sub-folder per class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Floats = NDArray[np.float32]
+Indices = NDArray[np.int64]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
+# A file of a format that is not read is refused by name rather than skipped: the classes would lose images unseen.
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+class DataError(click.ClickException):
+    """Exit 3: the training data was refused; the message names the folder or file."""
+
+    exit_code = 3
+
+
+class Samples(Protocol):
+    """Images and their classes, by index."""
+
+    @property
+    def targets(self) -> Indices:
+        """Class index of each image, int64 (N,)."""
+        ...
+
+    def batch(self, indices: Indices) -> Floats:
+        """The images at `indices`: float32 (N, C, H, W), preprocessed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What `gmconv.train` learns from and is measured on.
+
+    `record` is what a checkpoint keeps so that parity and evaluation find the same held-out images (None: they need
+    to be told). `preprocessing` has the fields of `runtime.manifest.Preprocessing`.
+    """
+
+    name: str
+    train: Samples
+    held_out: Samples
+    labels: tuple[str, ...]
+    preprocessing: dict[str, Any] | None
+    record: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class ArraySamples:
+    """Samples held in memory: `images` float32 (N, C, H, W), `targets` int64 (N,)."""
+
+    images: Floats
+    targets: Indices
+
+    def batch(self, indices: Indices) -> Floats:
+        """The images at `indices`."""
+        return self.images[indices]
+
+
+@dataclass(frozen=True)
+class FileSamples:
+    """Samples read from image files when asked for."""
+
+    files: tuple[Path, ...]
+    targets: Indices
+    preprocessing: dict[str, Any]
+    workers: int = 4
+
+    def batch(self, indices: Indices) -> Floats:
+        """The images at `indices`, decoded in threads (PIL releases the lock)."""
+        files = [self.files[index] for index in indices]
+        with ThreadPoolExecutor(self.workers) as pool:
+            return np.stack(list(pool.map(lambda file: load_image(file, self.preprocessing), files)))
+
+
+def load_dataset(spec: str, input_shape: tuple[int, int, int], test_size: float = 0.2, split_seed: int = 0) -> Dataset:
+    """`digits`, or the folder named by `spec`, at `input_shape` (C, H, W).
+
+    Raises DataError when the data does not exist, cannot be read or cannot have that shape.
+    """
+    if spec == "digits":
+        return digits(input_shape, test_size, split_seed)
+    return image_folder(Path(spec), input_shape, test_size, split_seed)
+
+
+def digits(input_shape: tuple[int, int, int] = (3, 32, 32), test_size: float = 0.2, split_seed: int = 0) -> Dataset:
+    """The 1,797 real 8x8 digits of scikit-learn (UCI, Alpaydin & Kaynak 1998), in [0, 1], 1,437 of them for training.
+
+    Each pixel is repeated to fill `input_shape` (C, H, W; H and W multiples of 8) and each channel is the same.
+    """
+    channels, height, width = input_shape
+    if channels < 1 or height < 8 or width < 8 or height % 8 or width % 8:
+        raise DataError(
+            f"digits are 8x8 and are enlarged by whole factors: height and width must be multiples of 8, "
+            f"not {height}x{width} with {channels} channels"
+        )
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError(f"the digits come with scikit-learn ({error}): pip install scikit-learn") from error
+    raw = load_digits()
+    grey = np.asarray(raw.images, np.float32) / np.float32(16)
+    enlarged = np.kron(grey, np.ones((1, height // 8, width // 8), np.float32))
+    images = np.ascontiguousarray(np.repeat(enlarged[:, None], channels, axis=1), np.float32)
+    targets = np.asarray(raw.target, np.int64)
+    train, held_out = split_indices(targets, test_size, split_seed)
+    preprocessing = {
+        "size": (height, width),
+        "mean": (0.0,) * channels,
+        "std": (1.0,) * channels,
+        "scale": 1 / 255,
+        "channel_order": "L" if channels == 1 else "RGB",
+        "interpolation": "nearest",
+        "resize": "stretch",
+        "crop_ratio": 1.0,
+    }
+    return Dataset(
+        name="digits",
+        train=ArraySamples(images[train], targets[train]),
+        held_out=ArraySamples(images[held_out], targets[held_out]),
+        labels=tuple(str(name) for name in raw.target_names),
+        preprocessing=preprocessing if channels in (1, 3) else None,
+        record={"name": "digits", "test_size": test_size, "split_seed": split_seed},
+    )
+
+
+def image_folder(folder: Path, input_shape: tuple[int, int, int], test_size: float, split_seed: int) -> Dataset:
+    """A folder with one sub-folder of images per class, at `input_shape` (C, H, W; C is 1 or 3).
+
+    A folder that holds just `train` and `val` (or `test`) is taken as already split; any other is split by class.
+    """
+    channels, height, width = input_shape
+    if channels not in (1, 3):
+        raise DataError(f"images have 1 or 3 channels, not {channels}; change --input-shape")
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give 'digits' or a folder with one sub-folder of images per class")
+    preprocessing = {
+        "size": (height, width),
+        "mean": (0.485, 0.456, 0.406) if channels == 3 else (0.5,),
+        "std": (0.229, 0.224, 0.225) if channels == 3 else (0.25,),
+        "scale": 1 / 255,
+        "channel_order": "RGB" if channels == 3 else "L",
+        "interpolation": "bilinear",
+        "resize": "shortest-then-crop",
+        "crop_ratio": 1.0,
+    }
+    parts = {entry.name: entry for entry in _folders(folder)}
+    other = next((name for name in ("val", "test") if set(parts) == {"train", name}), None)
+    if other:
+        files, targets, labels = _scan(parts["train"])
+        held_files, held_targets, held_labels = _scan(parts[other])
+        if held_labels != labels:
+            odd = ", ".join(sorted(set(labels) ^ set(held_labels))[:10])
+            raise DataError(f"{folder}: train and {other} do not hold the same classes ({odd})")
+        train = FileSamples(tuple(files), targets, preprocessing)
+        held_out = FileSamples(tuple(held_files), held_targets, preprocessing)
+    else:
+        files, targets, labels = _scan(folder)
+        inside, outside = split_indices(targets, test_size, split_seed)
+        train = FileSamples(tuple(files[i] for i in inside), targets[inside], preprocessing)
+        held_out = FileSamples(tuple(files[i] for i in outside), targets[outside], preprocessing)
+    return Dataset(folder.name, train, held_out, labels, preprocessing, record=None)
+
+
+def split_indices(targets: Indices, test_size: float, split_seed: int) -> tuple[Indices, Indices]:
+    """Indices for training and held out: stratified by class, the same for the same seed.
+
+    Raises DataError when there are too few images to have every class on both sides.
+    """
+    from sklearn.model_selection import train_test_split
+
+    try:
+        train, held_out = train_test_split(
+            np.arange(len(targets)), test_size=test_size, random_state=split_seed, stratify=targets
+        )
+    except ValueError as error:
+        raise DataError(f"{len(targets)} images cannot be split with every class on both sides ({error})") from error
+    return np.asarray(train, np.int64), np.asarray(held_out, np.int64)
+
+
+def load_image(file: Path, preprocessing: dict[str, Any]) -> Floats:
+    """One image file (JPEG, PNG, WebP, BMP or PPM) as the network's input, float32 (C, H, W).
+
+    Raises DataError when the file is none of these, or damaged.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return preprocess(image, preprocessing)
+    except Exception as error:  # a damaged file can make a decoder raise anything
+        why = str(error) or type(error).__name__
+        raise DataError(
+            f"{file}: cannot be decoded as a JPEG, PNG, WebP, BMP or PPM image ({why[:120]}); remove or convert it"
+        ) from error
+
+
+def preprocess(image: Image, preprocessing: dict[str, Any]) -> Floats:
+    """A PIL image as float32 (C, H, W): the arithmetic of `runtime.images.preprocess`, bit for bit.
+
+    It is written twice because this package does not import runtime; a test compares the two.
+    """
+    from PIL import ImageOps
+    from PIL.Image import Resampling, fromarray
+
+    image = ImageOps.exif_transpose(image) or image
+    if image.mode.startswith("I"):  # 16 bits become 8
+        image = fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    order = preprocessing["channel_order"]
+    image = image.convert("L" if order == "L" else "RGB")
+    height, width = preprocessing["size"]
+    left, upper, part_w, part_h = 0.0, 0.0, float(image.width), float(image.height)
+    if preprocessing["resize"] != "stretch":  # the centred part of the target's aspect ratio
+        scale = max(height / image.height, width / image.width) / preprocessing["crop_ratio"]
+        part_w, part_h = min(image.width, width / scale), min(image.height, height / scale)
+        left, upper = (image.width - part_w) / 2, (image.height - part_h) / 2
+    resampling = Resampling[preprocessing["interpolation"].upper()]
+    image = image.resize((width, height), resampling, box=(left, upper, left + part_w, upper + part_h))
+    pixels = np.asarray(image, np.float32)
+    planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)[:: -1 if order == "BGR" else 1]
+    mean, std = (np.asarray(preprocessing[key], np.float32)[:, None, None] for key in ("mean", "std"))
+    return np.ascontiguousarray((planes * np.float32(preprocessing["scale"]) - mean) / std)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _scan(folder: Path) -> tuple[list[Path], Indices, tuple[str, ...]]:
+    files: list[Path] = []
+    targets: list[int] = []
+    classes = _folders(folder)
+    if len(classes) < 2:
+        raise DataError(f"{folder}: needs at least two sub-folders, one per class; found {len(classes)}")
+    for index, entry in enumerate(classes):
+        found = sorted(f for f in entry.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+        if not found:
+            raise DataError(f"{entry}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        files += found
+        targets += [index] * len(found)
+    return files, np.asarray(targets, np.int64), tuple(entry.name for entry in classes)
+
+
+def batches(count: int, batch_size: int, order: Sequence[int] | Indices | None = None) -> list[Indices]:
+    """Indices 0..count-1, or `order`, in batches; a last batch of one joins the one before (batch norm needs two)."""
+    indices = np.arange(count) if order is None else np.asarray(order, np.int64)
+    starts = list(range(0, count, batch_size))
+    if len(starts) > 1 and count - starts[-1] == 1:
+        starts.pop()
+    return [indices[a:b] for a, b in zip(starts, [*starts[1:], count], strict=True)]

@@ -1,0 +1,201 @@
+"""Training data: the digits' recipe, image folders, and the arithmetic shared with runtime."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from gmconv.data import DataError, FileSamples, batches, digits, image_folder, load_dataset, load_image, preprocess
+from runtime import images
+from runtime.datasets import load_samples
+from runtime.manifest import Preprocessing
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes of ten PNG images each, of odd sizes."""
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for index in range(10):
+            pixels = rng.integers(0, 256, (19 + index, 31 - index, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
+    return tmp_path
+
+
+def test_digits_are_split_by_class_and_the_same_every_time() -> None:
+    data, again = digits(), digits()
+    assert len(data.train.targets) == 1437
+    assert len(data.held_out.targets) == 360
+    assert data.labels == tuple("0123456789")
+    counts = np.bincount(data.held_out.targets)
+    assert counts.min() >= 34
+    assert counts.max() <= 37
+    assert np.array_equal(data.held_out.targets, again.held_out.targets)
+    assert not np.array_equal(digits(split_seed=1).held_out.targets, data.held_out.targets)
+    assert data.record == {"name": "digits", "test_size": 0.2, "split_seed": 0}
+
+
+def test_digits_are_enlarged_by_whole_factors() -> None:
+    small, large = digits((1, 8, 8)).train.batch(np.arange(5)), digits((3, 16, 32)).train.batch(np.arange(5))
+    assert large.shape == (5, 3, 16, 32)
+    assert large.dtype == np.float32
+    assert np.array_equal(large[:, :, ::2, ::4], np.repeat(small, 3, axis=1))
+    assert np.array_equal(large[:, :, 1::2, 3::4], np.repeat(small, 3, axis=1))
+    assert small.min() == 0.0
+    assert small.max() == 1.0
+
+
+def test_runtime_finds_the_same_held_out_digits() -> None:
+    data = digits((3, 16, 16))
+    samples = load_samples("digits", input_shape=(3, 16, 16), dataset=data.record, batch=360)
+    (batch,) = samples
+    assert np.array_equal(batch.images, data.held_out.batch(np.arange(360)))
+    assert np.array_equal(batch.labels, data.held_out.targets)
+
+
+@pytest.mark.parametrize("shape", [(3, 30, 32), (3, 4, 8), (0, 8, 8)])
+def test_digits_refuse_shapes_they_cannot_have(shape: tuple[int, int, int]) -> None:
+    with pytest.raises(DataError, match="multiples of 8"):
+        digits(shape)
+
+
+def test_a_folder_is_split_by_class(folder: Path) -> None:
+    data = load_dataset(str(folder), (3, 16, 24))
+    assert data.labels == ("cat", "dog")
+    assert np.bincount(data.train.targets).tolist() == [8, 8]
+    assert np.bincount(data.held_out.targets).tolist() == [2, 2]
+    assert data.train.batch(np.array([0, 3])).shape == (2, 3, 16, 24)
+    assert data.record is None
+
+
+def test_a_folder_with_train_and_val_is_taken_as_split(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            (root / part / name).mkdir(parents=True)
+            for index in range(2 if part == "val" else 3):
+                shutil.copy(folder / name / f"{index}.png", root / part / name)
+    data = image_folder(root, (1, 8, 8), 0.2, 0)
+    assert (len(data.train.targets), len(data.held_out.targets)) == (6, 4)
+    assert data.train.batch(np.array([5])).shape == (1, 1, 8, 8)
+    (root / "val" / "dog").rename(root / "val" / "wolf")
+    with pytest.raises(DataError, match="same classes"):
+        image_folder(root, (1, 8, 8), 0.2, 0)
+
+
+def test_bad_folders_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        load_dataset(str(tmp_path / "nowhere"), (3, 8, 8))
+    with pytest.raises(DataError, match="two sub-folders"):
+        load_dataset(str(folder / "cat"), (3, 8, 8))
+    with pytest.raises(DataError, match="channels"):
+        load_dataset(str(folder), (4, 8, 8))
+    (folder / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty: holds no images"):
+        load_dataset(str(folder), (3, 8, 8))
+
+
+def test_a_class_of_one_image_cannot_be_split(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "only.png")
+    with pytest.raises(DataError, match="cannot be split"):
+        load_dataset(str(tmp_path), (3, 8, 8))
+
+
+def test_a_damaged_image_is_named(folder: Path) -> None:
+    target = folder / "cat" / "0.png"
+    target.write_bytes(target.read_bytes()[:200])
+    samples = FileSamples(
+        (folder / "cat" / "1.png", target), np.array([0, 0]), load_dataset(str(folder), (3, 8, 8)).preprocessing or {}
+    )
+    assert samples.batch(np.array([0])).shape == (1, 3, 8, 8)
+    with pytest.raises(DataError, match=r"cat/0\.png: cannot be decoded"):
+        samples.batch(np.array([0, 1]))
+
+
+@given(
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    mode=st.sampled_from(["RGB", "L", "RGBA", "P", "1", "CMYK", "I;16"]),
+    order=st.sampled_from(["RGB", "BGR", "L"]),
+    interpolation=st.sampled_from(["nearest", "bilinear", "bicubic"]),
+    resize=st.sampled_from(["stretch", "shortest-then-crop"]),
+    crop_ratio=st.floats(0.2, 1.0),
+    target=st.tuples(st.integers(1, 24), st.integers(1, 24)),
+    seed=st.integers(0, 999),
+)
+def test_preprocessing_is_bitwise_that_of_runtime(
+    size: tuple[int, int],
+    mode: str,
+    order: Any,
+    interpolation: Any,
+    resize: Any,
+    crop_ratio: float,
+    target: tuple[int, int],
+    seed: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    if mode == "I;16":
+        image = Image.fromarray(rng.integers(0, 65536, size[::-1], dtype=np.uint16))
+    else:
+        image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).convert(mode)
+    channels = 1 if order == "L" else 3
+    spec = Preprocessing(
+        size=target,
+        mean=(0.485, 0.456, 0.406)[:channels],
+        std=(0.229, 0.224, 0.225)[:channels],
+        channel_order=order,
+        interpolation=interpolation,
+        resize=resize,
+        crop_ratio=crop_ratio,
+    )
+    fields = {name: getattr(spec, name) for name in Preprocessing.__dataclass_fields__}
+    ours, theirs = preprocess(image, fields), images.preprocess(image, spec)
+    assert ours.dtype == theirs.dtype == np.float32
+    assert ours.tobytes() == theirs.tobytes()
+
+
+def test_exif_orientation_is_followed_as_in_runtime(tmp_path: Path) -> None:
+    image = Image.fromarray(np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    spec = Preprocessing(size=(4, 6), mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="nearest")
+    fields = {name: getattr(spec, name) for name in Preprocessing.__dataclass_fields__}
+    ours = load_image(tmp_path / "turned.png", fields)
+    assert ours.tobytes() == images.load_image(tmp_path / "turned.png", spec).tobytes()
+    upright = np.asarray(image.transpose(Image.Transpose.ROTATE_270), np.float32).transpose(2, 0, 1) / 255
+    np.testing.assert_allclose(ours, upright, rtol=1e-6)
+
+
+def test_preprocessing_of_a_saved_digit_gives_the_training_image(tmp_path: Path) -> None:
+    """A digit stored as an 8x8 PNG and preprocessed is, to 8 bits, what was trained on."""
+    data = digits((3, 32, 32))
+    digit = digits((1, 8, 8)).held_out.batch(np.array([0]))[0, 0]
+    Image.fromarray(np.round(digit * 255).astype(np.uint8)).save(tmp_path / "digit.png")
+    assert data.preprocessing is not None
+    image = load_image(tmp_path / "digit.png", data.preprocessing)
+    np.testing.assert_allclose(image, data.held_out.batch(np.array([0]))[0], atol=0.51 / 255)
+
+
+def test_preprocessing_fields_are_those_of_the_manifest(folder: Path) -> None:
+    for data in (digits(), digits((1, 8, 8)), load_dataset(str(folder), (3, 8, 8))):
+        assert data.preprocessing is not None
+        Preprocessing(**data.preprocessing)
+    assert digits((2, 8, 8)).preprocessing is None
+
+
+@given(count=st.integers(1, 200), batch_size=st.integers(2, 64))
+def test_batches_hold_each_index_once_and_never_one_alone(count: int, batch_size: int) -> None:
+    plan = batches(count, batch_size)
+    assert np.array_equal(np.concatenate(plan), np.arange(count))
+    assert all(len(batch) > 1 for batch in plan) or count == 1
+    assert all(len(batch) <= batch_size + 1 for batch in plan)
