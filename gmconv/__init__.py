@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gmconv import models
     from gmconv.certificate import BakeCertificate, LayerCertificate, bake_certificate
     from gmconv.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-    from gmconv.cropping import crop, crop_model
+    from gmconv.cropping.choose import crop, crop_model
     from gmconv.layer import GMConv2d
     from gmconv.mask import gaussian_mask
     from gmconv.surgery import bake, convert

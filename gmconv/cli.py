@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from runtime.errors import UnavailableError
+from gmconv.errors import UnavailableError
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,10 +11,9 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.cli import require
-from runtime.errors import RefusedError
-from runtime.images import SUFFIXES, load_image
-from runtime.manifest import Preprocessing
+from gmconv.cli import require
+from gmconv.errors import RefusedError
+from gmconv.images import SUFFIXES, Preprocessing, load_image
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]

@@ -1,8 +1,42 @@
-"""Expected failures of this package: one sentence each. Click prints it and exits with `exit_code`."""
+"""Expected failures: one sentence each, and the exit code that goes with it.
+
+They are click exceptions, so click prints the sentence on stderr and exits with `exit_code`; a notebook catches them
+like any other exception. Usage errors (exit 2) are `click.UsageError`. Anything else is a bug (exit 1, traceback).
+"""
 
 from __future__ import annotations
 
 import click
+
+
+class RefusedError(click.ClickException):
+    """Exit 3: the checkpoint, model, artefact, image or output path was refused."""
+
+    exit_code = 3
+
+
+class ParityError(click.ClickException):
+    """Exit 4: an artefact does not match its reference within tolerance."""
+
+    exit_code = 4
+
+
+class BuildError(click.ClickException):
+    """Exit 5: an engine or graph could not be built as asked."""
+
+    exit_code = 5
+
+
+class UnavailableError(click.ClickException):
+    """Exit 6: the machine lacks a driver, a GPU or a library."""
+
+    exit_code = 6
+
+
+class Interrupted(click.ClickException):
+    """Exit 130: the user pressed Ctrl-C."""
+
+    exit_code = 130
 
 
 class CheckpointError(click.ClickException):
@@ -25,3 +59,9 @@ class ArchitectureUnavailableError(click.ClickException):
     """Exit 6: the checkpoint's architecture comes from a package that is not installed."""
 
     exit_code = 6
+
+
+class DataError(click.ClickException):
+    """Exit 3: the training data was refused; the message names the folder or file."""
+
+    exit_code = 3

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.cli import require
-from runtime.errors import RefusedError
-from runtime.manifest import Preprocessing
+from gmconv.cli import require
+from gmconv.errors import RefusedError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,6 +26,32 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 #: Largest image in pixels (100 MB decoded), read from its header before anything is decoded.
 MAX_PIXELS = 2**25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocessing:
+    """From a decoded image to the network's input (float32, C x H x W).
+
+    Resize to `size` (height, width, pixels) as `resize` says, multiply the 0..255 values by `scale`, subtract `mean`,
+    divide by `std` (one value per channel). `channel_order` "L" is greyscale.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float = 1 / 255
+    channel_order: Literal["RGB", "BGR", "L"] = "RGB"
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    resize: Literal["stretch", "shortest-then-crop"] = "stretch"
+    crop_ratio: float = 1.0
+
+
+def read_preprocessing(fields: dict[str, Any] | None) -> Preprocessing | None:
+    """A checkpoint's preprocessing dict as its type. Raises RefusedError when it does not fit."""
+    try:
+        return msgspec.convert(fields, Preprocessing) if fields is not None else None
+    except msgspec.ValidationError as error:
+        raise RefusedError(f"the checkpoint's preprocessing is damaged ({error}); save it again") from error
 
 
 def load_image(source: bytes | Path, preprocessing: Preprocessing) -> Floats:

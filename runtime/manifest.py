@@ -6,13 +6,8 @@ holds a `Manifest`. Nothing is prepended to the artefact itself, so trtexec and 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,8 +15,10 @@ from typing import Any, Literal
 
 import msgspec
 
-from runtime.cli import require
-from runtime.errors import RefusedError
+from gmconv.cli import require
+from gmconv.errors import RefusedError
+from gmconv.files import sha256_file
+from gmconv.images import Preprocessing
 
 SCHEMA = "gmconv-deploy.manifest/v1"
 #: The hop of `Manifest.parity` in which bits have to be equal.
@@ -44,24 +41,6 @@ class ShapeRange:
     min: tuple[int, ...]
     opt: tuple[int, ...]
     max: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preprocessing:
-    """From a decoded image to the network's input (float32, C x H x W).
-
-    Resize to `size` (height, width, pixels) as `resize` says, multiply the 0..255 values by `scale`, subtract `mean`,
-    divide by `std` (one value per channel). `channel_order` "L" is greyscale.
-    """
-
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    scale: float = 1 / 255
-    channel_order: Literal["RGB", "BGR", "L"] = "RGB"
-    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
-    resize: Literal["stretch", "shortest-then-crop"] = "stretch"
-    crop_ratio: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,20 +88,6 @@ class Manifest:
     def to_json(self) -> str:
         """The sidecar's text."""
         return json.dumps(msgspec.to_builtins(self), indent=1, allow_nan=False) + "\n"
-
-
-def read_preprocessing(fields: dict[str, Any] | None) -> Preprocessing | None:
-    """A checkpoint's preprocessing dict as its type. Raises RefusedError when it does not fit."""
-    try:
-        return msgspec.convert(fields, Preprocessing) if fields is not None else None
-    except msgspec.ValidationError as error:
-        raise RefusedError(f"the checkpoint's preprocessing is damaged ({error}); save it again") from error
-
-
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def digest_onnx(path: Path) -> tuple[FileDigest, ...]:
@@ -233,34 +198,3 @@ def read_manifest(artefact: Path, *, verify: bool = True) -> Manifest:
 def find_manifest(artefact: Path) -> Manifest | None:
     """Like `read_manifest`, but None where there is no sidecar at all (a foreign ONNX file)."""
     return read_manifest(artefact) if sidecar(artefact).exists() else None
-
-
-@contextmanager
-def staged(artefact: Path) -> Iterator[Path]:
-    """Write an artefact pair so that no half-written file ever carries a final name.
-
-    Yields a temporary folder beside `artefact`; write `artefact.name`, its external data and its sidecar there under
-    their final names. On a clean exit the files are flushed and renamed into place, the sidecar last; on any exception
-    nothing remains. A kill between two renames leaves a pair whose hashes disagree, which `read_manifest` refuses.
-
-    Raises RefusedError when the folder cannot be written to or the disk is full.
-    """
-    parent = artefact.parent
-    if artefact.is_dir():
-        raise RefusedError(f"{artefact}: is a directory; give -o a file name")
-    folder: Path | None = None
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{artefact.name}.", suffix=".tmp", dir=parent))
-        yield folder
-        last = {artefact.name: 1, sidecar(artefact).name: 2}
-        for file in sorted(folder.iterdir(), key=lambda f: (last.get(f.name, 0), f.name)):
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-            file.replace(parent / file.name)
-    except OSError as error:
-        raise RefusedError(
-            f"{artefact}: cannot be written ({error.strerror or error}); nothing was left behind"
-        ) from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)

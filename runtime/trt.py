@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+from gmconv.errors import RefusedError, UnavailableError
 from runtime import cuda
-from runtime.errors import RefusedError, UnavailableError
 
 if TYPE_CHECKING:
     from tensorrt import Builder as Builder

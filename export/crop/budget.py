@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from export.crop_latency import Latencies, with_latencies
-from gmconv.crop_certificate import certify
-from gmconv.crop_check import layers_used_elsewhere
-from gmconv.crop_measure import Batch, example_of, output_error, run
-from gmconv.crop_window import Precision, Window, nested_windows
-from gmconv.cropping import CropCertificate, Where, choose_windows, crop_to, croppable
-from gmconv.macs import count_macs
+from export.crop.latency import Latencies, with_latencies
+from gmconv.cropping.certificate import certify
+from gmconv.cropping.check import layers_used_elsewhere
+from gmconv.cropping.choose import CropCertificate, Where, choose_windows, crop_to, croppable
+from gmconv.cropping.macs import count_macs
+from gmconv.cropping.measure import Batch, example_of, output_error, run
+from gmconv.cropping.window import Precision, Window, nested_windows
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -99,7 +99,7 @@ def choose(
         budget: what the whole crop may cost.
         labels: (samples,) integer classes of `batches`, for a "top1" budget.
         latencies: gain by time instead of multiply-accumulates, of the windows of `windows_to_try`; see
-            `export.crop_latency.measure_latencies`.
+            `export.crop.latency.measure_latencies`.
         precision, fp32_layers, where, max_abs_input: as `gmconv.crop_model`. Taps that are zero in `precision` go for
             nothing, unless the order of sums alone breaks the budget: then nothing is cropped.
         origin: what `batches` are, for the record.

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from export import graph
-from gmconv.crop_certificate import CropCertificate
-from gmconv.crop_conv import pads_of
-from gmconv.crop_window import Window, nested_windows
-from gmconv.cropping import Where, crop_to, croppable
-from gmconv.macs import count_macs
+from export.graph import capture
+from gmconv.cropping.certificate import CropCertificate
+from gmconv.cropping.choose import Where, crop_to, croppable
+from gmconv.cropping.layers import pads_of
+from gmconv.cropping.macs import count_macs
+from gmconv.cropping.window import Window, nested_windows
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -154,12 +154,12 @@ def module_session(module: nn.Module, shape: tuple[int, ...], *, outputs: int = 
     import onnx_ir as ir
 
     with tempfile.TemporaryDirectory() as folder:
-        exported = graph.to_onnx(
+        exported = capture.to_onnx(
             module.cpu().float().eval(),
             torch.zeros(shape),
             input_name="x",
             output_names=[f"y{i}" for i in range(outputs)],
-            axes=graph.Axes(batch=False),
+            axes=capture.Axes(batch=False),
             opset=20,
             log=Path(folder) / "exporter.log",
         ).model

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from export.crop_budget import Budget, choose, free_windows, windows_to_try
-from export.crop_latency import measure_latencies, with_latencies
-from export.crop_lossless import hold_sum_order
-from export.crop_split import faster_splits
-from export.quantize import FP8_MAX_TAPS
-from gmconv.crop_certificate import CropCertificate
-from gmconv.crop_check import layers_used_elsewhere
-from gmconv.crop_window import Precision, Window
-from gmconv.cropping import Tolerance, choose_windows, crop_model, croppable
-from runtime.errors import RefusedError
+from export.crop.budget import Budget, choose, free_windows, windows_to_try
+from export.crop.latency import measure_latencies, with_latencies
+from export.crop.split import faster_splits
+from export.crop.sum_order import hold_sum_order
+from export.precision.quantize import FP8_MAX_TAPS
+from gmconv.cropping.certificate import CropCertificate
+from gmconv.cropping.check import layers_used_elsewhere
+from gmconv.cropping.choose import Tolerance, choose_windows, crop_model, croppable
+from gmconv.cropping.window import Precision, Window
+from gmconv.errors import RefusedError
 
 if TYPE_CHECKING:
-    from export.converter import PrecisionOptions
-    from runtime.manifest import Preprocessing
+    from export.precision.converter import PrecisionOptions
+    from gmconv.images import Preprocessing
 
 M = TypeVar("M", bound=nn.Module)
 _BATCH = 16
@@ -70,7 +70,7 @@ def crop_for_export(
     """Crop a baked model as `request` says; the certificate's numbers come from its calibration data.
 
     A crop by tolerance also splits depthwise layers into channel groups where ONNX Runtime is faster with them; a
-    lossless one in fp32 leaves layers whole where the order of sums would be seen (`export.crop_lossless`). Layers
+    lossless one in fp32 leaves layers whole where the order of sums would be seen (`export.crop.sum_order`). Layers
     whose kernel the network uses elsewhere stay whole. Every cropped layer is timed alone, before and after, in ONNX
     Runtime on this machine.
 
@@ -187,7 +187,7 @@ def calibration_batches(
     preprocessing: Preprocessing | None,
 ) -> tuple[list[Tensor], Tensor | None, str]:
     """Batches of up to 16 in the model's dtype, the labels (samples,) where known, and where both are from."""
-    from runtime.datasets import load_samples
+    from gmconv.data import load_samples
 
     top1 = request.budget is not None and request.budget.kind == "top1"
     if request.images is None and (dataset or {}).get("name") != "digits" and top1:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 from torch import Tensor, nn
 
-from export.crop_latency import module_session, time_sessions
-from gmconv.crop_groups import ChannelGroup, DepthwiseSplit
-from gmconv.crop_measure import run
-from gmconv.crop_window import Precision
-from gmconv.cropping import Tolerance, Where, choose_groups, choose_windows, crop_to, croppable
-from gmconv.macs import count_macs
-from runtime.bench.interleave import bootstrap_ratio
+from export.crop.latency import module_session, time_sessions
+from gmconv.cropping.choose import Tolerance, Where, choose_groups, choose_windows, crop_to, croppable
+from gmconv.cropping.groups import ChannelGroup, DepthwiseSplit
+from gmconv.cropping.macs import count_macs
+from gmconv.cropping.measure import run
+from gmconv.cropping.window import Precision
+from runtime.benchmark.interleave import bootstrap_ratio
 
 _ROUNDS = 20
 _COPIES = 8  # taps per channel that copying channels costs at least (it lost wherever measured to 20): not timed below

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from export.crop_latency import module_session
-from gmconv.crop_certificate import SumOrder
-from gmconv.crop_groups import DepthwiseSplit
-from gmconv.crop_measure import output_error, run
-from gmconv.cropping import Where, choose_windows, crop_to, croppable
+from export.crop.latency import module_session
+from gmconv.cropping.certificate import SumOrder
+from gmconv.cropping.choose import Where, choose_windows, crop_to, croppable
+from gmconv.cropping.groups import DepthwiseSplit
+from gmconv.cropping.measure import output_error, run
 
 LIMIT = 1e-6
 _MARGIN = 0.5  # the largest of some thousand rounding errors varies by a third and more from input to input

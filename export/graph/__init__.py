@@ -1,1 +1,1 @@
-"""TODO."""
+"""Every look into an ONNX file: capture it from torch, read it, check it."""

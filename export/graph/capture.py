@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -221,7 +221,7 @@ def _kernels(
 
 def simplify(path: Path) -> None:
     """Rewrite the file with onnxslim. Raises UnavailableError when it is not installed."""
-    from runtime.cli import require
+    from gmconv.cli import require
 
     slim = require("onnxslim", "export")
     slim.slim(str(path), str(path))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.onnx_graph import layer_upstream, value_types
-from runtime.errors import RefusedError
+from export.graph.read import layer_upstream, value_types
+from gmconv.errors import RefusedError
 from runtime.runners.base import numpy_dtype
 
 if TYPE_CHECKING:
@@ -94,7 +94,8 @@ def save_graph(model: ModelProto, output: Path, manifest: Manifest, *, external:
     import onnx
     import onnxruntime
 
-    from runtime.manifest import digest_onnx, sidecar, staged, utc_now
+    from gmconv.files import staged
+    from runtime.manifest import digest_onnx, sidecar, utc_now
 
     external = external or model.ByteSize() >= _EXTERNAL_ABOVE
     with staged(output) as folder:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto

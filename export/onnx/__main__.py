@@ -11,13 +11,11 @@ from typing import Any, cast
 
 import click
 
-from export.converter import PRECISIONS, Precision
-from export.graph import OLDEST_OPSET
-from export.pipeline import DEFAULT_OPSET, ExportOptions, export_onnx
-from export.precision import options_from_flags, precision_flags
-from runtime.cli import Command
-
-__all__ = ["ExportOptions", "export_onnx", "main"]
+from export.graph.capture import OLDEST_OPSET
+from export.onnx.pipeline import DEFAULT_OPSET, ExportOptions, export_onnx
+from export.precision.__main__ import options_from_flags, precision_flags
+from export.precision.converter import PRECISIONS, Precision
+from gmconv.cli import Command
 
 
 def _shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int, int] | None:
@@ -36,7 +34,7 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 def _crop(_: click.Context, __: click.Parameter, value: str | None) -> float | str | None:
     if value is None:
         return None
-    from gmconv.cropping import parse_tolerance
+    from gmconv.cropping.choose import parse_tolerance
 
     try:
         return parse_tolerance(value)
@@ -47,7 +45,7 @@ def _crop(_: click.Context, __: click.Parameter, value: str | None) -> float | s
 def _budget(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     if value is None:
         return None
-    from export.crop_budget import parse_budget
+    from export.crop.budget import parse_budget
 
     try:
         parse_budget(value)
@@ -113,8 +111,8 @@ def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Prec
 @click.option("-v", "--verbose", is_flag=True, help="Show what the exporter prints.")
 def main(checkpoint: Path, output: Path | None, as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
     """Bake the masks of CHECKPOINT, export it to ONNX, and prove that ONNX Runtime computes the same."""
-    from export.tables import print_export
-    from runtime.cli import print_json, progress_console
+    from export.onnx.tables import print_export
+    from gmconv.cli import print_json, progress_console
 
     names = flags.pop("input_names")
     if len(names) != 1:

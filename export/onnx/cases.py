@@ -11,7 +11,7 @@ import numpy as np
 from runtime.runners.base import Array
 
 if TYPE_CHECKING:
-    from export.pipeline import ExportOptions
+    from export.onnx.pipeline import ExportOptions
     from gmconv import Checkpoint
 
 
@@ -58,8 +58,8 @@ def images_of(loaded: Checkpoint, options: ExportOptions) -> tuple[str, Any, Any
     source = str(given) if given else (loaded.dataset or {}).get("name")
     if not given and source != "digits":
         return None
-    from runtime.datasets import load_samples
-    from runtime.manifest import read_preprocessing
+    from gmconv.data import load_samples
+    from gmconv.images import read_preprocessing
 
     samples = load_samples(
         str(source),

@@ -10,18 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from runtime.errors import ParityError, RefusedError
+from gmconv.errors import ParityError, RefusedError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import nn
 
-    from export.cases import Case
-    from export.converter import Precision, PrecisionOptions
-    from export.proof import Proof
-    from export.verify import Outputs
+    from export.onnx.cases import Case
+    from export.onnx.proof import Proof
+    from export.onnx.reference import Outputs
+    from export.precision.converter import Precision, PrecisionOptions
     from gmconv import Checkpoint
-    from gmconv.crop_certificate import CropCertificate
+    from gmconv.cropping.certificate import CropCertificate
     from runtime.manifest import FileDigest, Manifest
 
 DEFAULT_OPSET = 20
@@ -35,7 +35,7 @@ class ExportOptions:
 
     `arch`, `num_classes` and `input_shape` (C, H, W) are for foreign checkpoints. `batch` None leaves the batch axis
     dynamic; `dynamic_hw` frees height and width too. `samples` real images are compared besides seeded noise. `crop` is
-    a tolerance or "lossless" (see `gmconv.crop`), `crop_budget` what `export.crop_budget.parse_budget` reads and
+    a tolerance or "lossless" (see `gmconv.crop`), `crop_budget` what `export.crop.budget.parse_budget` reads and
     `crop_gain` what it buys.
     `precisions`: the first is written to the output's name, further ones beside it as `NAME.PRECISION.onnx`.
     """
@@ -106,9 +106,10 @@ def export_onnx(
         gmconv.errors.CheckpointError, BakeError: the checkpoint was refused.
         ParityError: ONNX Runtime does not compute what the network as trained computes.
     """
-    from export.cases import comparison_cases
-    from export.verify import ReferenceProcess, is_large
-    from runtime.manifest import read_manifest, staged
+    from export.onnx.cases import comparison_cases
+    from export.onnx.reference import ReferenceProcess, is_large
+    from gmconv.files import staged
+    from runtime.manifest import read_manifest
 
     options = options or ExportOptions()
     with staged(output) as folder, ReferenceProcess() as reference:
@@ -140,8 +141,8 @@ def export_onnx(
 
 def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: ExportOptions, note: Note) -> _Exported:
     import gmconv
-    from export import graph
-    from export.verify import run_torch
+    from export.graph import capture
+    from export.onnx.reference import run_torch
     from gmconv.certificate import tensor_sha256
 
     names = _output_names(loaded, options)
@@ -154,12 +155,12 @@ def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: Expo
     log = file.with_name("exporter.log")
     said = "[exporter]"
     try:
-        written = graph.to_onnx(
+        written = capture.to_onnx(
             model,
             _example(loaded, options),
             input_name=options.input_name,
             output_names=names,
-            axes=graph.Axes(batch=options.batch is None, hw=options.dynamic_hw),
+            axes=capture.Axes(batch=options.batch is None, hw=options.dynamic_hw),
             opset=options.opset,
             log=log,
         )
@@ -172,14 +173,14 @@ def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: Expo
             note(f"{said} {chatter}")
     log.unlink(missing_ok=True)
     exported = written.model
-    graph.require_no_mask(exported)
-    unused = graph.unused_layers(written, model, loaded.masked)
+    capture.require_no_mask(exported)
+    unused = capture.unused_layers(written, model, loaded.masked)
     if unused:
         text = f"not in the graph, as no output needs them: {', '.join(unused)}"
         note(text)
         loaded = replace(loaded, notes=(*loaded.notes, text))
-    inputs, outputs = graph.specs(exported)
-    operators = graph.operator_histogram(exported)
+    inputs, outputs = capture.specs(exported)
+    operators = capture.operator_histogram(exported)
     _save(exported, file, options)
     for value in exported.graph.initializers.values():
         value.const_value = None  # onnxscript's rewrite rules are globals that keep the last graph they saw
@@ -195,9 +196,9 @@ def _crop(
     """The model with smaller kernels, where that was asked for; chosen on training images, never on held-out ones."""
     if options.crop is None and options.crop_budget is None:
         return model, None
-    from export.crop import CropRequest, crop_for_export, stored_as
-    from export.crop_budget import parse_budget
-    from runtime.manifest import read_preprocessing
+    from export.crop.budget import parse_budget
+    from export.crop.request import CropRequest, crop_for_export, stored_as
+    from gmconv.images import read_preprocessing
 
     try:
         budget = None if options.crop_budget is None else parse_budget(options.crop_budget)
@@ -222,7 +223,7 @@ def _crop(
 def _output_names(loaded: Checkpoint, options: ExportOptions) -> list[str]:
     import torch
 
-    from export.verify import flatten_outputs
+    from export.onnx.reference import flatten_outputs
 
     example = _example(loaded, options)
     try:
@@ -247,13 +248,13 @@ def _example(loaded: Checkpoint, options: ExportOptions) -> Any:
 def _save(exported: ir.Model, file: Path, options: ExportOptions) -> None:
     import onnx_ir
 
-    from export import graph
+    from export.graph import capture
 
     size = sum(v.const_value.nbytes for v in exported.graph.initializers.values() if v.const_value is not None)
     external = file.name + ".data" if options.external_data or size > _EXTERNAL_ABOVE else None
     onnx_ir.save(exported, file, external_data=external)
     if options.simplify:
-        graph.simplify(file)
+        capture.simplify(file)
 
 
 def _check_and_digest(file: Path) -> tuple[FileDigest, ...]:
@@ -275,8 +276,8 @@ def run_onnx(file: Path, input_name: str, cases: list[Case], **runner_options: A
 
 
 def _prove(exported: _Exported, cases: list[Case], reference: Any, options: ExportOptions) -> Proof:
-    from export.proof import Proof
-    from runtime.tolerances import crop_cost, removes_only_zeros, spent_on_data
+    from export.onnx.proof import Proof
+    from runtime.parity.tolerances import crop_cost, removes_only_zeros, spent_on_data
 
     for layer in reference.certificate["layers"]:
         if layer["baked_sha256"] != exported.baked_sha256[layer["name"]]:
@@ -302,7 +303,8 @@ def _manifest(
     checkpoint: Path, exported: _Exported, proof: Proof, options: ExportOptions, files: tuple[FileDigest, ...]
 ) -> Manifest:
     """Judge the fp32 file and describe it. Raises ParityError when it does not hold."""
-    from runtime.manifest import FileDigest, Manifest, read_preprocessing, sidecar, utc_now
+    from gmconv.images import read_preprocessing
+    from runtime.manifest import FileDigest, Manifest, sidecar, utc_now
 
     facts, file = exported.facts, exported.file
     verdict = proof.judge("fp32")
@@ -345,8 +347,8 @@ def _write_variants(
         return
     import onnx
 
-    from export.converter import PrecisionConverter, PrecisionOptions, with_precision
-    from export.graph_check import save_graph
+    from export.graph.check import save_graph
+    from export.precision.converter import PrecisionConverter, PrecisionOptions, with_precision
     from runtime.manifest import sidecar
 
     folder, settings = exported.file.parent, options.precision or PrecisionOptions()

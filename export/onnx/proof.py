@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from export.cases import Case
-from export.verify import Outputs, Reference
+from export.onnx.cases import Case
+from export.onnx.reference import Outputs, Reference
 from runtime.manifest import BAKING
 from runtime.runners.base import numpy_dtype
 
 if TYPE_CHECKING:
-    from runtime.compare import OutputComparison, YardstickComparison
-    from runtime.tolerances import Tolerance
+    from runtime.parity.compare import OutputComparison, YardstickComparison
+    from runtime.parity.tolerances import Tolerance
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Proof:
     """Everything that was computed; `judge` turns it into a verdict.
 
     `shipped` are the outputs of the artefact, case by case; `cropped` those of the cropped torch network, if kernels
-    were cropped, `crop_cost` the relative RMS error that the crop may cost (`runtime.tolerances.crop_cost`),
+    were cropped, `crop_cost` the relative RMS error that the crop may cost (`runtime.parity.tolerances.crop_cost`),
     `crop_precision` the one in which zeros went for nothing, `lossy` whether it removed more than fp32's zeros, and
     `crop_on_data` whether a budget chose it, whose promise holds for images and not for noise.
     """
@@ -129,8 +129,8 @@ class Proof:
         artefact in that precision is compared with the baked network, by the tolerance that parity applies to it too.
         An fp32 artefact must also hold against the float64 yardstick, unless taps other than zeros were removed.
         """
-        from runtime.compare import Yardstick, compare_outputs
-        from runtime.tolerances import tolerance_for
+        from runtime.parity.compare import Yardstick, compare_outputs
+        from runtime.parity.tolerances import tolerance_for
 
         limit, last = tolerance_for(precision), "ORT" if precision == "fp32" else f"ORT {precision}"
         arrows: list[tuple[str, Sequence[Outputs], Sequence[Outputs], Tolerance]] = [

@@ -1,6 +1,6 @@
 """What the network computes in torch: as trained, baked, and in float64; the reference of an export's proof.
 
-The live and the baked network run in a process of their own (`python -m export.verify`), which never sees the
+The live and the baked network run in a process of their own (`python -m export.onnx.reference`), which never sees the
 exporter: what it computes cannot be coloured by the exporter's patches, and it runs beside the export instead of
 after it.
 """
@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 import numpy as np
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 from runtime.runners.base import Array
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from export.cases import Case
+    from export.onnx.cases import Case
 
 Outputs = dict[str, Array]
 _LARGE = 2**30  # bytes of weights from which memory matters more than the seconds that two processes save
@@ -61,7 +61,7 @@ class ReferenceProcess:
         self._log = (self._path / "log").open("w+")
         # Started before there is anything to do: importing torch takes as long here as in the parent.
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "export.verify", str(self._path)],
+            [sys.executable, "-m", "export.onnx.reference", str(self._path)],
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=self._log,

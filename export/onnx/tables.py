@@ -18,7 +18,7 @@ def print_export(output: Path, *, first: bool = True) -> None:
     `first` False leaves out what the first file of the same export has shown: what was baked, and cropped.
     """
     from gmconv.certificate import certificate_table
-    from runtime.cli import result_console
+    from gmconv.cli import result_console
     from runtime.manifest import read_manifest
 
     manifest = read_manifest(output, verify=False)
@@ -26,7 +26,7 @@ def print_export(output: Path, *, first: bool = True) -> None:
     if manifest.certificate and manifest.certificate["layers"] and first:
         console.print(certificate_table(manifest.certificate))
     if manifest.crop and first:
-        from gmconv.crop_table import crop_summary, crop_table
+        from gmconv.cropping.table import crop_summary, crop_table
 
         table = crop_table(manifest.crop)
         if table.row_count:

@@ -1,9 +1,9 @@
 """`python -m export.precision model.onnx --to int8`: the fp32 graph in another precision, and what that cost.
 
 TensorRT 11 reads precision from the ONNX file alone, so the file has to say it: fp16 and bf16 graphs are typed tensor
-by tensor (`export.cast`), int8 and fp8 graphs carry Q/DQ (`export.quantize`) with ranges from real images
-(`export.calibration`). Each result is checked, run once in ONNX Runtime and audited layer by layer against the fp32
-weights before it gets its name.
+by tensor (`export.precision.cast`), int8 and fp8 graphs carry Q/DQ (`export.precision.quantize`) with ranges from real
+images (`export.precision.calibration`). Each result is checked, run once in ONNX Runtime and audited layer by layer
+against the fp32 weights before it gets its name.
 """
 
 from __future__ import annotations
@@ -15,72 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from export.converter import (
+from export.precision.convert import convert_precision, default_output
+from export.precision.converter import (
     PRECISIONS,
     Precision,
-    PrecisionAudit,
     PrecisionConverter,
     PrecisionOptions,
-    Progress,
-    convert_graph,
-    with_precision,
 )
-from runtime.cli import Command, print_json, progress_console, result_console
-from runtime.errors import RefusedError
+from gmconv.cli import Command, print_json, progress_console, result_console
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from runtime.manifest import Manifest
-
-__all__ = [
-    "PRECISIONS",
-    "PrecisionAudit",
-    "PrecisionConverter",
-    "PrecisionOptions",
-    "convert_graph",
-    "convert_precision",
-    "options_from_flags",
-    "precision_flags",
-    "with_precision",
-]
-
-
-def convert_precision(
-    onnx_path: Path,
-    output: Path | None,
-    precision: Precision,
-    options: PrecisionOptions | None = None,
-    *,
-    progress: Progress | None = None,
-) -> Manifest:
-    """Convert the fp32 ONNX file `onnx_path` and write `output` (default `model.<precision>.onnx`) with its manifest.
-
-    Raises RefusedError as `PrecisionConverter.convert`, and when the file is unreadable, quantized or fp16 already.
-    """
-    from export.graph_check import bare_manifest, save_graph
-    from export.onnx_graph import load_fp32
-    from runtime.manifest import digest, find_manifest
-
-    options = options or PrecisionOptions()
-    output = output or default_output(onnx_path, precision)
-    if output.resolve() == onnx_path.resolve():
-        raise RefusedError(f"{output}: is the fp32 graph itself; give -o another name")
-    model = load_fp32(onnx_path)
-    source = find_manifest(onnx_path) or bare_manifest(onnx_path, model)
-    converter = PrecisionConverter(
-        model, options, preprocessing=source.preprocessing, dataset=source.dataset, progress=progress
-    )
-    converted, audit = converter.convert(precision)
-    manifest = with_precision(source, converted, audit)
-    manifest = replace(manifest, chain=(*source.chain, digest(onnx_path, "onnx")))
-    external = bool(source.external) if options.external_data is None else options.external_data
-    return save_graph(converted, output, manifest, external=external)
-
-
-def default_output(onnx_path: Path, precision: str) -> Path:
-    """`model.onnx` -> `model.int8.onnx`."""
-    return onnx_path.with_name(f"{onnx_path.stem}.{precision}.onnx")
 
 
 def precision_flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,7 +99,7 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def main(model: Path, precision: Precision | None, output: Path | None, **flags: Any) -> None:
     """Convert the fp32 graph MODEL (ONNX) to fp16, bf16, int8 or fp8."""
-    from export.progress import progress_bar
+    from gmconv.progress import progress_bar
 
     options = options_from_flags(flags)
     automatic = flags["auto_precision"]
@@ -165,7 +112,7 @@ def main(model: Path, precision: Precision | None, output: Path | None, **flags:
         raise click.UsageError("--auto-precision needs a budget: --max-top1-drop POINTS or --min-snr DB")
     console = progress_console(flags["quiet"])
     if flags["plan"] is not None:
-        from export.plan import read_plan
+        from export.precision.plan import read_plan
 
         options = read_plan(flags["plan"]).apply(options)
     if automatic:
@@ -188,11 +135,10 @@ def _search_plan(
     path: Path, precision: Any, options: PrecisionOptions, flags: dict[str, Any], plan_path: Path, console: Console
 ) -> PrecisionOptions:
     """Search for the fewest kept layers, show and save the plan; the options that carry it."""
-    from export.graph_check import bare_manifest
-    from export.onnx_graph import load_fp32
-    from export.plan import write_plan
-    from export.progress import progress_bar
-    from export.sensitivity import (
+    from export.graph.check import bare_manifest
+    from export.graph.read import load_fp32
+    from export.precision.plan import write_plan
+    from export.precision.search import (
         Budget,
         SensitivitySearch,
         make_plan,
@@ -200,7 +146,9 @@ def _search_plan(
         read_evaluation_images,
         sensitivity_table,
     )
-    from runtime.manifest import find_manifest, sha256_file
+    from gmconv.files import sha256_file
+    from gmconv.progress import progress_bar
+    from runtime.manifest import find_manifest
 
     model = load_fp32(path)
     source = find_manifest(path) or bare_manifest(path, model)
@@ -228,7 +176,7 @@ def _search_plan(
 
 
 def _print_result(manifest: Manifest) -> None:
-    from export.tail_audit import LayerAudit, audit_table
+    from export.precision.audit import LayerAudit, audit_table
 
     done = (manifest.certificate or {})["precision"]
     found = ", ".join(f"{count} {kind}" for kind, count in manifest.precision_found.items())

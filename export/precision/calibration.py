@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from export.calibration_images import CalibrationImages
-from export.onnx_graph import layer_upstream
-from runtime.errors import RefusedError
+from export.graph.read import layer_upstream
+from export.precision.calibration_images import CalibrationImages
+from gmconv.errors import RefusedError
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -1,4 +1,4 @@
-"""Where calibration images come from (`runtime.datasets` reads them) and whether they can set a range at all."""
+"""Where calibration images come from (`gmconv.data` reads them) and whether they can set a range at all."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 
 if TYPE_CHECKING:
-    from runtime.datasets import Samples
-    from runtime.manifest import Preprocessing
+    from gmconv.data import Samples
+    from gmconv.images import Preprocessing
 
 DEFAULT_IMAGES = 256
 
@@ -98,7 +98,7 @@ def open_images(
 
     Raises RefusedError when the source is missing, unreadable, has fewer than two images, or images of another shape.
     """
-    from runtime.datasets import load_samples
+    from gmconv.data import load_samples
 
     if limit is not None and limit < 2:
         raise RefusedError(f"{limit} calibration image(s) asked for; ranges need at least two, better a few hundred")

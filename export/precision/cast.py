@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from export.onnx_graph import (
+from export.graph.read import (
     constants_to_initializers,
     layers,
     name_nodes,
@@ -28,7 +28,7 @@ from export.onnx_graph import (
     value_shapes,
     value_types,
 )
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto

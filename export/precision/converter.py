@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from export.calibration import Calibration
-    from export.plan import PrecisionPlan
-    from export.tail_audit import LayerAudit
-    from runtime.manifest import Manifest, Preprocessing
+    from export.precision.audit import LayerAudit
+    from export.precision.calibration import Calibration
+    from export.precision.plan import PrecisionPlan
+    from gmconv.images import Preprocessing
+    from runtime.manifest import Manifest
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -91,7 +92,7 @@ class PrecisionConverter:
         """`model` is not changed. `preprocessing` and `dataset` are the manifest's; they say how to calibrate."""
         import onnx
 
-        from export.onnx_graph import constants_to_initializers, effective_weights, name_nodes, refuse_unless_fp32
+        from export.graph.read import constants_to_initializers, effective_weights, name_nodes, refuse_unless_fp32
 
         refuse_unless_fp32(model, model.graph.name or "the graph")
         self.model = onnx.ModelProto()
@@ -108,8 +109,8 @@ class PrecisionConverter:
         Raises RefusedError: a weight overflows, an op has no such kernel, `keep_fp32` matches nothing, the calibration
         images are unfit, or an activation is NaN.
         """
-        from export.graph_check import check_and_run
-        from export.onnx_graph import layers, match_layers
+        from export.graph.check import check_and_run
+        from export.graph.read import layers, match_layers
 
         options = self.options
         keep = match_layers(self.model, options.keep_fp32)
@@ -129,7 +130,7 @@ class PrecisionConverter:
         if precision == "fp32":
             return self.model, self._audit("fp32", self.model)
         if precision in ("fp16", "bf16"):
-            from export.cast import cast_graph
+            from export.precision.cast import cast_graph
 
             if self.options.io_dtype not in ("fp32", precision):
                 raise click.UsageError(f"--io-dtype {self.options.io_dtype} does not go with --to {precision}")
@@ -141,8 +142,8 @@ class PrecisionConverter:
 
     def quantize(self, precision: Precision, keep: set[str], half: set[str]) -> tuple[ModelProto, PrecisionAudit]:
         """int8 or fp8 with the nodes `keep` in fp32 and `half` in fp16; not checked."""
-        from export.cast import cast_graph
-        from export.quantize import clips_lost_in_onnxruntime, quantize_graph, without_fp8_kernel
+        from export.precision.cast import cast_graph
+        from export.precision.quantize import clips_lost_in_onnxruntime, quantize_graph, without_fp8_kernel
 
         assert precision in ("int8", "fp8")
         options, calibration, method = self.options, self.calibrate(), self.method(precision)
@@ -176,10 +177,10 @@ class PrecisionConverter:
     def calibrate(self) -> Calibration:
         """The histograms of the activations, measured on the first call."""
         if self._calibration is None:
-            from export.calibration import calibrate
-            from export.calibration_images import open_images
-            from export.graph_check import image_shape
-            from export.quantize import tensors_to_calibrate
+            from export.graph.check import image_shape
+            from export.precision.calibration import calibrate
+            from export.precision.calibration_images import open_images
+            from export.precision.quantize import tensors_to_calibrate
 
             batch, shape = image_shape(self.model)
             source = self.options.calibration or (self.dataset or {}).get("name")
@@ -202,8 +203,8 @@ class PrecisionConverter:
         return self._calibration
 
     def _audit(self, precision: Precision, graph: ModelProto, kept: dict[str, str] | None = None) -> PrecisionAudit:
-        from export.onnx_graph import effective_weights, precision_by_layer, weight_bytes
-        from export.tail_audit import audit_layers
+        from export.graph.read import effective_weights, precision_by_layer, weight_bytes
+        from export.precision.audit import audit_layers
 
         return PrecisionAudit(
             precision=precision,
@@ -226,7 +227,7 @@ def with_precision(manifest: Manifest, model: ModelProto, audit: PrecisionAudit)
 
     What was proven or timed for the source file is dropped: this is another file.
     """
-    from export.graph_check import tensor_specs
+    from export.graph.check import tensor_specs
 
     inputs, outputs = tensor_specs(model)
     return replace(

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 
 if TYPE_CHECKING:
-    from export.converter import PrecisionOptions
+    from export.precision.converter import PrecisionOptions
 
 SCHEMA = "gmconv-deploy.precision-plan/v1"
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from export.onnx_graph import (
+from export.graph.read import (
     WEIGHTED_OPS,
     constants_to_initializers,
     layers,
@@ -22,7 +22,7 @@ from export.onnx_graph import (
     strip_notes,
     weight_sources,
 )
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
@@ -38,7 +38,7 @@ def tensors_to_calibrate(model: ModelProto, target: QuantTarget) -> tuple[str, .
     """The activations whose range `quantize_graph` needs, in graph order."""
     from onnx import TensorProto
 
-    from export.onnx_graph import value_types
+    from export.graph.read import value_types
 
     types = value_types(model)
     constants = {tensor.name for tensor in model.graph.initializer}

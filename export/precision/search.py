@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import ParityError, RefusedError
+from gmconv.errors import ParityError, RefusedError
 
 if TYPE_CHECKING:
     from onnx import ModelProto
     from rich.table import Table
 
-    from export.converter import PrecisionConverter
-    from export.plan import PrecisionPlan
+    from export.precision.converter import PrecisionConverter
+    from export.precision.plan import PrecisionPlan
 
 _TIMED_RUNS = 5
 
@@ -93,7 +93,7 @@ class SensitivitySearch:
         note: Callable[[str, int, int], None] | None = None,
     ) -> None:
         """Layers that the converter's `keep_fp32` names are kept throughout and are no part of the search."""
-        from export.onnx_graph import layers, match_layers
+        from export.graph.read import layers, match_layers
 
         self.converter, self.precision, self.images = converter, precision, images
         self.keep_as = keep_as
@@ -195,7 +195,7 @@ class SensitivitySearch:
 
 def make_plan(search: SensitivitySearch, budget: Budget, chosen: Measurement, source_sha256: str) -> PrecisionPlan:
     """The plan file's content for `chosen`."""
-    from export.plan import PrecisionPlan
+    from export.precision.plan import PrecisionPlan
 
     converter = search.converter
     return PrecisionPlan(
@@ -253,8 +253,8 @@ def sensitivity_table(found: dict[str, Measurement]) -> Table:
 
 def read_evaluation_images(source: str | Path | None, converter: PrecisionConverter, limit: int) -> EvaluationImages:
     """The images a budget is measured on: held-out digits, or a folder; never those of the calibration."""
-    from export.graph_check import image_shape
-    from runtime.datasets import load_samples
+    from export.graph.check import image_shape
+    from gmconv.data import load_samples
 
     batch, shape = image_shape(converter.model)
     source = source or (converter.dataset or {}).get("name")
@@ -281,7 +281,7 @@ def _session(graph: ModelProto, precision: str, *, as_written: bool) -> Any:
     options.log_severity_level = 4
     if precision == "fp8":
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    elif as_written:  # as `runtime.qdq.reference_options`
+    elif as_written:  # as `runtime.runners.qdq.reference_options`
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     return ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])

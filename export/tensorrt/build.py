@@ -9,24 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from export import _trt_layers, _trt_profiles
-from export._trt_checks import GraphFacts, read_graph
-from export._trt_process import BuilderFailedError, BuilderProcess, Progress
-from export._trt_profiles import ProfileRequest
-from export._trt_rephrase import rephrase
-from runtime import cuda, trt
-from runtime.errors import BuildError, RefusedError, UnavailableError
-from runtime.manifest import (
-    FileDigest,
-    Manifest,
-    ShapeRange,
-    TensorSpec,
-    digest,
-    find_manifest,
-    sidecar,
-    staged,
-    utc_now,
+from export.tensorrt.checks import GraphFacts, read_graph
+from export.tensorrt.layers import (
+    EngineLayer,
+    Fusion,
+    count_fusions,
+    layers_of_inspector,
+    layers_of_log,
+    precision_histogram,
 )
+from export.tensorrt.process import BuilderFailedError, BuilderProcess, Progress
+from export.tensorrt.profiles import ProfileRequest, to_json
+from export.tensorrt.rephrase import rephrase
+from gmconv.errors import BuildError, RefusedError, UnavailableError
+from gmconv.files import staged
+from runtime import cuda, trt
+from runtime.manifest import FileDigest, Manifest, ShapeRange, TensorSpec, digest, find_manifest, sidecar, utc_now
 
 NOT_RUN = "not run (no device)"
 
@@ -94,7 +92,7 @@ def build_engine(
         manifest = _manifest(onnx_path, output, flavor, why, options, source, onnx_digest, facts, built)
         sidecar(plan).write_text(manifest.to_json())
         if options.verify and cuda.driver_problem() is None:
-            from export._trt_verify import verify_engine
+            from export.tensorrt.verify import verify_engine
 
             manifest = verify_engine(onnx_path, plan, manifest, options.checkpoint)
             sidecar(plan).write_text(manifest.to_json())
@@ -130,7 +128,7 @@ def _request(onnx_path: Path, plan: Path, output: Path, flavor: trt.Flavor, opti
         "plan": absolute(plan),
         "replaces": absolute(output),
         "flavor": flavor,
-        "profiles": _trt_profiles.to_json(options.profiles),
+        "profiles": to_json(options.profiles),
         "workspace": options.workspace,
         "optimization_level": options.optimization_level,
         "tf32": options.tf32,
@@ -162,8 +160,8 @@ def _manifest(
     _same_tensors(onnx_path, "output", facts.outputs, built["outputs"])
     layers = read_layers(built["layers"])
     network = built["network"]
-    fusion = _trt_layers.count_fusions(layers, frozenset(network["convolutions"]), frozenset(network["masks"]))
-    found = _trt_layers.precision_histogram(layers)
+    fusion = count_fusions(layers, frozenset(network["convolutions"]), frozenset(network["masks"]))
+    found = precision_histogram(layers)
     precision = source.precision if source else next(iter(network["precisions"]), "fp32")
     if layers and options.profiling_verbosity == "detailed":
         refuse_other_precision(onnx_path, precision, network["precisions"], fusion, found)
@@ -218,13 +216,13 @@ def _manifest(
     )
 
 
-def read_layers(texts: dict[str, str]) -> tuple[_trt_layers.EngineLayer, ...]:
+def read_layers(texts: dict[str, str]) -> tuple[EngineLayer, ...]:
     """The engine's layers: the inspector's where it ran and was detailed, else the builder's list."""
     if texts.get("inspector"):
-        inspected = _trt_layers.layers_of_inspector(texts["inspector"])
+        inspected = layers_of_inspector(texts["inspector"])
         if any(layer.outputs for layer in inspected):
             return inspected
-    return _trt_layers.layers_of_log(texts["log"])
+    return layers_of_log(texts["log"])
 
 
 def _same_tensors(path: Path, what: str, specs: tuple[TensorSpec, ...], built: list[dict[str, Any]]) -> None:
@@ -239,7 +237,7 @@ def _same_tensors(path: Path, what: str, specs: tuple[TensorSpec, ...], built: l
 
 
 def refuse_other_precision(
-    path: Path, asked: str, given: dict[str, int], fusion: _trt_layers.Fusion, found: dict[str, int]
+    path: Path, asked: str, given: dict[str, int], fusion: Fusion, found: dict[str, int]
 ) -> None:
     """Raise BuildError when the engine computes in fp32 what the graph has in `asked`.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 from runtime.manifest import TensorSpec
 
 if TYPE_CHECKING:

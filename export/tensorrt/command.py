@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from gmconv.cli import Command, print_json
 from runtime import trt
-from runtime.cli import Command, print_json
 
 if TYPE_CHECKING:
-    from export._trt_process import BuilderProcess, Progress
-    from export._trt_profiles import ProfileRequest
+    from export.tensorrt.process import BuilderProcess, Progress
+    from export.tensorrt.profiles import ProfileRequest
     from runtime.manifest import Manifest
 
 Precision = Literal["fp16", "bf16", "int8", "fp8"]
@@ -40,7 +40,7 @@ def prepare(
     """
     onnx_path = model
     if is_checkpoint(model):
-        from export.onnx import export_onnx
+        from export.onnx.pipeline import export_onnx
 
         onnx_path = output.with_suffix(".onnx")
         if precision is not None:
@@ -48,7 +48,8 @@ def prepare(
         note(f"exporting {model} to {onnx_path}")
         export_onnx(model, onnx_path, note=note)
     if precision is not None:
-        from export.precision import PrecisionOptions, convert_precision
+        from export.precision.convert import convert_precision
+        from export.precision.converter import PrecisionOptions
 
         converted = output.with_name(f"{onnx_path.stem}.{precision}.onnx")
         note(f"converting {onnx_path} to {precision}: {converted}")
@@ -91,7 +92,7 @@ def progress_bar(quiet: bool) -> Iterator[Progress | None]:
         return
     from rich.progress import Progress as Bar
 
-    from runtime.cli import progress_console
+    from gmconv.cli import progress_console
 
     with Bar(console=progress_console(), transient=True) as bar:
         task = bar.add_task("starting", total=None)
@@ -111,11 +112,11 @@ def _profiles(
     max_shapes: tuple[str, ...],
 ) -> tuple[ProfileRequest, ...]:
     """One request per repetition of the flags, in order: first the batch ranges, then the full shapes."""
-    from export import _trt_profiles
+    from export.tensorrt.profiles import batch_request, shapes_request
 
     try:
-        batches = [_trt_profiles.batch_request(*sides) for sides in zip_longest(low, opt, high)]
-        shapes = [_trt_profiles.shapes_request(*sides) for sides in zip_longest(min_shapes, opt_shapes, max_shapes)]
+        batches = [batch_request(*sides) for sides in zip_longest(low, opt, high)]
+        shapes = [shapes_request(*sides) for sides in zip_longest(min_shapes, opt_shapes, max_shapes)]
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     return (*batches, *shapes)
@@ -196,7 +197,7 @@ def main(
 
     if calibration is not None and precision not in ("int8", "fp8"):
         raise click.UsageError("--calibration goes with --precision int8 or fp8")
-    from export._trt_build import BuildOptions, build_engine
+    from export.tensorrt.build import BuildOptions, build_engine
 
     flavor, why = trt.choose_flavor(flags["flavor"])
     options = BuildOptions(

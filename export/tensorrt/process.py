@@ -66,7 +66,7 @@ class BuilderProcess:
         try:
             with _fixed_addresses():
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "export._trt_worker", str(write)],
+                    [sys.executable, "-m", "export.tensorrt.worker", str(write)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
                     stderr=self._stderr,
@@ -125,7 +125,7 @@ class BuilderProcess:
             phase = message["phase"]
             if progress:
                 progress(phase, message["done"], message["of"])
-        from runtime.errors import BuildError
+        from gmconv.errors import BuildError
 
         raise BuilderFailedError(self._death(phase), BuildError.exit_code, self._last_words(), [])
 

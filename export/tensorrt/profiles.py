@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 
 DEFAULT_BATCH = (1, 8, 32)
 MAX_PROFILES = 16

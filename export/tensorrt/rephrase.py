@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from export._trt_process import BuilderFailedError
-from runtime.errors import BuildError, RefusedError, UnavailableError
+from export.tensorrt.process import BuilderFailedError
+from gmconv.errors import BuildError, RefusedError, UnavailableError
 
 _ORIGINAL_LINES = 12
 # What TensorRT says when it gives up, and what helps.

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from gmconv.errors import RefusedError
 from runtime import cuda, trt
-from runtime.errors import RefusedError
 
 
 @dataclass(slots=True)

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gmconv.errors import ParityError
+from gmconv.files import sha256_file
 from runtime import cuda, trt
-from runtime.errors import ParityError
-from runtime.manifest import Manifest, sha256_file
+from runtime.manifest import Manifest
 
 DEVICE = "cuda:0"
 # Short: a build is not the place to measure; enough to see an engine that is ten times too slow.
@@ -46,7 +47,7 @@ def find_checkpoint(manifest: Manifest, folder: Path, known: Path | None = None)
 
 def check_parity(reference: Path, plan: Path) -> dict[str, Any]:
     """Compare at every corner of the profiles. Raises ParityError with the first failure."""
-    from runtime.parity_run import ParityOptions, compare_artefacts
+    from runtime.parity.run import ParityOptions, compare_artefacts
 
     report = compare_artefacts(reference, [plan], ParityOptions(device=DEVICE))
     candidate = report.candidates[0]
@@ -60,9 +61,9 @@ def check_parity(reference: Path, plan: Path) -> dict[str, Any]:
 
 def time_engine(plan: Path) -> dict[str, Any]:
     """A short benchmark with trtexec's defaults: no transfers, CUDA graphs."""
-    from runtime.bench.measure import Artefact, Prepared, measure
-    from runtime.bench.options import Options
-    from runtime.bench.timing import LoopOptions
+    from runtime.benchmark.measure import Artefact, Prepared, measure
+    from runtime.benchmark.options import Options
+    from runtime.benchmark.timing import LoopOptions
 
     loop = LoopOptions(warm_up=WARM_UP_MS, duration=DURATION_S, iterations=ITERATIONS)
     options = Options(loop=loop, device=DEVICE)

@@ -1,4 +1,4 @@
-"""The process that holds TensorRT's builder: `python -m export._trt_worker FD`, the request as JSON on stdin.
+"""The process that holds TensorRT's builder: `python -m export.tensorrt.worker FD`, the request as JSON on stdin.
 
 The native library stays out of the user's process: whatever kills it (bad bytes, a compiler crash, the memory limit,
 Ctrl-C in the middle of a long native call) ends this process alone, and its peak memory is the build's. Messages go
@@ -24,10 +24,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
-from export import _trt_profiles, _trt_write
+from export.tensorrt import write
+from export.tensorrt.profiles import NetworkInput, from_json, resolve_profiles
+from gmconv.errors import BuildError, RefusedError, UnavailableError
 from runtime import trt
 from runtime.cuda import driver_problem
-from runtime.errors import BuildError, RefusedError, UnavailableError
 
 Emit = Callable[[dict[str, Any]], None]
 _STACK = 64 << 20
@@ -99,7 +100,7 @@ class BuildFailure(Exception):  # noqa: N818 (it crosses a process, it is not ra
         self.log = log
 
     def to_dict(self) -> dict[str, Any]:
-        """The message that `export._trt_process` turns back into an error."""
+        """The message that `export.tensorrt.process` turns back into an error."""
         nodes = self.error.nodes if isinstance(self.error, NodesRefusedError) else []
         return {"exit": self.error.exit_code, "message": self.error.message, "log": self.log, "nodes": nodes}
 
@@ -146,9 +147,9 @@ def _build(api: ModuleType, log: trt.Log, request: Mapping[str, Any], emit: Emit
     profiles = add_profiles(builder, config, inputs, request)
     cache = None
     if request.get("timing_cache"):
-        from export import _trt_cache
+        from export.tensorrt import timing_cache
 
-        cache = _trt_cache.attach(api, config, request["timing_cache"])
+        cache = timing_cache.attach(api, config, request["timing_cache"])
     monitor = progress_monitor(api, emit)
     config.progress_monitor = monitor
     emit({"phase": "build", "done": 0, "of": 0})
@@ -158,10 +159,10 @@ def _build(api: ModuleType, log: trt.Log, request: Mapping[str, Any], emit: Emit
     built = time.perf_counter()
     warnings = log.warnings()
     if cache:
-        _trt_cache.save(config, cache)
+        timing_cache.save(config, cache)
         warnings += cache.warnings
     emit({"phase": "write", "done": 0, "of": 0})
-    sha256 = _trt_write.write(serialized, Path(request["plan"]), Path(request["replaces"]))
+    sha256 = write.write(serialized, Path(request["plan"]), Path(request["replaces"]))
     outputs = [network.get_output(i) for i in range(network.num_outputs)]
     return {
         "network": described,
@@ -285,10 +286,10 @@ def add_profiles(
 ) -> list[dict[str, Any]]:
     """Give `config` the optimization profiles asked for, fitted to the network, or raise RefusedError."""
     described = [
-        _trt_profiles.NetworkInput(t.name, tuple(t.shape), tuple(t.get_dimension_name(a) for a in range(len(t.shape))))
+        NetworkInput(t.name, tuple(t.shape), tuple(t.get_dimension_name(a) for a in range(len(t.shape))))
         for t in inputs
     ]
-    resolved = _trt_profiles.resolve_profiles(_trt_profiles.from_json(request["profiles"]), described)
+    resolved = resolve_profiles(from_json(request["profiles"]), described)
     for shapes in resolved:
         profile: trt.IOptimizationProfile = builder.create_optimization_profile()
         for name, (low, opt, high) in shapes.items():

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 
 if TYPE_CHECKING:
     from runtime import trt

@@ -1,10 +1,4 @@
-"""`python -m export.triton`: an artefact as one version of a model in a Triton Inference Server repository.
-
-Writes `<repository>/<name>/config.pbtxt` and `<repository>/<name>/<version>/model.onnx` (backend "onnxruntime") or
-`model.plan` (backend "tensorrt"). The configuration is built, written and read back through Triton's own protobuf
-message, and compared with the artefact, so it does not depend on the server's auto-completion (which would cap ONNX
-models at batch 4). Fields: docs/user_guide/model_configuration.md of github.com/triton-inference-server/server.
-"""
+"""`python -m export.triton`: an artefact as one version of a model in a Triton Inference Server repository."""
 
 from __future__ import annotations
 
@@ -13,78 +7,16 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import click
 
-from export.triton_config import BACKEND_FILE, ServingOptions, batching_note, check_config, model_config, to_text
-from export.triton_interface import Interface, interface_of
-from export.triton_repository import place_version
-from runtime.cli import Command, print_json, progress_console, require
-from runtime.errors import Interrupted, RefusedError
-from runtime.manifest import find_manifest
-
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RepositoryEntry:
-    """What `write_repository` wrote: the model's folder, the version's folder and the served batch limit.
-
-    `note` says, where there is something to say, why Triton batches less than the artefact seems to offer.
-    """
-
-    model: Path
-    version: Path
-    config: Path
-    name: str
-    backend: str
-    max_batch_size: int
-    note: str | None = None
-
-
-def write_repository(
-    artefact: Path,
-    repository: Path,
-    options: ServingOptions | None = None,
-    *,
-    name: str | None = None,
-    version: int = 1,
-    force: bool = False,
-) -> RepositoryEntry:
-    """Place `artefact` (an ONNX file or an engine) into the Triton repository `repository` as `name`/`version`.
-
-    A server that reads the repository meanwhile, or after this was killed, finds what was there before or the new
-    model, whole; what is there already is refused unless `force`. With several versions the one config.pbtxt of a model
-    must fit them all, which is checked even under `force`.
-
-    Raises RefusedError when the artefact, its manifest or the name is refused, the engine cannot be loaded by Triton
-    (TensorRT-RTX), the options do not fit the artefact, the repository holds something else under that name, or another
-    run is writing that model.
-    """
-    options = options or ServingOptions()
-    name = artefact.stem if name is None else name
-    if not _NAME.fullmatch(name):
-        raise RefusedError(f"model name {name[:80]!r}: Triton takes letters, digits, '_', '-' and '.'; give --name")
-    if version < 1:
-        raise RefusedError(f"version {version}: Triton's versions are whole numbers from 1")
-    manifest = find_manifest(artefact)
-    interface = interface_of(artefact, manifest)
-    config = model_config(name, interface, options)
-    check_config(config, interface)
-    model = place_version(artefact, manifest, interface, config, repository, version=version, force=force)
-    return RepositoryEntry(
-        model=model,
-        version=model / str(version),
-        config=model / "config.pbtxt",
-        name=name,
-        backend=interface.backend,
-        max_batch_size=config.max_batch_size,
-        note=batching_note(interface, config.max_batch_size) if options.max_batch is None else None,
-    )
+from export.triton.config import BACKEND_FILE, ServingOptions
+from export.triton.write import write_repository
+from gmconv.cli import Command, print_json, progress_console, require
+from gmconv.errors import Interrupted
 
 
 @contextmanager
@@ -196,16 +128,6 @@ def main(
     serve = f"serve it: tritonserver --model-repository={repository}"
     console.print(serve, markup=False, highlight=False, soft_wrap=True)
 
-
-__all__ = [
-    "Interface",
-    "RepositoryEntry",
-    "ServingOptions",
-    "check_config",
-    "model_config",
-    "to_text",
-    "write_repository",
-]
 
 if __name__ == "__main__":
     main()

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from export.triton_interface import Interface, Profile, batch_range
-from runtime.cli import require
-from runtime.errors import RefusedError
+from export.triton.interface import Interface, Profile, batch_range
+from gmconv.cli import require
+from gmconv.errors import RefusedError
 from runtime.manifest import TensorSpec
 
 DEFAULT_MAX_BATCH = 32

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.cli import require
-from runtime.errors import RefusedError
+from gmconv.cli import require
+from gmconv.errors import RefusedError
 from runtime.manifest import Manifest, ShapeRange, TensorSpec, external_files
 
 Profile = dict[str, ShapeRange]

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from export.triton_config import BACKEND_FILE, check_config, from_text, to_text
-from export.triton_interface import Interface, interface_of
-from export.triton_staging import Staging, fill, link_tree, staging, sync
-from runtime.errors import RefusedError
-from runtime.manifest import Manifest, find_manifest, sha256_file, sidecar
+from export.triton.config import BACKEND_FILE, check_config, from_text, to_text
+from export.triton.interface import Interface, interface_of
+from export.triton.staging import Staging, fill, link_tree, staging, sync
+from gmconv.errors import RefusedError
+from gmconv.files import sha256_file
+from runtime.manifest import Manifest, find_manifest, sidecar
 
 _CONFIG, _LABELS = "config.pbtxt", "labels.txt"
 

@@ -12,21 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from gmconv.crop_conv import pads_of
-from gmconv.crop_groups import DepthwiseSplit, SplitDepthwise2d, kept_pieces
-from gmconv.crop_measure import (
-    Batch,
-    OutputError,
-    example_for,
-    measure_input_ranges,
-    output_error,
-    run,
-    watching,
-)
-from gmconv.crop_ranges import analytic_input_ranges
-from gmconv.crop_window import Window, removed_share
+from gmconv.cropping.groups import DepthwiseSplit, SplitDepthwise2d, kept_pieces
+from gmconv.cropping.layers import pads_of
+from gmconv.cropping.macs import LayerMacs, count_macs
+from gmconv.cropping.measure import Batch, OutputError, example_for, measure_input_ranges, output_error, run, watching
+from gmconv.cropping.ranges import analytic_input_ranges
+from gmconv.cropping.window import Window, removed_share
 from gmconv.errors import SurgeryError
-from gmconv.macs import LayerMacs, count_macs
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -107,7 +99,7 @@ class CropCertificate:
     `macs_*` are the whole network's multiply-accumulates for one sample. `end_to_end` compares the outputs of the
     cropped network with the uncropped one's on the calibration data, which `measured_on` describes. `sum_order` is
     there where a lossless crop was held to a limit; `used_elsewhere` names the layers that had to stay whole (see
-    `gmconv.crop_check`).
+    `gmconv.cropping.check`).
     """
 
     tolerance: float | Literal["lossless"] | None
@@ -136,7 +128,7 @@ class CropCertificate:
 
     def table(self) -> Table:
         """The layers that lost taps, as a rich table."""
-        from gmconv.crop_table import crop_table
+        from gmconv.cropping.table import crop_table
 
         return crop_table(self.to_dict())
 

@@ -13,11 +13,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from gmconv.crop_groups import ChannelGroup, kept_pieces
-from gmconv.crop_measure import Batch, run, watching
-from gmconv.crop_window import Window
+from gmconv.cropping.groups import ChannelGroup, kept_pieces
+from gmconv.cropping.measure import Batch, run, watching
+from gmconv.cropping.window import Window
 
-_UNITS = 336.0  # roundoffs that another order of summation may cost; fp32's parity tolerance, `runtime.tolerances`
+_UNITS = (
+    336.0  # roundoffs that another order of summation may cost; fp32's parity tolerance, `runtime.parity.tolerances`
+)
 _MOST = 0.1
 
 Groups = Mapping[str, Sequence[ChannelGroup]]
@@ -50,7 +52,7 @@ def layers_used_elsewhere(
 def _same(
     model: nn.Module, windows: Mapping[str, Window], splits: Groups, cut: Collection[str], example: Batch
 ) -> bool:
-    from gmconv.cropping import crop_to
+    from gmconv.cropping.choose import crop_to
 
     groups = {name: splits[name] for name in cut if name in splits}
     with _zeroed(model, {name: windows[name] for name in cut}, groups):

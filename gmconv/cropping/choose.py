@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gmconv.crop_certificate import CropCertificate, SumOrder, certify
-from gmconv.crop_check import layers_used_elsewhere
-from gmconv.crop_conv import CroppedConv2d, crop_conv
-from gmconv.crop_groups import ChannelGroup, DepthwiseSplit, best_groups, is_depthwise, split_conv
-from gmconv.crop_measure import Batch, example_for, measure_input_ranges
-from gmconv.crop_ranges import analytic_input_ranges
-from gmconv.crop_window import PRECISIONS, Precision, Window, smallest_lossless_window, smallest_window
+from gmconv.cropping.certificate import CropCertificate, SumOrder, certify
+from gmconv.cropping.check import layers_used_elsewhere
+from gmconv.cropping.groups import ChannelGroup, DepthwiseSplit, best_groups, is_depthwise, split_conv
+from gmconv.cropping.layers import CroppedConv2d, crop_conv
+from gmconv.cropping.measure import Batch, example_for, measure_input_ranges
+from gmconv.cropping.ranges import analytic_input_ranges
+from gmconv.cropping.window import PRECISIONS, Precision, Window, smallest_lossless_window, smallest_window
 from gmconv.errors import SurgeryError
 from gmconv.layer import GMConv2d
 
@@ -105,7 +105,7 @@ def crop_model(
     Args:
         model, tolerance, precision, fp32_layers, where: as for `crop`; `model` is not changed.
         splits: depthwise layers that were timed in channel groups, from `choose_groups`; the taken ones are split.
-        sum_order: which layers stay whole all the same, for a lossless crop; see `export.crop_lossless`.
+        sum_order: which layers stay whole all the same, for a lossless crop; see `export.crop.sum_order`.
         batches: calibration data: ranges, measured errors and multiply-accumulates come from it.
         measured_on: what `batches` are, in a few words for the record.
         input_shape: (C, H, W), to count multiply-accumulates and find analytic bounds where there are no batches.

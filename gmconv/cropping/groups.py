@@ -16,8 +16,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from gmconv.crop_conv import CroppedConv2d, crop_conv
-from gmconv.crop_window import Precision, Window, centred_windows, removed_shares, zero_taps
+from gmconv.cropping.layers import CroppedConv2d, crop_conv
+from gmconv.cropping.window import Precision, Window, centred_windows, removed_shares, zero_taps
 
 # CPU libraries compute channels in blocks of 8 or 16 (ONNX Runtime's NCHWc layout): a group of another size pays for
 # the next multiple, and one that is no multiple of 4 for a kernel several times slower.

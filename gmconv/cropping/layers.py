@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmconv.crop_window import Window
+from gmconv.cropping.window import Window
 
 
 class CroppedConv2d(nn.Conv2d):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmconv.macs import evaluating, first_input
+from gmconv.cropping.macs import evaluating, first_input
 
 Batch = Tensor | tuple[Tensor, ...]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gmconv.crop_measure import Batch, run, tensors_in, watching
+from gmconv.cropping.measure import Batch, run, tensors_in, watching
 
 
 def analytic_input_ranges(model: nn.Module, example: Batch, max_abs_input: float | None = None) -> dict[str, float]:

@@ -4,11 +4,11 @@
 is the same factory (a checkpoint's `arch` is "gmconv.models:resnet50").
 """
 
-from gmconv.models._registry import create
-from gmconv.models._registry import names as list
 from gmconv.models.alexnet import alexnet
 from gmconv.models.cifar_resnet import resnet20, resnet32, resnet56
 from gmconv.models.mobilenet import mobilenet_v2
+from gmconv.models.registry import create
+from gmconv.models.registry import names as list
 from gmconv.models.resnet import resnet18, resnet34, resnet50, resnet101, resnet152
 from gmconv.models.vgg import vgg11, vgg11_bn, vgg16, vgg16_bn
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from gmconv.models._registry import check_sizes, register
+from gmconv.models.registry import check_sizes, register
 
 
 class AlexNet(nn.Module):

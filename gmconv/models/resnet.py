@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmconv.models._registry import check_sizes, register
+from gmconv.models.registry import check_sizes, register
 
 
 class BasicBlock(nn.Module):

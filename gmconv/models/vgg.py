@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from gmconv.models._registry import check_sizes, register
+from gmconv.models.registry import check_sizes, register
 
 # Output channels of each 3x3 convolution; "M" is a 2x2 max pool. Configurations A and D of the paper's table 1.
 _A: tuple[int | str, ...] = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")

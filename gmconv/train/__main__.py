@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from gmconv.training import Epoch, TrainOptions, TrainResult
+    from gmconv.train.loop import Epoch, TrainOptions, TrainResult
 
 
 class Interrupted(click.ClickException):
@@ -110,7 +110,7 @@ def main(output: Path, plain: bool, as_json: bool, quiet: bool, **values: Any) -
         raise click.UsageError("kernels of one tap have nothing to mask: give --kernel-size 3 or more, or --plain")
     try:
         _require_device(values["device"])
-        from gmconv.training import TrainOptions
+        from gmconv.train.loop import TrainOptions
 
         options = TrainOptions(gmconv=not plain, **values)
         result = _train_with_progress(options, output, quiet)
@@ -131,7 +131,7 @@ def _train_with_progress(options: TrainOptions, output: Path, quiet: bool) -> Tr
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from gmconv.training import train
+    from gmconv.train.loop import train
 
     console = Console(stderr=True, quiet=quiet, width=None if sys.stderr.isatty() else 120)
     columns = (

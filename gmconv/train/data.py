@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import click
 import numpy as np
 from numpy.typing import NDArray
+
+from gmconv.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,12 +22,6 @@ Indices = NDArray[np.int64]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
 # A file of a format that is not read is refused by name rather than skipped: the classes would lose images unseen.
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-
-
-class DataError(click.ClickException):
-    """Exit 3: the training data was refused; the message names the folder or file."""
-
-    exit_code = 3
 
 
 class Samples(Protocol):
@@ -209,7 +204,7 @@ def load_image(file: Path, preprocessing: dict[str, Any]) -> Floats:
 
 
 def preprocess(image: Image, preprocessing: dict[str, Any]) -> Floats:
-    """A PIL image as float32 (C, H, W): the arithmetic of `runtime.images.preprocess`, bit for bit.
+    """A PIL image as float32 (C, H, W): the arithmetic of `gmconv.images.preprocess`, bit for bit.
 
     It is written twice because this package does not import runtime; a test compares the two.
     """

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from gmconv import models
 from gmconv.checkpoint import save_checkpoint
-from gmconv.data import Dataset, Samples, batches, load_dataset
 from gmconv.errors import CheckpointError
-from gmconv.penalty import LayerReach, reach, sigma_penalty
 from gmconv.surgery import masked_layers
+from gmconv.train.data import Dataset, Samples, batches, load_dataset
+from gmconv.train.penalty import LayerReach, reach, sigma_penalty
 
 
 class TrainingError(click.ClickException):

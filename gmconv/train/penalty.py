@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gmconv.crop_window import smallest_window
+from gmconv.cropping.macs import count_macs
+from gmconv.cropping.window import smallest_window
 from gmconv.layer import GMConv2d
-from gmconv.macs import count_macs
 from gmconv.mask import squared_distance
 from gmconv.surgery import masked_layers
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import click
 
-from runtime.bench import exports
-from runtime.bench.comparison import Comparison, against_first, compare, require_same_inputs, with_twins
-from runtime.bench.layers import layer_info, layer_times
-from runtime.bench.measure import Artefact, Measured, Prepared, measure, parse_artefact, progress_line
-from runtime.bench.options import Options, collect, options, refuse_single_flags
-from runtime.bench.timing import Progress
-from runtime.bench.trtexec import Log, explanations, heading, profile_table, prolog, summary, trace_averages
-from runtime.cli import Command, print_json, result_console
-from runtime.errors import Interrupted, UnavailableError
+from gmconv.cli import Command, print_json, result_console
+from gmconv.errors import Interrupted, UnavailableError
+from runtime.benchmark import exports
+from runtime.benchmark.comparison import Comparison, against_first, compare, require_same_inputs, with_twins
+from runtime.benchmark.layers import layer_info, layer_times
+from runtime.benchmark.measure import Artefact, Measured, Prepared, measure, parse_artefact, progress_line
+from runtime.benchmark.options import Options, collect, options, refuse_single_flags
+from runtime.benchmark.timing import Progress
+from runtime.benchmark.trtexec import Log, explanations, heading, profile_table, prolog, summary, trace_averages
 from runtime.runners.base import LayerTime
 
 _PROFILE_RUNS = 100
@@ -104,7 +104,7 @@ def _single(artefact: Artefact, asked: Options, values: dict[str, Any], log: Log
         if values["export_layer_info"] and info is not None:
             exports.write(values["export_layer_info"], exports.layer_info(info))
         if values["report"] and len(measured.trace):
-            from runtime.bench.report import write_run
+            from runtime.benchmark.report import write_run
 
             write_run(values["report"], prepared, measured, layers, asked)
     if measured.trace.interrupted:
@@ -128,7 +128,7 @@ def _compare(named: Sequence[Artefact], asked: Options, values: dict[str, Any], 
         else:
             result_console().print(result.table())
         if values["report"] and result.interleaved.rounds:
-            from runtime.bench.report import write_comparison
+            from runtime.benchmark.report import write_comparison
 
             write_comparison(values["report"], prepared, result, asked)
     if result.interleaved.interrupted:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.bench import machine
-from runtime.bench.interleave import Interleaved, Ratio, interleave
-from runtime.bench.measure import Artefact, Prepared
-from runtime.bench.options import Options
-from runtime.bench.statistics import as_json, describe
-from runtime.bench.timing import Progress
-from runtime.errors import BuildError, RefusedError
+from gmconv.errors import BuildError, RefusedError
+from runtime.benchmark import machine
+from runtime.benchmark.interleave import Interleaved, Ratio, interleave
+from runtime.benchmark.measure import Artefact, Prepared
+from runtime.benchmark.options import Options
+from runtime.benchmark.statistics import as_json, describe
+from runtime.benchmark.timing import Progress
 from runtime.manifest import find_manifest
 from runtime.runners import artefact_kind
 

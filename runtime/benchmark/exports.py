@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from runtime.bench.timing import Trace
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
+from runtime.benchmark.timing import Trace
 from runtime.runners.base import Array, LayerTime
 
 _TIMES = (

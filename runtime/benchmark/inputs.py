@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 from runtime.manifest import TensorSpec
 from runtime.runners.base import Array, Runner, numpy_dtype, validate_feeds
 

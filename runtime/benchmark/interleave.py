@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bench.timing import Lane, quiet
+from runtime.benchmark.timing import Lane, quiet
 
 #: Seconds per block: long enough for some queries of a slow network, short against the machine's own drift.
 BLOCK_SECONDS = 0.02

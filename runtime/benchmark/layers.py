@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 from runtime.runners import artefact_kind, open_runner
 from runtime.runners.base import Array, LayerTime, Runner
 

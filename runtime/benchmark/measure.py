@@ -12,17 +12,17 @@ from typing import Any, Self
 
 import click
 
-from runtime.bench import machine
-from runtime.bench.inputs import make_feeds
-from runtime.bench.options import Options, refuse_device_flags
-from runtime.bench.statistics import as_json, central_cv, describe, drift
-from runtime.bench.timing import DeviceLane, HostLane, Lane, Progress, Trace
-from runtime.bench.trtexec import device_warnings
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
+from runtime.benchmark import machine
+from runtime.benchmark.inputs import make_feeds
+from runtime.benchmark.options import Options, refuse_device_flags
+from runtime.benchmark.statistics import as_json, central_cv, describe, drift
+from runtime.benchmark.timing import DeviceLane, HostLane, Lane, Progress, Trace
+from runtime.benchmark.trtexec import device_warnings
 from runtime.manifest import Manifest, find_manifest
-from runtime.qdq import layout_warning
 from runtime.runners import artefact_kind, open_runner
 from runtime.runners.base import Array, Runner
+from runtime.runners.qdq import layout_warning
 
 #: Above this spread of the central 98 % of the latencies, a run on the host clock is called unstable.
 HOST_CV = 0.05

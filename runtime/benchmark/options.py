@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
-from runtime.bench.inputs import Shape, parse_files, parse_shapes
-from runtime.bench.timing import LoopOptions
+from runtime.benchmark.inputs import Shape, parse_files, parse_shapes
+from runtime.benchmark.timing import LoopOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.bench.comparison import Comparison
-from runtime.bench.measure import Measured, Prepared
-from runtime.bench.options import Options
-from runtime.bench.trtexec import heading
+from runtime.benchmark.comparison import Comparison
+from runtime.benchmark.measure import Measured, Prepared
+from runtime.benchmark.options import Options
+from runtime.benchmark.trtexec import heading
 from runtime.report import (
     Facts,
     Latency,

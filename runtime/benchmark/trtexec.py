@@ -10,8 +10,8 @@ from typing import Any
 import click
 import numpy as np
 
-from runtime.bench.statistics import Statistics, describe
-from runtime.bench.timing import Trace
+from runtime.benchmark.statistics import Statistics, describe
+from runtime.benchmark.timing import Trace
 from runtime.runners.base import LayerTime
 
 #: Trace lines shown at the start and at the end of a long run.

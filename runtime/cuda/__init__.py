@@ -16,8 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.cli import require
-from runtime.errors import UnavailableError
+from gmconv.cli import require
+from gmconv.errors import UnavailableError
 
 if TYPE_CHECKING:
     import numpy as np

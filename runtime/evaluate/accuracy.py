@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 
 Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 

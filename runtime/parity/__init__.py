@@ -1,1 +1,1 @@
-"""TODO."""
+"""Is it the same network? Cases, comparison, tolerances, verdict: the one proof."""

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.cli import Command
-from runtime.errors import ParityError
+from gmconv.cli import Command
+from gmconv.errors import ParityError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from runtime.bisect import Bisection
-    from runtime.parity_run import CandidateReport, ParityReport
+    from runtime.parity.bisect import Bisection
+    from runtime.parity.run import CandidateReport, ParityReport
 
 _PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")
 
@@ -68,8 +68,8 @@ def main(
     Every corner of the shapes a candidate takes is tried, in seeded noise and in real samples. Exit code 4 when one
     differs by more than the tolerance of its precision, or when nothing could be compared.
     """
-    from runtime.cli import print_json, progress_console, result_console
-    from runtime.parity_run import ParityOptions, compare_artefacts
+    from gmconv.cli import print_json, progress_console, result_console
+    from runtime.parity.run import ParityOptions, compare_artefacts
 
     progress = progress_console(quiet or as_json)
     load = {"arch": arch, "num_classes": num_classes, "input_shape": input_shape}
@@ -82,7 +82,7 @@ def main(
             note=lambda text: status.update(text) if progress.is_terminal else progress.print(text, style="dim"),
         )
     if report is not None:
-        from runtime.parity_report import write_parity_report
+        from runtime.parity.report import write_parity_report
 
         write_parity_report(report, found)
     if as_json:

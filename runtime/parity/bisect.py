@@ -2,7 +2,7 @@
 
 Each layer is judged by its own error: computed from the reference's values, so that an error upstream does not blur it.
 Only where no single layer is out of tolerance (the error grew over many) the accumulated error decides. Every layer of
-an int8 or fp8 graph is off by design: there `runtime.bisect_quantized` says which one is off by more than that.
+an int8 or fp8 graph is off by design: there `runtime.parity.bisect_quantized` says which one is off by more than that.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.bisect_graph import Graph, Match
-from runtime.manifest import Manifest, find_manifest, sha256_file
+from gmconv.files import sha256_file
+from runtime.manifest import Manifest, find_manifest
+from runtime.parity.layers import Graph, Match
+from runtime.parity.tolerances import Tolerance
 from runtime.runners import artefact_kind
 from runtime.runners.base import Array, Runner, numpy_dtype
-from runtime.tolerances import Tolerance
 
 if TYPE_CHECKING:
     from runtime.runners.onnxruntime import OnnxRuntimeRunner
@@ -237,7 +238,7 @@ def _judge(
             layer = replace(layer, precision=graph.weight_precision(nodes), own_weights=error(name, exact)[0])
         layers.append(layer)
     if exact is not None:
-        from runtime.bisect_quantized import judge_quantized
+        from runtime.parity.bisect_quantized import judge_quantized
 
         return judge_quantized(layers) or judge_accumulated(layers, tolerance)
     return judge_layers(layers, tolerance)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.bisect import Bisection, LayerError, words
+from runtime.parity.bisect import Bisection, LayerError, words
 
-#: RMS rounding error of one operand in its type, as `runtime.tolerances` derives it (fp16, bf16, fp32: half of u).
+#: RMS rounding error of one operand in its type, as `runtime.parity.tolerances` derives it (fp16 to fp32: half of u).
 OPERAND = {"int8": 0.0136, "fp8": 0.026, "bf16": 2e-3, "fp16": 2.5e-4, "fp32": 3e-8}
 #: A layer is out of line when it is this many times off what its type costs and what layers of its type are off.
 FACTOR = 4.0

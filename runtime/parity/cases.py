@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from runtime.datasets import load_samples, npz_array, npz_header, npz_names
-from runtime.errors import RefusedError, UnavailableError
-from runtime.manifest import Preprocessing, ShapeRange, TensorSpec
+from gmconv.data import load_samples, npz_array, npz_header, npz_names
+from gmconv.errors import RefusedError, UnavailableError
+from gmconv.images import Preprocessing
+from runtime.manifest import ShapeRange, TensorSpec
 from runtime.runners.base import Array, numpy_dtype
 
 #: Batches tried where the batch is free and no profile bounds it: one, two, an odd one, a round one.

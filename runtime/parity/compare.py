@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from runtime.parity.tolerances import Tolerance
 from runtime.runners.base import Array
-from runtime.tolerances import Tolerance
 
 #: Unit roundoff of fp32, 2^-24: outputs that vary by less than a few of it over the samples are constant.
 FP32_ROUNDOFF = 2.0**-24

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.cli import require
-from runtime.errors import RefusedError
+from gmconv.cli import require
+from gmconv.errors import RefusedError
 from runtime.runners.base import Array
 
 if TYPE_CHECKING:

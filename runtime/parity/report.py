@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from runtime.manifest import find_manifest
-from runtime.parity_run import CandidateReport, ParityReport
+from runtime.parity.run import CandidateReport, ParityReport
 from runtime.report import (
     Facts,
     ManifestText,

@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.compare import Comparator, OutputComparison, Yardstick, YardstickComparison
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 from runtime.manifest import Manifest, find_manifest
-from runtime.parity_inputs import Case, Facts, Feeds, make_cases
+from runtime.parity.cases import Case, Facts, Feeds, make_cases
+from runtime.parity.compare import Comparator, OutputComparison, Yardstick, YardstickComparison
+from runtime.parity.tolerances import MAX_CROP_COST, Tolerance, crop_cost, spent_on_data, tolerance_for
 from runtime.runners import artefact_kind, open_runner
 from runtime.runners.base import Array, Runner, numpy_dtype
-from runtime.tolerances import MAX_CROP_COST, Tolerance, crop_cost, spent_on_data, tolerance_for
 
 if TYPE_CHECKING:
-    from runtime.bisect import Bisection
+    from runtime.parity.bisect import Bisection
     from runtime.runners.torch import TorchRunner
 
 Note = Callable[[str], None]
@@ -211,7 +211,7 @@ def _compare(
             seconds=time.perf_counter() - started,
         )
     if options.bisect and not report.passed:
-        from runtime.bisect import bisect
+        from runtime.parity.bisect import bisect
 
         note(f"looking for the first layer of {path.name} that differs")
         feeds = _telling(cases, results)
@@ -326,7 +326,7 @@ def _precision(path: Path, manifest: Manifest | None, notes: list[str]) -> str:
     if manifest is not None:
         return manifest.precision
     if artefact_kind(path) == "onnx":
-        from runtime.bisect_graph import graph_precision
+        from runtime.parity.layers import graph_precision
 
         found = graph_precision(path)
         if found is not None:

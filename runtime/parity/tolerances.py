@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 
 #: Largest single error over the RMS error: 5.5 for a million Gaussian errors, tripled for tails of ReLU networks.
 PEAK_FACTOR = 16.0

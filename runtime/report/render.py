@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bench.exports import write
-from runtime.bench.statistics import describe
-from runtime.cli import require
+from gmconv.cli import require
+from runtime.benchmark.exports import write
+from runtime.benchmark.statistics import describe
 from runtime.manifest import Manifest, utc_now
 from runtime.report import plots
 from runtime.report.sections import (

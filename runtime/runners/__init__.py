@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import click
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 from runtime.runners.base import Runner
 
 Kind = Literal["checkpoint", "onnx", "engine"]

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 from runtime.manifest import ShapeRange, TensorSpec
 
 Array = NDArray[Any]

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from gmconv.errors import UnavailableError
 from runtime import cuda, trt
-from runtime.errors import UnavailableError
 from runtime.manifest import TensorSpec
 from runtime.runners.base import Array, Query, QueryTimes, numpy_dtype
 

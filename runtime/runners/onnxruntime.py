@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from runtime.cli import require
-from runtime.errors import RefusedError, UnavailableError
+from gmconv.cli import require
+from gmconv.errors import RefusedError, UnavailableError
 from runtime.manifest import Manifest, TensorSpec, find_manifest
-from runtime.qdq import serving_options
 from runtime.runners.base import Array, Runner, numpy_dtype, validate_feeds
+from runtime.runners.qdq import serving_options
 
 Optimization = Literal["disable", "basic", "extended", "all"]
 

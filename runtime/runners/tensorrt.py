@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from gmconv.errors import RefusedError, UnavailableError
 from runtime import cuda, trt
-from runtime.errors import RefusedError, UnavailableError
 from runtime.manifest import Manifest, ShapeRange, TensorSpec, read_manifest
-from runtime.runners._trt_lane import Lane, Origin, Shapes, collect_layer_times
 from runtime.runners.base import Array, LayerTime, Query, Runner, validate_feeds
+from runtime.runners.lane import Lane, Origin, Shapes, collect_layer_times
 
 
 class TensorRTRunner(Runner):

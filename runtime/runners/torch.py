@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from runtime.cli import require
-from runtime.errors import RefusedError, UnavailableError
-from runtime.manifest import Preprocessing, TensorSpec, read_preprocessing
+from gmconv.cli import require
+from gmconv.errors import RefusedError, UnavailableError
+from gmconv.images import Preprocessing, read_preprocessing
+from runtime.manifest import TensorSpec
 from runtime.runners.base import Array, LayerTime, Query, QueryTimes, Runner, validate_feeds
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ class TorchRunner(Runner):
         """Time of each leaf module over `runs` eager runs, by hooks; None for a compiled network, which has none."""
         if self._call is not self.model:
             return None
-        from runtime.runners._torch_layers import module_times
+        from runtime.runners.torch_layers import module_times
 
         return module_times(self, feeds, runs)
 

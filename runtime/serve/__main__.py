@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from runtime.cli import Command, require
+from gmconv.cli import Command, require
 from runtime.serve.settings import MIB, Settings
 
 DEFAULT = Settings(source=Path())

@@ -6,7 +6,7 @@ import hmac
 from hashlib import sha256
 from pathlib import Path
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 
 
 class Gate:

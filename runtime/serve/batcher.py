@@ -14,7 +14,7 @@ from math import ceil
 from time import monotonic_ns
 from typing import Any
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 from runtime.runners.base import Array
 from runtime.serve.errors import Code, RequestError
 from runtime.serve.fair_queue import Batch, FairQueue, Item

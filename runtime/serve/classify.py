@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 from runtime.runners.base import Array
 from runtime.serve.body import read_body
 from runtime.serve.codec import Decoded
@@ -111,7 +111,7 @@ def softmax(scores: Array) -> Array:
 
 
 def _load(body: bytes, preprocessing: Any) -> Array:
-    from runtime.images import load_image
+    from gmconv.images import load_image
 
     try:
         return np.asarray(load_image(body, preprocessing))

@@ -30,8 +30,9 @@ from typing import Any, Literal, Protocol
 
 import click
 
-from runtime.errors import BuildError, Interrupted, ParityError, RefusedError, UnavailableError
-from runtime.manifest import external_files, find_manifest, read_manifest, sha256_file, sidecar, utc_now
+from gmconv.errors import BuildError, Interrupted, ParityError, RefusedError, UnavailableError
+from gmconv.files import sha256_file
+from runtime.manifest import external_files, find_manifest, read_manifest, sidecar, utc_now
 
 Profile = tuple[int, int, int]
 Note = Callable[[str], None]

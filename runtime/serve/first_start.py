@@ -10,7 +10,7 @@ import signal
 
 if __name__ == "__main__":
     # The kernel drops SIGTERM for process 1 of a container until there is a handler, so this comes before the imports
-    # that take time; 130 as in runtime.errors.Interrupted. There is nothing to clean up yet, and an exception could
+    # that take time; 130 as in gmconv.errors.Interrupted. There is nothing to clean up yet, and an exception could
     # surface inside any import. The server sets its own handler later.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(130))
 
@@ -24,8 +24,8 @@ from pathlib import Path
 
 import click
 
-from runtime.cli import Command
-from runtime.errors import RefusedError
+from gmconv.cli import Command
+from gmconv.errors import RefusedError
 from runtime.serve.engine_cache import Note, Profile, locked, prepare_engine
 
 KINDS = ("cpu", "gpu", "tensorrt", "rtx")

@@ -17,7 +17,7 @@ import grpc
 from grpc import aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from runtime.errors import UnavailableError
+from gmconv.errors import UnavailableError
 from runtime.serve import grpc_codec, protocol
 from runtime.serve.errors import Code, RequestError
 from runtime.serve.models import ModelVersion

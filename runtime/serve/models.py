@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from gmconv.errors import RefusedError
 from runtime import trt
-from runtime.errors import RefusedError
 from runtime.manifest import Manifest, TensorSpec, find_manifest, read_manifest
-from runtime.qdq import layout_warning
 from runtime.runners.base import Array, Runner, numpy_dtype
+from runtime.runners.qdq import layout_warning
 from runtime.serve.batcher import Batcher, Policy
 from runtime.serve.errors import Code, RequestError
 from runtime.serve.fair_queue import Batch, Item
@@ -386,7 +386,7 @@ class Repository:
             raise
         if manifest and manifest.preprocessing:
             with contextlib.suppress(ImportError):  # so that the first image does not wait for these imports
-                importlib.import_module("runtime.images")
+                importlib.import_module("gmconv.images")
                 importlib.import_module("PIL.Image").init()
         return manifest, runners, solo, signature
 

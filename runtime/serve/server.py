@@ -16,7 +16,7 @@ from typing import Any
 
 import uvicorn
 
-from runtime.errors import RefusedError, UnavailableError
+from gmconv.errors import RefusedError, UnavailableError
 from runtime.serve.access_log import logging_to
 from runtime.serve.fast_path import FastPath
 from runtime.serve.http_app import App

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.cli import require
-from runtime.errors import UnavailableError
+from gmconv.cli import require
+from gmconv.errors import UnavailableError
 
 EXPORTERS = ("console", "otlp")
 

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 import gmconv
-from export.crop import CropRequest, crop_for_export
-from export.crop_budget import parse_budget
-from export.crop_latency import open_session
-from gmconv.crop_table import crop_summary
+from export.crop.budget import parse_budget
+from export.crop.latency import open_session
+from export.crop.request import CropRequest, crop_for_export
+from gmconv.cropping.table import crop_summary
 from tests.bench.crop_timing import interleaved, ratio, shown, write_onnx
 
 COMMON = {"dataset": "digits", "arch": "resnet20", "kernel-size": 7, "input-shape": "1,16,16", "epochs": 16, "seed": 1}

@@ -19,8 +19,8 @@ import onnxruntime
 import torch
 
 import gmconv
-from export.crop import CropRequest, crop_for_export
-from export.crop_lossless import LIMIT
+from export.crop.request import CropRequest, crop_for_export
+from export.crop.sum_order import LIMIT
 from runtime.runners.base import Array
 from tests.bench.crop_timing import write_onnx
 

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 import gmconv
-from export.crop import CropRequest, crop_for_export
-from export.crop_budget import parse_budget
-from gmconv.crop_table import split_text
+from export.crop.budget import parse_budget
+from export.crop.request import CropRequest, crop_for_export
+from gmconv.cropping.table import split_text
 from tests.bench.crop_timing import interleaved, ratio, shown, write_onnx
 
 SHAPE = (3, 224, 224)
@@ -45,7 +45,7 @@ def synthetic(arch: str, low: float, high: float, seed: int = 0) -> nn.Module:
 def engine_bytes(path: Path) -> int | None:
     """Size of the RTX engine built from an ONNX file; None where TensorRT-RTX is not installed."""
     try:
-        from export.tensorrt import BuildOptions, build_engine
+        from export.tensorrt.build import BuildOptions, build_engine
 
         return build_engine(path, path.with_suffix(".plan"), BuildOptions(flavor="rtx")).artefact.bytes
     except ImportError:

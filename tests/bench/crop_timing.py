@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from export.crop_latency import open_session, time_sessions
+from export.crop.latency import open_session, time_sessions
 
 
 def write_onnx(model: nn.Module, path: Path, shape: tuple[int, int, int]) -> Path:

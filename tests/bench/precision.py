@@ -23,12 +23,13 @@ from typing import Any
 import click
 import numpy as np
 
-from export.precision import PrecisionOptions, convert_precision
+from export.precision.convert import convert_precision
+from export.precision.converter import PrecisionOptions
 from runtime import trt
-from runtime.evaluate import EvaluateOptions, evaluate
+from runtime.evaluate.score import EvaluateOptions, evaluate
 from runtime.manifest import Manifest, read_manifest
-from runtime.qdq import serving_options
 from runtime.runners import open_runner
+from runtime.runners.qdq import serving_options
 
 TRAINED = ("resnet20", "resnet18")
 ZOO = {"alexnet": 64, "vgg11": 32, "mobilenet_v2": 64, "resnet50": 224}

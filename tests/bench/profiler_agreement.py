@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 from benchmark_fidelity import resnet50
 
-from runtime.bench.inputs import make_feeds
-from runtime.bench.layers import model_run_times
-from runtime.bench.timing import HostLane, LoopOptions
+from runtime.benchmark.inputs import make_feeds
+from runtime.benchmark.layers import model_run_times
+from runtime.benchmark.timing import HostLane, LoopOptions
 from runtime.runners import open_runner
 from runtime.runners.onnxruntime import OnnxRuntimeRunner
 

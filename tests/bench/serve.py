@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 
 import gmconv
-from export.onnx import export_onnx
+from export.onnx.pipeline import export_onnx
 
 HERE = Path(__file__).parent
 NETWORKS = {

@@ -91,7 +91,7 @@ def test_each_variant_carries_its_engine_and_no_other() -> None:
 
 
 def test_the_variants_that_run_an_engine_carry_what_runs_it_and_no_other_compiles() -> None:
-    """runtime/cuda.py needs pycuda and cuda-bindings for any engine, ONNX Runtime neither; NVML is for metrics."""
+    """runtime/cuda needs pycuda and cuda-bindings for any engine, ONNX Runtime neither; NVML is for metrics."""
     driver = {"pycuda", "cuda-bindings"}
     for variant in VARIANTS:
         assert driver & set(read_lock(variant)) == (driver if variant in ENGINES else set()), variant

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 def export(*arguments: str | Path) -> int:
     """`python -m export.onnx` in this process; its exit code."""
-    from export.onnx import main
+    from export.onnx.__main__ import main
 
     try:
         main([str(a) for a in arguments])

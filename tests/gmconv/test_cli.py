@@ -1,4 +1,4 @@
-"""`runtime.cli`: the exit codes that every command shares."""
+"""`gmconv.cli`: the exit codes that every command shares."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 COMMAND = """
 import click
-from runtime.cli import Command
+from gmconv.cli import Command
 
 @click.command(cls=Command)
 def main():
@@ -25,7 +25,7 @@ main([])
         ("raise KeyboardInterrupt", 130, "Error: interrupted"),
         # a Ctrl-C while a module with a dataclass is imported: CPython would exit by the signal, as if unhandled
         ("exec('raise KeyboardInterrupt')", 130, "Error: interrupted"),
-        ("from runtime.errors import ParityError; raise ParityError('they differ')", 4, "Error: they differ"),
+        ("from gmconv.errors import ParityError; raise ParityError('they differ')", 4, "Error: they differ"),
         ("raise click.UsageError('no such flag')", 2, "Error: no such flag"),
         ("raise click.exceptions.Exit(5)", 5, ""),
         ("pass", 0, ""),

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.datasets import load_samples
-from runtime.errors import RefusedError
-from runtime.manifest import Preprocessing
+from gmconv.data import load_samples
+from gmconv.errors import RefusedError
+from gmconv.images import Preprocessing
 
 SHAPE = (3, 8, 8)
 PLAIN = Preprocessing(size=(8, 8), mean=(0.0,) * 3, std=(1.0,) * 3)

@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from runtime import images
-from runtime.errors import RefusedError
-from runtime.images import load_image
-from runtime.manifest import Preprocessing
+from gmconv import images
+from gmconv.errors import RefusedError
+from gmconv.images import Preprocessing, load_image
 
 RGB = Preprocessing(size=(8, 12), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 GREY = Preprocessing(size=(8, 8), mean=(0.0,), std=(1.0,), channel_order="L")

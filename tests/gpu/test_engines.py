@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.precision import PrecisionOptions, convert_precision
-from export.tensorrt import BuildOptions, build_engine
+from export.precision.convert import convert_precision
+from export.precision.converter import PrecisionOptions
+from export.tensorrt.build import BuildOptions, build_engine
+from gmconv.errors import RefusedError, UnavailableError
 from runtime import cuda, trt
 from runtime.cuda import DeviceInfo
-from runtime.errors import RefusedError, UnavailableError
 from runtime.manifest import Manifest, read_manifest, sidecar
-from runtime.parity_run import ParityOptions, compare_artefacts
+from runtime.parity.run import ParityOptions, compare_artefacts
 from runtime.runners.tensorrt import TensorRTRunner
 
 pytestmark = pytest.mark.gpu
@@ -251,7 +252,7 @@ def test_a_gpu_that_is_not_there(plan: Path) -> None:
 def test_every_profile_is_reached_and_matches_the_onnx_file(
     flavor: trt.Flavor, networks: dict[str, Path], tmp_path: Path
 ) -> None:
-    from export._trt_profiles import batch_request
+    from export.tensorrt.profiles import batch_request
 
     plan = tmp_path / "two.plan"
     profiles = (batch_request(1, 1, 2), batch_request(8, 16, 64))

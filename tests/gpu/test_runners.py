@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.parity_run import ParityOptions, compare_artefacts
+from runtime.parity.run import ParityOptions, compare_artefacts
 from runtime.runners import open_runner
 
 pytestmark = pytest.mark.gpu

@@ -12,20 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import NodeProto, SparseTensorProto, TensorProto, helper
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
+from gmconv.files import staged
+from gmconv.images import Preprocessing, read_preprocessing
 from runtime.manifest import (
     FileDigest,
     Manifest,
-    Preprocessing,
     TensorSpec,
     digest,
     digest_onnx,
     external_files,
     find_manifest,
     read_manifest,
-    read_preprocessing,
     sidecar,
-    staged,
 )
 
 

@@ -26,9 +26,9 @@ SOURCES = sorted(
     [
         ROOT / "runtime/trt.py",
         ROOT / "runtime/runners/tensorrt.py",
-        ROOT / "runtime/runners/_trt_lane.py",
-        ROOT / "export/tensorrt.py",
-        *(ROOT / "export").glob("_trt_*.py"),
+        ROOT / "runtime/runners/lane.py",
+        ROOT / "export/tensorrt/__main__.py",
+        *(ROOT / "export/tensorrt").glob("*.py"),
     ]
 )
 OWN = {"self", "options"}  # receivers that are ours: this object, BuildOptions

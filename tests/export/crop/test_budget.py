@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from export import crop_budget
-from export.crop_budget import Budget, Option, choose, knapsack, parse_budget
-from export.crop_latency import measure_latencies
-from gmconv.crop_measure import output_error, run
-from gmconv.crop_window import Window, nested_windows
+from export.crop import budget as room
+from export.crop.budget import Budget, Option, choose, knapsack, parse_budget
+from export.crop.latency import measure_latencies
+from gmconv.cropping.measure import output_error, run
+from gmconv.cropping.window import Window, nested_windows
 from gmconv.surgery import bake, convert
 
 WINDOWS = nested_windows((7, 7))[1:]
@@ -78,8 +78,8 @@ def test_a_larger_budget_buys_more(model: nn.Module, batches: list[Tensor]) -> N
 
 def test_the_choice_is_the_best_of_all_within_the_budget(model: nn.Module, batches: list[Tensor]) -> None:
     """Against every combination of windows, run end to end: at most 10 % of the saving is missed."""
-    from gmconv.cropping import crop_to
-    from gmconv.macs import count_macs
+    from gmconv.cropping.choose import crop_to
+    from gmconv.cropping.macs import count_macs
 
     value = 0.02
     _, certificate = choose(model, batches, Budget("error", value))
@@ -144,8 +144,8 @@ def test_nothing_is_cropped_where_even_zeros_break_the_budget(
     model: nn.Module, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where the order of sums moves an output by more than the budget."""
-    monkeypatch.setattr(crop_budget._Spending, "allows", lambda self, windows: not any(w.top for w in windows.values()))
-    monkeypatch.setattr(crop_budget, "choose_windows", lambda *_, **__: {"0": Window(1, 1, 5, 5)})
+    monkeypatch.setattr(room._Spending, "allows", lambda self, windows: not any(w.top for w in windows.values()))
+    monkeypatch.setattr(room, "choose_windows", lambda *_, **__: {"0": Window(1, 1, 5, 5)})
     _, certificate = choose(model, batches, Budget("error", 1e-3), where=lambda name, _: name == "0")
     assert certificate.cropped == ()
     assert certificate.budget is not None

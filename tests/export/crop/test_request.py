@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from export.converter import PrecisionOptions
-from export.crop import CropRequest, calibration_batches, crop_for_export, max_abs_pixel, stored_as
-from export.crop_budget import Budget
-from gmconv.crop_conv import CroppedConv2d
-from gmconv.crop_measure import output_error, run
-from gmconv.crop_window import Precision, Window
-from gmconv.cropping import crop_to
+from export.crop.budget import Budget
+from export.crop.request import CropRequest, calibration_batches, crop_for_export, max_abs_pixel, stored_as
+from export.precision.converter import PrecisionOptions
+from gmconv.cropping.choose import crop_to
+from gmconv.cropping.layers import CroppedConv2d
+from gmconv.cropping.measure import output_error, run
+from gmconv.cropping.window import Precision, Window
+from gmconv.errors import RefusedError
+from gmconv.images import Preprocessing
 from gmconv.surgery import bake, convert
-from runtime.errors import RefusedError
-from runtime.manifest import Preprocessing
 
 SHAPE = (1, 16, 16)
 DIGITS = {"name": "digits", "test_size": 0.2, "split_seed": 0}
@@ -232,7 +232,7 @@ def test_layers_that_see_no_batch_or_only_part_of_their_input_are_timed_too() ->
 
 
 def test_crops_choose_on_training_images_not_on_held_out_ones(model: nn.Module) -> None:
-    from runtime.datasets import load_samples
+    from gmconv.data import load_samples
 
     batches, _, _ = calibration_batches(model, CropRequest(samples=2000), SHAPE, DIGITS, None)
     held_out = load_samples("digits", input_shape=SHAPE, dataset=DIGITS)

@@ -11,16 +11,17 @@ import torch
 from torch import nn
 
 import gmconv
-from export import crop_split, pipeline
-from export.converter import Precision, PrecisionOptions
-from export.crop import CropRequest, crop_for_export
-from export.crop_split import faster_splits
-from export.pipeline import ExportOptions, export_onnx
-from gmconv.crop_groups import SplitDepthwise2d
-from gmconv.crop_measure import output_error, run
-from runtime.errors import ParityError
+from export.crop import split as split_module
+from export.crop.request import CropRequest, crop_for_export
+from export.crop.split import faster_splits
+from export.onnx import pipeline
+from export.onnx.pipeline import ExportOptions, export_onnx
+from export.precision.converter import Precision, PrecisionOptions
+from gmconv.cropping.groups import SplitDepthwise2d
+from gmconv.cropping.measure import output_error, run
+from gmconv.errors import ParityError
 from runtime.manifest import read_manifest
-from runtime.parity_run import ParityOptions, compare_artefacts
+from runtime.parity.run import ParityOptions, compare_artefacts
 from runtime.report import manifest_sections, write_report
 
 NETWORK = """
@@ -79,7 +80,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> Times:
                 session.run(None, feeds)
             return {key: [split if key else 1.0] * rounds for key in sessions}
 
-        monkeypatch.setattr(crop_split, "time_sessions", time_sessions)
+        monkeypatch.setattr(split_module, "time_sessions", time_sessions)
 
     return given
 
@@ -124,7 +125,7 @@ def test_nothing_is_timed_where_nothing_could_be_saved(monkeypatch: pytest.Monke
     def timed(*_: object) -> None:
         raise AssertionError("timed")
 
-    monkeypatch.setattr(crop_split, "time_sessions", timed)
+    monkeypatch.setattr(split_module, "time_sessions", timed)
     alike = network(64, 7)
     with torch.no_grad():
         alike[1].sigma.fill_(7.0)

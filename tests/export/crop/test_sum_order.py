@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import gmconv
-from export import crop_lossless
-from export.crop import CropRequest, crop_for_export
-from export.crop_latency import module_session
-from export.crop_lossless import LIMIT, hold_sum_order
-from gmconv.crop_measure import output_error
-from gmconv.crop_table import crop_summary
+from export.crop import sum_order
+from export.crop.latency import module_session
+from export.crop.request import CropRequest, crop_for_export
+from export.crop.sum_order import LIMIT, hold_sum_order
+from gmconv.cropping.measure import output_error
+from gmconv.cropping.table import crop_summary
 
 
 def in_onnxruntime(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
@@ -55,7 +55,7 @@ def costs(monkeypatch: pytest.MonkeyPatch, per_layer: float) -> list[int]:
         tried.append(count)
         return (torch.tensor([[1.0, 1.0 + count * per_layer]], dtype=torch.float64),)
 
-    monkeypatch.setattr(crop_lossless, "_outputs", outputs)
+    monkeypatch.setattr(sum_order, "_outputs", outputs)
     return tried
 
 

@@ -10,25 +10,25 @@ import torch
 from torch import nn
 
 import gmconv
-from export import graph
+from export.graph import capture
+from gmconv.errors import RefusedError
 from gmconv.surgery import masked_layers
-from runtime.errors import RefusedError
 
 ZOO = [("resnet20", 32), ("resnet18", 64), ("mobilenet_v2", 64), ("alexnet", 96)]
 REST = [("vgg11_bn", 64), ("resnet50", 64), ("vgg16", 64), ("resnet56", 32)]
 
 
-def exported(model: nn.Module, shape: tuple[int, ...], log: Path, opset: int = 20) -> graph.ir.Model:  # type: ignore[name-defined]
+def exported(model: nn.Module, shape: tuple[int, ...], log: Path, opset: int = 20) -> capture.ir.Model:  # type: ignore[name-defined]
     return written(model, shape, log, opset).model
 
 
-def written(model: nn.Module, shape: tuple[int, ...], log: Path, opset: int = 20) -> graph.Exported:
-    return graph.to_onnx(
+def written(model: nn.Module, shape: tuple[int, ...], log: Path, opset: int = 20) -> capture.Exported:
+    return capture.to_onnx(
         model.eval(),
         torch.zeros(2, *shape),
         input_name="input",
         output_names=["logits"],
-        axes=graph.Axes(),
+        axes=capture.Axes(),
         opset=opset,
         log=log,
     )
@@ -43,22 +43,22 @@ def test_a_baked_network_has_its_plain_twins_operators(name: str, size: int, tmp
     result = written(network, (3, size, size), tmp_path / "log")
     baked = result.model
     twin = exported(gmconv.models.create(name, num_classes=10, gmconv=False), (3, size, size), tmp_path / "log")
-    assert graph.operator_histogram(baked) == graph.operator_histogram(twin)
-    graph.require_no_mask(baked)
-    assert graph.unused_layers(result, network, masked_layers(live)) == []
+    assert capture.operator_histogram(baked) == capture.operator_histogram(twin)
+    capture.require_no_mask(baked)
+    assert capture.unused_layers(result, network, masked_layers(live)) == []
 
 
 def test_an_unbaked_network_is_noticed(tmp_path: Path) -> None:
     live = nn.Sequential(gmconv.GMConv2d(3, 64, 7), nn.ReLU(), gmconv.GMConv2d(64, 64, 3), nn.Flatten())
     unbaked = exported(live, (3, 12, 12), tmp_path / "log")
     with pytest.raises(RuntimeError, match="is computed in the graph, not stored|a mask was not baked"):
-        graph.require_no_mask(unbaked)
+        capture.require_no_mask(unbaked)
 
 
 def test_a_missing_convolution_is_noticed(tmp_path: Path) -> None:
     model = exported(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), (3, 8, 8), tmp_path / "log")
     with pytest.raises(RuntimeError, match="runs 2 convolutions, the graph has 1"):
-        graph.require_convolutions(model, {"a": torch.zeros(4, 3, 3, 3), "b": torch.ones(4, 3, 3, 3)})
+        capture.require_convolutions(model, {"a": torch.zeros(4, 3, 3, 3), "b": torch.ones(4, 3, 3, 3)})
 
 
 def test_convolutions_that_the_exporter_merges_or_folds_are_not_missing(tmp_path: Path) -> None:
@@ -78,8 +78,8 @@ def test_convolutions_that_the_exporter_merges_or_folds_are_not_missing(tmp_path
 
     live = Merged()
     result = written(live, (3, 8, 8), tmp_path / "log")
-    assert graph.operator_histogram(result.model)["Conv"] < 5
-    assert graph.unused_layers(result, live, ["twice", "one", "other", "position"]) == []
+    assert capture.operator_histogram(result.model)["Conv"] < 5
+    assert capture.unused_layers(result, live, ["twice", "one", "other", "position"]) == []
 
 
 def test_layers_that_no_output_needs_are_left_out_and_named(tmp_path: Path) -> None:
@@ -98,8 +98,8 @@ def test_layers_that_no_output_needs_are_left_out_and_named(tmp_path: Path) -> N
 
     live = Heads()
     result = written(live, (3, 8, 8), tmp_path / "log")
-    assert graph.operator_histogram(result.model) == {"Conv": 1}
-    assert graph.unused_layers(result, live, ["body", "auxiliary", "dropped"]) == ["auxiliary", "dropped"]
+    assert capture.operator_histogram(result.model) == {"Conv": 1}
+    assert capture.unused_layers(result, live, ["body", "auxiliary", "dropped"]) == ["auxiliary", "dropped"]
 
 
 def test_a_network_that_fixes_its_batch_is_refused_with_the_flag_to_use(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_network_that_fixes_its_batch_is_refused_with_the_flag_to_use(tmp_path
 
 
 def test_what_the_exporter_prints_goes_to_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with graph.captured(tmp_path / "log"):
+    with capture.captured(tmp_path / "log"):
         os.write(1, b"chatter\n")  # below Python's sys.stdout, as C++ code writes
     os.write(1, b"afterwards\n")
     assert (tmp_path / "log").read_text() == "chatter\n"

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 import gmconv
-from export import cases, pipeline, verify
+from export.onnx import cases, pipeline, reference
+from gmconv.files import sha256_file
 from gmconv.surgery import masked_layers
-from runtime.manifest import read_manifest, sha256_file
+from runtime.manifest import read_manifest
 from tests.export.conftest import export
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -357,7 +358,7 @@ def test_the_exporters_own_words_appear_when_it_fails_and_only_then(
 def test_the_reference_says_why_it_refused(tmp_path: Path) -> None:
     (tmp_path / "net.pt").write_bytes(b"not a checkpoint")
     case = cases.Case("noise", np.zeros((1, 3, 8, 8), np.float32))
-    with verify.ReferenceProcess() as process:
+    with reference.ReferenceProcess() as process:
         process.start(tmp_path / "net.pt", {}, (), [case])
         with pytest.raises(Exception, match="not a readable PyTorch checkpoint"):
             process.result()

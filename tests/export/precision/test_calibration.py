@@ -20,10 +20,10 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from export.calibration import Calibration, RangeHistogram, calibrate
-from export.calibration_images import CalibrationImages, open_images
-from export.quantize import tensors_to_calibrate
-from runtime.errors import RefusedError
+from export.precision.calibration import Calibration, RangeHistogram, calibrate
+from export.precision.calibration_images import CalibrationImages, open_images
+from export.precision.quantize import tensors_to_calibrate
+from gmconv.errors import RefusedError
 
 Network = Callable[..., onnx.ModelProto]
 SHAPE = (3, 16, 16)
@@ -120,7 +120,7 @@ def test_the_manifest_says_which_images(network: Network, npz: Path) -> None:
 
 
 def test_digits_for_calibration_are_not_those_accuracy_is_measured_on() -> None:
-    from runtime.datasets import load_samples
+    from gmconv.data import load_samples
 
     split = {"name": "digits", "test_size": 0.2, "split_seed": 0}
     images = open_images("digits", (1, 8, 8), limit=1797, dataset=split)

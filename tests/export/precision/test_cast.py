@@ -15,9 +15,9 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from export.cast import BF16_DOMAIN, cast_graph, round_weights
-from export.onnx_graph import effective_weights, match_layers, precision_by_layer, weight_bytes
-from runtime.errors import RefusedError
+from export.graph.read import effective_weights, match_layers, precision_by_layer, weight_bytes
+from export.precision.cast import BF16_DOMAIN, cast_graph, round_weights
+from gmconv.errors import RefusedError
 
 Network = Callable[..., onnx.ModelProto]
 Run = Callable[..., NDArray[np.float32]]

@@ -13,9 +13,11 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-from export.precision import PrecisionOptions, convert_precision, main
+from export.precision.__main__ import main
+from export.precision.convert import convert_precision
+from export.precision.converter import PrecisionOptions
+from gmconv.errors import RefusedError
 from runtime import trt
-from runtime.errors import RefusedError
 from runtime.manifest import read_manifest
 
 Network = Callable[..., onnx.ModelProto]
@@ -222,7 +224,7 @@ def test_a_network_trained_on_digits_keeps_its_accuracy(
     digits_onnx: Path, tmp_path: Path, run: Callable[..., NDArray[np.float32]]
 ) -> None:
     """The floors of the issue, on held-out digits; calibration on the training part."""
-    from runtime.evaluate import evaluate
+    from runtime.evaluate.score import evaluate
 
     floors = {"fp16": 1.0, "bf16": 0.995, "int8": 0.99, "fp8": 0.985}
     paths = [digits_onnx]

@@ -13,11 +13,11 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from export.calibration import calibrate
-from export.calibration_images import open_images
-from export.onnx_graph import effective_weights, precision_by_layer, weight_bytes
-from export.quantize import quantize_graph, tensors_to_calibrate
-from runtime.errors import RefusedError
+from export.graph.read import effective_weights, precision_by_layer, weight_bytes
+from export.precision.calibration import calibrate
+from export.precision.calibration_images import open_images
+from export.precision.quantize import quantize_graph, tensors_to_calibrate
+from gmconv.errors import RefusedError
 
 Network = Callable[..., onnx.ModelProto]
 Run = Callable[..., NDArray[np.float32]]

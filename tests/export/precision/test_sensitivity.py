@@ -10,10 +10,10 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from export.converter import PrecisionConverter, PrecisionOptions
-from export.plan import PrecisionPlan, read_plan, write_plan
-from export.sensitivity import Budget, EvaluationImages, Measurement, SensitivitySearch, make_plan, pareto
-from runtime.errors import ParityError, RefusedError
+from export.precision.converter import PrecisionConverter, PrecisionOptions
+from export.precision.plan import PrecisionPlan, read_plan, write_plan
+from export.precision.search import Budget, EvaluationImages, Measurement, SensitivitySearch, make_plan, pareto
+from gmconv.errors import ParityError, RefusedError
 
 Network = Callable[..., onnx.ModelProto]
 

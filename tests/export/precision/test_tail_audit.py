@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from export.tail_audit import audit_layers, energy_radius, snr_db
+from export.precision.audit import audit_layers, energy_radius, snr_db
 
 
 def test_radius_of_a_single_tap_and_of_a_flat_kernel() -> None:

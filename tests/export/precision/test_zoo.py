@@ -12,9 +12,10 @@ import numpy as np
 import onnx
 import pytest
 
-from export.precision import PrecisionOptions, convert_precision
+from export.precision.convert import convert_precision
+from export.precision.converter import PrecisionOptions
 from runtime import trt
-from runtime.evaluate import EvaluateOptions, evaluate
+from runtime.evaluate.score import EvaluateOptions, evaluate
 from runtime.manifest import read_manifest
 
 pytestmark = pytest.mark.slow

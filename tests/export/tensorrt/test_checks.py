@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from export._trt_checks import read_graph
-from runtime.errors import RefusedError
+from export.tensorrt.checks import read_graph
+from gmconv.errors import RefusedError
 
 Make = Callable[..., Path]
 

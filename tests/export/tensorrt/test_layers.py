@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from export._trt_layers import count_fusions, layers_of_inspector, layers_of_log, precision_histogram
+from export.tensorrt.layers import count_fusions, layers_of_inspector, layers_of_log, precision_histogram
 
 # TensorRT-RTX 1.7.1, VERBOSE log of an fp16 build, shortened.
 LOG = """Layers:

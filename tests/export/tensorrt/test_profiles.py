@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export._trt_profiles import (
+from export.tensorrt.profiles import (
     NetworkInput,
     ProfileRequest,
     batch_request,
@@ -18,7 +18,7 @@ from export._trt_profiles import (
     shapes_request,
     to_json,
 )
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 
 IMAGES = NetworkInput("input", (-1, 3, 8, 8), ("batch", "", "", ""))
 FIXED = NetworkInput("input", (4, 3, 8, 8))

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from export._trt_process import BuilderFailedError, BuilderProcess
-from export._trt_profiles import shapes_request
-from export.tensorrt import BuildOptions, build_engine
+from export.tensorrt.build import BuildOptions, build_engine
+from export.tensorrt.process import BuilderFailedError, BuilderProcess
+from export.tensorrt.profiles import shapes_request
+from gmconv.errors import BuildError, RefusedError, UnavailableError
+from gmconv.files import sha256_file
 from runtime.cuda import driver_problem
-from runtime.errors import BuildError, RefusedError, UnavailableError
-from runtime.manifest import Manifest, ShapeRange, digest, read_manifest, sha256_file, sidecar
+from runtime.manifest import Manifest, ShapeRange, digest, read_manifest, sidecar
 
 Make = Callable[..., Path]
 Cli = Callable[..., subprocess.CompletedProcess[str]]

@@ -12,9 +12,10 @@ from typing import Any
 import onnx
 import pytest
 
-from export.precision import convert_precision
-from export.tensorrt import BuildOptions, build_engine
-from runtime.manifest import Manifest, sha256_file
+from export.precision.convert import convert_precision
+from export.tensorrt.build import BuildOptions, build_engine
+from gmconv.files import sha256_file
+from runtime.manifest import Manifest
 
 # What trains as GMConv exports as plain convolutions; the exports of both kinds run at the same time. The wide dense
 # layers of AlexNet and VGG (nine tenths of their bytes, no convolution) give way to one linear layer.
@@ -23,7 +24,7 @@ import sys, tempfile
 from pathlib import Path
 import onnx_ir, torch
 import gmconv.models
-from export import graph
+from export.graph import capture
 
 name, kind, path, batch, size = sys.argv[1:]
 torch.manual_seed(0)
@@ -32,9 +33,9 @@ if name in ("alexnet", "vgg11"):
     wide = next(layer for layer in model.classifier if isinstance(layer, torch.nn.Linear))
     model.classifier = torch.nn.Linear(wide.in_features, 10)
 model = gmconv.bake(model, inplace=True) if kind == "baked" else model
-axes = graph.Axes(batch=batch == "dynamic", hw=False)
+axes = capture.Axes(batch=batch == "dynamic", hw=False)
 example = torch.zeros(2, 3, int(size), int(size))
-exported = graph.to_onnx(
+exported = capture.to_onnx(
     model, example, input_name="input", output_names=["logits"], axes=axes, opset=20, log=Path(path + ".log")
 )
 onnx_ir.save(exported.model, path)

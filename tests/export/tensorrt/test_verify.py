@@ -10,11 +10,12 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from export import _trt_verify
-from export.tensorrt import BuildOptions, build_engine
+from export.tensorrt import verify
+from export.tensorrt.build import BuildOptions, build_engine
+from gmconv.errors import ParityError
+from gmconv.files import sha256_file
 from runtime import cuda
-from runtime.errors import ParityError
-from runtime.manifest import FileDigest, Manifest, read_manifest, sha256_file
+from runtime.manifest import FileDigest, Manifest, read_manifest
 
 Make = Callable[..., Path]
 RTX = BuildOptions(flavor="rtx", verify=False)
@@ -28,18 +29,18 @@ def built(classifier: Make, tmp_path: Path) -> tuple[Path, Manifest]:
 
 @pytest.fixture
 def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_trt_verify, "DEVICE", "cpu")
-    monkeypatch.setattr(_trt_verify, "WARM_UP_MS", 5.0)
-    monkeypatch.setattr(_trt_verify, "DURATION_S", 0.05)
+    monkeypatch.setattr(verify, "DEVICE", "cpu")
+    monkeypatch.setattr(verify, "WARM_UP_MS", 5.0)
+    monkeypatch.setattr(verify, "DURATION_S", 0.05)
 
 
 def test_parity_and_timing_fit_into_a_manifest(built: tuple[Path, Manifest], cpu: None, tmp_path: Path) -> None:
     path, manifest = built
-    parity = _trt_verify.check_parity(path, path)
+    parity = verify.check_parity(path, path)
     assert parity["result"] == "passed"
     assert parity["reference"] == "model.onnx"
     assert parity["cases"]
-    timing = _trt_verify.time_engine(path)
+    timing = verify.time_engine(path)
     assert timing["throughput_qps"] > 0
     text = dataclasses.replace(manifest, parity=parity, benchmark=timing).to_json()  # refuses NaN and infinity
     assert str(tmp_path) not in text, "a manifest travels: no path of the machine that built it"
@@ -53,7 +54,7 @@ def test_another_network_is_a_parity_error_that_names_both(built: tuple[Path, Ma
     other = path.with_name("other.onnx")
     onnx.save(model, other)
     with pytest.raises(ParityError, match=r"other\.onnx: differs from model\.onnx"):
-        _trt_verify.check_parity(path, other)
+        verify.check_parity(path, other)
 
 
 def test_the_checkpoint_is_found_by_its_bytes(built: tuple[Path, Manifest], tmp_path: Path) -> None:
@@ -62,13 +63,13 @@ def test_the_checkpoint_is_found_by_its_bytes(built: tuple[Path, Manifest], tmp_
     checkpoint.write_bytes(b"weights")
     link = FileDigest("checkpoint", "ckpt.pt", sha256_file(checkpoint), 7)
     chained = dataclasses.replace(manifest, chain=(link, *manifest.chain))
-    assert _trt_verify.find_checkpoint(manifest, tmp_path) is None
-    assert _trt_verify.find_checkpoint(chained, tmp_path) == checkpoint
+    assert verify.find_checkpoint(manifest, tmp_path) is None
+    assert verify.find_checkpoint(chained, tmp_path) == checkpoint
     moved = checkpoint.rename(tmp_path / "moved.pt")
-    assert _trt_verify.find_checkpoint(chained, tmp_path) is None
-    assert _trt_verify.find_checkpoint(chained, tmp_path, moved) == moved
+    assert verify.find_checkpoint(chained, tmp_path) is None
+    assert verify.find_checkpoint(chained, tmp_path, moved) == moved
     moved.write_bytes(b"other weights")
-    assert _trt_verify.find_checkpoint(chained, tmp_path, moved) is None
+    assert verify.find_checkpoint(chained, tmp_path, moved) is None
 
 
 @pytest.fixture
@@ -89,8 +90,8 @@ def test_the_build_verifies_where_there_is_a_gpu(
         seen.extend((reference, plan))
         return {"result": "passed"}
 
-    monkeypatch.setattr(_trt_verify, "check_parity", check)
-    monkeypatch.setattr(_trt_verify, "time_engine", lambda plan: {"throughput_qps": 1.0})
+    monkeypatch.setattr(verify, "check_parity", check)
+    monkeypatch.setattr(verify, "time_engine", lambda plan: {"throughput_qps": 1.0})
     path = classifier(tmp_path / "model.onnx")
     manifest = build_engine(path, tmp_path / "model.plan", dataclasses.replace(RTX, verify=True))
     assert seen[0] == path
@@ -108,7 +109,7 @@ def test_an_engine_that_fails_parity_is_not_left_behind(
     def check(reference: Path, plan: Path) -> dict[str, object]:
         raise ParityError("differs")
 
-    monkeypatch.setattr(_trt_verify, "check_parity", check)
+    monkeypatch.setattr(verify, "check_parity", check)
     with pytest.raises(ParityError):
         build_engine(classifier(tmp_path / "m.onnx"), tmp_path / "m.plan", dataclasses.replace(RTX, verify=True))
     assert {file.name for file in tmp_path.iterdir()} == {"m.onnx"}

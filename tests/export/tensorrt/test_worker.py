@@ -14,10 +14,10 @@ import pytest
 import tensorrt_rtx
 from onnx import TensorProto, helper, numpy_helper
 
-from export import _trt_worker
-from export._trt_worker import BuildFailure
+from export.tensorrt import worker
+from export.tensorrt.worker import BuildFailure
+from gmconv.errors import BuildError, RefusedError, UnavailableError
 from runtime import trt
-from runtime.errors import BuildError, RefusedError, UnavailableError
 
 Make = Callable[..., Path]
 
@@ -25,8 +25,8 @@ Make = Callable[..., Path]
 def describe(path: Path) -> dict[str, Any]:
     log = trt.Log(tensorrt_rtx)
     builder = tensorrt_rtx.Builder(log.logger)
-    network = _trt_worker.parse(tensorrt_rtx, log, builder, str(path), lambda message: None)
-    return _trt_worker.describe(tensorrt_rtx, network)
+    network = worker.parse(tensorrt_rtx, log, builder, str(path), lambda message: None)
+    return worker.describe(tensorrt_rtx, network)
 
 
 def test_convolutions_and_masks_keep_their_onnx_names(classifier: Make, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_random_bytes_that_parse_into_nothing_are_refused(tmp_path: Path) -> Non
     path = tmp_path / "m.onnx"
     path.write_bytes(b"")
     with pytest.raises(BuildFailure) as failed:
-        _trt_worker.build(
+        worker.build(
             {**REQUEST, "onnx": str(path), "plan": str(tmp_path / "p"), "replaces": str(tmp_path / "p")},
             lambda message: None,
         )
@@ -125,7 +125,7 @@ def test_none_where_an_object_should_be_is_an_error_in_words(
 
     api = module(**{"Builder": builder, **changes})
     with pytest.raises(BuildFailure) as failed:
-        _trt_worker.build(
+        worker.build(
             {**REQUEST, "onnx": str(path), "plan": str(tmp_path / "p"), "replaces": str(tmp_path / "p")},
             lambda message: None,
             api,
@@ -138,7 +138,7 @@ def test_none_where_an_object_should_be_is_an_error_in_words(
 def test_tf32_is_set_or_cleared_never_left_at_the_default(classifier: Make, tmp_path: Path, tf32: bool) -> None:
     log = trt.Log(tensorrt_rtx)
     config = tensorrt_rtx.Builder(log.logger).create_builder_config()
-    _trt_worker.configure(tensorrt_rtx, config, {**REQUEST, "tf32": tf32, "optimization_level": 2, "workspace": 64})
+    worker.configure(tensorrt_rtx, config, {**REQUEST, "tf32": tf32, "optimization_level": 2, "workspace": 64})
     assert config.get_flag(tensorrt_rtx.BuilderFlag.TF32) is tf32
     assert config.builder_optimization_level == 2
     assert config.get_memory_pool_limit(tensorrt_rtx.MemoryPoolType.WORKSPACE) == 64 * 2**20
@@ -147,7 +147,7 @@ def test_tf32_is_set_or_cleared_never_left_at_the_default(classifier: Make, tmp_
 def test_progress_is_reported_while_it_builds(classifier: Make, tmp_path: Path) -> None:
     messages: list[dict[str, Any]] = []
     path = classifier(tmp_path / "m.onnx")
-    _trt_worker.build(
+    worker.build(
         {**REQUEST, "onnx": str(path), "plan": str(tmp_path / "p"), "replaces": str(tmp_path / "p")}, messages.append
     )
     phases = [message["phase"] for message in messages]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from export.triton import write_repository
-from runtime.errors import RefusedError
-from runtime.manifest import sha256_file
+from export.triton.write import write_repository
+from gmconv.errors import RefusedError
+from gmconv.files import sha256_file
 
 from .triton_artefacts import LABELS, listing, make_engine, make_onnx, read_config, run, write_manifest
 
@@ -87,7 +87,7 @@ def test_a_failed_replacement_restores_the_old_version(tmp_path: Path, monkeypat
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
-    monkeypatch.setattr("export.triton_staging._exchange", lambda *_: False)
+    monkeypatch.setattr("export.triton.staging._exchange", lambda *_: False)
     monkeypatch.setattr(Path, "rename", refuse_new)
     with pytest.raises(RefusedError, match="Input/output error"):
         write_repository(tmp_path / "m.onnx", repo, force=True)

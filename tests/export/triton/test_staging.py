@@ -19,13 +19,14 @@ from typing import Any
 
 import pytest
 
-from export import triton_staging
-from export.triton import write_repository
-from export.triton_config import ServingOptions, check_config
-from export.triton_interface import interface_of
-from export.triton_staging import Staging
-from runtime.errors import RefusedError
-from runtime.manifest import find_manifest, sha256_file
+from export.triton import staging
+from export.triton.config import ServingOptions, check_config
+from export.triton.interface import interface_of
+from export.triton.staging import Staging
+from export.triton.write import write_repository
+from gmconv.errors import RefusedError
+from gmconv.files import sha256_file
+from runtime.manifest import find_manifest
 
 from .triton_artefacts import LABELS, listing, make_engine, make_onnx, read_config, run, write_manifest
 
@@ -172,7 +173,7 @@ def test_killed_in_a_repository_that_is_written_from_within_the_next_run_cleans_
 def test_without_an_exchange_a_kill_between_the_two_renames_is_mended_by_the_next_run(
     networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.triton_staging._exchange", lambda *_: False)
+    monkeypatch.setattr("export.triton.staging._exchange", lambda *_: False)
     missing = 0
     for repo, old in killed_everywhere(tmp_path / "home", networks, "replaced model"):
         found = poll(repo)
@@ -307,7 +308,7 @@ def test_all_bytes_are_on_the_disk_before_they_are_shown(
     prepare(networks, repo)
     synced = {p.stat().st_ino for p in repo.rglob("*") if p.is_file()}  # a file that stays is not written again
     shown: list[Path] = []
-    fsync, rename, exchange = os.fsync, Path.rename, triton_staging._exchange
+    fsync, rename, exchange = os.fsync, Path.rename, staging._exchange
 
     def record(descriptor: int) -> None:
         synced.add(os.fstat(descriptor).st_ino)
@@ -329,7 +330,7 @@ def test_all_bytes_are_on_the_disk_before_they_are_shown(
 
     monkeypatch.setattr("os.fsync", record)
     monkeypatch.setattr(Path, "rename", checked_rename)
-    monkeypatch.setattr("export.triton_staging._exchange", checked_exchange)
+    monkeypatch.setattr("export.triton.staging._exchange", checked_exchange)
     act(networks, repo)
     assert len(shown) == 1
     assert synced == {(repo / "m" if scene == "new version" else repo).stat().st_ino}, "the folder that shows it"

@@ -12,9 +12,9 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from export.triton import write_repository
-from export.triton_config import check_config
-from export.triton_interface import interface_of
+from export.triton.config import check_config
+from export.triton.interface import interface_of
+from export.triton.write import write_repository
 from runtime.manifest import (
     TensorSpec,
     read_manifest,

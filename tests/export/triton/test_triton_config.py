@@ -11,11 +11,13 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.triton import main, write_repository
-from export.triton_config import ServingOptions, check_config, from_text, model_config, to_text
-from export.triton_interface import Interface, interface_of
-from runtime.errors import RefusedError
-from runtime.manifest import Preprocessing, ShapeRange, TensorSpec
+from export.triton.__main__ import main
+from export.triton.config import ServingOptions, check_config, from_text, model_config, to_text
+from export.triton.interface import Interface, interface_of
+from export.triton.write import write_repository
+from gmconv.errors import RefusedError
+from gmconv.images import Preprocessing
+from runtime.manifest import ShapeRange, TensorSpec
 
 from .triton_artefacts import make_engine, make_onnx, read_config, run, write_manifest
 

@@ -10,8 +10,8 @@ import onnx
 from click.testing import CliRunner, Result
 from onnx import TensorProto, helper, numpy_helper
 
-from export.triton import main
-from export.triton_config import from_text
+from export.triton.__main__ import main
+from export.triton.config import from_text
 from runtime.manifest import Manifest, ShapeRange, TensorSpec, digest, sidecar
 
 LABELS = tuple(f"digit {i}" for i in range(10))

@@ -9,13 +9,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from gmconv import crop_certificate
-from gmconv.crop_certificate import certify
-from gmconv.crop_measure import output_error
-from gmconv.crop_table import crop_summary
-from gmconv.cropping import Window, crop_model, crop_to, measure_input_ranges
+from gmconv.cropping import certificate as certificate_module
+from gmconv.cropping.certificate import certify
+from gmconv.cropping.choose import Window, crop_model, crop_to, measure_input_ranges
+from gmconv.cropping.macs import count_macs
+from gmconv.cropping.measure import output_error
+from gmconv.cropping.table import crop_summary
 from gmconv.errors import SurgeryError
-from gmconv.macs import count_macs
 from gmconv.surgery import bake, convert
 
 
@@ -102,7 +102,7 @@ def test_the_measured_error_is_what_the_removed_taps_added_not_rounding() -> Non
 
 
 def test_a_bound_that_the_data_breaks_is_not_shown(monkeypatch: pytest.MonkeyPatch, batches: list[Tensor]) -> None:
-    monkeypatch.setattr(crop_certificate, "analytic_input_ranges", lambda *_: {"0": 1e-3, "3": 6.0})
+    monkeypatch.setattr(certificate_module, "analytic_input_ranges", lambda *_: {"0": 1e-3, "3": 6.0})
     _, certificate = crop_model(small_network(), 0.02, batches=batches)
     assert [layer.max_abs_source for layer in certificate.layers] == ["calibration", "analytic"]
     assert certificate.layers[0].max_abs_input == pytest.approx(float(torch.cat(batches).abs().max()))

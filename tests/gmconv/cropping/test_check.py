@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmconv.crop_check import layers_used_elsewhere
-from gmconv.crop_groups import ChannelGroup
-from gmconv.crop_table import crop_summary
-from gmconv.crop_window import Window
-from gmconv.cropping import choose_windows, crop_model
+from gmconv.cropping.check import layers_used_elsewhere
+from gmconv.cropping.choose import choose_windows, crop_model
+from gmconv.cropping.groups import ChannelGroup
+from gmconv.cropping.table import crop_summary
+from gmconv.cropping.window import Window
 
 
 class Network(nn.Module):

@@ -9,13 +9,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gmconv.crop_groups import ChannelGroup, DepthwiseSplit, SplitDepthwise2d, best_groups, is_depthwise
-from gmconv.crop_table import crop_summary, crop_table
-from gmconv.crop_window import Window, removed_shares, smallest_window
-from gmconv.cropping import choose_groups, choose_windows, crop_model, crop_to
+from gmconv.cropping.choose import choose_groups, choose_windows, crop_model, crop_to
+from gmconv.cropping.groups import ChannelGroup, DepthwiseSplit, SplitDepthwise2d, best_groups, is_depthwise
+from gmconv.cropping.macs import count_macs
+from gmconv.cropping.table import crop_summary, crop_table
+from gmconv.cropping.window import Window, removed_shares, smallest_window
 from gmconv.errors import SurgeryError
 from gmconv.layer import GMConv2d
-from gmconv.macs import count_macs
 from gmconv.surgery import bake
 
 SMALL = st.integers(1, 3)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gmconv.crop_measure import measure_input_ranges
-from gmconv.crop_ranges import analytic_input_ranges
-from gmconv.cropping import crop_model
+from gmconv.cropping.choose import crop_model
+from gmconv.cropping.measure import measure_input_ranges
+from gmconv.cropping.ranges import analytic_input_ranges
 from gmconv.surgery import bake, convert
 
 

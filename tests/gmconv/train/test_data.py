@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gmconv.data import DataError, FileSamples, batches, digits, image_folder, load_dataset, load_image, preprocess
-from runtime import images
-from runtime.datasets import load_samples
-from runtime.manifest import Preprocessing
+from gmconv import images
+from gmconv.data import load_samples
+from gmconv.errors import DataError
+from gmconv.images import Preprocessing
+from gmconv.train.data import FileSamples, batches, digits, image_folder, load_dataset, load_image, preprocess
 
 
 @pytest.fixture

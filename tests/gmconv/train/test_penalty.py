@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gmconv
-from gmconv.penalty import reach, sigma_penalty
+from gmconv.train.penalty import reach, sigma_penalty
 
 
 def cost_of(model: torch.nn.Module) -> float:

@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import gmconv
-from gmconv.data import digits
 from gmconv.errors import CheckpointError
-from gmconv.train import main
-from gmconv.training import Epoch, TrainingError, TrainOptions, augment, parameter_groups, schedule, train
+from gmconv.train.__main__ import main
+from gmconv.train.data import digits
+from gmconv.train.loop import Epoch, TrainingError, TrainOptions, augment, parameter_groups, schedule, train
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -114,8 +114,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str]:
         opened[path] = runner
         return str(path)
 
-    monkeypatch.setattr("runtime.bench.measure.open_runner", open_fake)
-    monkeypatch.setattr("runtime.bench.layers.open_runner", open_fake)
+    monkeypatch.setattr("runtime.benchmark.measure.open_runner", open_fake)
+    monkeypatch.setattr("runtime.benchmark.layers.open_runner", open_fake)
     return register
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from runtime.bench.options import BUILD_FLAGS, DEVICE_FLAGS, FOREIGN_FLAGS, SINGLE_FLAGS
-from runtime.bench.trtexec import parse
-from runtime.benchmark import main
+from runtime.benchmark.__main__ import main
+from runtime.benchmark.options import BUILD_FLAGS, DEVICE_FLAGS, FOREIGN_FLAGS, SINGLE_FLAGS
+from runtime.benchmark.trtexec import parse
 from runtime.runners.base import Runner
 
 Fake = Callable[..., str]
@@ -266,7 +266,7 @@ def test_a_comparison_of_different_work_is_refused(fake: Fake, host_runner: Runn
 
 
 def test_an_artefacts_own_options_are_read_behind_its_name(tmp_path: Path) -> None:
-    from runtime.bench.measure import parse_artefact
+    from runtime.benchmark.measure import parse_artefact
 
     found = parse_artefact("dir/ckpt.pt@form=baked,compiled=true,threads=2")
     assert (found.path, found.options) == (Path("dir/ckpt.pt"), {"form": "baked", "compiled": True, "threads": 2})

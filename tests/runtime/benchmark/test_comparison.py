@@ -9,9 +9,9 @@ import click
 import numpy as np
 import pytest
 
-from runtime.bench.comparison import against_first, export_twin, with_twins
-from runtime.bench.measure import Artefact
-from runtime.errors import BuildError
+from gmconv.errors import BuildError
+from runtime.benchmark.comparison import against_first, export_twin, with_twins
+from runtime.benchmark.measure import Artefact
 from runtime.runners import open_runner
 
 

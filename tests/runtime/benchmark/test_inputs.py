@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.bench.inputs import make_feeds, parse_files, parse_shapes, random_values
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
+from runtime.benchmark.inputs import make_feeds, parse_files, parse_shapes, random_values
 from runtime.manifest import TensorSpec
 
 NAMES = st.text(st.characters(exclude_characters="':,", exclude_categories=("Cs",)), min_size=1, max_size=8)

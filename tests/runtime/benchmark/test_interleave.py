@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from runtime.bench.interleave import Ratio, bootstrap_ratio, interleave, orders
-from runtime.bench.timing import Lane, LoopOptions, Progress, Trace
+from runtime.benchmark.interleave import Ratio, bootstrap_ratio, interleave, orders
+from runtime.benchmark.timing import Lane, LoopOptions, Progress, Trace
 
 
 class Scripted(Lane):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from runtime.bench.machine import (
+from runtime.benchmark.machine import (
     GpuState,
     Snapshot,
     _busy_seconds,

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.bench.layers import model_run_times, parse_ort_profile
-from runtime.bench.trtexec import parse
+from runtime.benchmark.layers import model_run_times, parse_ort_profile
+from runtime.benchmark.trtexec import parse
 
 
 def bench(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -132,7 +132,7 @@ def test_a_truncated_file_and_a_missing_one_are_refused(tiny_onnx: Path, tmp_pat
 
 
 def test_a_gpu_that_is_not_there_is_exit_6(tiny_onnx: Path) -> None:
-    from runtime.bench.machine import gpu_state
+    from runtime.benchmark.machine import gpu_state
 
     if gpu_state(0) is not None:
         pytest.skip("this machine has a GPU")
@@ -162,7 +162,7 @@ def test_an_ort_profile_is_read_per_node_and_per_run() -> None:
 
 
 def test_a_node_is_named_after_the_module_whose_weight_it_holds(digits_onnx: Path) -> None:
-    from runtime.bench.layers import _in_users_words, layer_names
+    from runtime.benchmark.layers import _in_users_words, layer_names
 
     names = layer_names(digits_onnx)
     modules = set(names.values())

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.bench.timing import DeviceLane, HostLane, LoopOptions
+from runtime.benchmark.timing import DeviceLane, HostLane, LoopOptions
 
 
 def lane_of(device_runner: Any, count: int = 2, streams: int = 1) -> DeviceLane:

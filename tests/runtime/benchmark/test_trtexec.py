@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.bench.statistics import describe
-from runtime.bench.timing import Trace
-from runtime.bench.trtexec import device_warnings, parse, profile_table, summary, trace_averages
+from runtime.benchmark.statistics import describe
+from runtime.benchmark.timing import Trace
+from runtime.benchmark.trtexec import device_warnings, parse, profile_table, summary, trace_averages
 from runtime.runners.base import LayerTime
 
 # Printed by NVIDIA's trtexec (format of 8.6 to 11); the numbers are of no importance.

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gmconv.errors import UnavailableError
 from runtime import cuda
-from runtime.errors import UnavailableError
 
 DRIVER = """
 #include <string.h>
@@ -33,7 +33,7 @@ int cuDriverGetVersion(int *version) { *version = 12090; return 0; }
 ASK = """
 import dataclasses, json
 from runtime import cuda
-from runtime.errors import UnavailableError
+from gmconv.errors import UnavailableError
 answer = {"problem": cuda.driver_problem()}
 try:
     answer["info"] = dataclasses.asdict(cuda.device_info(0))

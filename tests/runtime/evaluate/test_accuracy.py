@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.accuracy import Confusion, score, wilson
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
+from runtime.evaluate.accuracy import Confusion, score, wilson
 
 
 @pytest.mark.parametrize(

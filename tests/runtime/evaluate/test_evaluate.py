@@ -12,8 +12,9 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime.errors import RefusedError
-from runtime.evaluate import EvaluateOptions, evaluate, main
+from gmconv.errors import RefusedError
+from runtime.evaluate.__main__ import main
+from runtime.evaluate.score import EvaluateOptions, evaluate
 from runtime.manifest import Manifest, TensorSpec, digest, sidecar
 
 CLASSES = 8

@@ -12,9 +12,9 @@ from onnx import numpy_helper
 from torch import nn
 
 import gmconv
-from runtime.bisect import Bisection, LayerError, judge_layers
-from runtime.parity_run import ParityOptions, compare_artefacts
-from runtime.tolerances import TOLERANCES
+from runtime.parity.bisect import Bisection, LayerError, judge_layers
+from runtime.parity.run import ParityOptions, compare_artefacts
+from runtime.parity.tolerances import TOLERANCES
 
 
 class Small(nn.Module):
@@ -232,7 +232,7 @@ def test_without_any_names_it_says_so(resnet: tuple[Path, Path], tmp_path: Path)
 
 
 def test_an_engine_without_its_onnx_file_says_what_to_do(resnet: tuple[Path, Path], tmp_path: Path) -> None:
-    from runtime.bisect import bisect
+    from runtime.parity.bisect import bisect
     from runtime.runners import open_runner
 
     (tmp_path / "net.plan").write_bytes(b"ftrt")

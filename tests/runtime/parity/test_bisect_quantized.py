@@ -13,16 +13,17 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from tests.runtime.test_bisect import randomize_norms, save
 
 import gmconv
-from export.precision import PrecisionOptions, convert_precision
-from runtime.bisect import Bisection, LayerError, bisect
-from runtime.bisect_quantized import judge_quantized
-from runtime.datasets import load_samples
-from runtime.parity_run import ParityOptions, compare_artefacts
+from export.precision.convert import convert_precision
+from export.precision.converter import PrecisionOptions
+from gmconv.data import load_samples
+from runtime.parity.bisect import Bisection, LayerError, bisect
+from runtime.parity.bisect_quantized import judge_quantized
+from runtime.parity.run import ParityOptions, compare_artefacts
+from runtime.parity.tolerances import TOLERANCES
 from runtime.runners import open_runner
-from runtime.tolerances import TOLERANCES
-from tests.runtime.test_bisect import randomize_norms, save
 
 Change = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 KINDS = ("int8", "fp8")

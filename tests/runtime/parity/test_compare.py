@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from runtime.compare import Comparator, OutputComparison, Yardstick, compare_outputs, judge_yardstick
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
+from runtime.parity.compare import Comparator, OutputComparison, Yardstick, compare_outputs, judge_yardstick
+from runtime.parity.tolerances import TOLERANCES, Tolerance, tolerance_for
 from runtime.runners.base import Array
-from runtime.tolerances import TOLERANCES, Tolerance, tolerance_for
 
 FP32 = TOLERANCES["fp32"]
 RNG = np.random.default_rng(0)

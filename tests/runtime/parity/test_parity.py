@@ -16,11 +16,11 @@ from onnx import numpy_helper
 from torch import nn
 
 import gmconv
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 from runtime.manifest import FileDigest, Manifest, ShapeRange, TensorSpec, digest, sidecar
-from runtime.parity_inputs import Facts, corner_shapes
-from runtime.parity_run import ParityOptions, compare_artefacts
-from runtime.tolerances import TOLERANCES
+from runtime.parity.cases import Facts, corner_shapes
+from runtime.parity.run import ParityOptions, compare_artefacts
+from runtime.parity.tolerances import TOLERANCES
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 SPEC = (TensorSpec("input", "float32", ("batch", 3, 16, 16)),)
@@ -404,7 +404,7 @@ def test_another_networks_file_is_refused_or_fails(pair: tuple[Path, Path], tmp_
 def run(*arguments: object) -> Any:
     from click.testing import CliRunner
 
-    from runtime.parity import main
+    from runtime.parity.__main__ import main
 
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 

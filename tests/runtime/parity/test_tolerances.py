@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from export.crop_budget import choose, parse_budget
-from gmconv.cropping import crop_model
-from runtime.tolerances import MAX_CROP_COST, TOLERANCES, crop_cost
+from export.crop.budget import choose, parse_budget
+from gmconv.cropping.choose import crop_model
+from runtime.parity.tolerances import MAX_CROP_COST, TOLERANCES, crop_cost
 
 
 @pytest.mark.parametrize(

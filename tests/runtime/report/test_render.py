@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.tail_audit import LayerAudit
+from export.precision.audit import LayerAudit
 from gmconv import gaussian_mask
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 from runtime.manifest import FileDigest, Manifest, TensorSpec
 from runtime.report import (
     Crop,

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import tensorrt_rtx
 
+from gmconv.errors import UnavailableError
+from gmconv.files import sha256_file
 from runtime import cuda, trt
-from runtime.errors import UnavailableError
-from runtime.manifest import FileDigest, Manifest, TensorSpec, sha256_file, sidecar
+from runtime.manifest import FileDigest, Manifest, TensorSpec, sidecar
 from runtime.runners.tensorrt import TensorRTRunner
 
 GPU = cuda.DeviceInfo(0, "Test GPU", "8.9", 2**33, "580.1", "13.0")

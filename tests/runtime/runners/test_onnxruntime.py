@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from runtime.errors import RefusedError, UnavailableError
+from gmconv.errors import RefusedError, UnavailableError
 from runtime.manifest import FileDigest, Manifest, TensorSpec, digest, sidecar
 from runtime.runners import onnxruntime as module
 from runtime.runners import open_runner

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 import pytest
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 from runtime.runners import artefact_kind, open_runner
 
 

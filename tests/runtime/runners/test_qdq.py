@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from runtime.manifest import FileDigest, Manifest
-from runtime.qdq import layout_warning, reference_options, serving_options
+from runtime.runners.qdq import layout_warning, reference_options, serving_options
 
 
 def manifest(precision: str, target: str | None, kind: Any = "onnx") -> Manifest:

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import tensorrt_rtx
 
+from gmconv.errors import RefusedError, UnavailableError
+from gmconv.files import sha256_file
 from runtime import cuda
-from runtime.errors import RefusedError, UnavailableError
-from runtime.manifest import FileDigest, ShapeRange, TensorSpec, sha256_file
+from runtime.manifest import FileDigest, ShapeRange, TensorSpec
 from runtime.runners.tensorrt import TensorRTRunner, read_engine, refuse_misfit
 
 GPU = cuda.DeviceInfo(0, "Test GPU", "8.9", 2**33, "580.1", "13.0")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gmconv
-from runtime.errors import RefusedError, UnavailableError
+from gmconv.errors import RefusedError, UnavailableError
 from runtime.runners import open_runner
 from runtime.runners.torch import TorchRunner
 

@@ -18,7 +18,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime.manifest import Manifest, Preprocessing, TensorSpec, digest, sidecar
+from gmconv.images import Preprocessing
+from runtime.manifest import Manifest, TensorSpec, digest, sidecar
 
 IMAGE = Preprocessing(size=(8, 8), mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
 LABELS = ("ant", "bee", "cat", "dog")

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 from runtime.serve.batcher import Batcher, Policy
 from runtime.serve.errors import Code, RequestError
 from runtime.serve.fair_queue import FairQueue, Item

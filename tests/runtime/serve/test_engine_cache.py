@@ -17,8 +17,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from runtime.errors import BuildError, Interrupted, ParityError, RefusedError, UnavailableError
-from runtime.manifest import read_manifest, sha256_file, sidecar
+from gmconv.errors import BuildError, Interrupted, ParityError, RefusedError, UnavailableError
+from gmconv.files import sha256_file
+from runtime.manifest import read_manifest, sidecar
 from runtime.serve import engine_cache
 from runtime.serve.__main__ import main, make_settings
 from runtime.serve.engine_cache import DeviceIdentity, prepare_engine, run_child, visible_device

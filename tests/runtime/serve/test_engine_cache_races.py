@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.errors import BuildError
+from gmconv.errors import BuildError
 from runtime.manifest import sidecar
 from runtime.serve.engine_cache import locked, prepare_engine
 

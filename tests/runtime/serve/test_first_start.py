@@ -16,7 +16,7 @@ from typing import Any
 import click
 import pytest
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 from runtime.manifest import read_manifest
 from runtime.serve import first_start
 from runtime.serve.first_start import batch_profile, make_mirror, prepare_folder

@@ -24,7 +24,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
-from runtime.images import load_image
+from gmconv.images import load_image
 from runtime.serve.auth import Gate
 from runtime.serve.classify import softmax
 from runtime.serve.errors import Code

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.errors import RefusedError
+from gmconv.errors import RefusedError
 from runtime.serve.models import find_sources
 from runtime.serve.settings import Settings
 

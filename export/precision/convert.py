@@ -1,0 +1,45 @@
+"""From an fp32 ONNX file to one in another precision: the function behind `python -m export.precision`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from export.graph.check import bare_manifest, save_graph
+from export.graph.read import load_fp32
+from export.precision.converter import Precision, PrecisionConverter, PrecisionOptions, Progress, with_precision
+from gmconv.errors import RefusedError
+from runtime.manifest import Manifest, digest, find_manifest
+
+
+def convert_precision(
+    onnx_path: Path,
+    output: Path | None,
+    precision: Precision,
+    options: PrecisionOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Convert the fp32 ONNX file `onnx_path` and write `output` (default `model.<precision>.onnx`) with its manifest.
+
+    Raises RefusedError as `PrecisionConverter.convert`, and when the file is unreadable, quantized or fp16 already.
+    """
+    options = options or PrecisionOptions()
+    output = output or default_output(onnx_path, precision)
+    if output.resolve() == onnx_path.resolve():
+        raise RefusedError(f"{output}: is the fp32 graph itself; give -o another name")
+    model = load_fp32(onnx_path)
+    source = find_manifest(onnx_path) or bare_manifest(onnx_path, model)
+    converter = PrecisionConverter(
+        model, options, preprocessing=source.preprocessing, dataset=source.dataset, progress=progress
+    )
+    converted, audit = converter.convert(precision)
+    manifest = with_precision(source, converted, audit)
+    manifest = replace(manifest, chain=(*source.chain, digest(onnx_path, "onnx")))
+    external = bool(source.external) if options.external_data is None else options.external_data
+    return save_graph(converted, output, manifest, external=external)
+
+
+def default_output(onnx_path: Path, precision: str) -> Path:
+    """`model.onnx` -> `model.int8.onnx`."""
+    return onnx_path.with_name(f"{onnx_path.stem}.{precision}.onnx")
