@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from tests.runtime.test_bisect import randomize_norms, save
+from tests.runtime.parity.test_bisect import randomize_norms, save
 
 import gmconv
 from export.precision.convert import convert_precision
