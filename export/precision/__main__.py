@@ -114,7 +114,7 @@ def main(model: Path, precision: Precision | None, output: Path | None, **flags:
     if flags["plan"] is not None:
         from export.precision.plan import read_plan
 
-        options = read_plan(flags["plan"]).apply(options)
+        options = options.follow(read_plan(flags["plan"]))
     if automatic:
         plan_path = flags["save_plan"] or Path(f"{output or default_output(model, automatic)}.plan.json")
         with_plan = _search_plan(model, automatic, options, flags, plan_path, console)

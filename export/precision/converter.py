@@ -48,6 +48,23 @@ class PrecisionOptions:
     plan: PrecisionPlan | None = None
     external_data: bool | None = None
 
+    def follow(self, plan: PrecisionPlan) -> PrecisionOptions:
+        """These options with `plan`, its target and its calibration, so that the same graph comes out.
+
+        Calibration images that are not scikit-learn's digits have to be given again: a plan holds no paths.
+        """
+        used = plan.calibration or {}
+        return replace(
+            self,
+            plan=plan,
+            target=plan.target,
+            calibration=self.calibration or ("digits" if used.get("source") == "digits" else None),
+            calibration_images=used.get("images", self.calibration_images),
+            calibration_method=used.get("method", self.calibration_method),
+            percentile=used.get("percentile", self.percentile),
+            seed=used.get("seed", self.seed),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrecisionAudit:

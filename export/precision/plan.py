@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 
 from gmconv.errors import RefusedError
-
-if TYPE_CHECKING:
-    from export.precision.converter import PrecisionOptions
 
 SCHEMA = "gmconv-deploy.precision-plan/v1"
 
@@ -29,23 +26,6 @@ class PrecisionPlan:
     budget: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     measured: list[dict[str, Any]] = field(default_factory=list)
-
-    def apply(self, options: PrecisionOptions) -> PrecisionOptions:
-        """`options` with this plan, its target and its calibration, so that the same graph comes out.
-
-        Calibration images that are not scikit-learn's digits have to be given again: a plan holds no paths.
-        """
-        used = self.calibration or {}
-        return replace(
-            options,
-            plan=self,
-            target=self.target,
-            calibration=options.calibration or ("digits" if used.get("source") == "digits" else None),
-            calibration_images=used.get("images", options.calibration_images),
-            calibration_method=used.get("method", options.calibration_method),
-            percentile=used.get("percentile", options.percentile),
-            seed=used.get("seed", options.seed),
-        )
 
     def refuse_other_calibration(self, used: dict[str, Any] | None) -> None:
         """Raise RefusedError when `used` (a manifest's calibration) rests on other images than the plan did."""

@@ -16,10 +16,10 @@ from runtime.benchmark import machine
 from runtime.benchmark.interleave import Interleaved, Ratio, interleave
 from runtime.benchmark.measure import Artefact, Prepared
 from runtime.benchmark.options import Options
-from runtime.benchmark.statistics import as_json, describe
 from runtime.benchmark.timing import Progress
 from runtime.manifest import find_manifest
 from runtime.runners import artefact_kind
+from runtime.statistics import as_json, describe
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -16,13 +16,13 @@ from gmconv.errors import RefusedError
 from runtime.benchmark import machine
 from runtime.benchmark.inputs import make_feeds
 from runtime.benchmark.options import Options, refuse_device_flags
-from runtime.benchmark.statistics import as_json, central_cv, describe, drift
 from runtime.benchmark.timing import DeviceLane, HostLane, Lane, Progress, Trace
 from runtime.benchmark.trtexec import device_warnings
 from runtime.manifest import Manifest, find_manifest
 from runtime.runners import artefact_kind, open_runner
 from runtime.runners.base import Array, Runner
 from runtime.runners.qdq import layout_warning
+from runtime.statistics import as_json, central_cv, describe, drift
 
 #: Above this spread of the central 98 % of the latencies, a run on the host clock is called unstable.
 HOST_CV = 0.05

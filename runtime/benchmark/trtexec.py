@@ -10,9 +10,9 @@ from typing import Any
 import click
 import numpy as np
 
-from runtime.benchmark.statistics import Statistics, describe
 from runtime.benchmark.timing import Trace
 from runtime.runners.base import LayerTime
+from runtime.statistics import Statistics, describe
 
 #: Trace lines shown at the start and at the end of a long run.
 _TRACE_LINES = 200

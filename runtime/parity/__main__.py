@@ -13,7 +13,7 @@ from gmconv.errors import ParityError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from runtime.parity.bisect import Bisection
+    from runtime.parity.bisection import Bisection
     from runtime.parity.run import CandidateReport, ParityReport
 
 _PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")

@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gmconv.files import sha256_file
 from runtime.manifest import Manifest, find_manifest
+from runtime.parity.bisect_quantized import judge_quantized
+from runtime.parity.bisection import Bisection, LayerError, words
 from runtime.parity.layers import Graph, Match
 from runtime.parity.tolerances import Tolerance
 from runtime.runners import artefact_kind
@@ -33,42 +35,6 @@ _OUTLIER = 4.0
 _UNRELATED = 0.5
 #: Numbers in the batch that is looked at, so that the tensors of all layers fit in memory.
 _ELEMENTS = 2**19
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerError:
-    """One layer: `own` is its relative RMS error from the reference's inputs (NaN where that cannot be run),
-    `accumulated` the one in the candidate's own run. `name` is the user's module, `sigma` its mask's, in taps. In a
-    quantized graph `precision` is the type of the layer's weight ("" without one) and `own_weights` its own error with
-    its inputs left unquantized."""
-
-    name: str
-    ops: str
-    tensor: str
-    sigma: str | None
-    own: float
-    own_max: float
-    accumulated: float
-    accumulated_max: float
-    precision: str = ""
-    own_weights: float = math.nan
-
-
-@dataclass(frozen=True, slots=True)
-class Bisection:
-    """The first layer out of tolerance (None: no layer is), the sentence to print, and all layers in order."""
-
-    culprit: LayerError | None
-    sentence: str
-    layers: tuple[LayerError, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; what is not finite becomes None."""
-        layers = [
-            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(layer).items()}
-            for layer in self.layers
-        ]
-        return {"culprit": self.culprit.name if self.culprit else None, "sentence": self.sentence, "layers": layers}
 
 
 def bisect(
@@ -238,8 +204,6 @@ def _judge(
             layer = replace(layer, precision=graph.weight_precision(nodes), own_weights=error(name, exact)[0])
         layers.append(layer)
     if exact is not None:
-        from runtime.parity.bisect_quantized import judge_quantized
-
         return judge_quantized(layers) or judge_accumulated(layers, tolerance)
     return judge_layers(layers, tolerance)
 
@@ -358,11 +322,6 @@ def _layer(
         accumulated=accumulated[0],
         accumulated_max=accumulated[1],
     )
-
-
-def words(layer: LayerError) -> str:
-    """A layer in the words of the user's model, with its operators and its mask's sigma."""
-    return f"{layer.name} ({layer.ops}{f', sigma {layer.sigma}' if layer.sigma else ''})"
 
 
 def _error(reference: Array, candidate: Array) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.parity.bisect import Bisection, LayerError, words
+from runtime.parity.bisection import Bisection, LayerError, words
 
 #: RMS rounding error of one operand in its type, as `runtime.parity.tolerances` derives it (fp16 to fp32: half of u).
 OPERAND = {"int8": 0.0136, "fp8": 0.026, "bf16": 2e-3, "fp16": 2.5e-4, "fp32": 3e-8}

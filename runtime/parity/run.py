@@ -17,7 +17,7 @@ from runtime.runners import artefact_kind, open_runner
 from runtime.runners.base import Array, Runner, numpy_dtype
 
 if TYPE_CHECKING:
-    from runtime.parity.bisect import Bisection
+    from runtime.parity.bisection import Bisection
     from runtime.runners.torch import TorchRunner
 
 Note = Callable[[str], None]

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from gmconv.cli import require
 from runtime.benchmark.exports import write
-from runtime.benchmark.statistics import describe
 from runtime.manifest import Manifest, utc_now
 from runtime.report import plots
 from runtime.report.sections import (
@@ -31,6 +30,7 @@ from runtime.report.sections import (
     TailAudit,
     Text,
 )
+from runtime.statistics import describe
 
 
 @dataclass(frozen=True, slots=True)

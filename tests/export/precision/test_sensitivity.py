@@ -74,7 +74,7 @@ def test_a_plan_reproduces_the_choice(search: SensitivitySearch, tmp_path: Path,
     again = read_plan(tmp_path / "plan.json")
     assert again == plan
     expected, _ = search.converter.quantize("int8", set(), {"node_block"})
-    options = again.apply(PrecisionOptions(calibration=npz))
+    options = PrecisionOptions(calibration=npz).follow(again)
     graph, audit = PrecisionConverter(search.converter.model, options).convert("int8")
     assert graph.SerializeToString(deterministic=True) == expected.SerializeToString(deterministic=True)
     assert {layer.layer: layer.precision for layer in audit.layers}["block.conv1"] == "fp16"
@@ -86,14 +86,14 @@ def test_a_plan_with_other_images_or_another_network_is_refused(
     plan = make_plan(search, Budget(min_snr=1), search._try(["block.conv1"]), "")
     other = np.random.default_rng(9).random((40, 3, 16, 16), dtype=np.float32)
     np.savez(tmp_path / "other.npz", input=other)
-    options = plan.apply(PrecisionOptions(calibration=tmp_path / "other.npz"))
+    options = PrecisionOptions(calibration=tmp_path / "other.npz").follow(plan)
     with pytest.raises(RefusedError, match="made with other calibration images"):
         PrecisionConverter(search.converter.model, options).convert("int8")
     lost = PrecisionPlan(precision="int8", keep={"layer4.conv1": "fp16"})
     with pytest.raises(RefusedError, match=r"the plan keeps layer4.conv1, which this network has not"):
-        PrecisionConverter(network(), lost.apply(PrecisionOptions(calibration=npz))).convert("int8")
+        PrecisionConverter(network(), PrecisionOptions(calibration=npz).follow(lost)).convert("int8")
     with pytest.raises(RefusedError, match="the plan is for int8, not for fp8"):
-        PrecisionConverter(network(), lost.apply(PrecisionOptions(calibration=npz))).convert("fp8")
+        PrecisionConverter(network(), PrecisionOptions(calibration=npz).follow(lost)).convert("fp8")
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.benchmark.statistics import describe
 from runtime.benchmark.timing import Trace
 from runtime.benchmark.trtexec import device_warnings, parse, profile_table, summary, trace_averages
 from runtime.runners.base import LayerTime
+from runtime.statistics import describe
 
 # Printed by NVIDIA's trtexec (format of 8.6 to 11); the numbers are of no importance.
 NVIDIA = """

@@ -12,7 +12,8 @@ from onnx import numpy_helper
 from torch import nn
 
 import gmconv
-from runtime.parity.bisect import Bisection, LayerError, judge_layers
+from runtime.parity.bisect import judge_layers
+from runtime.parity.bisection import Bisection, LayerError
 from runtime.parity.run import ParityOptions, compare_artefacts
 from runtime.parity.tolerances import TOLERANCES
 

@@ -13,17 +13,18 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from tests.runtime.parity.test_bisect import randomize_norms, save
 
 import gmconv
 from export.precision.convert import convert_precision
 from export.precision.converter import PrecisionOptions
 from gmconv.data import load_samples
-from runtime.parity.bisect import Bisection, LayerError, bisect
+from runtime.parity.bisect import bisect
 from runtime.parity.bisect_quantized import judge_quantized
+from runtime.parity.bisection import Bisection, LayerError
 from runtime.parity.run import ParityOptions, compare_artefacts
 from runtime.parity.tolerances import TOLERANCES
 from runtime.runners import open_runner
+from tests.runtime.parity.test_bisect import randomize_norms, save
 
 Change = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 KINDS = ("int8", "fp8")

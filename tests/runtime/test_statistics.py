@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.benchmark.statistics import central_cv, describe, drift, percentile
+from runtime.statistics import central_cv, describe, drift, percentile
 
 
 @pytest.mark.parametrize(
