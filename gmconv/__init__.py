@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from gmconv import models
     from gmconv.certificate import BakeCertificate, LayerCertificate, bake_certificate
     from gmconv.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-    from gmconv.cropping.choose import crop, crop_model
+    from gmconv.cropping.certificate import crop_model
+    from gmconv.cropping.choose import crop
     from gmconv.layer import GMConv2d
     from gmconv.mask import gaussian_mask
     from gmconv.surgery import bake, convert
@@ -40,8 +41,8 @@ _HOME = {
     "Checkpoint": "checkpoint",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",
-    "crop": "cropping",
-    "crop_model": "cropping",
+    "crop": "cropping.choose",
+    "crop_model": "cropping.certificate",
     "GMConv2d": "layer",
     "gaussian_mask": "mask",
     "bake": "surgery",

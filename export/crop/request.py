@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from export.crop.budget import Budget, choose, free_windows, windows_to_try
-from export.crop.latency import measure_latencies, with_latencies
-from export.crop.split import faster_splits
+from export.crop.budget import Budget, spend, windows_to_try
+from export.crop.latency import Latencies, measure_latencies
 from export.crop.sum_order import hold_sum_order
 from export.precision.quantize import FP8_MAX_TAPS
-from gmconv.cropping.certificate import CropCertificate
+from gmconv.cropping.certificate import CropCertificate, certify, whole_again
 from gmconv.cropping.check import layers_used_elsewhere
-from gmconv.cropping.choose import Tolerance, choose_windows, crop_model, croppable
+from gmconv.cropping.choose import M, Tolerance, choose_windows, crop_to, croppable
 from gmconv.cropping.window import Precision, Window
 from gmconv.errors import RefusedError
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from export.precision.converter import PrecisionOptions
     from gmconv.images import Preprocessing
 
-M = TypeVar("M", bound=nn.Module)
 _BATCH = 16
 _ROUNDS = 7  # for the record only: nothing is decided by these times
 _NOISE = 8  # samples; more noise says no more
@@ -56,6 +54,15 @@ class CropRequest:
         return 2048 if self.budget is not None and self.budget.kind == "top1" else 128
 
 
+@dataclass(frozen=True, slots=True)
+class CalibrationData:
+    """Batches of up to 16 in the model's dtype, the labels (samples,) where known, and where both are from."""
+
+    batches: list[Tensor]
+    labels: Tensor | None
+    origin: str
+
+
 def crop_for_export(
     model: M,
     request: CropRequest,
@@ -69,8 +76,7 @@ def crop_for_export(
 ) -> tuple[M, CropCertificate]:
     """Crop a baked model as `request` says; the certificate's numbers come from its calibration data.
 
-    A crop by tolerance also splits depthwise layers into channel groups where ONNX Runtime is faster with them; a
-    lossless one in fp32 leaves layers whole where the order of sums would be seen (`export.crop.sum_order`). Layers
+    A lossless crop in fp32 leaves layers whole where the order of sums would be seen (`export.crop.sum_order`). Layers
     whose kernel the network uses elsewhere stay whole. Every cropped layer is timed alone, before and after, in ONNX
     Runtime on this machine.
 
@@ -86,72 +92,75 @@ def crop_for_export(
         RefusedError: the calibration data was refused, or a top-1 budget does not fit the network's output.
         gmconv.errors.SurgeryError: the model cannot be cropped.
     """
-    batches, labels, origin = calibration_batches(model, request, input_shape, dataset, preprocessing)
-    bound = max_abs_pixel(preprocessing)
-    example, latencies = batches[0][:1], None
-
-    def note_whole(names: Sequence[str]) -> None:
-        if names:
-            note(f"left whole, as the network uses their kernels outside of them: {', '.join(names)}")
-
-    try:
-        if request.budget is None:
-            note(f"cropping kernels, tolerance {request.tolerance}, judged on {origin}")
-            tolerance: Tolerance = "lossless" if request.tolerance is None else request.tolerance
-            windows = choose_windows(model, tolerance, precision=precision, fp32_layers=fp32_layers)
-            elsewhere = layers_used_elsewhere(model, windows, {}, example)
-            note_whole(elsewhere)
-
-            def where(name: str, _: nn.Conv2d) -> bool:
-                return name not in elsewhere
-
-            splits = faster_splits(
-                model, example, tolerance, precision=precision, fp32_layers=fp32_layers, where=where, note=note
-            )
-            held = tolerance == "lossless" and precision == "fp32"
-            order = hold_sum_order(model, batches[0], splits, where=where, note=note) if held else None
-            cropped, certificate = crop_model(
-                model,
-                tolerance,
-                precision=precision,
-                fp32_layers=fp32_layers,
-                splits=splits,
-                sum_order=order,
-                batches=batches,
-                measured_on=origin,
-                max_abs_input=bound,
-            )
-        else:
-            if precision in ("int8", "fp8"):  # their zeros are no zeros in the network whose error is measured
-                precision = "fp32"
-            free, elsewhere = free_windows(model, example, precision=precision, fp32_layers=fp32_layers)
-            note_whole(elsewhere)
-            if request.gain == "latency":
-                note("timing every layer at every window in ONNX Runtime")
-                layers = croppable(model, lambda name, _: name in free)
-                tried = {name: windows_to_try(layer, free[name]) for name, layer in layers.items()}
-                latencies = measure_latencies(model, example, windows=tried)
-            note(f"spending the crop budget {request.budget}, measured on {origin}")
-            cropped, certificate = choose(
-                model,
-                batches,
-                request.budget,
-                labels=labels,
-                latencies=latencies,
-                precision=precision,
-                fp32_layers=fp32_layers,
-                max_abs_input=bound,
-                origin=origin,
-                free=free,
-            )
-    except ValueError as error:
-        raise RefusedError(f"cropping: {error}") from error
+    data = calibration_data(model, request, input_shape, dataset, preprocessing)
+    example, budget = data.batches[0][:1], request.budget
+    tolerance: Tolerance = "lossless" if request.tolerance is None else request.tolerance
+    if budget is not None and precision in ("int8", "fp8"):
+        precision = "fp32"  # their zeros are no zeros in the network whose error is measured
+    windows = choose_windows(model, tolerance, precision=precision, fp32_layers=fp32_layers)
+    smallest = windows
+    if budget is not None:
+        smallest = {name: windows_to_try(conv, windows[name])[-1] for name, conv in croppable(model).items()}
+    elsewhere = layers_used_elsewhere(model, smallest, example)
+    if elsewhere:
+        note(f"left whole, as the network uses their kernels outside of them: {', '.join(elsewhere)}")
+    windows = whole_again(model, windows, elsewhere)
+    order = account = latencies = None
+    if budget is not None:
+        free = {name: window for name, window in windows.items() if name not in elsewhere}
+        windows, account, latencies = _within_budget(model, request, budget, data, free, note)
+        windows = whole_again(model, windows, [name for name in smallest if name not in windows])
+        windows = {name: windows[name] for name in smallest}
+    else:
+        note(f"cropping kernels, tolerance {tolerance}, judged on {data.origin}")
+        if tolerance == "lossless" and precision == "fp32":
+            note("comparing the order of sums, cropped and uncropped, in ONNX Runtime")
+            order = hold_sum_order(model, data.batches[0], windows)
+            windows = whole_again(model, windows, order.whole)
+    cropped = crop_to(model, windows)
+    certificate = certify(
+        model, cropped, windows, data.batches, tolerance=None if budget else tolerance, precision=precision
+    )
+    certificate = replace(
+        certificate, measured_on=data.origin, budget=account, sum_order=order, used_elsewhere=elsewhere
+    )
     if latencies is None and certificate.cropped:
         note("timing the cropped layers before and after in ONNX Runtime")
-        kept = {layer.name: [Window(*layer.offset, *layer.kept)] for layer in certificate.cropped}
-        times = measure_latencies(model, example, windows=kept, rounds=_ROUNDS)
-        certificate = with_latencies(certificate, times)
-    return cropped, certificate
+        kept = {layer.name: [windows[layer.name]] for layer in certificate.cropped}
+        latencies = measure_latencies(model, example, kept, rounds=_ROUNDS)
+    return cropped, _with_latencies(certificate, latencies or {})
+
+
+def _within_budget(
+    model: nn.Module,
+    request: CropRequest,
+    budget: Budget,
+    data: CalibrationData,
+    free: dict[str, Window],
+    note: Callable[[str], None],
+) -> tuple[dict[str, Window], dict[str, Any], Latencies | None]:
+    latencies = None
+    if request.gain == "latency":
+        note("timing every layer at every window in ONNX Runtime")
+        layers = croppable(model, lambda name, _: name in free)
+        tried = {name: windows_to_try(layer, free[name]) for name, layer in layers.items()}
+        latencies = measure_latencies(model, data.batches[0][:1], tried)
+    note(f"spending the crop budget {budget}, measured on {data.origin}")
+    try:
+        windows, account = spend(model, data.batches, budget, free, labels=data.labels, latencies=latencies)
+    except ValueError as error:
+        raise RefusedError(f"cropping: {error}") from error
+    return windows, account, latencies
+
+
+def _with_latencies(certificate: CropCertificate, latencies: Latencies) -> CropCertificate:
+    """The certificate with each layer's time before and after, where both windows were timed."""
+    layers = []
+    for layer in certificate.layers:
+        times = latencies.get(layer.name, {})
+        before, after = times.get(Window.whole(layer.kernel)), times.get(Window(*layer.offset, *layer.kept))
+        layers.append(replace(layer, latency_before_ms=before, latency_after_ms=after))
+    return replace(certificate, layers=tuple(layers))
 
 
 def stored_as(
@@ -179,20 +188,24 @@ def stored_as(
     return precision, fp32
 
 
-def calibration_batches(
+def calibration_data(
     model: nn.Module,
     request: CropRequest,
     input_shape: tuple[int, int, int],
     dataset: dict[str, Any] | None,
     preprocessing: Preprocessing | None,
-) -> tuple[list[Tensor], Tensor | None, str]:
-    """Batches of up to 16 in the model's dtype, the labels (samples,) where known, and where both are from."""
+) -> CalibrationData:
+    """What a crop is chosen and judged on: the request's images, else the checkpoint's data set, else noise.
+
+    Raises:
+        RefusedError: the data was refused, or a top-1 budget has no images to be spent on.
+    """
     from gmconv.data import load_samples
 
-    top1 = request.budget is not None and request.budget.kind == "top1"
-    if request.images is None and (dataset or {}).get("name") != "digits" and top1:
+    digits = (dataset or {}).get("name") == "digits"
+    source = request.images or ("digits" if digits else "noise")
+    if request.images is None and not digits and request.budget is not None and request.budget.kind == "top1":
         raise RefusedError("a top-1 budget is spent on images, and the checkpoint knows none: give --images DIR")
-    source = request.images or ("digits" if (dataset or {}).get("name") == "digits" else "noise")
     samples = load_samples(
         source,
         input_shape=input_shape,
@@ -204,18 +217,6 @@ def calibration_batches(
     )
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
     batches = [torch.from_numpy(batch.images).to(like.device, like.dtype) for batch in samples.batches(_BATCH)]
-    reach = max_abs_pixel(preprocessing)
-    if source == "noise" and reach is not None:  # no image is larger
-        batches = [batch.clamp(-reach, reach) for batch in batches]
     known = samples.labels is not None and bool((samples.labels >= 0).all())
     labels = torch.from_numpy(samples.labels) if known else None
-    return batches, labels, f"{samples.count} of {samples.name}, seed {request.seed}"
-
-
-def max_abs_pixel(preprocessing: Preprocessing | None) -> float | None:
-    """The largest |x| that preprocessing can make of an 8-bit image; None where there is none."""
-    if preprocessing is None:
-        return None
-    reach = 255 * preprocessing.scale
-    pairs = zip(preprocessing.mean, preprocessing.std, strict=True)
-    return max(max(abs(m / s), abs((reach - m) / s)) for m, s in pairs)
+    return CalibrationData(batches, labels, f"{samples.count} of {samples.name}, seed {request.seed}")

@@ -8,29 +8,26 @@ on the network behind the layer, so it is measured, on the graphs that are shipp
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from export.crop.latency import module_session
+from export.crop.latency import open_session
+from export.graph import capture
 from gmconv.cropping.certificate import SumOrder
-from gmconv.cropping.choose import Where, choose_windows, crop_to, croppable
-from gmconv.cropping.groups import DepthwiseSplit
-from gmconv.cropping.measure import output_error, run
+from gmconv.cropping.choose import crop_to
+from gmconv.cropping.measure import Outputs, output_error, run
+from gmconv.cropping.window import Window
 
 LIMIT = 1e-6
 _MARGIN = 0.5  # the largest of some thousand rounding errors varies by a third and more from input to input
 
 
-def hold_sum_order(
-    model: nn.Module,
-    batch: Tensor,
-    splits: Mapping[str, DepthwiseSplit] | None = None,
-    *,
-    where: Where | None = None,
-    note: Callable[[str], None] = lambda _: None,
-) -> SumOrder:
+def hold_sum_order(model: nn.Module, batch: Tensor, windows: Mapping[str, Window]) -> SumOrder:
     """Which layers a lossless crop in fp32 must leave whole for the outputs to stay within 1e-6 of their RMS.
 
     Cropped against uncropped, both as exported, in ONNX Runtime on `batch`. Where cutting every layer changes too much,
@@ -39,29 +36,22 @@ def hold_sum_order(
     Args:
         model: baked, fp32; not changed.
         batch: (N, C, H, W).
-        splits: depthwise layers that would be cropped in channel groups.
-        where: as for `gmconv.crop`.
-        note: called with a few words before ONNX Runtime runs.
+        windows: what a lossless crop keeps of each layer.
     """
-    layers, windows = croppable(model, where), choose_windows(model, "lossless", where=where)
-    groups = {name: split.groups for name, split in (splits or {}).items() if split.taken}
-    names = [n for n, w in windows.items() if n in groups or (w.height, w.width) != tuple(layers[n].kernel_size)]
+    kernels = {name: tuple(cast(nn.Conv2d, model.get_submodule(name)).kernel_size) for name in windows}
+    names = [name for name, window in windows.items() if window.size != kernels[name]]
     if not names:
         return SumOrder(limit=LIMIT)
-    note("comparing the order of sums, cropped and uncropped, in ONNX Runtime")
-    reference = _outputs(copy.deepcopy(model), batch)
+    reference = run_as_exported(model, batch)
 
     def change(cut: Sequence[str]) -> float:
-        if not cut:
-            return 0.0
-        chosen = {name: windows[name] for name in cut}
-        cropped = crop_to(model, chosen, {name: groups[name] for name in cut if name in groups})
-        return output_error([reference], [_outputs(cropped, batch)]).relative_max
+        cropped = crop_to(model, {name: windows[name] for name in cut})
+        return output_error([reference], [run_as_exported(cropped, batch)]).relative_max
 
-    everything = found = change(names)
-    cut, enough = (0, len(names)) if everything > _MARGIN * LIMIT else (len(names), len(names))
-    if cut == 0:
-        found = 0.0
+    everything = change(names)
+    if everything <= _MARGIN * LIMIT:
+        return SumOrder(limit=LIMIT, error=everything, error_of_all=everything)
+    found, cut, enough = 0.0, 0, len(names)
     while enough - cut > 1:  # the last `cut` layers may be cropped, the last `enough` may not
         middle = (cut + enough) // 2
         measured = change(names[-middle:])
@@ -72,9 +62,21 @@ def hold_sum_order(
     return SumOrder(limit=LIMIT, error=found, error_of_all=everything, whole=tuple(names[: len(names) - cut]))
 
 
-def _outputs(model: nn.Module, batch: Tensor) -> tuple[Tensor, ...]:
-    """The outputs of `model` (changed: fp32, on the CPU) as exported, in ONNX Runtime."""
+def run_as_exported(model: nn.Module, batch: Tensor) -> Outputs:
+    """The outputs of `model` as the exporter writes it, in ONNX Runtime on the CPU."""
+    import onnx_ir as ir
+
     count = len(run(model, batch[:1]))
     batch = batch.detach().cpu().float()
-    session = module_session(model, tuple(batch.shape), outputs=count)
+    with tempfile.TemporaryDirectory() as folder:
+        exported = capture.to_onnx(
+            copy.deepcopy(model).cpu().float().eval(),
+            torch.zeros(batch.shape),
+            input_name="x",
+            output_names=[f"y{i}" for i in range(count)],
+            axes=capture.Axes(batch=False),
+            opset=20,
+            log=Path(folder) / "exporter.log",
+        ).model
+    session = open_session(ir.to_proto(exported))
     return tuple(torch.from_numpy(y) for y in session.run(None, {"x": batch.numpy()}))

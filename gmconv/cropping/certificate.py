@@ -1,23 +1,23 @@
-"""What a crop did to each layer, what it can do at worst, and what it did on data."""
+"""`crop_model`: a crop, and the certificate of what it did to each layer, can do at worst, and did on data."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from gmconv.cropping.groups import DepthwiseSplit, SplitDepthwise2d, kept_pieces
-from gmconv.cropping.layers import pads_of
+from gmconv.cropping.check import layers_used_elsewhere
+from gmconv.cropping.choose import M, Tolerance, Where, choose_windows, crop_to, parse_tolerance
+from gmconv.cropping.layers import Pads, pads_of
 from gmconv.cropping.macs import LayerMacs, count_macs
-from gmconv.cropping.measure import Batch, OutputError, example_for, measure_input_ranges, output_error, run, watching
-from gmconv.cropping.ranges import analytic_input_ranges
-from gmconv.cropping.window import Window, removed_share
+from gmconv.cropping.measure import Batch, OutputError, example_for, output_error, run, watching
+from gmconv.cropping.window import Precision, Window, removed_share
 from gmconv.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -31,16 +31,12 @@ class CroppedLayer:
     `kernel` and `kept` are (height, width); `offset` (row, column) is the first kept tap. Pads are (left, right, top,
     bottom). `l1_removed` is the largest share of an output channel's L1 norm that is gone, `energy_removed` the share
     of the layer's sum of squares. `bounds` holds, per output channel, `sum over input channels of
-    ||removed taps||_1 * max|x|`: the most that the channel's output can move, for inputs within `max_abs_input`;
-    `bound` is the largest. `max_abs_source` says where max|x| is from: "analytic" holds for every input,
-    "calibration" for inputs as large as the calibration data. `measured` is the most that the removed taps added to an
-    output on that data (in float64: without the rounding of either convolution), `measured_rms` their root mean
-    square over that of the layer's output. `magnitude` is the mean |tap| at each position of the trained kernel.
-    `latency_*_ms` are of the layer alone, one sample, in ONNX Runtime. Numbers that were not measured are None.
-
-    `split` is there where a depthwise layer was timed in channel groups. If it was taken, each group has a window of
-    its own: the removed taps, errors and MACs are those of the groups, `kept` the window that all channels would
-    share, `pads_after` the largest group's.
+    ||removed taps||_1 * max|x|`: the most that the channel's output can move for inputs as large as those of the
+    calibration data, of which `max_abs_input` is the largest; `bound` is the largest. `measured` is the most that the
+    removed taps added to an output on that data (in float64: without the rounding of either convolution),
+    `measured_rms` their root mean square over that of the layer's output. `magnitude` is the mean |tap| at each
+    position of the trained kernel. `latency_*_ms` are of the layer alone, one sample, in ONNX Runtime. Numbers that
+    were not measured are None.
     """
 
     name: str
@@ -53,14 +49,13 @@ class CroppedLayer:
     in_channels: int
     out_channels: int
     padding_mode: str
-    pads_before: tuple[int, int, int, int]
-    pads_after: tuple[int, int, int, int]
+    pads_before: Pads
+    pads_after: Pads
     l1_removed: float
     energy_removed: float
     macs_before: int | None
     macs_after: int | None
     max_abs_input: float | None
-    max_abs_source: Literal["analytic", "calibration"] | None
     bound: float | None
     bounds: tuple[float, ...]
     measured: float | None
@@ -68,12 +63,11 @@ class CroppedLayer:
     magnitude: tuple[tuple[float, ...], ...]
     latency_before_ms: float | None = None
     latency_after_ms: float | None = None
-    split: DepthwiseSplit | None = None
 
     @property
     def cropped(self) -> bool:
         """Whether the layer lost any tap."""
-        return self.kept != self.kernel or (self.split is not None and self.split.taken)
+        return self.kept != self.kernel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +96,7 @@ class CropCertificate:
     `gmconv.cropping.check`).
     """
 
-    tolerance: float | Literal["lossless"] | None
+    tolerance: Tolerance | None
     precision: str
     layers: tuple[CroppedLayer, ...]
     macs_before: int | None
@@ -120,11 +114,11 @@ class CropCertificate:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON and the manifest."""
-        return cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(self))))
+        return cast(dict[str, Any], json.loads(self.to_json()))
 
     def to_json(self) -> str:
         """`to_dict` as JSON text."""
-        return json.dumps(self.to_dict(), indent=1)
+        return json.dumps(dataclasses.asdict(self), indent=1)
 
     def table(self) -> Table:
         """The layers that lost taps, as a rich table."""
@@ -133,177 +127,173 @@ class CropCertificate:
         return crop_table(self.to_dict())
 
 
+def crop_model(
+    model: M,
+    tolerance: float | str = "lossless",
+    *,
+    precision: Precision = "fp32",
+    fp32_layers: Collection[str] = (),
+    where: Where | None = None,
+    batches: Iterable[Batch] = (),
+    measured_on: str | None = None,
+    input_shape: tuple[int, ...] | None = None,
+) -> tuple[M, CropCertificate]:
+    """`crop`, and the certificate of what it did.
+
+    Args:
+        model, tolerance, precision, fp32_layers, where: as for `crop`; `model` is not changed.
+        batches: calibration data: ranges, measured errors and multiply-accumulates come from it.
+        measured_on: what `batches` are, in a few words for the record.
+        input_shape: (C, H, W), to count multiply-accumulates where there are no batches.
+
+    With data or a shape, layers whose kernel or weight the network uses elsewhere are found and stay whole; see
+    `layers_used_elsewhere`.
+
+    Raises:
+        SurgeryError, ValueError: as `crop`.
+    """
+    tolerance, batches = parse_tolerance(tolerance), list(batches)
+    windows = choose_windows(model, tolerance, precision=precision, fp32_layers=fp32_layers, where=where)
+    example = example_for(model, batches, input_shape)
+    elsewhere = layers_used_elsewhere(model, windows, example) if example is not None else ()
+    windows = whole_again(model, windows, elsewhere)
+    cropped = crop_to(model, windows)
+    certificate = certify(model, cropped, windows, batches, tolerance=tolerance, precision=precision, example=example)
+    return cropped, dataclasses.replace(certificate, measured_on=measured_on, used_elsewhere=elsewhere)
+
+
+def whole_again(model: nn.Module, windows: Mapping[str, Window], names: Collection[str]) -> dict[str, Window]:
+    """`windows`, in which the named layers keep every tap."""
+    kernels = {name: cast(nn.Conv2d, model.get_submodule(name)).kernel_size for name in names}
+    return {**windows, **{name: Window.whole(kernel) for name, kernel in kernels.items()}}
+
+
 @torch.no_grad()
 def certify(
     model: nn.Module,
     cropped: nn.Module,
     windows: Mapping[str, Window],
-    *,
-    tolerance: float | Literal["lossless"] | None,
-    precision: str,
-    splits: Mapping[str, DepthwiseSplit] | None = None,
     batches: Sequence[Batch] = (),
-    input_shape: tuple[int, ...] | None = None,
-    max_abs_input: float | None = None,
-    measured_on: str | None = None,
-    budget: dict[str, Any] | None = None,
-    sum_order: SumOrder | None = None,
-    used_elsewhere: Collection[str] = (),
+    *,
+    tolerance: Tolerance | None = None,
+    precision: str = "fp32",
+    example: Batch | None = None,
 ) -> CropCertificate:
-    """Measure what was done: `cropped` is `model` cropped to `windows` and `splits`. Arguments as `crop_model`'s.
+    """Measure what was done: `cropped` is `model` cropped to `windows`. `example`: one sample, to count by.
 
     Raises:
         SurgeryError: the outputs on the calibration data cannot be compared (NaN, Inf, or no tensor at all).
     """
-    convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    smaller = dict(cropped.named_modules())
-    splits = splits or {}
-    taken = {name: split.groups for name, split in splits.items() if split.taken}
-    kept = {name: kept_pieces(convs[name], window, taken.get(name)) for name, window in windows.items()}
-    gone = {
-        name: _removed(convs[name], pieces)
-        for name, pieces in kept.items()
-        if any(window.taps < convs[name].weight[0, 0].numel() for _, window in pieces)
-    }
-    example = example_for(model, batches, input_shape)
-    analytic = analytic_input_ranges(model, example, max_abs_input) if example is not None else {}
-    calibrated = measure_input_ranges(model, batches)
-    errors = _layer_errors(model, gone, batches)
-    before = count_macs(model, example) if isinstance(example, Tensor) else {}
-    after = count_macs(cropped, example) if isinstance(example, Tensor) else {}
-
-    layers = []
-    for name, window in windows.items():
-        conv = convs[name]
-        reach, source = _reach(conv, analytic.get(name), calibrated.get(name))
-        weight, removed = conv.weight.detach().double(), gone.get(name, torch.zeros(()))
-        bounds = _bounds(removed, reach, conv.groups) if reach is not None and removed.any() else None
-        energy = float(weight.square().sum())
-        seen = errors.get(name)
-        layers.append(
-            CroppedLayer(
-                name=name,
-                kernel=_pair(conv.kernel_size),
-                kept=(window.height, window.width),
-                offset=(window.top, window.left),
-                stride=_pair(conv.stride),
-                dilation=_pair(conv.dilation),
-                groups=conv.groups,
-                in_channels=conv.in_channels,
-                out_channels=conv.out_channels,
-                padding_mode=conv.padding_mode,
-                pads_before=pads_of(conv),
-                pads_after=pads_of(_largest(smaller[name])),
-                l1_removed=max(removed_share(weight[rows], piece) for rows, piece in kept[name]),
-                energy_removed=float(removed.square().sum()) / energy if energy else 0.0,
-                macs_before=before[name].macs if name in before else None,
-                macs_after=_macs(after, name),
-                max_abs_input=float(reach.max()) if reach is not None else None,
-                max_abs_source=source,
-                bound=float(bounds.max()) if bounds is not None else 0.0 if reach is not None else None,
-                bounds=tuple(_rounded_up(float(b)) for b in bounds) if bounds is not None else (),
-                measured=seen[0] if seen else None,
-                measured_rms=seen[1] if seen else None,
-                magnitude=tuple(tuple(float(f"{v:.6g}") for v in row) for row in weight.abs().mean((0, 1)).tolist()),
-                split=splits.get(name),
-            )
-        )
-    outputs = [(run(model, batch), run(cropped, batch)) for batch in batches]
+    watch = _Watch(model, windows)
+    with watching(model, watch.see):
+        outputs = [run(model, batch) for batch in batches]
     try:
-        end_to_end = output_error([a for a, _ in outputs], [b for _, b in outputs]) if outputs else None
+        end_to_end = output_error(outputs, [run(cropped, batch) for batch in batches]) if batches else None
     except ValueError as error:
         raise SurgeryError(f"the crop cannot be judged on the calibration data: {error}") from error
+    example = example_for(model, batches, None) if example is None else example
+    before, after = (count_macs(m, example) if isinstance(example, Tensor) else {} for m in (model, cropped))
     return CropCertificate(
         tolerance=tolerance,
         precision=precision,
-        layers=tuple(layers),
+        layers=tuple(
+            _certify_layer(name, window, watch, pads_of(cast(nn.Conv2d, cropped.get_submodule(name))), before, after)
+            for name, window in windows.items()
+        ),
         macs_before=sum(layer.macs for layer in before.values()) if before else None,
         macs_after=sum(layer.macs for layer in after.values()) if after else None,
         end_to_end=end_to_end,
-        measured_on=measured_on,
-        budget=budget,
-        sum_order=sum_order,
-        used_elsewhere=tuple(used_elsewhere),
     )
 
 
-def _largest(module: nn.Module) -> nn.Conv2d:
-    parts = module.parts if isinstance(module, SplitDepthwise2d) else [module]
-    return max(cast(Sequence[nn.Conv2d], parts), key=lambda conv: conv.weight[0].numel())
+class _Watch:
+    """What the layers of `windows` see while the uncropped network runs, and what their removed taps add to it.
 
-
-def _macs(counted: Mapping[str, LayerMacs], name: str) -> int | None:
-    """Of one layer: its own, or those of the parts that it was split into."""
-    found = [layer.macs for key, layer in counted.items() if key == name or key.startswith(f"{name}.parts.")]
-    return sum(found) if found else None
-
-
-def _removed(conv: nn.Conv2d, kept: Sequence[tuple[list[int], Window]]) -> Tensor:
-    """The taps outside the windows, zeros inside, in float64."""
-    weight = conv.weight.detach().double()
-    removed = torch.zeros_like(weight)
-    for rows, window in kept:
-        removed[rows] = window.removed(weight[rows])
-    return removed
-
-
-def _layer_errors(
-    model: nn.Module, removed: Mapping[str, Tensor], batches: Sequence[Batch]
-) -> dict[str, tuple[float, float]]:
-    """Per layer, fed with the uncropped network's inputs: largest error; RMS error over the output's RMS.
-
-    The error is what the removed taps contribute, in float64: where they are tiny, the difference of two rounded
-    convolutions would be their rounding. A layer that is fed NaN or Inf is missing.
+    `reach` is max|x| of each input channel. The error is what the removed taps contribute, in float64: where they are
+    tiny, the difference of two rounded convolutions would be their rounding.
     """
-    worst: dict[str, float] = {}
-    squares: dict[str, tuple[float, float]] = {}
-    convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
 
-    def see(name: str, x: Tensor) -> None:
-        if name not in removed:
+    def __init__(self, model: nn.Module, windows: Mapping[str, Window]) -> None:
+        self.convs = {name: cast(nn.Conv2d, model.get_submodule(name)) for name in windows}
+        cut = {name: w for name, w in windows.items() if w.size != tuple(self.convs[name].kernel_size)}
+        self.removed = {name: window.removed(self.convs[name].weight.double()) for name, window in cut.items()}
+        self.reach: dict[str, Tensor] = {}
+        self.worst: dict[str, float] = {}
+        self.squares: dict[str, Tensor] = {}  # of the error, and of the output
+
+    def see(self, name: str, conv: nn.Conv2d, x: Tensor) -> None:
+        if name not in self.convs:
             return
-        conv = convs[name]
-        reference = conv._conv_forward(x, conv.weight, conv.bias).double()
-        error = conv._conv_forward(x.double(), removed[name], None)
-        worst[name] = max(worst.get(name, 0.0), float(error.abs().max()))
-        lost, whole = squares.get(name, (0.0, 0.0))
-        squares[name] = (lost + float(error.square().sum()), whole + float(reference.square().sum()))
+        found = x.abs().amax([d for d in range(x.ndim) if d != x.ndim - 3]).double()
+        self.reach[name] = found.maximum(self.reach.get(name, found))
+        if name not in self.removed:
+            return
+        error = conv._conv_forward(x.double(), self.removed[name], None)
+        output = conv._conv_forward(x, conv.weight, conv.bias).double()
+        self.worst[name] = max(self.worst.get(name, 0.0), float(error.abs().max()))
+        squares = torch.stack([error.square().sum(), output.square().sum()])
+        self.squares[name] = squares + self.squares.get(name, 0)
 
-    for batch in batches:
-        with watching(model, see):
-            run(model, batch)
-    return {
-        name: (worst[name], (lost / whole) ** 0.5 if whole else 0.0)
-        for name, (lost, whole) in squares.items()
-        if math.isfinite(lost) and math.isfinite(whole)
-    }
+    def bounds(self, name: str) -> Tensor | None:
+        """Per output channel: sum over its input channels of ||removed taps||_1 * max|x|; None where not known."""
+        reach, groups = self.reach.get(name), self.convs[name].groups
+        if reach is None or not torch.isfinite(reach).all():
+            return None
+        if name not in self.removed:
+            return torch.zeros(self.convs[name].out_channels, dtype=torch.float64)
+        norms = self.removed[name].abs().sum((-2, -1))
+        per_group = reach.to(norms.device).view(groups, 1, -1)
+        return (norms.view(groups, -1, norms.shape[1]) * per_group).sum(-1).flatten()
+
+    def errors(self, name: str) -> tuple[float, float] | tuple[None, None]:
+        """The largest error, and the RMS error over the output's RMS; None where nothing, NaN or Inf was seen."""
+        lost, whole = self.squares.get(name, torch.full((2,), math.nan)).tolist()
+        if not (math.isfinite(lost) and math.isfinite(whole)):
+            return None, None
+        return self.worst[name], (lost / whole) ** 0.5 if whole else 0.0
 
 
-def _reach(
-    conv: nn.Conv2d, analytic: float | None, seen: Tensor | None
-) -> tuple[Tensor | None, Literal["analytic", "calibration"] | None]:
-    """max|x| of each input channel (in_channels,), and where it is from; None where it is not known, or infinite."""
-    if seen is not None and not torch.isfinite(seen).all():
-        return None, None
-    # A bound that the data itself breaks, by more than the rounding of both, was read wrongly from the network.
-    slack = 1 + max(1e-6, 2 * torch.finfo(conv.weight.dtype).eps)
-    largest = 0.0 if seen is None else float(seen.max())
-    if analytic is not None and largest <= analytic * slack:
-        return torch.full((conv.in_channels,), max(analytic, largest), dtype=torch.float64), "analytic"
-    return (None, None) if seen is None else (seen, "calibration")
+def _certify_layer(
+    name: str,
+    window: Window,
+    watch: _Watch,
+    pads_after: Pads,
+    before: Mapping[str, LayerMacs],
+    after: Mapping[str, LayerMacs],
+) -> CroppedLayer:
+    conv, weight, bounds = watch.convs[name], watch.convs[name].weight.double(), watch.bounds(name)
+    energy, gone = (float(w.square().sum()) for w in (weight, watch.removed.get(name, torch.zeros(()))))
+    measured, measured_rms = watch.errors(name)
+    return CroppedLayer(
+        name=name,
+        kernel=_pair(conv.kernel_size),
+        kept=window.size,
+        offset=(window.top, window.left),
+        stride=_pair(conv.stride),
+        dilation=_pair(conv.dilation),
+        groups=conv.groups,
+        in_channels=conv.in_channels,
+        out_channels=conv.out_channels,
+        padding_mode=conv.padding_mode,
+        pads_before=pads_of(conv),
+        pads_after=pads_after,
+        l1_removed=removed_share(weight, window),
+        energy_removed=gone / energy if energy else 0.0,
+        macs_before=before[name].macs if name in before else None,
+        macs_after=after[name].macs if name in after else None,
+        max_abs_input=None if bounds is None else float(watch.reach[name].max()),
+        bound=None if bounds is None else float(bounds.max()),
+        bounds=tuple(_rounded_up(b) for b in bounds.tolist()) if bounds is not None and bounds.any() else (),
+        measured=measured,
+        measured_rms=measured_rms,
+        magnitude=tuple(tuple(float(f"{v:.6g}") for v in row) for row in weight.abs().mean((0, 1)).tolist()),
+    )
 
 
 def _rounded_up(bound: float) -> float:
     """Six digits, and not below `bound`."""
     rounded = float(f"{bound:.6g}")
     return rounded if rounded >= bound else float(f"{bound * (1 + 5e-6):.6g}")
-
-
-def _bounds(removed: Tensor, reach: Tensor, groups: int) -> Tensor:
-    """Per output channel: sum over its input channels of ||removed taps||_1 * max|x|."""
-    norms = removed.abs().sum((-2, -1))
-    per_group = reach.to(norms.device).view(groups, 1, -1)
-    return (norms.view(groups, -1, norms.shape[1]) * per_group).sum(-1).flatten()
 
 
 def _pair(value: Any) -> tuple[int, int]:

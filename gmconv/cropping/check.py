@@ -6,30 +6,25 @@ padding from `conv.kernel_size`, or one that calls `F.conv2d` with `conv.weight`
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from gmconv.cropping.groups import ChannelGroup, kept_pieces
-from gmconv.cropping.measure import Batch, run, watching
+from gmconv.cropping.choose import crop_to
+from gmconv.cropping.measure import Batch, Outputs, rms_of, run, watching
 from gmconv.cropping.window import Window
 
-_UNITS = (
-    336.0  # roundoffs that another order of summation may cost; fp32's parity tolerance, `runtime.parity.tolerances`
-)
+_UNITS = 336.0  # roundoffs that another order of summation may cost; fp32's parity tolerance, `runtime.parity`
 _MOST = 0.1
 
-Groups = Mapping[str, Sequence[ChannelGroup]]
-_Trace = tuple[dict[str, list[tuple[tuple[int, ...], float]]], tuple[Tensor, ...]]
+_Fed = dict[str, list[tuple[torch.Size, float]]]
 
 
-def layers_used_elsewhere(
-    model: nn.Module, windows: Mapping[str, Window], splits: Groups, example: Batch
-) -> tuple[str, ...]:
-    """The layers that a crop to `windows` and `splits` would break, in order: they have to stay whole.
+def layers_used_elsewhere(model: nn.Module, windows: Mapping[str, Window], example: Batch) -> tuple[str, ...]:
+    """The layers that a crop to `windows` would break, in order: they have to stay whole.
 
     Cropped and zeroed network are compared on `example`: outputs, and shape and RMS of what each convolution is fed.
     Layers are tried one by one only where the whole crop fails.
@@ -37,77 +32,62 @@ def layers_used_elsewhere(
     Args:
         model: baked; its weights are zeroed for a moment and put back.
         windows: by layer name, as for `gmconv.cropping.crop_to`.
-        splits: channel groups by layer name.
         example: one sample or a few.
     """
     layers = {name: cast(nn.Conv2d, model.get_submodule(name)) for name in windows}
-    cut = [n for n, w in windows.items() if n in splits or (w.height, w.width) != tuple(layers[n].kernel_size)]
-    if not cut or _same(model, windows, splits, cut, example):
+    cut = {name: window for name, window in windows.items() if window.size != tuple(layers[name].kernel_size)}
+    if not cut or _same(model, cut, example):
         return ()
-    broken = {name for name in cut if not _same(model, windows, splits, [name], example)}
-    rest = [name for name in cut if name not in broken]
-    return tuple(name for name in cut if name in broken) if _same(model, windows, splits, rest, example) else tuple(cut)
+    broken = [name for name, window in cut.items() if not _same(model, {name: window}, example)]
+    rest = {name: window for name, window in cut.items() if name not in broken}
+    return tuple(broken if _same(model, rest, example) else cut)
 
 
-def _same(
-    model: nn.Module, windows: Mapping[str, Window], splits: Groups, cut: Collection[str], example: Batch
-) -> bool:
-    from gmconv.cropping.choose import crop_to
-
-    groups = {name: splits[name] for name in cut if name in splits}
-    with _zeroed(model, {name: windows[name] for name in cut}, groups):
-        before = _trace(model, example)
+def _same(model: nn.Module, windows: Mapping[str, Window], example: Batch) -> bool:
+    with _zeroed(model, windows):
+        fed, outputs = _trace(model, example)
     try:
-        after = _trace(crop_to(model, {name: windows[name] for name in cut}, groups), example)
+        fed_after, outputs_after = _trace(crop_to(model, windows), example)
     except Exception:  # the network ran before, so whatever this is, the crop did it
         return False
-    fed, fed_after = before[0], after[0]
+    # The coarsest weights' roundoff: an output may be cast to more digits than were computed.
     eps = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
     return (
-        all(_fed_same(fed[name], fed_after[name]) for name in fed.keys() & fed_after.keys())
-        and len(before[1]) == len(after[1])
-        and all(_output_same(a, b, eps) for a, b in zip(before[1], after[1], strict=True))
+        all(_fed_alike(fed[name], fed_after[name]) for name in fed.keys() & fed_after.keys())
+        and len(outputs) == len(outputs_after)
+        and all(_output_alike(a, b, eps) for a, b in zip(outputs, outputs_after, strict=True))
     )
 
 
 @contextmanager
-def _zeroed(model: nn.Module, windows: Mapping[str, Window], splits: Groups) -> Iterator[None]:
+def _zeroed(model: nn.Module, windows: Mapping[str, Window]) -> Iterator[None]:
     """The taps that would be removed are zero inside the block, in these layers alone where they share a weight."""
-    kept: list[tuple[nn.Conv2d, nn.Parameter]] = []
+    kept: list[tuple[nn.Conv2d, Tensor]] = []
     try:
         for name, window in windows.items():
             conv = cast(nn.Conv2d, model.get_submodule(name))
-            weight = conv.weight.detach().clone()
-            for rows, piece in kept_pieces(conv, window, splits.get(name)):
-                weight[rows] -= piece.removed(weight[rows])
-            kept.append((conv, cast(nn.Parameter, conv.weight)))
-            conv.weight = nn.Parameter(weight, requires_grad=False)
+            kept.append((conv, conv.weight))
+            conv.weight = nn.Parameter(conv.weight.detach() - window.removed(conv.weight), requires_grad=False)
         yield
     finally:
         for conv, parameter in kept:
-            conv.weight = parameter
+            conv.weight = cast(nn.Parameter, parameter)
 
 
-def _trace(model: nn.Module, example: Batch) -> _Trace:
-    fed: dict[str, list[tuple[tuple[int, ...], float]]] = {}
-
-    def see(name: str, x: Tensor) -> None:
-        fed.setdefault(name, []).append((tuple(x.shape), float(x.detach().double().square().mean().sqrt())))
-
-    with watching(model, see):
-        outputs = run(model, example)
-    return fed, outputs
+def _trace(model: nn.Module, example: Batch) -> tuple[_Fed, Outputs]:
+    fed: _Fed = {}
+    with watching(model, lambda name, _, x: fed.setdefault(name, []).append((x.shape, rms_of(x)))):
+        return fed, run(model, example)
 
 
-def _fed_same(before: list[tuple[tuple[int, ...], float]], after: list[tuple[tuple[int, ...], float]]) -> bool:
-    if [shape for shape, _ in before] != [shape for shape, _ in after]:
-        return False
+def _fed_alike(before: list[tuple[torch.Size, float]], after: list[tuple[torch.Size, float]]) -> bool:
     # Coarse, for half precision and rounding on the way; the outputs are held to more.
-    return all(not abs(a - b) > _MOST * a for (_, a), (_, b) in zip(before, after, strict=True))
+    return [shape for shape, _ in before] == [shape for shape, _ in after] and all(
+        not abs(a - b) > _MOST * a for (_, a), (_, b) in zip(before, after, strict=True)
+    )
 
 
-def _output_same(before: Tensor, after: Tensor, eps: float) -> bool:
-    """`eps`: of the coarsest weights; an output may be cast to more digits than were computed."""
+def _output_alike(before: Tensor, after: Tensor, eps: float) -> bool:
     if before.shape != after.shape:
         return False
     if not before.is_floating_point():  # class numbers flip where two logits tie
@@ -118,6 +98,5 @@ def _output_same(before: Tensor, after: Tensor, eps: float) -> bool:
     before, after = before[finite], after[finite]
     if not before.numel():
         return True
-    error, rms = (t.double().square().mean().sqrt() for t in (after.double() - before.double(), before))
     allowed = min(_MOST, _UNITS * max(eps, torch.finfo(before.dtype).eps) / 2)
-    return bool(error <= allowed * (rms or 1.0))
+    return rms_of(after.double() - before.double()) <= allowed * (rms_of(before) or 1.0)

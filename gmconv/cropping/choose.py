@@ -14,37 +14,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gmconv.cropping.certificate import CropCertificate, SumOrder, certify
-from gmconv.cropping.check import layers_used_elsewhere
-from gmconv.cropping.groups import ChannelGroup, DepthwiseSplit, best_groups, is_depthwise, split_conv
 from gmconv.cropping.layers import CroppedConv2d, crop_conv
-from gmconv.cropping.measure import Batch, example_for, measure_input_ranges
-from gmconv.cropping.ranges import analytic_input_ranges
 from gmconv.cropping.window import PRECISIONS, Precision, Window, smallest_lossless_window, smallest_window
 from gmconv.errors import SurgeryError
 from gmconv.layer import GMConv2d
-
-__all__ = [
-    "CropCertificate",
-    "CroppedConv2d",
-    "Window",
-    "analytic_input_ranges",
-    "choose_groups",
-    "choose_windows",
-    "crop",
-    "crop_model",
-    "crop_to",
-    "layers_used_elsewhere",
-    "measure_input_ranges",
-    "parse_tolerance",
-]
 
 M = TypeVar("M", bound=nn.Module)
 Tolerance = float | Literal["lossless"]
@@ -86,69 +66,6 @@ def crop(
     return crop_to(model, windows, inplace=inplace)
 
 
-def crop_model(
-    model: M,
-    tolerance: float | str = "lossless",
-    *,
-    precision: Precision = "fp32",
-    fp32_layers: Collection[str] = (),
-    where: Where | None = None,
-    splits: Mapping[str, DepthwiseSplit] | None = None,
-    sum_order: SumOrder | None = None,
-    batches: Iterable[Batch] = (),
-    measured_on: str | None = None,
-    input_shape: tuple[int, ...] | None = None,
-    max_abs_input: float | None = None,
-) -> tuple[M, CropCertificate]:
-    """`crop`, and the certificate of what it did.
-
-    Args:
-        model, tolerance, precision, fp32_layers, where: as for `crop`; `model` is not changed.
-        splits: depthwise layers that were timed in channel groups, from `choose_groups`; the taken ones are split.
-        sum_order: which layers stay whole all the same, for a lossless crop; see `export.crop.sum_order`.
-        batches: calibration data: ranges, measured errors and multiply-accumulates come from it.
-        measured_on: what `batches` are, in a few words for the record.
-        input_shape: (C, H, W), to count multiply-accumulates and find analytic bounds where there are no batches.
-        max_abs_input: the largest |x| the network's own input can have, when its preprocessing knows.
-
-    With data or a shape, layers whose kernel or weight the network uses elsewhere are found and stay whole; see
-    `layers_used_elsewhere`.
-
-    Raises:
-        SurgeryError, ValueError: as `crop`.
-    """
-    tolerance, batches = parse_tolerance(tolerance), list(batches)
-    windows = choose_windows(model, tolerance, precision=precision, fp32_layers=fp32_layers, where=where)
-    splits = dict(splits or {})
-    for name in sum_order.whole if sum_order else ():
-        windows[name] = Window.whole(cast(nn.Conv2d, model.get_submodule(name)).kernel_size)
-        splits.pop(name, None)
-    example = example_for(model, batches, input_shape)
-    elsewhere: tuple[str, ...] = ()
-    if example is not None:
-        taken = {name: split.groups for name, split in splits.items() if split.taken}
-        elsewhere = layers_used_elsewhere(model, windows, taken, example)
-        for name in elsewhere:
-            windows[name] = Window.whole(cast(nn.Conv2d, model.get_submodule(name)).kernel_size)
-            splits.pop(name, None)
-    cropped = crop_to(model, windows, {name: split.groups for name, split in splits.items() if split.taken})
-    certificate = certify(
-        model,
-        cropped,
-        windows,
-        tolerance=tolerance,
-        precision=precision,
-        splits=splits,
-        batches=batches,
-        measured_on=measured_on,
-        input_shape=input_shape,
-        max_abs_input=max_abs_input,
-        sum_order=sum_order,
-        used_elsewhere=elsewhere,
-    )
-    return cropped, certificate
-
-
 def choose_windows(
     model: nn.Module,
     tolerance: float | str,
@@ -172,62 +89,26 @@ def choose_windows(
     return windows
 
 
-def choose_groups(
-    model: nn.Module,
-    tolerance: float | str,
-    *,
-    precision: Precision = "fp32",
-    fp32_layers: Collection[str] = (),
-    where: Where | None = None,
-) -> dict[str, list[tuple[ChannelGroup, ...]]]:
-    """How each depthwise layer could be split into channel groups of smaller windows, by name; see `best_groups`.
-
-    Only splits that save multiply-accumulates against the one window of `choose_windows`. Arguments as `crop`'s.
-    """
-    tolerance = parse_tolerance(tolerance)
-    share = None if tolerance == "lossless" else tolerance
-    scales = _fold_scales(model)
-    found = {}
-    for name, conv in croppable(model, where).items():
-        if not is_depthwise(conv):
-            continue
-        stored: Precision = "fp32" if name in fp32_layers else precision
-        if groups := best_groups(conv, share, precision=stored, scale=scales.get(conv.out_channels)):
-            found[name] = groups
-    return found
-
-
-def crop_to(
-    model: M,
-    windows: Mapping[str, Window],
-    splits: Mapping[str, Sequence[ChannelGroup]] | None = None,
-    *,
-    inplace: bool = False,
-) -> M:
-    """Cut the named layers to the given windows; see `crop`. Those named in `splits` become `SplitDepthwise2d`.
+def crop_to(model: M, windows: Mapping[str, Window], *, inplace: bool = False) -> M:
+    """Cut the named layers to the given windows, centred or not; see `crop`.
 
     Raises:
         SurgeryError: a GMConv2d is still there, or a name is not a croppable layer.
     """
-    splits = splits or {}
-    missing = (set(windows) | set(splits)) - set(croppable(model))
-    if missing:
+    if missing := set(windows) - set(croppable(model)):
         raise SurgeryError(f"layer {min(missing)!r} cannot be cropped: no plain nn.Conv2d of that name")
-    if not inplace:
-        model = copy.deepcopy(model)
+    model = model if inplace else copy.deepcopy(model)
     layers = dict(model.named_modules())
     kernels: dict[tuple[int, Window], nn.Parameter] = {}  # layers that share a weight go on sharing it
     originals: list[Tensor] = []  # keeps the ids above from being reused
     for name, window in windows.items():
         conv = cast(nn.Conv2d, layers[name])
-        if name in splits or (window.height, window.width) == tuple(conv.kernel_size):
+        if window.size == tuple(conv.kernel_size):
             continue
         key = (id(conv.weight), window)
         originals.append(conv.weight)
         crop_conv(conv, window, kernels.get(key))
         kernels[key] = cast(nn.Parameter, conv.weight)
-    for name, groups in splits.items():
-        split_conv(cast(nn.Conv2d, layers[name]), groups)
     return model
 
 
@@ -285,6 +166,5 @@ def _fold_scales(model: nn.Module) -> dict[int, Tensor]:
             scale = (module.running_var.detach().double() + module.eps).rsqrt()
             if module.weight is not None:
                 scale = scale * module.weight.detach().double().abs()
-            known = scales.get(module.num_features)
-            scales[module.num_features] = scale if known is None else known.maximum(scale)
+            scales[module.num_features] = scale.maximum(scales.get(module.num_features, scale))
     return scales

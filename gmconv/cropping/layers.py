@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from gmconv.cropping.window import Window
 
+Pads = tuple[int, int, int, int]
+
 
 class CroppedConv2d(nn.Conv2d):
     """An `nn.Conv2d` whose padding differs per side, or is negative: it reads only a part of the input.
@@ -20,13 +22,12 @@ class CroppedConv2d(nn.Conv2d):
     Conv node; a negative side as a Pad before it.
     """
 
-    pads: tuple[int, int, int, int]
+    pads: Pads
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         added = [max(side, 0) for side in self.pads]
         if any(added):
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            input = F.pad(input, added, mode)
+            input = F.pad(input, added, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         if min(self.pads) < 0:  # not a slice, which torch.export cannot bound where height and width are dynamic
             input = F.pad(input, [min(side, 0) for side in self.pads])
         return F.conv2d(input, weight, bias, self.stride, 0, self.dilation, self.groups)
@@ -43,27 +44,27 @@ def crop_conv(conv: nn.Conv2d, window: Window, weight: nn.Parameter | None = Non
     `nn.Conv2d` cannot state the padding. `weight` is the cropped kernel, when it was cut before (shared weights).
     """
     height, width = conv.kernel_size
-    dilation = (int(conv.dilation[0]), int(conv.dilation[1]))
+    rows, columns = (int(d) for d in conv.dilation)
     left, right, top, bottom = pads_of(conv)
-    left -= window.left * dilation[1]
-    right -= (width - window.left - window.width) * dilation[1]
-    top -= window.top * dilation[0]
-    bottom -= (height - window.top - window.height) * dilation[0]
-
-    pads = (left, right, top, bottom)
-
+    below, beyond = height - window.top - window.height, width - window.left - window.width
+    pads = left, right, top, bottom = (
+        left - window.left * columns,
+        right - beyond * columns,
+        top - window.top * rows,
+        bottom - below * rows,
+    )
     symmetric = (left, top) == (right, bottom) and min(left, top) >= 0
     padding: str | tuple[int, int] = (top, left) if symmetric else (0, 0)
-    if conv.padding == "same" and any(pads) and _is_centred(window, (int(height), int(width))):
+    if conv.padding == "same" and any(pads) and (window.top, window.left) == (below, beyond):
         padding, symmetric = "same", True
     shape = nn.Conv2d(
         conv.in_channels,
         conv.out_channels,
-        (window.height, window.width),
+        window.size,
         cast(Any, conv.stride),
         padding,
         # A kernel of one tap along an axis has no use for a dilation there.
-        (dilation[0] if window.height > 1 else 1, dilation[1] if window.width > 1 else 1),
+        (rows if window.height > 1 else 1, columns if window.width > 1 else 1),
         conv.groups,
         False,
         conv.padding_mode if any(pads) else "zeros",
@@ -71,7 +72,7 @@ def crop_conv(conv: nn.Conv2d, window: Window, weight: nn.Parameter | None = Non
     )
     for attribute in ("kernel_size", "padding", "dilation", "padding_mode", "_reversed_padding_repeated_twice"):
         setattr(conv, attribute, getattr(shape, attribute))
-    conv.weight = cropped_weight(conv.weight, window) if weight is None else weight
+    conv.weight = _kept(conv.weight, window) if weight is None else weight
     conv.__dict__.pop("pads", None)
     conv.__class__ = nn.Conv2d
     if not symmetric:
@@ -79,7 +80,7 @@ def crop_conv(conv: nn.Conv2d, window: Window, weight: nn.Parameter | None = Non
         cast(CroppedConv2d, conv).pads = pads
 
 
-def cropped_weight(weight: Tensor, window: Window) -> nn.Parameter:
+def _kept(weight: Tensor, window: Window) -> nn.Parameter:
     """The kept taps as a parameter of their own, in the memory format of `weight`."""
     last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     memory_format = torch.channels_last if last else torch.contiguous_format
@@ -87,7 +88,7 @@ def cropped_weight(weight: Tensor, window: Window) -> nn.Parameter:
     return nn.Parameter(kept, requires_grad=weight.requires_grad)
 
 
-def pads_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+def pads_of(conv: nn.Conv2d) -> Pads:
     """The padding in pixels (left, right, top, bottom), also for "same" and "valid"."""
     if isinstance(conv, CroppedConv2d):
         return conv.pads
@@ -99,7 +100,3 @@ def pads_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
         return (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
     rows, columns = (int(cast(Any, p)) for p in conv.padding)
     return (columns, columns, rows, rows)
-
-
-def _is_centred(window: Window, kernel: tuple[int, int]) -> bool:
-    return 2 * window.top + window.height == kernel[0] and 2 * window.left + window.width == kernel[1]

@@ -12,24 +12,20 @@ def crop_table(certificate: dict[str, Any]) -> Table:
     """The rich table of the layers that lost taps, from a certificate dict as the manifest stores it."""
     from rich.table import Table
 
-    layers = [layer for layer in certificate["layers"] if _cropped(layer) or layer.get("split")]
-    timed = any(layer.get("split") for layer in layers)
+    layers = [layer for layer in certificate["layers"] if layer["kernel"] != layer["kept"]]
     clocked = any(layer.get("latency_after_ms") is not None for layer in layers)
+    data = f"the data ({certificate.get('measured_on') or 'of the caller'})"
     table = Table(
         title="What was cropped",
         title_justify="left",
         title_style="bold",
-        caption="worst case: of any output of the layer, for any input or for inputs as large as the data's; "
-        f"measured: on the data ({certificate.get('measured_on') or 'of the caller'})"
-        + "; ms: the layer alone, fp32, in ONNX Runtime"
-        * clocked,
+        caption=f"worst case: of any output of the layer, for inputs as large as those of {data}; measured: on it"
+        + "; ms: the layer alone, fp32, in ONNX Runtime" * clocked,
         caption_justify="left",
     )
     table.add_column("layer", overflow="fold")
-    for column in ("kernel", "L1 gone", "M MACs", "worst case", "for", "measured", "of RMS", *["ms"] * clocked):
+    for column in ("kernel", "L1 gone", "M MACs", "worst case", "measured", "of RMS", *["ms"] * clocked):
         table.add_column(column, justify="right", no_wrap=True)
-    if timed:
-        table.add_column("channel groups, timed against one window", overflow="fold")
     for layer in layers:
         macs = (layer["macs_before"], layer["macs_after"])
         table.add_row(
@@ -38,11 +34,9 @@ def crop_table(certificate: dict[str, Any]) -> Table:
             _number(layer["l1_removed"]),
             "-" if None in macs else f"{macs[0] / 1e6:.3g} -> {macs[1] / 1e6:.3g}",
             _number(layer["bound"]),
-            {"analytic": "any input", "calibration": "the data"}.get(layer["max_abs_source"], "-"),
             _number(layer["measured"]),
             _number(layer["measured_rms"]),
             *([latency_text(layer) or "-"] if clocked else []),
-            *([split_text(layer.get("split")) or "-"] if timed else []),
         )
     return table
 
@@ -53,29 +47,18 @@ def latency_text(layer: dict[str, Any]) -> str:
     return "" if before is None or after is None else f"{before:.2g} -> {after:.2g}"
 
 
-def split_text(split: dict[str, Any] | None) -> str:
-    """A layer's split in one line: channels and window of each group, milliseconds whole and in groups."""
-    if split is None:
-        return ""
-    groups = [(len(group["channels"]), group["window"]) for group in split["groups"]]
-    text = " + ".join(f"{count} of {window['height']}x{window['width']}" for count, window in groups)
-    times = f"{split['one_window_ms']:.3g} -> {split['split_ms']:.3g} ms"
-    return f"{text}: {times}" if split["taken"] else f"kept whole; {text} is not faster: {times}"
-
-
 def crop_summary(certificate: dict[str, Any]) -> str:
     """One sentence: how it was cropped, layers, multiply-accumulates, end-to-end error."""
-    layers = certificate["layers"]
-    count = sum(_cropped(layer) for layer in layers)
-    asked = certificate["tolerance"]
+    layers, asked = certificate["layers"], certificate["tolerance"]
+    count = sum(layer["kernel"] != layer["kept"] for layer in layers)
     how = "lossless" if asked == "lossless" else f"tolerance {asked:g}" if asked is not None else "budget"
     if certificate["budget"] is not None:
         how = f"budget {certificate['budget'].get('asked', '')}".strip()
     parts = [f"{count} of {len(layers)} kernels cropped ({how}, {certificate['precision']})"]
-    before, after = certificate["macs_before"], certificate["macs_after"]
+    before, after, order = certificate["macs_before"], certificate["macs_after"], certificate.get("sum_order") or {}
     if before and after and count:
         parts.append(f"{before / 1e6:,.1f} -> {after / 1e6:,.1f} M multiply-accumulates (/{before / after:.2f})")
-    if not count and layers and not (certificate.get("sum_order") or {}).get("whole"):
+    if not count and layers and not order.get("whole"):
         parts.append(
             "no smaller window keeps the budget"
             if asked is None
@@ -83,14 +66,9 @@ def crop_summary(certificate: dict[str, Any]) -> str:
             if asked == "lossless"
             else "every smaller window loses more than that"
         )
-    timed = [layer["split"] for layer in layers if layer.get("split")]
-    if timed:
-        taken = sum(split["taken"] for split in timed)
-        parts.append(f"{taken} of {len(timed)} depthwise layers timed are faster in channel groups, and split")
     if elsewhere := certificate.get("used_elsewhere"):
         parts.append(f"left whole, as the network uses their kernels outside of them: {', '.join(elsewhere)}")
-    order = certificate.get("sum_order")
-    if order and order["whole"]:
+    if order.get("whole"):
         parts.append(
             f"{len(order['whole'])} more kernels have zero taps and stay whole: without them the order of sums would "
             f"change an output by {order['error_of_all']:.1e} of its RMS in ONNX Runtime, the limit is "
@@ -104,10 +82,6 @@ def crop_summary(certificate: dict[str, Any]) -> str:
             f"RMS, the RMS error {seen['relative_rms']:.1e}"
         )
     return "; ".join(parts)
-
-
-def _cropped(layer: dict[str, Any]) -> bool:
-    return layer["kernel"] != layer["kept"] or bool(layer.get("split") and layer["split"]["taken"])
 
 
 def _number(value: float | None) -> str:

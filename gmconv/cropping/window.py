@@ -1,4 +1,4 @@
-"""Which taps of a kernel to keep: centred windows, and what a window throws away."""
+"""Which taps of a kernel to keep: windows, and what a window throws away."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ class Window:
         """Every tap of a kernel of (height, width)."""
         height, width = kernel_size
         return cls(0, 0, height, width)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width), as a kernel size."""
+        return (self.height, self.width)
 
     @property
     def taps(self) -> int:
@@ -75,11 +80,8 @@ def nested_windows(kernel_size: tuple[int, int]) -> list[Window]:
     7x7 -> 5x5, 3x3, 1x1; 3x7 -> 3x5, 3x3, 1x1; 4x4 -> 2x2.
     """
     half = [(k - 1) // 2 for k in kernel_size]
-    windows = []
-    for reach in range(max(half), -1, -1):
-        rows, columns = (max(0, h - reach) for h in half)
-        windows.append(Window(rows, columns, kernel_size[0] - 2 * rows, kernel_size[1] - 2 * columns))
-    return windows
+    cuts = [[max(0, h - reach) for h in half] for reach in range(max(half), -1, -1)]
+    return [Window(rows, columns, kernel_size[0] - 2 * rows, kernel_size[1] - 2 * columns) for rows, columns in cuts]
 
 
 def removed_share(weight: Tensor, window: Window) -> float:
@@ -89,35 +91,21 @@ def removed_share(weight: Tensor, window: Window) -> float:
     channel changes by at most `share * norm * max|x|`, and `norm * max|x|` is the largest value it can take (less
     its bias). A channel of zeros loses nothing.
     """
-    return float(removed_shares(weight, window).max())
-
-
-def removed_shares(weight: Tensor, window: Window) -> Tensor:
-    """`removed_share` of each output channel: float64 (out,)."""
     taps = weight.detach().double().abs().sum(1)
     norm = taps.sum((-2, -1))
-    lost = window.removed(taps).sum((-2, -1))
-    return lost / norm.where(norm > 0, torch.ones_like(norm))
+    return float((window.removed(taps).sum((-2, -1)) / norm.where(norm > 0, torch.ones_like(norm))).max())
 
 
 def smallest_window(weight: Tensor, tolerance: float) -> Window:
     """The smallest centred window with `removed_share(weight, window) <= tolerance`; the least lossy of equals."""
-    kernel = (int(weight.shape[-2]), int(weight.shape[-1]))
-    best: tuple[int, float, Window] | None = None
-    for window in centred_windows(kernel):
-        if best and window.taps > best[0]:
-            break
-        share = removed_share(weight, window)
-        if share <= tolerance and (best is None or share < best[1]):
-            best = (window.taps, share, window)
-    assert best is not None  # the whole kernel loses nothing
-    return best[2]
+    taps = weight.detach().double().abs().sum(1, keepdim=True)
+    shares = {w: removed_share(taps, w) for w in centred_windows((int(taps.shape[-2]), int(taps.shape[-1])))}
+    return min((w for w, share in shares.items() if share <= tolerance), key=lambda w: (w.taps, shares[w], w))
 
 
 def smallest_lossless_window(weight: Tensor, precision: Precision = "fp32", scale: Tensor | None = None) -> Window:
     """The smallest centred window outside of which every tap is zero in `precision` (see `zero_taps`)."""
-    alive = (~zero_taps(weight, precision, scale)).to(torch.float64)
-    return smallest_window(alive, 0.0)
+    return smallest_window((~zero_taps(weight, precision, scale)).double(), 0.0)
 
 
 def zero_taps(weight: Tensor, precision: Precision = "fp32", scale: Tensor | None = None) -> Tensor:
@@ -132,13 +120,12 @@ def zero_taps(weight: Tensor, precision: Precision = "fp32", scale: Tensor | Non
     if precision in ("int8", "fp8"):  # both grids move with the channel: a factor changes nothing
         flat = taps.flatten(1)
         if precision == "int8":
-            step = flat.abs().amax(1) / _INT8_MAX
-            threshold = step / 2
+            threshold = flat.abs().amax(1) / _INT8_MAX / 2
         else:
             deviation = flat.square().mean(1).sqrt()  # at most the largest |w|, and close to the deviation
             threshold = deviation.minimum(flat.square().mean().sqrt()) * _FP8_ZERO
         return (taps.abs() < threshold.view(-1, 1, 1, 1)) | (taps == 0)
-    dtype = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     zero = taps.to(dtype) == 0
     if scale is not None:
         zero &= (taps * scale.detach().float().view(-1, 1, 1, 1)).to(dtype) == 0

@@ -314,7 +314,6 @@ def _crop_tile(layer: Mapping[str, Any]) -> dict[str, Any]:
     magnitude = np.asarray(layer.get("magnitude") or np.ones((height, width)), dtype=np.float64).reshape(height, width)
     (top, left), (kept_height, kept_width) = layer["offset"], layer["kept"]
     kept_rows, kept_columns = range(top, top + kept_height), range(left, left + kept_width)
-    split_taken = bool((layer.get("split") or {}).get("taken"))
     removed = [(r, c) for r in range(height) for c in range(width) if not (r in kept_rows and c in kept_columns)]
     return {
         "name": layer["name"],
@@ -324,13 +323,12 @@ def _crop_tile(layer: Mapping[str, Any]) -> dict[str, Any]:
         "width": width,
         "image": plots.image(magnitude, 0, float(magnitude.max()) or 1.0),
         "removed": removed,
-        "cropped": bool(removed) or split_taken,
+        "cropped": bool(removed),
         "l1": layer.get("l1_removed"),
         "energy": layer.get("energy_removed"),
-        "errors": _crop_errors(layer) if removed or split_taken else [],
+        "errors": _crop_errors(layer) if removed else [],
         "macs": _before_after(layer.get("macs_before"), layer.get("macs_after"), 1e-6),
         "latency": _before_after(layer.get("latency_before_ms"), layer.get("latency_after_ms"), 1.0),
-        "split": _split_text(layer.get("split")),
     }
 
 
@@ -338,8 +336,8 @@ def _crop_errors(layer: Mapping[str, Any]) -> list[str]:
     """The bound of a layer's output error and what was measured of it, a line each; what is not known is left out."""
     lines = []
     if (bound := layer.get("bound")) is not None:
-        holds_for = {"analytic": ", any input", "calibration": ", data"}.get(layer.get("max_abs_source") or "", "")
-        lines.append(f"error ≤ {number(bound, 2)}{holds_for}")
+        holds_for = "any input" if layer.get("max_abs_source") == "analytic" else "data"  # the former: older manifests
+        lines.append(f"error ≤ {number(bound, 2)}, {holds_for}")
     if (largest := layer.get("measured")) is not None:
         lines.append(f"measured {number(largest, 2)}")
     if (relative := layer.get("measured_rms")) is not None:
@@ -352,12 +350,3 @@ def _before_after(before: float | None, after: float | None, unit: float) -> str
         return ""
     first, second = f"{before * unit:.3g}", f"{after * unit:.3g}"
     return first if before == after else f"{first} → {second}"
-
-
-def _split_text(split: Mapping[str, Any] | None) -> str:
-    if not split:
-        return ""
-    groups = [(len(group["channels"]), group["window"]) for group in split["groups"]]
-    text = ", ".join(f"{count} channels {window['height']}×{window['width']}" for count, window in groups)
-    times = f"{number(split['one_window_ms'], 3)} → {number(split['split_ms'], 3)} ms"
-    return f"split: {text}; {times}" if split["taken"] else f"kept whole; {text} would be {times}"

@@ -1,8 +1,7 @@
 """Synthetic AlexNet and ResNet-50, sigma from 0.6 in the first layer to 1.2 in the last: what cropping buys.
 
 `python -m tests.bench.crop_speed`: throughput in ONNX Runtime against the plain twin (interleaved, 95 % bootstrap
-interval), end-to-end error, RTX engine sizes; then depthwise layers with a sigma per channel, split into channel groups
-where that is faster. The weights are random, so the errors say what taps weigh, not what a
+interval), end-to-end error, RTX engine sizes. The weights are random, so the errors say what taps weigh, not what a
 trained network loses; `crop_digits` trains one.
 """
 
@@ -20,7 +19,6 @@ from torch import nn
 import gmconv
 from export.crop.budget import parse_budget
 from export.crop.request import CropRequest, crop_for_export
-from gmconv.cropping.table import split_text
 from tests.bench.crop_timing import interleaved, ratio, shown, write_onnx
 
 SHAPE = (3, 224, 224)
@@ -88,32 +86,6 @@ def measure(arch: str, folder: Path, batches: list[int], rounds: int, engines: b
             print(f"    {name:12} {shown(ratio(plain, times[name]))}")
 
 
-def measure_depthwise(kernel: int, size: int, folder: Path, rounds: int) -> None:
-    """Three depthwise layers of 64 channels, every second one of sigma 0.6: one window per layer against the export."""
-    torch.manual_seed(0)
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 1)]
-    for _ in range(3):
-        conv = nn.Conv2d(64, 64, kernel, padding=kernel // 2, groups=64)
-        layers += [conv, nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 1)]
-    live = gmconv.convert(nn.Sequential(*layers).eval(), sigma=float(kernel), sigma_per="channel")
-    with torch.no_grad():
-        for module in live.modules():
-            if isinstance(module, gmconv.GMConv2d):
-                module.sigma.view(-1)[::2] = 0.6
-    baked, shape = gmconv.bake(live), (3, size, size)
-    exported, certificate = crop_for_export(baked, CROPS["1e-3"], input_shape=shape)
-    models = {"one": gmconv.crop(baked, 1e-3), "exported": exported}
-    paths = {name: write_onnx(model, folder / f"{kernel}-{name}.onnx", shape) for name, model in models.items()}
-    feeds = {"input": np.random.default_rng(0).standard_normal((1, *shape), dtype=np.float32)}
-    times = interleaved(paths, feeds, rounds)
-    print(
-        f"\ndepthwise {kernel}x{kernel} at {size}x{size}, half of 64 channels narrow; layer times alone, then network"
-    )
-    for layer in certificate.to_dict()["layers"]:
-        print(f"  {layer['name']:3} {split_text(layer['split']) or 'nothing to split'}")
-    print(f"  one window {np.median(times['one']):.2f} ms; as exported {shown(ratio(times['one'], times['exported']))}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", nargs="*", default=["alexnet", "resnet50"])
@@ -122,8 +94,6 @@ def main() -> None:
     parser.add_argument("--no-engines", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for kernel, size in ((31, 32), (13, 32), (7, 56)):
-            measure_depthwise(kernel, size, Path(folder), arguments.rounds)
         for arch in arguments.arch:
             measure(arch, Path(folder), arguments.batch, arguments.rounds, not arguments.no_engines)
 

@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 from export.crop.budget import Budget
-from export.crop.request import CropRequest, calibration_batches, crop_for_export, max_abs_pixel, stored_as
+from export.crop.request import CropRequest, calibration_data, crop_for_export, stored_as
 from export.precision.converter import PrecisionOptions
 from gmconv.cropping.choose import crop_to
 from gmconv.cropping.layers import CroppedConv2d
 from gmconv.cropping.measure import output_error, run
 from gmconv.cropping.window import Precision, Window
 from gmconv.errors import RefusedError
-from gmconv.images import Preprocessing
 from gmconv.surgery import bake, convert
 
 SHAPE = (1, 16, 16)
@@ -37,21 +36,21 @@ def model() -> nn.Module:
 
 
 def test_digits_are_used_where_the_checkpoint_knows_them(model: nn.Module) -> None:
-    batches, labels, origin = calibration_batches(model, CropRequest(), SHAPE, DIGITS, None)
-    assert origin == "128 of digits, seed 0"
-    assert [tuple(b.shape) for b in batches] == [(16, *SHAPE)] * 8
-    assert labels is not None
-    assert len(labels) == 128
-    assert float(batches[0].max()) <= 1
+    data = calibration_data(model, CropRequest(), SHAPE, DIGITS, None)
+    assert data.origin == "128 of digits, seed 0"
+    assert [tuple(b.shape) for b in data.batches] == [(16, *SHAPE)] * 8
+    assert data.labels is not None
+    assert len(data.labels) == 128
+    assert float(data.batches[0].max()) <= 1
 
 
 def test_images_come_before_the_data_set_and_noise_is_last(model: nn.Module, tmp_path: Path) -> None:
     np.savez(tmp_path / "mine.npz", images=np.random.default_rng(0).random((5, *SHAPE), dtype=np.float32))
-    _, _, origin = calibration_batches(model, CropRequest(images=tmp_path / "mine.npz"), SHAPE, DIGITS, None)
-    assert origin == "5 of mine.npz, seed 0"
-    batches, _, origin = calibration_batches(model.double(), CropRequest(), SHAPE, None, None)
-    assert origin == "8 of noise, seed 0"
-    assert batches[0].dtype == torch.float64
+    data = calibration_data(model, CropRequest(images=tmp_path / "mine.npz"), SHAPE, DIGITS, None)
+    assert data.origin == "5 of mine.npz, seed 0"
+    data = calibration_data(model.double(), CropRequest(), SHAPE, None, None)
+    assert data.origin == "8 of noise, seed 0"
+    assert data.batches[0].dtype == torch.float64
 
 
 def test_missing_images_are_refused(model: nn.Module) -> None:
@@ -117,6 +116,26 @@ def test_a_budget_by_latency_is_measured(model: nn.Module) -> None:
     assert certificate.layers[0].kept == tuple(cropped[0].kernel_size)
 
 
+@pytest.mark.parametrize("request_", [CropRequest(tolerance=0.1), CropRequest(budget=Budget("error", 0.3))], ids=str)
+def test_a_layer_used_elsewhere_is_listed_and_left_whole(request_: CropRequest) -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(1, 4, 5, padding=2), nn.Conv2d(4, 4, 5, padding=2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.b(self.a(x)) + nn.functional.conv2d(x, self.a.weight, padding=2)
+            return y
+
+    torch.manual_seed(0)
+    notes: list[str] = []
+    model = bake(convert(Reads(), sigma=0.5)).eval()
+    _, certificate = crop_for_export(model, request_, input_shape=SHAPE, note=notes.append)
+    assert {layer.name: layer.cropped for layer in certificate.layers} == {"a": False, "b": True}
+    assert certificate.used_elsewhere == ("a",)
+    assert notes[0].endswith("outside of them: a")
+
+
 def test_a_budget_is_not_spent_on_zeros_of_int8(model: nn.Module) -> None:
     """They cost nothing in int8, but the budget is measured in the network as it is."""
     request = CropRequest(budget=Budget("error", 1e-6), samples=8)
@@ -137,33 +156,6 @@ def test_cropped_layers_are_timed_before_and_after_for_the_record(model: nn.Modu
     for layer in certificate.layers:
         assert (layer.latency_before_ms is not None) is layer.cropped
         assert (layer.latency_after_ms is not None) is layer.cropped
-
-
-def test_the_input_range_of_images() -> None:
-    imagenet = Preprocessing(size=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    assert max_abs_pixel(imagenet) == pytest.approx((1 - 0.406) / 0.225)
-    assert max_abs_pixel(None) is None
-
-
-def test_the_first_layers_bound_holds_for_every_image(model: nn.Module) -> None:
-    digits = Preprocessing(size=(16, 16), mean=(0.0,), std=(1.0,), channel_order="L")
-    _, certificate = crop_for_export(
-        model, CropRequest(tolerance=1e-2), input_shape=SHAPE, dataset=DIGITS, preprocessing=digits
-    )
-    assert certificate.layers[0].max_abs_source == "analytic"
-    assert certificate.layers[0].max_abs_input == pytest.approx(1.0)
-    assert certificate.layers[1].max_abs_source == "calibration"
-
-
-def test_noise_is_no_larger_than_an_image_and_keeps_the_bound_for_every_image(model: nn.Module) -> None:
-    digits = Preprocessing(size=(16, 16), mean=(0.5,), std=(0.5,), channel_order="L")
-    _, certificate = crop_for_export(model, CropRequest(tolerance=1e-2), input_shape=SHAPE, preprocessing=digits)
-    first = certificate.layers[0]
-    assert first.max_abs_source == "analytic"
-    assert first.max_abs_input == pytest.approx(1.0)
-    assert first.measured is not None
-    assert first.bound is not None
-    assert first.measured <= first.bound
 
 
 def test_a_crop_exports_as_convolutions_that_compute_the_same(tmp_path: Path) -> None:
@@ -234,7 +226,7 @@ def test_layers_that_see_no_batch_or_only_part_of_their_input_are_timed_too() ->
 def test_crops_choose_on_training_images_not_on_held_out_ones(model: nn.Module) -> None:
     from gmconv.data import load_samples
 
-    batches, _, _ = calibration_batches(model, CropRequest(samples=2000), SHAPE, DIGITS, None)
+    batches = calibration_data(model, CropRequest(samples=2000), SHAPE, DIGITS, None).batches
     held_out = load_samples("digits", input_shape=SHAPE, dataset=DIGITS)
     seen = {image.numpy().tobytes() for image in torch.cat(batches)}
     shared = sum(image.tobytes() in seen for batch in held_out for image in batch.images)

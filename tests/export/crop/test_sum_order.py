@@ -1,6 +1,5 @@
 """A lossless crop keeps its word: within 1e-6 of the outputs' RMS in ONNX Runtime, or layers stay whole."""
 
-import copy
 from collections.abc import Sequence
 
 import pytest
@@ -9,16 +8,11 @@ from torch import Tensor, nn
 
 import gmconv
 from export.crop import sum_order
-from export.crop.latency import module_session
 from export.crop.request import CropRequest, crop_for_export
-from export.crop.sum_order import LIMIT, hold_sum_order
+from export.crop.sum_order import LIMIT, hold_sum_order, run_as_exported
+from gmconv.cropping.choose import choose_windows
 from gmconv.cropping.measure import output_error
 from gmconv.cropping.table import crop_summary
-
-
-def in_onnxruntime(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    session = module_session(copy.deepcopy(model), tuple(x.shape))
-    return tuple(torch.from_numpy(y) for y in session.run(None, {"x": x.numpy()}))
 
 
 def with_zero_rings(arch: str) -> nn.Module:
@@ -39,7 +33,7 @@ def test_the_export_changes_no_output_beyond_the_limit(arch: str) -> None:
     cropped, certificate = crop_for_export(baked, CropRequest(tolerance="lossless"), input_shape=(3, size, size))
     assert certificate.sum_order is not None
     x = torch.randn(4, 3, size, size)
-    error = output_error([in_onnxruntime(baked, x)], [in_onnxruntime(cropped, x)]).relative_max
+    error = output_error([run_as_exported(baked, x)], [run_as_exported(cropped, x)]).relative_max
     assert error <= LIMIT
     assert certificate.sum_order.error <= LIMIT
     kept = {layer.name for layer in certificate.layers if not layer.cropped}
@@ -55,7 +49,7 @@ def costs(monkeypatch: pytest.MonkeyPatch, per_layer: float) -> list[int]:
         tried.append(count)
         return (torch.tensor([[1.0, 1.0 + count * per_layer]], dtype=torch.float64),)
 
-    monkeypatch.setattr(sum_order, "_outputs", outputs)
+    monkeypatch.setattr(sum_order, "run_as_exported", outputs)
     return tried
 
 
@@ -76,7 +70,7 @@ def test_as_many_layers_from_the_output_on_are_cropped_as_the_limit_bears(
     monkeypatch: pytest.MonkeyPatch, per_layer: float, cropped: int
 ) -> None:
     tried = costs(monkeypatch, per_layer)
-    held = hold_sum_order(chain(8), torch.zeros(1, 2, 4, 4))
+    held = hold_sum_order(chain(8), torch.zeros(1, 2, 4, 4), choose_windows(chain(8), "lossless"))
     assert held.whole == tuple(str(i) for i in range(8 - cropped))
     assert held.error == pytest.approx(cropped * per_layer, rel=1e-3)
     assert held.error_of_all == pytest.approx(8 * per_layer, rel=1e-3)
@@ -106,5 +100,6 @@ def test_a_number_takes_every_zero_tap(monkeypatch: pytest.MonkeyPatch, request_
 def test_nothing_to_crop_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: Sequence[int] = costs(monkeypatch, 1.0)
     torch.manual_seed(0)
-    assert hold_sum_order(nn.Sequential(nn.Conv2d(2, 2, 3)), torch.zeros(1, 2, 4, 4)).whole == ()
+    model = nn.Sequential(nn.Conv2d(2, 2, 3))
+    assert hold_sum_order(model, torch.zeros(1, 2, 4, 4), choose_windows(model, "lossless")).whole == ()
     assert not tried

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gmconv.cropping.certificate import crop_model
 from gmconv.cropping.check import layers_used_elsewhere
-from gmconv.cropping.choose import choose_windows, crop_model
-from gmconv.cropping.groups import ChannelGroup
+from gmconv.cropping.choose import choose_windows
 from gmconv.cropping.table import crop_summary
 from gmconv.cropping.window import Window
 
@@ -71,7 +71,7 @@ def test_an_ordinary_network_is_cropped_and_its_weights_are_put_back() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     windows = choose_windows(model, 0.5)
     assert windows["first"] == Window(1, 1, 3, 3)
-    assert layers_used_elsewhere(model, windows, {}, torch.randn(1, 2, 12, 12)) == ()
+    assert layers_used_elsewhere(model, windows, torch.randn(1, 2, 12, 12)) == ()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -97,7 +97,7 @@ def test_layers_that_share_a_weight_are_judged_one_by_one(reads: bool, cut: str,
     model = Tied(reads)
     weight = model.a.weight
     windows = {name: Window(1, 1, 1, 1) for name in cut}
-    assert layers_used_elsewhere(model, windows, {}, torch.randn(1, 2, 6, 6)) == expected
+    assert layers_used_elsewhere(model, windows, torch.randn(1, 2, 6, 6)) == expected
     assert model.a.weight is model.b.weight is weight
 
 
@@ -114,7 +114,7 @@ def test_class_numbers_count_as_outputs(reads: bool) -> None:
 
     torch.manual_seed(0)
     windows = {"conv": Window(2, 2, 3, 3)}
-    assert layers_used_elsewhere(Classes(), windows, {}, torch.randn(1, 2, 9, 9)) == (("conv",) if reads else ())
+    assert layers_used_elsewhere(Classes(), windows, torch.randn(1, 2, 9, 9)) == (("conv",) if reads else ())
 
 
 @pytest.mark.parametrize(("weights", "output"), [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)])
@@ -127,7 +127,7 @@ def test_an_output_cast_to_more_digits_is_not_held_to_them(weights: torch.dtype,
     torch.manual_seed(0)
     model = Cast(*(nn.Conv2d(16, 16, 7, padding=3) for _ in range(3))).to(weights)
     windows = {str(index): Window(2, 2, 3, 3) for index in range(3)}
-    assert layers_used_elsewhere(model, windows, {}, torch.randn(1, 16, 12, 12)) == ()
+    assert layers_used_elsewhere(model, windows, torch.randn(1, 16, 12, 12)) == ()
 
 
 def test_weights_are_put_back_whatever_happens() -> None:
@@ -135,22 +135,11 @@ def test_weights_are_put_back_whatever_happens() -> None:
     before = [conv.weight for conv in model]
     small = Window(1, 1, 1, 1)
     with pytest.raises(RuntimeError, match="channels"):
-        layers_used_elsewhere(model, {"0": small}, {}, torch.randn(1, 5, 6, 6))
-    nowhere = {"1": (ChannelGroup((9,), small),)}
-    with pytest.raises(IndexError):
-        layers_used_elsewhere(model, {"0": small, "1": small}, nowhere, torch.randn(1, 2, 6, 6))
+        layers_used_elsewhere(model, {"0": small}, torch.randn(1, 5, 6, 6))
     assert all(conv.weight is weight for conv, weight in zip(model, before, strict=True))
-
-
-def test_a_split_counts_as_a_crop() -> None:
-    depthwise = nn.Conv2d(4, 4, 5, padding=2, groups=4)
-    model = nn.Sequential(depthwise, nn.ReLU())
-    groups = (ChannelGroup((0, 2), Window(1, 1, 3, 3)), ChannelGroup((1, 3), Window.whole((5, 5))))
-    whole = {"0": Window.whole((5, 5))}
-    assert layers_used_elsewhere(model, whole, {"0": groups}, torch.randn(1, 4, 9, 9)) == ()
 
 
 def test_a_network_that_depends_on_chance_is_left_alone() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.AlphaDropout(0.5)).eval()
     model[1].forward = lambda x: x * torch.rand_like(x)  # type: ignore[method-assign]
-    assert layers_used_elsewhere(model, {"0": Window(1, 1, 1, 1)}, {}, torch.randn(1, 1, 6, 6)) == ("0",)
+    assert layers_used_elsewhere(model, {"0": Window(1, 1, 1, 1)}, torch.randn(1, 1, 6, 6)) == ("0",)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from export.crop.budget import choose, parse_budget
-from gmconv.cropping.choose import crop_model
+from export.crop.budget import parse_budget
+from export.crop.request import CropRequest, crop_for_export
+from gmconv.cropping.certificate import crop_model
 from runtime.parity.tolerances import MAX_CROP_COST, TOLERANCES, crop_cost
 
 
@@ -50,9 +51,12 @@ def test_it_reads_the_certificates_that_cropping_writes() -> None:
     assert cropped.cropped
     assert crop_cost(cropped.to_dict()) == pytest.approx(1e-2)
     assert crop_cost(crop_model(model, "lossless", batches=batches)[1].to_dict()) == 0
-    _, within = choose(model, batches, parse_budget("2e-2"))
+    _, within = crop_for_export(model, CropRequest(budget=parse_budget("2e-2")), input_shape=(3, 9, 9))
     assert crop_cost(within.to_dict()) == pytest.approx(2e-2)
-    _, points = choose(model.append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten()), batches, parse_budget("top1:0.5"))
+    model = model.append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten())
+    _, points = crop_for_export(
+        model, CropRequest(budget=parse_budget("top1:0.5"), images="noise"), input_shape=(3, 9, 9)
+    )
     assert points.end_to_end is not None
     assert crop_cost(points.to_dict()) == pytest.approx(min(MAX_CROP_COST, 2 * points.end_to_end.relative_rms))
 

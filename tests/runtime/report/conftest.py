@@ -55,7 +55,6 @@ def crop_layer(name: str, kernel: int, kept: int) -> dict[str, Any]:
         "energy_removed": 1e-5,
         "l1_removed": 7e-4 if kept < kernel else 0.0,
         "bound": 3e-3 if kept < kernel else 0.0,
-        "max_abs_source": "analytic",
         "measured": 2e-4 if kept < kernel else None,
         "measured_rms": 1e-4 if kept < kernel else None,
         "macs_before": kernel**2 * 10**6,

@@ -83,7 +83,7 @@ def test_numbers_and_verdicts_are_in_the_text(report: Path) -> None:
 
 def test_each_cropped_layer_says_its_bound_and_what_was_measured(report: Path) -> None:
     first, second = re.findall(r"<figcaption><b>conv\d</b>[37]×[37] → 3×3(.*?)</figcaption>", report.read_text())
-    assert "<br>error ≤ 0.003, any input<br>measured 0.0002<br>error / RMS 0.0001<br>" in first
+    assert "<br>error ≤ 0.003, data<br>measured 0.0002<br>error / RMS 0.0001<br>" in first
     assert "error" not in second
 
 
