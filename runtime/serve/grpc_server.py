@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic_ns
 from typing import Any
@@ -63,6 +64,24 @@ class GateInterceptor(aio.ServerInterceptor):  # type: ignore[misc]
         if details.method in MISSING_METHODS:
             return self._missing
         return await continuation(details)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """What is known of a call's client, taken once when the call begins: its context must not be asked later."""
+
+    peer: str
+    metadata: tuple[tuple[str, str | bytes], ...]
+
+    @classmethod
+    def of(cls, context: Any) -> Caller:
+        """From a context whose call is under way."""
+        return cls(context.peer(), tuple(context.invocation_metadata() or ()))
+
+    def get(self, key: str) -> bytes | None:
+        """The first value of `key`."""
+        value = next((v for k, v in self.metadata if k == key), None)
+        return value.encode() if isinstance(value, str) else value
 
 
 class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
@@ -142,18 +161,23 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         """One inference."""
         try:
-            return await self._infer(request, context)
+            return await self._infer(request, Caller.of(context))
         except RequestError as error:
             await _abort(context, error)
 
     async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """Inferences on one stream, answered in order; an error is a message and the stream goes on."""
         answers: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue(STREAM_WINDOW)
+        caller = Caller.of(context)
+        tasks: set[asyncio.Task[Any]] = set()
 
         async def read() -> None:
             try:
                 async for request in requests:
-                    await answers.put(asyncio.create_task(self._stream_one(request, context)))
+                    task = asyncio.create_task(self._stream_one(request, caller))
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
+                    await answers.put(task)
             finally:
                 await answers.put(None)
 
@@ -162,15 +186,19 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
             while (task := await answers.get()) is not None:
                 yield await task
         finally:
-            reader.cancel()
-            while not answers.empty():
-                if late := answers.get_nowait():
-                    late.cancel()
+            # No task outlives its call: gRPC frees the call's objects when this returns.
+            left = [reader, *tasks]
+            while any(not task.done() for task in left):
+                for task in left:
+                    task.cancel()
+                while not answers.empty():  # the reader's last word needs a place
+                    answers.get_nowait()
+                await asyncio.wait(left, timeout=0.1)
 
-    async def _stream_one(self, request: Any, context: Any) -> Any:
+    async def _stream_one(self, request: Any, caller: Caller) -> Any:
         answer = service_pb2.ModelStreamInferResponse()
         try:
-            answer.infer_response.CopyFrom(await self._infer(request, context))
+            answer.infer_response.CopyFrom(await self._infer(request, caller))
             key = "triton_enable_empty_final_response"
             if key in request.parameters and request.parameters[key].bool_param:
                 answer.infer_response.parameters["triton_final_response"].bool_param = True
@@ -191,10 +219,10 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
             await _abort(context, error)
             raise
 
-    async def _infer(self, request: Any, context: Any) -> Any:
+    async def _infer(self, request: Any, caller: Caller) -> Any:
         service = self.service
         started = monotonic_ns()
-        request_id = service.request_id(_metadata(context, "x-request-id"))
+        request_id = service.request_id(caller.get("x-request-id"))
         entry: dict[str, Any] = {
             "time": 0.0,
             "request_id": request_id,
@@ -214,7 +242,7 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
             service.reserve(size)
             reserved = size
             decoded = grpc_codec.decode(request, model.signature)
-            outputs, item = await service.infer(model, decoded, client=context.peer())
+            outputs, item = await service.infer(model, decoded, client=caller.peer)
             answer = grpc_codec.encode(model, decoded, outputs)
             entry.update(service.succeeded(model, item, started), model=model.source.name, version=model.source.version)
             return answer
@@ -242,25 +270,16 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
                 model.users -= 1
             service.leave()
             entry["time"] = time.time()
-            entry["client"] = context.peer()
+            entry["client"] = caller.peer
             entry["total_us"] = (monotonic_ns() - started) // 1000
             if service.tracer:
-                service.tracer.span(
-                    {k: str(v) for k, v in context.invocation_metadata() or () if k[:5] == "trace"}, entry
-                )
+                service.tracer.span({k: str(v) for k, v in caller.metadata if k[:5] == "trace"}, entry)
             if service.log_settings.values["log_info"]:
                 service.log.add(entry)
 
 
 async def _abort(context: Any, error: RequestError) -> None:
     await context.abort(getattr(grpc.StatusCode, error.code.grpc), error.message)
-
-
-def _metadata(context: Any, key: str) -> bytes | None:
-    for name, value in context.invocation_metadata() or ():
-        if name == key:
-            return value if isinstance(value, bytes) else value.encode()
-    return None
 
 
 def make_server(service: Service) -> tuple[Any, int]:

@@ -346,3 +346,25 @@ def test_removed_by_design(server: Server) -> None:
     tensor.set_shared_memory("region", 768)
     with pytest.raises(InferenceServerException, match="shared memory is not supported"):
         grpc.infer("tiny", [tensor])
+
+
+def test_cancelled_streams_leave_the_server_alive(server: Server) -> None:
+    """Tasks that outlived their call asked its freed object, which killed the process after a few dozen of these."""
+
+    async def run() -> None:
+        tensor = image_input(tg, np.zeros((8, 3, 8, 8), "f4"))
+        async with tga.InferenceServerClient(server.grpc) as client:
+
+            async def requests() -> Any:
+                for _ in range(60):
+                    yield {"model_name": "tiny", "inputs": [tensor]}
+
+            for _ in range(100):
+                answers = client.stream_infer(requests())
+                async for _ in answers:
+                    answers.cancel()
+                    break
+
+    asyncio.run(run())
+    assert server.process.poll() is None
+    assert server.request("GET", "/v2/health/ready")[0] == 200
