@@ -17,7 +17,7 @@ from runtime.benchmark.interleave import Interleaved, Ratio, interleave
 from runtime.benchmark.measure import Artefact, Prepared
 from runtime.benchmark.options import Options
 from runtime.benchmark.timing import Progress
-from runtime.manifest import find_manifest
+from runtime.manifest import Manifest, find_manifest, read_manifest
 from runtime.runners import artefact_kind
 from runtime.statistics import as_json, describe
 
@@ -30,15 +30,22 @@ FEW_ROUNDS = 10
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """An artefact in a comparison, and the index of the one it is divided by (its own: it is a reference)."""
+    """An artefact in a comparison, and the index of the one it is divided by (its own: it is a reference).
+
+    `live`: the network as it was trained, which everything else on the same clock is divided by as well.
+    """
 
     artefact: Artefact
     reference: int = 0
+    live: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the result. `reference` is None for a reference, `ratio` also before the first complete round."""
+    """One line of the result. `reference` is None for a reference, `ratio` also before the first complete round.
+
+    `over_live` is the latency over the live network's; None where there is none, or one on another clock.
+    """
 
     name: str
     runner: str
@@ -46,6 +53,7 @@ class Row:
     mode: dict[str, Any]
     latency: dict[str, Any]
     ratio: Ratio | None
+    over_live: Ratio | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +76,8 @@ class Comparison:
                     "mode": row.mode,
                     "latency_ms": row.latency,
                     "reference": row.reference,
-                    "ratio": row.ratio
-                    and {"value": row.ratio.value, "low": row.ratio.low, "high": row.ratio.high, "confidence": 0.95},
+                    "ratio": _interval(row.ratio),
+                    "over_live": _interval(row.over_live),
                 }
                 for row in self.rows
             ],
@@ -87,6 +95,9 @@ class Comparison:
         for column in ("median [ms]", "p99 [ms]", "latency ratio"):
             table.add_column(column, justify="right")
         table.add_column("to", overflow="fold")
+        with_live = any(row.over_live for row in self.rows)
+        if with_live:
+            table.add_column("to live", justify="right")
         for row in self.rows:
             median, tail = (f"{row.latency[k]:.4g}" if row.latency else "-" for k in ("median", "p99"))
             table.add_row(
@@ -96,6 +107,7 @@ class Comparison:
                 tail,
                 str(row.ratio or "-") if row.reference else "1 (reference)",
                 row.reference or "",
+                *([str(row.over_live or "-")] if with_live else []),
             )
         return table
 
@@ -115,11 +127,13 @@ def compare(
     )
     disturbed = machine.compare(before, machine.snapshot(gpu))
     percentiles = tuple(sorted({*options.percentiles, 99.0}))
+    live = next((index for index, contender in enumerate(contenders) if contender.live), None)
     rows = []
     for index, (contender, opened) in enumerate(zip(contenders, prepared, strict=True)):
         values = result.latencies[index]
         other = contender.reference
         ratio = result.ratio(index, other) if other != index and result.rounds else None
+        comparable = live not in (None, index) and opened.lane.clock == prepared[live or 0].lane.clock
         rows.append(
             Row(
                 contender.artefact.name,
@@ -128,6 +142,7 @@ def compare(
                 opened.mode(options),
                 as_json(describe(values, percentiles)) if len(values) else {},
                 ratio,
+                result.ratio(index, live) if comparable and live is not None and result.rounds else None,
             )
         )
     warnings = [text for opened in prepared for text in opened.layout_warnings] + list(disturbed.warnings)
@@ -138,6 +153,10 @@ def compare(
             "The artefacts were timed by different clocks (host and device): their ratio is not like for like."
         )
     return Comparison(tuple(rows), result, {"cpu": machine.processor(), **disturbed.facts}, tuple(warnings))
+
+
+def _interval(ratio: Ratio | None) -> dict[str, float] | None:
+    return ratio and {"value": ratio.value, "low": ratio.low, "high": ratio.high, "confidence": 0.95}
 
 
 def against_first(artefacts: Sequence[Artefact]) -> list[Contender]:
@@ -154,20 +173,18 @@ def against_first(artefacts: Sequence[Artefact]) -> list[Contender]:
 def with_twins(artefacts: Sequence[Artefact], folder: Path) -> list[Contender]:
     """The artefacts and, per engine, the plain-convolution twin they are divided by.
 
-    The twin has the checkpoint's weights and no mask, and is exported by the same command. In torch the live and the
-    baked network join it: live / twin is what the masks cost, baked / live what baking gave back.
+    The twin has the checkpoint's weights and no mask, and is exported and built by the same commands with the same
+    settings. In torch the live and the baked network join it: live / twin is what the masks cost, baked / live what
+    baking gave back.
 
     Raises:
-        click.UsageError: not exactly one checkpoint among the artefacts, or an engine (its twin needs a build).
-        BuildError: the twin's export failed.
+        click.UsageError: not exactly one checkpoint among the artefacts.
+        RefusedError: an engine without its manifest, which says how to build its twin.
+        BuildError: the twin's export or build failed.
     """
     kinds = [artefact_kind(artefact.path) for artefact in artefacts]
     if kinds.count("checkpoint") != 1:
         raise click.UsageError("--twin needs one checkpoint among the artefacts: the twin is made from it")
-    if "engine" in kinds:
-        raise click.UsageError(
-            "--twin builds no engines: build one from a twin's ONNX file (python -m export.tensorrt) and name both"
-        )
     from runtime.runners.torch import write_twin
 
     checkpoint = artefacts[kinds.index("checkpoint")]
@@ -175,14 +192,23 @@ def with_twins(artefacts: Sequence[Artefact], folder: Path) -> list[Contender]:
     write_twin(checkpoint.path, twin)
     contenders = [Contender(Artefact(twin, {**checkpoint.options, "form": "baked"}, "torch twin (no masks)", True))]
     contenders += [
-        Contender(replace(checkpoint, options={**checkpoint.options, "form": form}, label=f"torch {form}"), 0)
+        Contender(
+            replace(checkpoint, options={**checkpoint.options, "form": form}, label=f"torch {form}"), 0, form == "live"
+        )
         for form in ("live", "baked")
     ]
-    for artefact in (a for a, kind in zip(artefacts, kinds, strict=True) if kind == "onnx"):
+    for artefact, kind in zip(artefacts, kinds, strict=True):
+        if kind == "checkpoint":
+            continue
         reference = len(contenders)
         exported = folder / f"twin-{reference}.onnx"
-        manifest = find_manifest(artefact.path)
-        export_twin(twin, exported, manifest.precision if manifest else "fp32")
+        if kind == "engine":
+            manifest = read_manifest(artefact.path)
+            export_twin(twin, exported, manifest.precision)
+            exported = build_twin(exported, manifest)
+        else:
+            known = find_manifest(artefact.path)
+            export_twin(twin, exported, known.precision if known else "fp32")
         label = f"twin of {artefact.name}"
         contenders += [
             Contender(Artefact(exported, artefact.options, label, True), reference),
@@ -193,13 +219,38 @@ def with_twins(artefacts: Sequence[Artefact], folder: Path) -> list[Contender]:
 
 def export_twin(checkpoint: Path, output: Path, precision: str) -> None:
     """Export the twin as the artefact was exported, in a process of its own. Raises BuildError."""
-    command = [sys.executable, "-m", "export.onnx", str(checkpoint), "-o", str(output)]
+    command = ["export.onnx", str(checkpoint), "-o", str(output)]
     if precision != "fp32":
         command += ["--precision", precision]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    _succeed(command, "exported")
+
+
+def build_twin(onnx_path: Path, manifest: Manifest) -> Path:
+    """Build the twin's engine as the one that `manifest` describes, in a process of its own. Raises BuildError."""
+    build, output = manifest.build, onnx_path.with_suffix(".plan")
+    command = ["export.tensorrt", str(onnx_path), "-o", str(output), "--no-verify", "--flavor", str(build["flavor"])]
+    for profile in manifest.profiles:
+        for side in ("min", "opt", "max"):
+            shapes = (f"{name}:{'x'.join(map(str, getattr(found, side)))}" for name, found in profile.items())
+            command += [f"--{side}Shapes", ",".join(shapes)]
+    command += ["--tf32"] if build.get("tf32") else []
+    if build.get("compute_capabilities"):
+        command += ["--compute-capability", ",".join(build["compute_capabilities"])]
+    if build.get("hardware_compatibility", "none") != "none":
+        command += ["--hardware-compatibility", str(build["hardware_compatibility"])]
+    if build.get("optimization_level") is not None:
+        command += ["--builder-optimization-level", str(build["optimization_level"])]
+    if build.get("workspace_mib") is not None:
+        command += ["--workspace", str(build["workspace_mib"])]
+    _succeed(command, "built")
+    return output
+
+
+def _succeed(command: Sequence[str], what: str) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no message"]
-        raise BuildError(f"the twin could not be exported (exit {done.returncode}): {last[0]}")
+        raise BuildError(f"the twin could not be {what} (exit {done.returncode}): {last[0]}")
 
 
 def require_same_inputs(prepared: Sequence[Prepared]) -> None:

@@ -80,6 +80,9 @@ class Prepared:
         default = "cuda:0" if artefact_kind(artefact.path) == "engine" else "cpu"
         self.device: str = own.pop("device", None) or options.device or default
         self.runner_options: dict[str, Any] = {**options.runner, **own}
+        self.cuda_graph: bool = own.get("cuda_graph", options.cuda_graph)
+        if not isinstance(self.cuda_graph, bool):
+            raise click.UsageError(f"{artefact.name}: cuda_graph is true or false")
         runner: Runner = self._stack.enter_context(
             open_runner(artefact.path, device=self.device, **self.runner_options)
         )
@@ -93,7 +96,7 @@ class Prepared:
             self.feeds,
             depth,
             transfers=options.transfers,
-            cuda_graph=options.cuda_graph,
+            cuda_graph=self.cuda_graph,
             streams=options.streams,
             spin=options.spin,
         )
@@ -121,7 +124,7 @@ class Prepared:
         }
         if self.on_device:
             mode |= {
-                "cuda_graph": options.cuda_graph,
+                "cuda_graph": self.cuda_graph,
                 "data_transfers": options.transfers,
                 "waiting": "spinning, where the CUDA driver sees fit" if options.spin else "blocked",
                 "streams": options.streams,

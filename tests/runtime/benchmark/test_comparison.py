@@ -1,7 +1,9 @@
 """--twin on a real checkpoint: the twin, the live and the baked network, in torch and in ONNX Runtime."""
 
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,15 @@ import click
 import numpy as np
 import pytest
 
-from gmconv.errors import BuildError
+from export.tensorrt import BuildOptions, build_engine
+from export.tensorrt.profiles import batch_request
+from gmconv.errors import BuildError, RefusedError
+from runtime.benchmark import comparison
 from runtime.benchmark.comparison import against_first, export_twin, with_twins
-from runtime.benchmark.measure import Artefact
+from runtime.benchmark.measure import Artefact, Prepared, parse_artefact
+from runtime.benchmark.options import Options
+from runtime.benchmark.timing import LoopOptions
+from runtime.manifest import read_manifest
 from runtime.runners import open_runner
 
 
@@ -82,12 +90,76 @@ def test_artefacts_of_one_name_are_numbered() -> None:
     assert names == ["m.onnx #1", "m.onnx #2", "c.onnx"]
 
 
-def test_a_twin_needs_one_checkpoint_and_no_engine(small_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_twin_needs_one_checkpoint(small_checkpoint: Path, tmp_path: Path) -> None:
     plan = tmp_path / "a.plan"
     plan.touch()
-    for artefacts in ([plan], [small_checkpoint, small_checkpoint], [small_checkpoint, plan]):
+    for artefacts in ([plan], [small_checkpoint, small_checkpoint]):
         with pytest.raises(click.UsageError, match="--twin"):
             with_twins([Artefact(path) for path in artefacts], tmp_path)
+
+
+def test_an_engine_without_a_manifest_has_no_twin(small_checkpoint: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "a.plan"
+    plan.write_bytes(b"ftrt")
+    with pytest.raises(RefusedError, match=r"a\.plan"):
+        with_twins([Artefact(small_checkpoint), Artefact(plan)], tmp_path)
+
+
+def test_an_engine_has_a_twin_that_is_built_as_it_was(
+    digits_checkpoint: Path, digits_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, folder = tmp_path / "own.plan", tmp_path / "twins"
+    folder.mkdir()
+    asked = BuildOptions(flavor="rtx", profiles=(batch_request(2, 4, 6),), tf32=True, optimization_level=2)
+    built = build_engine(digits_onnx, plan, asked)
+    exported: list[tuple[str, str]] = []
+
+    def copy(checkpoint: Path, output: Path, precision: str) -> None:  # the export itself has a test above
+        exported.append((checkpoint.name, precision))
+        for suffix in ("", ".json"):
+            shutil.copyfile(f"{digits_onnx}{suffix}", f"{output}{suffix}")
+
+    monkeypatch.setattr(comparison, "export_twin", copy)
+    graphs = {"cuda_graph": False}
+    contenders = with_twins([Artefact(digits_checkpoint), Artefact(plan, graphs)], folder)
+    *_, twin, own = contenders
+    assert [(c.artefact.name, c.reference, c.live) for c in contenders] == [
+        ("torch twin (no masks)", 0, False),
+        ("torch live", 0, True),
+        ("torch baked", 0, False),
+        ("twin of own.plan@cuda_graph=False", 3, False),
+        ("own.plan@cuda_graph=False", 3, False),
+    ]
+    assert exported == [("twin.pt", "fp32")]
+    assert twin.artefact.options == own.artefact.options == graphs, "each pair in the mode that was asked for"
+    other = read_manifest(twin.artefact.path)
+    assert other.profiles == built.profiles
+    assert other.build == built.build | {key: other.build[key] for key in ("seconds", "peak_memory")}
+
+
+def test_every_contender_on_the_live_networks_clock_is_also_divided_by_it(
+    small_checkpoint: Path, tmp_path: Path
+) -> None:
+    options = Options(loop=LoopOptions(warm_up=0, duration=0.05, iterations=10))
+    contenders = with_twins([Artefact(small_checkpoint)], tmp_path)
+    with ExitStack() as stack:
+        prepared = [stack.enter_context(Prepared(c.artefact, options)) for c in contenders]
+        found = comparison.compare(contenders, prepared, options, None)
+        twin, live, baked = found.rows
+        assert live.over_live is None
+        assert twin.over_live == found.interleaved.ratio(0, 1)
+        assert baked.over_live == found.interleaved.ratio(2, 1)
+        assert found.to_dict()["artefacts"][0]["over_live"]["value"] == twin.over_live.value
+        prepared[0].lane.clock = "another"
+        assert comparison.compare(contenders, prepared, options, None).rows[0].over_live is None
+
+
+def test_each_artefact_may_have_its_own_graph_mode(small_checkpoint: Path) -> None:
+    options = Options(cuda_graph=True)
+    with Prepared(parse_artefact(f"{small_checkpoint}@cuda_graph=false"), options) as prepared:
+        assert prepared.cuda_graph is False
+    with pytest.raises(click.UsageError, match="cuda_graph is true or false"):
+        Prepared(parse_artefact(f"{small_checkpoint}@cuda_graph=often"), options)
 
 
 def test_a_twin_that_cannot_be_exported_is_exit_5(tmp_path: Path) -> None:
