@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gmconv import models
     from gmconv.certificate import BakeCertificate, LayerCertificate, bake_certificate
     from gmconv.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+    from gmconv.constants import bake_constants
     from gmconv.cropping.certificate import crop_model
     from gmconv.cropping.choose import crop
     from gmconv.layer import GMConv2d
@@ -25,6 +26,7 @@ __all__ = [
     "LayerCertificate",
     "bake",
     "bake_certificate",
+    "bake_constants",
     "convert",
     "crop",
     "crop_model",
@@ -38,6 +40,7 @@ _HOME = {
     "BakeCertificate": "certificate",
     "LayerCertificate": "certificate",
     "bake_certificate": "certificate",
+    "bake_constants": "constants",
     "Checkpoint": "checkpoint",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",

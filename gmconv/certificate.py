@@ -15,21 +15,13 @@ from torch import Tensor, nn
 
 from gmconv.layer import GMConv2d
 from gmconv.mask import gaussian_mask
-from gmconv.surgery import masked_layers
+from gmconv.records import KernelCertificate, Spread
+from gmconv.surgery import has_static_mask, masked_layers
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _FP16_SMALLEST_NORMAL = 2.0**-14
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Minimum, median and maximum over a layer's sigmas, in taps (all equal for sigma_per="layer")."""
-
-    min: float
-    median: float
-    max: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +56,19 @@ class LayerCertificate:
 
 @dataclass(frozen=True, slots=True)
 class BakeCertificate:
-    """One entry per masked layer, in the order of `model.named_modules()`; `unmasked` convolutions had no mask."""
+    """One entry per masked layer, in the order of `model.named_modules()`; `unmasked` convolutions had no mask.
+
+    `kernels`: those that other layers than GMConv2d compute (see `gmconv.constants`).
+    """
 
     layers: tuple[LayerCertificate, ...]
     unmasked: int
+    kernels: tuple[KernelCertificate, ...] = ()
+
+    def sha256(self) -> dict[str, str]:
+        """Hex sha256 of each baked kernel, by layer."""
+        found = {layer.name: layer.baked_sha256 for layer in self.layers}
+        return found | {kernel.name: kernel.sha256 for kernel in self.kernels if kernel.sha256}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -84,7 +85,8 @@ class BakeCertificate:
 
 def bake_certificate(model: nn.Module) -> BakeCertificate:
     """Measure what `bake(model)` does to each masked layer of a live model; changes nothing."""
-    layers = tuple(_layer_certificate(name, layer) for name, layer in masked_layers(model).items())
+    masked = masked_layers(model)
+    layers = tuple(_layer_certificate(name, layer) for name, layer in masked.items() if has_static_mask(layer))
     plain = sum(isinstance(m, nn.Conv2d) and not isinstance(m, GMConv2d) for m in model.modules())
     return BakeCertificate(layers, plain)
 

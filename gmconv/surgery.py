@@ -78,12 +78,13 @@ def convert(
     return model
 
 
-def bake(model: M, inplace: bool = False) -> M:
+def bake(model: M, inplace: bool = False, *, others: Literal["refuse", "leave"] = "refuse") -> M:
     """Turn every `GMConv2d` into an `nn.Conv2d` whose weight is, bit for bit, the product the live layer uses.
 
     Args:
         model: any module; layers that are not GMConv2d are left alone.
         inplace: change `model` itself instead of a deep copy.
+        others: what to do with masked layers of another make: "refuse" them, or "leave" them to `bake_constants`.
 
     Returns:
         The model without masks: no GMConv2d in its tree, no sigma in its state_dict, shared modules still shared.
@@ -93,13 +94,14 @@ def bake(model: M, inplace: bool = False) -> M:
             is computed, or whose weight or sigma holds NaN or Inf.
     """
     for name, module in model.named_modules():
-        _require_bakeable(name, module)
+        if others == "refuse" or has_static_mask(module):
+            _require_bakeable(name, module)
     if not inplace:
         model = copy.deepcopy(model)
     products: dict[tuple[int, int], nn.Parameter] = {}  # layers that share weight and sigma go on sharing the product
     originals: list[Tensor] = []  # keeps the ids above from being reused
     for module in list(model.modules()):
-        if isinstance(module, GMConv2d):
+        if isinstance(module, GMConv2d) and (others == "refuse" or has_static_mask(module)):
             weight, sigma = module.weight, module.sigma
             originals += [weight, sigma]
             key = (id(weight), id(sigma))
@@ -110,6 +112,12 @@ def bake(model: M, inplace: bool = False) -> M:
             del module.sigma, module.sigma_per
             cast(nn.Module, module).__class__ = nn.Conv2d
     return model
+
+
+def has_static_mask(module: nn.Module) -> bool:
+    """Whether the module computes its kernel as GMConv2d does, and no other way."""
+    known = isinstance(module, GMConv2d) and not _changes(module, GMConv2d, _GMCONV_BEHAVIOUR)
+    return known and module._parameters.get("weight") is not None
 
 
 def masked_layers(model: nn.Module) -> dict[str, GMConv2d]:

@@ -1,0 +1,302 @@
+"""Running a network while watching which kernel each convolution and linear operator receives, and from where."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from gmconv.certificate import tensor_sha256
+from gmconv.constants.origins import INPUT, Origin, Origins, unwrapped
+from gmconv.errors import BakeError
+
+_PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_GENERAL = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
+_LAYERS: dict[str, type[nn.Module]] = {
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "conv3d": nn.Conv3d,
+    "conv_transpose1d": nn.ConvTranspose1d,
+    "conv_transpose2d": nn.ConvTranspose2d,
+    "conv_transpose3d": nn.ConvTranspose3d,
+    "linear": nn.Linear,
+}
+_FUNCTIONS: dict[Any, str] = {
+    F.linear: "linear",
+    torch.convolution: "convolution",
+    **{getattr(torch, name): name for name in _LAYERS if name != "linear"},
+    **{getattr(torch.ops.aten, name): name for name in (*_LAYERS, "convolution")},
+}
+
+
+class Call(NamedTuple):
+    """A call of a convolution or linear operator: as which layer, and with what."""
+
+    layer: type[nn.Module]
+    input: Tensor
+    kernel: Tensor
+    bias: Tensor | None
+    settings: dict[str, Any]  # stride, padding, dilation, groups, output_padding; as given
+
+
+def kernel_call(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Call | None:
+    """The call `func(*args, **kwargs)` if `func` convolves or multiplies with a kernel; else None."""
+    try:
+        name = _FUNCTIONS.get(getattr(func, "overloadpacket", func))
+    except TypeError:  # not hashable
+        return None
+    if name is None:
+        return None
+    order = _GENERAL if name == "convolution" else _TRANSPOSED if "transpose" in name else _PLAIN
+    given = {**dict(zip(order, args, strict=False)), **(kwargs or {})}
+    x, kernel, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
+    if name == "convolution":
+        transposed = given.pop("transposed", False)
+        name = f"conv{'_transpose' if transposed else ''}{kernel.dim() - 2}d"
+        if not transposed:
+            given.pop("output_padding", None)
+    return Call(_LAYERS[name], x, kernel, bias, given)
+
+
+@dataclass
+class Use:
+    """One call in a run: by which module, with which kernel, made from what.
+
+    `index` counts the operators that ran inside the module's forward, those of its children included. `stored`: the
+    kernel is a parameter or buffer as it stands; any other has its sha256 in `digest` and, unless it varies, a copy in
+    `kernel`. `fed`: the input reaches the call. `pads`: an `F.pad` between the module's input and the operator's.
+    `whole`: the module is this one call and nothing else. `hidden`: the call came from code below Python.
+    """
+
+    name: str
+    module: nn.Module
+    index: int
+    layer: type[nn.Module]
+    settings: dict[str, Any]
+    bias: Tensor | None
+    bias_varies: bool
+    kernel: Tensor | None
+    stored: bool
+    digest: str
+    origin: Origin
+    fed: bool
+    pads: tuple[tuple[int, ...], str] | None
+    whole: bool
+    hidden: bool
+
+    @property
+    def computed(self) -> bool:
+        """Whether the input passes through a kernel that is not simply a stored tensor."""
+        return self.fed and not self.stored
+
+
+@dataclass
+class Watched:
+    """What runs of one network showed: per run its uses and its outputs; where values reached Python."""
+
+    uses: list[list[Use]] = field(default_factory=list)
+    outputs: list[list[Tensor]] = field(default_factory=list)
+    escapes: list[str] = field(default_factory=list)
+
+
+class _Frame:
+    """One call of a module's forward."""
+
+    def __init__(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.name, self.module, self.args = name, module, args
+        self.count = 0
+        self.calls: list[tuple[Use, Any]] = []
+        self.padded: dict[int, tuple[Tensor, Tensor, tuple[int, ...], str]] = {}
+
+
+class _Kernels(TorchFunctionMode):
+    """Notes every call of a kernel operator under the module whose forward makes it."""
+
+    def __init__(self, model: nn.Module, watched: Watched) -> None:
+        super().__init__()
+        self.watched = watched
+        self.names = {module: name for name, module in model.named_modules()}
+        self.frames = [_Frame("", model, ())]
+        self.origins = Origins(lambda: self.where)
+        self.places: set[tuple[Any, ...]] = set()
+        self.tensors: list[Tensor] = []
+        self.plain: set[Any] = set()  # functions that are of no interest
+        self._store([*model.named_parameters(), *model.named_buffers()])
+        self.thread = threading.get_ident()
+
+    def _store(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        for name, tensor in tensors:
+            self.origins.mark(tensor, Origin(frozenset([name])))
+            self.places.add(_place(tensor))
+            self.tensors.append(tensor)
+
+    @property
+    def where(self) -> str:
+        """The layer that runs."""
+        return f"layer {self.frames[-1].name!r}" if self.frames[-1].name else "the network"
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.origins.busy or func in self.plain:
+            return func(*args, **(kwargs or {}))
+        leaves = self.origins.leaves_for_python(func, args)
+        out = func(*args, **(kwargs or {}))
+        if func is F.pad:
+            self._note_padding(out, *args, **(kwargs or {}))
+        elif (call := kernel_call(func, args, kwargs)) is not None:
+            self._note(call, out)
+        elif not leaves:
+            self.plain.add(func)
+        return out
+
+    def _note_padding(self, out: Tensor, input: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> None:
+        if not value:
+            self.frames[-1].padded[id(out)] = (out, input, tuple(pad), mode)
+
+    def _note(self, call: Call, out: Any) -> None:
+        frame = self.frames[-1]
+        given = frame.args[0] if frame.args else None
+        x, pads = call.input, None
+        if id(x) in frame.padded and frame.padded[id(x)][1] is given:
+            _, x, added, mode = frame.padded[id(x)]
+            pads = (added, mode)
+        origin = self.origins.of(call.kernel)
+        stored = bool(origin.sources) and not origin.operators and not origin.varies
+        stored = stored and (call.layer is nn.Linear or _place(call.kernel) in self.places)
+        fed = INPUT in self.origins.of(call.input).sources or bool(self.origins.escapes)
+        keep = stored or (fed and not origin.varies and len(self.watched.uses) == 1)
+        bias = Origin() if call.bias is None else self.origins.of(call.bias)
+        use = Use(
+            name=frame.name,
+            module=frame.module,
+            index=frame.count,
+            layer=call.layer,
+            settings=call.settings,
+            bias=call.bias if call.bias is None or isinstance(call.bias, nn.Parameter) else call.bias.detach().clone(),
+            bias_varies=bias.varies,
+            kernel=None if not keep else call.kernel if stored else unwrapped(call.kernel).detach().clone(),
+            stored=stored,
+            digest=_digest(call.kernel) if fed and not stored else "",
+            origin=origin,
+            fed=fed,
+            pads=pads,
+            whole=given is not None and x is given,
+            hidden=self.origins.dispatching,
+        )
+        if not use.hidden:
+            for outer in self.frames:
+                outer.count += 1
+        frame.calls.append((use, out))
+        self.watched.uses[-1].append(use)
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """A global hook: a module's forward begins."""
+        if threading.get_ident() != self.thread:
+            raise BakeError(_THREAD.format(f"a {type(module).__name__}"))
+        if module not in self.names:  # in a plain list, which the module tree does not show
+            self.origins.busy = True
+            name = self.names[module] = type(module).__name__
+            own = (*module._parameters.items(), *module._buffers.items())
+            self._store((f"{name}.{key}", tensor) for key, tensor in own if tensor is not None)
+            self.origins.busy = False
+        self.frames.append(_Frame(self.names[module], module, args))
+
+    def leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        """A global hook: a module's forward is over."""
+        frame = self.frames.pop()
+        for use, made in frame.calls:
+            use.whole &= len(frame.calls) == 1 and made is out
+
+
+_THREAD = "{} runs in a thread of its own, where its kernels cannot be watched: run it in the thread that calls forward"
+
+
+@torch.no_grad()
+def watch(model: nn.Module, runs: Sequence[tuple[Any, ...]]) -> Watched:
+    """Run the network on each of `runs`, one after the other: what the first leaves behind, the second shows.
+
+    The arguments are copied first, as a forward may write to them. Random numbers are the same in every watch, and
+    others in each run.
+
+    Raises:
+        BakeError: the network starts a thread.
+    """
+    watched = Watched()
+    kernels = _Kernels(model, watched)
+    watched.escapes = kernels.origins.escapes
+    hooks = nn.modules.module
+    with ExitStack() as stack:
+        stack.callback(lambda: kernels.origins.forget(kernels.tensors))
+        stack.callback(hooks.register_module_forward_pre_hook(kernels.enter).remove)
+        stack.callback(hooks.register_module_forward_hook(kernels.leave).remove)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(_eager())
+        stack.enter_context(_threads_refused(kernels))
+        stack.enter_context(kernels)
+        stack.enter_context(kernels.origins)
+        for seed, args in enumerate(runs):
+            kernels.origins.busy = True
+            copied = tree_map_only(Tensor, lambda t: t.detach().clone(), args)
+            kernels.origins.mark_inputs(tree_leaves(copied))
+            torch.manual_seed(seed)
+            kernels.origins.busy = False
+            watched.uses.append([])
+            out = model(*copied)
+            kernels.origins.busy = True
+            watched.outputs.append([t.detach().clone() for t in tree_leaves(out) if isinstance(t, Tensor)])
+            kernels.origins.busy = False
+    return watched
+
+
+@contextmanager
+def _threads_refused(kernels: _Kernels) -> Iterator[None]:
+    """While the network runs, giving work to another thread is an error: what runs there cannot be watched."""
+
+    def refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == kernels.thread:
+                raise BakeError(_THREAD.format(kernels.where))
+            return original(*args, **kwargs)
+
+        return refuse
+
+    with (
+        mock.patch.object(threading.Thread, "start", refusing(threading.Thread.start)),
+        mock.patch.object(ThreadPoolExecutor, "submit", refusing(ThreadPoolExecutor.submit)),
+    ):
+        yield
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Functions that went through torch.compile run as they were written; compiled code shows nothing."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and the import takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _digest(tensor: Tensor) -> str:
+    tensor = unwrapped(tensor)
+    return f"{tuple(tensor.shape)} {tensor.dtype} {tensor_sha256(tensor)}"
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    if tensor.layout is not torch.strided or unwrapped(tensor) is not tensor:
+        return (id(tensor),)
+    storage = tensor.untyped_storage()
+    return (storage._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())

@@ -1,0 +1,182 @@
+"""Constant kernels, however they are computed, are stored bit for bit; any other is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gmconv
+from gmconv.constants import bake_constants, bake_network
+from gmconv.errors import BakeError
+from tests.gmconv.constants import calls, dynamic, generated, layers
+from tests.gmconv.constants.layers import Base, gauss, net
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+Layer = Callable[[int, int], nn.Module]
+
+
+def image(batch: int = 2, size: int = 16) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
+
+
+@pytest.mark.parametrize("layer", [*layers.MASKS, *generated.GENERATED, *calls.CALLS], ids=lambda layer: layer.__name__)
+def test_a_constant_kernel_is_stored_bit_for_bit(layer: Layer) -> None:
+    model = net(layer)
+    baked, certificates = bake_constants(model, image())
+    assert len(certificates) >= 2
+    assert all(c.kind != "kept" and c.sha256 and c.name.startswith(("a", "b", "Base")) for c in certificates)
+    with torch.no_grad():
+        assert torch.equal(baked(image(3)), model(image(3)))
+        again, found = bake_constants(baked, image())
+        assert not found, "nothing is left to bake"
+        assert torch.equal(again(image(3)), model(image(3)))
+
+
+@pytest.mark.parametrize("layer", dynamic.DYNAMIC, ids=lambda layer: layer.__name__)
+def test_a_kernel_that_varies_is_refused_by_name(layer: Layer) -> None:
+    with pytest.raises(BakeError, match=r"^layer 'a' \(" + layer.__name__):
+        bake_constants(net(layer), image())
+
+
+def test_a_kernel_that_varies_can_be_kept() -> None:
+    model = net(dynamic.CondConv)
+    model.b = Base(16, 16)
+    baked, certificates = bake_constants(model, image(), dynamic="keep")
+    assert [(c.name, c.kind) for c in certificates] == [("a", "kept"), ("b", "mask")]
+    assert certificates[0].reason == "its kernel is computed from the network's input"
+    assert type(baked.a) is dynamic.CondConv
+    assert type(baked.b) is nn.Conv2d
+
+
+def test_a_module_that_is_one_call_becomes_the_plain_layer_in_place() -> None:
+    model = net(Base)
+    before, calls = model.a, []
+    before.register_forward_hook(lambda *_: calls.append(1))
+    baked, _ = bake_constants(model, image(), inplace=True)
+    assert baked is model
+    assert model.a is before
+    assert type(before) is nn.Conv2d
+    calls.clear()
+    model(image())
+    assert calls == [1], "hooks stay"
+
+
+def test_any_other_keeps_its_forward_and_gets_a_child() -> None:
+    baked, certificates = bake_constants(net(calls.Block), image())
+    assert [c.name for c in certificates] == ["a.baked_0", "a.baked_1", "b.baked_0", "b.baked_1"]
+    assert type(baked.a.baked_0) is nn.Conv2d
+    assert type(baked.a).__name__ == "Block"
+    assert copy.deepcopy(baked)(image()).shape == (2, 10)
+
+
+def test_shared_kernels_stay_shared() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Base(3, 3), Base(3, 3)
+            self.b.weight, self.b.sigma = self.a.weight, self.a.sigma
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x))
+
+    baked, _ = bake_constants(Shared().eval(), image())
+    assert baked.a.weight is baked.b.weight
+
+
+def test_the_argument_is_left_alone_and_so_it_is_when_a_layer_is_refused() -> None:
+    model = net(Base)
+    bake_constants(model, image())
+    assert type(model.a) is Base
+    model.b = dynamic.CondConv(16, 16)
+    with pytest.raises(BakeError):
+        bake_constants(model, image(), inplace=True)
+    assert type(model.a) is Base
+
+
+@pytest.mark.parametrize("sigma_per", ["layer", "channel"])
+def test_gmconv_gives_what_bake_gives(sigma_per: str) -> None:
+    model = gmconv.convert(net(lambda i, o: nn.Conv2d(i, o, 5, padding=2)), sigma=1.1, sigma_per=sigma_per)
+    one, other = gmconv.bake(model).state_dict(), bake_constants(model, image()).model.state_dict()
+    assert list(one) == list(other)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    first, second = (bake_network(copy.deepcopy(model), image())[1].sha256() for _ in range(2))
+    assert first == second
+    assert set(first) == {"stem.0", "a", "b"}
+
+
+def test_a_plain_network_comes_back_as_it_was() -> None:
+    model = net(lambda i, o: nn.Conv2d(i, o, 3, padding=1))
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    runs = []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    baked, certificates = bake_constants(model, image(), inplace=True)
+    assert baked is model
+    assert certificates == ()
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
+    assert len(runs) == 2, "two forwards, no more"
+    assert "_gmconv_origin" not in next(model.parameters()).untyped_storage().__dict__
+
+
+def test_another_size_must_give_the_same_kernel() -> None:
+    class BySize(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight * gauss(5, x.shape[-1] / 8), self.bias, padding=2)
+
+    assert len(bake_constants(net(BySize), image()).certificates) == 2
+    with pytest.raises(BakeError, match="layer 'a'.*two kernels"):
+        bake_constants(net(BySize), image(), sizes=[(image(size=24),)])
+
+
+def test_training_mode_scripts_and_threads_are_refused() -> None:
+    with pytest.raises(BakeError, match="training mode"):
+        bake_constants(net(Base).train(), image())
+    with pytest.raises(BakeError, match="module 'a' is TorchScript"):
+        bake_constants(net(lambda i, o: torch.jit.script(nn.Conv2d(i, o, 3, padding=1))), image())
+
+    class Started(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            found: list[Tensor] = []
+            thread = threading.Thread(target=lambda: found.append(super(Started, self).forward(x)))
+            thread.start(), thread.join()
+            return found[0]
+
+    pool = ThreadPoolExecutor(1)
+    pool.submit(int).result()  # its thread runs before anybody looks
+
+    class Pooled(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            return pool.submit(super().forward, x).result()
+
+    for layer in (Started, Pooled):
+        with pytest.raises(BakeError, match="layer 'a' runs in a thread"):
+            bake_constants(net(layer), image())
+
+
+def test_a_kernel_that_is_not_finite_is_refused() -> None:
+    class Broken(Base):
+        def kernel(self) -> Tensor:
+            return self.weight / 0 * 0
+
+    with pytest.raises(BakeError, match="layer 'a'.*NaN"):
+        bake_constants(net(Broken), image())
+
+
+def test_several_and_nested_inputs_and_whole_numbers() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.table = Base(3, 4), nn.Embedding(7, 4)
+
+        def forward(self, images: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+            return {"out": self.conv(images["left"]) + self.table(index)[:, :, None, None]}
+
+    baked, certificates = bake_constants(Two().eval(), {"left": image()}, torch.tensor([1, 6]))
+    assert [c.name for c in certificates] == ["conv"]
+    assert type(baked.conv) is nn.Conv2d
