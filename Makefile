@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+GPU    ?= .venv-gpu
 DEMO   ?= demo
 export PYTHONPATH :=
 
@@ -19,6 +20,17 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 
 install: $(BIN)/.installed  ## make the virtual environment
 .PHONY: install
+
+# ONNX Runtime with CUDA and the one without cannot share an environment. TensorRT's index may not be reachable: its tests
+# then skip, saying so.
+$(GPU)/bin/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(GPU)
+	$(GPU)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev-gpu]'
+	-$(GPU)/bin/pip install --quiet --disable-pip-version-check 'tensorrt>=10.13'
+	@touch $@
+
+install-gpu: $(GPU)/bin/.installed  ## make the virtual environment of the tests that need a GPU
+.PHONY: install-gpu
 
 $(DEMO)/digits.pt: $(BIN)/.installed
 	@mkdir -p $(DEMO)
@@ -43,8 +55,8 @@ test: lint types fast  ## lint, types and the default tests (no GPU, no Docker)
 test-slow: $(BIN)/.installed  ## minutes and gigabytes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-gpu: $(BIN)/.installed  ## on a machine with an NVIDIA card
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+test-gpu: $(GPU)/bin/.installed  ## on a machine with an NVIDIA card
+	$(GPU)/bin/python -m pytest -m gpu $(ARGS)
 
 test-docker: $(BIN)/.installed  ## build and run the serving image (root, Debian)
 	$(BIN)/python -m pytest -m docker $(ARGS)

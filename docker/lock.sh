@@ -16,7 +16,7 @@ lock() {
   echo "$output: $(grep -c '^[a-z0-9].*==' "$output") packages"
 }
 
-for name in ${LOCKS:-cpu gpu tensorrt rtx tools cuda-headers}; do
+for name in ${LOCKS:-cpu gpu tensorrt rtx tools}; do
   case $name in
     cpu) lock cpu pyproject.toml --extra serve --extra cpu ;;
     gpu) lock gpu pyproject.toml docker/gpu.in --extra serve --extra gpu ;;

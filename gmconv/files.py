@@ -19,6 +19,18 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that a reader finds the old content or the new one. Raises OSError."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
 @contextmanager
 def staged(artefact: Path) -> Iterator[Path]:
     """Write an artefact pair so that no half-written file ever carries a final name.

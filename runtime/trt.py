@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tensorrt import INetworkDefinition as INetworkDefinition
     from tensorrt import IOptimizationProfile as IOptimizationProfile
     from tensorrt import IProgressMonitor as IProgressMonitor
+    from tensorrt import IRuntimeCache as IRuntimeCache
     from tensorrt import IRuntimeConfig as IRuntimeConfig
     from tensorrt import ITensor as ITensor
     from tensorrt import ITimingCache as ITimingCache
@@ -222,15 +223,27 @@ def engine_flavor(manifest: Manifest) -> Flavor:
 
 
 def deserialize(
-    api: ModuleType, log: Log, plan: bytes | memoryview, name: str, *, version_compatible: bool = False
+    api: ModuleType,
+    log: Log,
+    plan: bytes | memoryview,
+    name: str,
+    *,
+    version_compatible: bool = False,
+    force: bool = False,
 ) -> tuple[Runtime, ICudaEngine]:
     """The runtime and the engine in `plan`, whose sha256 and compatibility the caller has checked.
 
-    A `version_compatible` plan carries the library that runs it, which TensorRT loads only where that is allowed.
+    A `version_compatible` plan carries the library that runs it, which TensorRT loads only where that is allowed. What
+    TensorRT-RTX calls invalid on this machine is deserialized only with `force`: it has called engines so that ran.
 
-    Raises UnavailableError with TensorRT's reason when the runtime does not start or the engine does not load.
+    Raises InvalidEngineError, or UnavailableError with TensorRT's reason when the runtime does not start or the engine
+    does not load.
     """
     runtime: Runtime = api.Runtime(log.logger)
+    if hasattr(api, "EngineValidity") and not force:  # TensorRT-RTX's alone
+        problem = rtx_problem(api, log, runtime, plan)
+        if problem:
+            raise InvalidEngineError(f"{name}: {TITLES['rtx']} {version(api)} {problem}; --force tries it all the same")
     if version_compatible:
         runtime.engine_host_code_allowed = True
     engine: ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
@@ -238,6 +251,21 @@ def deserialize(
         reason = "; ".join(log.errors()) or "no reason given"
         raise UnavailableError(f"{name}: TensorRT {version(api)} did not load the engine: {reason}")
     return runtime, engine
+
+
+class InvalidEngineError(UnavailableError):
+    """TensorRT-RTX says that an engine cannot run on this machine, before deserializing it."""
+
+
+def rtx_problem(api: ModuleType, log: Log, runtime: Runtime, plan: bytes | memoryview) -> str | None:
+    """Why TensorRT-RTX calls `plan` invalid on this machine, as a clause; None for a valid or a merely slower one."""
+    validity, diagnostics = runtime.get_engine_validity(plan)  # an enum and a sum of flags
+    if validity != api.EngineValidity.INVALID:
+        return None
+    flags = api.EngineInvalidityDiagnostics.__members__.items()
+    reasons = [name.lower().replace("_", " ") for name, flag in flags if diagnostics & int(flag)]
+    words = ", ".join(reasons) or "; ".join(log.errors()) or "no reason given"
+    return f"calls it invalid on this machine ({words})"
 
 
 def inspect_engine(api: ModuleType, engine: ICudaEngine) -> str:

@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from export.tensorrt.checks import GraphFacts, read_graph
-from export.tensorrt.layers import (
-    EngineLayer,
-    Fusion,
-    count_fusions,
-    layers_of_inspector,
-    layers_of_log,
-    precision_histogram,
-)
+from export.tensorrt.layers import Fusion, count_fusions, precision_histogram, read_layers
 from export.tensorrt.process import BuilderFailedError, BuilderProcess, Progress
 from export.tensorrt.profiles import ProfileRequest, to_json
 from export.tensorrt.rephrase import rephrase
@@ -34,7 +27,8 @@ class BuildOptions:
     """How to build. `workspace` in MiB; `profiles` empty: batch 1, 8, 32 where the batch is dynamic.
 
     `verify`: parity and a short benchmark where there is a GPU, against `checkpoint` or the one that the manifest names
-    if it lies beside the ONNX file, else against the ONNX file.
+    if it lies beside the ONNX file, else against the ONNX file. `force`: verify, and let every later reader open, what
+    TensorRT-RTX calls invalid on this machine. `compute_capabilities` ("8.9", or "current" alone) are TensorRT-RTX's.
     """
 
     flavor: Literal["auto", "tensorrt", "rtx"] = "auto"
@@ -50,6 +44,7 @@ class BuildOptions:
     strip: bool = False
     refit: bool = False
     verify: bool = True
+    force: bool = False
     checkpoint: Path | None = None
     log: Path | None = None
     verbose: bool = False
@@ -110,6 +105,8 @@ def _refuse_options(flavor: trt.Flavor, options: BuildOptions) -> None:
     if options.hardware_compatibility != "none" and flavor == "rtx":
         raise BuildError("--hardware-compatibility is TensorRT's; TensorRT-RTX takes --compute-capability 8.9,12.0")
     problem = cuda.driver_problem()
+    if "current" in options.compute_capabilities and problem:
+        raise UnavailableError(f"--compute-capability current builds for the GPU found here, and {problem}")
     if (options.strip or options.refit) and problem:
         raise UnavailableError(f"--{'strip' if options.strip else 'refit'} builds need a GPU, and {problem}")
     if options.log is not None:
@@ -163,7 +160,10 @@ def _manifest(
     fusion = count_fusions(layers, frozenset(network["convolutions"]), frozenset(network["masks"]))
     found = precision_histogram(layers)
     precision = source.precision if source else next(iter(network["precisions"]), "fp32")
-    if layers and options.profiling_verbosity == "detailed":
+    warnings = list(built["warnings"])
+    if layers and not any(fusion.by_precision if fusion.convolutions else found):
+        warnings.append("TensorRT does not tell in which precision the layers compute")
+    elif layers and options.profiling_verbosity == "detailed":
         refuse_other_precision(onnx_path, precision, network["precisions"], fusion, found)
     gpu = cuda.device_info() if cuda.driver_problem() is None else None
     versions = {**(source.versions if source else {}), trt.VERSION_KEYS[flavor]: built["version"]}
@@ -192,12 +192,15 @@ def _manifest(
             "tf32": options.tf32,
             "workspace_mib": options.workspace,
             "optimization_level": options.optimization_level,
-            "compute_capabilities": list(options.compute_capabilities),
+            "compute_capabilities": [
+                gpu.compute_capability if gpu and name == "current" else name for name in options.compute_capabilities
+            ],
             "hardware_compatibility": options.hardware_compatibility,
             "version_compatible": options.version_compatible,
             "profiling_verbosity": options.profiling_verbosity,
             "strip": options.strip,
             "refit": options.refit,
+            "forced": options.force,
             "timing_cache": built["timing_cache"],
             "layers": {
                 "profiles": max(1, len(built["profiles"])),  # the counts are over all of them
@@ -207,22 +210,13 @@ def _manifest(
                 "fused_epilogues": fusion.fused_epilogues,
                 "mask_multiplications": fusion.mask_multiplications,
             },
-            "warnings": built["warnings"],
+            "warnings": warnings,
             "seconds": built["seconds"],
             "peak_memory": built["peak_memory"],
         },
         versions=versions,
         device=dataclasses.asdict(gpu) if gpu else None,
     )
-
-
-def read_layers(texts: dict[str, str]) -> tuple[EngineLayer, ...]:
-    """The engine's layers: the inspector's where it ran and was detailed, else the builder's list."""
-    if texts.get("inspector"):
-        inspected = layers_of_inspector(texts["inspector"])
-        if any(layer.outputs for layer in inspected):
-            return inspected
-    return layers_of_log(texts["log"])
 
 
 def _same_tensors(path: Path, what: str, specs: tuple[TensorSpec, ...], built: list[dict[str, Any]]) -> None:

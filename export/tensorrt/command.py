@@ -124,10 +124,12 @@ def _profiles(
 
 def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
     parts = tuple(part.strip() for part in (value or "").split(",") if part.strip())
+    if parts == ("current",):
+        return parts
     for part in parts:
         major, dot, minor = part.partition(".")
         if not (dot and major.isdigit() and minor.isdigit()):
-            raise click.BadParameter(f"{part!r}: write compute capabilities as 8.9,12.0")
+            raise click.BadParameter(f"{part!r}: write compute capabilities as 8.9,12.0, or current")
     return tuple(dict.fromkeys(parts))
 
 
@@ -150,7 +152,13 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> t
 @click.option("--workspace", type=click.FloatRange(min=0, min_open=True), metavar="MIB", help="Scratch memory limit.")
 @click.option("--builder-optimization-level", "optimization_level", type=click.IntRange(0, 5))
 @click.option("--tf32/--no-tf32", default=False, show_default=True, help="Off: parity first.")
-@click.option("--compute-capability", "compute_capabilities", callback=_capabilities, metavar="8.9,12.0", help="RTX.")
+@click.option(
+    "--compute-capability",
+    "compute_capabilities",
+    callback=_capabilities,
+    metavar="8.9,12.0|current",
+    help="TensorRT-RTX: what to build for; current is the GPU found here.",
+)
 @click.option(
     "--hardware-compatibility",
     type=click.Choice(["none", "ampere-plus", "same-compute-capability"]),
@@ -170,6 +178,7 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> t
 @click.option("--strip", is_flag=True, help="Leave the weights out (needs a GPU).")
 @click.option("--refit", is_flag=True, help="Allow weights to be replaced (needs a GPU).")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Parity and a short benchmark on the GPU.")
+@click.option("--force", is_flag=True, help="Try, here and later, what TensorRT-RTX calls invalid on this machine.")
 @click.option("--log", type=click.Path(path_type=Path), help="Write TensorRT's whole log there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Show TensorRT's log on stderr.")

@@ -7,15 +7,14 @@ short or edited is dropped with a warning before TensorRT sees it.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from gmconv.errors import RefusedError
+from gmconv.files import replace_bytes
 from runtime import cuda, trt
 
 
@@ -73,8 +72,8 @@ def save(config: trt.IBuilderConfig, cache: Cache) -> None:
     serialized: trt.IHostMemory = timing.serialize()
     data = bytes(memoryview(serialized))
     try:
-        _replace(_digest_path(cache.path), hashlib.sha256(data).hexdigest().encode())
-        _replace(cache.path, data)
+        replace_bytes(_digest_path(cache.path), hashlib.sha256(data).hexdigest().encode())
+        replace_bytes(cache.path, data)
     except OSError as error:
         cache.warnings.append(f"timing cache {cache.path.name} was not saved: {error.strerror}")
 
@@ -97,14 +96,3 @@ def _read(cache: Cache) -> bytes:
 
 def _digest_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
-
-
-def _replace(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.replace(temporary, path)  # noqa: PTH105
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

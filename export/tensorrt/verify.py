@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gmconv.errors import ParityError
+from gmconv.errors import ParityError, UnavailableError
 from gmconv.files import sha256_file
 from runtime import cuda, trt
 from runtime.manifest import Manifest
@@ -20,13 +20,22 @@ WARM_UP_MS, DURATION_S, ITERATIONS = 200.0, 1.0, 10
 def verify_engine(onnx_path: Path, plan: Path, manifest: Manifest, checkpoint: Path | None) -> Manifest:
     """The manifest with the results of `plan` against its source: the live checkpoint if found, else the ONNX file.
 
+    An engine that cannot run here, or of which TensorRT-RTX says so, is a good engine all the same: that is recorded.
+
     Raises ParityError when an output is out of tolerance.
     """
     reason = why_not(manifest)
     if reason:
         return dataclasses.replace(manifest, parity={"result": f"not run ({reason})"})
-    parity = check_parity(find_checkpoint(manifest, onnx_path.parent, checkpoint) or onnx_path, plan)
-    return dataclasses.replace(manifest, parity=parity, benchmark=time_engine(plan))
+    try:
+        parity = check_parity(find_checkpoint(manifest, onnx_path.parent, checkpoint) or onnx_path, plan)
+        manifest = dataclasses.replace(manifest, parity=parity)
+        return dataclasses.replace(manifest, benchmark=time_engine(plan))
+    except UnavailableError as error:
+        reason = error.message.removeprefix(f"{plan}: ")
+        if manifest.parity is not None and manifest.parity["result"] == "passed":
+            return dataclasses.replace(manifest, benchmark={"result": f"not run ({reason})"})
+        return dataclasses.replace(manifest, parity={"result": f"not run ({reason})"})
 
 
 def why_not(manifest: Manifest) -> str | None:

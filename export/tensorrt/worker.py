@@ -263,8 +263,8 @@ def configure(api: ModuleType, config: trt.IBuilderConfig, request: Mapping[str,
 
 
 def rtx_targets(api: ModuleType, config: trt.IBuilderConfig, capabilities: list[str]) -> None:
-    """Build for these compute capabilities ("8.9"): TensorRT-RTX alone has them."""
-    known = {
+    """Build for these compute capabilities ("8.9", "current"): TensorRT-RTX alone has them."""
+    known = {"current": api.ComputeCapability.CURRENT} | {
         f"{name[2:-1]}.{name[-1]}": value
         for name, value in api.ComputeCapability.__members__.items()
         if name.startswith("SM")

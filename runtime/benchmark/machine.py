@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runtime import cuda
+
 #: Other processes may use this many cores on average before the run is called disturbed.
 BUSY_CORES = 0.25
 _PROC, _SYS = Path("/proc"), Path("/sys")
@@ -131,7 +133,7 @@ def gpu_state(index: int) -> GpuState | None:
             temperature=_optional(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
             power=None if power is None else power / 1000,
             throttles=tuple(name for bit, name in _THROTTLES.items() if reasons & bit),
-            other_processes=tuple(int(p.pid) for p in processes if p.pid != os.getpid()),
+            other_processes=_others(int(p.pid) for p in processes),
         )
     except pynvml.NVMLError:
         return None
@@ -140,12 +142,30 @@ def gpu_state(index: int) -> GpuState | None:
 
 
 def _handle(pynvml: Any, index: int) -> Any:
-    """The NVML handle of a CUDA ordinal: NVML does not look at CUDA_VISIBLE_DEVICES, which may hold uuids."""
-    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    name = visible[index] if index < len(visible) else str(index)
-    if name.isdigit():
-        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
-    return pynvml.nvmlDeviceGetHandleByUUID(name)
+    """The NVML handle of a CUDA ordinal, by the card's own name: the two count in different orders.
+
+    CUDA puts the fastest card first unless CUDA_DEVICE_ORDER says otherwise, and sees only CUDA_VISIBLE_DEVICES.
+    Raises NVMLError where the name is not known.
+    """
+    name = cuda.device_uuid(index)
+    if name is None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+    try:
+        return pynvml.nvmlDeviceGetHandleByUUID(name)
+    except pynvml.NVMLError:
+        return pynvml.nvmlDeviceGetHandleByUUID(name.replace("GPU-", "MIG-", 1))  # a part of a card
+
+
+def _others(pids: Iterable[int]) -> tuple[int, ...]:
+    """The processes on the GPU that are not this one.
+
+    In a container NVML tells the host's pids, under which nobody finds himself: of those that this system does not
+    have, one is this process.
+    """
+    listed = set(pids)
+    hidden = sorted(pid for pid in listed if not (_PROC / str(pid)).exists())
+    known = sorted(listed - {os.getpid(), *hidden})
+    return (*known, *(hidden if os.getpid() in listed else hidden[1:]))
 
 
 def _gpu_facts(before: GpuState, after: GpuState) -> dict[str, Any]:

@@ -110,9 +110,10 @@ class Prepared:
 
     @property
     def layout_warnings(self) -> tuple[str, ...]:
-        """That a quantized graph is laid out for another runtime than it is timed in, if so."""
-        warning = layout_warning(self.manifest, self.device)
-        return (warning,) if warning else ()
+        """That a quantized graph is laid out for another runtime than it is timed in, that graphs are off; if so."""
+        graphs = self.runner.graph_problem
+        warnings = (layout_warning(self.manifest, self.device), graphs and f"CUDA graphs could not be used: {graphs}")
+        return tuple(warning for warning in warnings if warning)
 
     def mode(self, options: Options) -> dict[str, Any]:
         """What will be measured, in words a reader of the log needs."""
@@ -124,7 +125,7 @@ class Prepared:
         }
         if self.on_device:
             mode |= {
-                "cuda_graph": self.cuda_graph,
+                "cuda_graph": self.cuda_graph and self.runner.graph_problem is None,
                 "data_transfers": options.transfers,
                 "waiting": "spinning, where the CUDA driver sees fit" if options.spin else "blocked",
                 "streams": options.streams,

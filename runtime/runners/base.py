@@ -15,6 +15,8 @@ from gmconv.errors import RefusedError
 from runtime.manifest import ShapeRange, TensorSpec
 
 Array = NDArray[Any]
+#: Runs before the ones that a layer profile counts: the first ones load kernels, compile and raise clocks.
+PROFILE_WARM_UP = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,23 @@ class Runner(ABC):
 
     @abstractmethod
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once. Raises RefusedError when an input's name, dtype, rank, fixed dim or profile range is wrong."""
+        """Run once.
+
+        Raises RefusedError when an input's name, dtype, rank, fixed dim or profile range is wrong, and
+        `runtime.cuda.DeviceMemoryError` where a batch does not fit on the GPU and a smaller one may.
+        """
+
+    def stage(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array] | None:
+        """Memory that the next `run` of inputs of these shapes reads without copying them again; None: there is none.
+
+        To be filled in place and handed to `run`; good until this runner's next `stage` or `run`.
+        """
+        return None
+
+    @property
+    def graph_problem(self) -> str | None:
+        """Why CUDA graphs that were asked for are not used, once that has shown; None otherwise."""
+        return None
 
     @abstractmethod
     def bind(self, feeds: Mapping[str, Array]) -> Callable[[], object]:

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, suppress
+from typing import Any, Protocol
 
 import numpy as np
 
 from gmconv.errors import UnavailableError
 from runtime import cuda, trt
 from runtime.manifest import TensorSpec
-from runtime.runners.base import Array, Query, QueryTimes, numpy_dtype
+from runtime.runners.base import PROFILE_WARM_UP, Array, numpy_dtype
+from runtime.runners.queries import DeviceQuery, Origin, Streams
 
 Shapes = dict[str, tuple[int, ...]]
+log = logging.getLogger("gmconv.runners")
+
+
+class Graphs:
+    """A runner's CUDA graphs. One that cannot be recorded is said once; from then on work is enqueued as it is."""
+
+    def __init__(self, device: cuda.Device, name: str) -> None:
+        self._device, self._name = device, name
+        self.problem: str | None = None
+
+    def record(self, stream: cuda.Stream, enqueue: Callable[[], None]) -> cuda.Graph | None:
+        """The graph of `enqueue`, which ran once before; None when graphs do not work here."""
+        if self.problem is None:
+            try:
+                return self._device.record(stream, enqueue)
+            except UnavailableError as error:
+                self.problem = error.message
+                log.warning("%s: no CUDA graph (%s); enqueued kernel by kernel instead", self._name, error.message)
+        return None
 
 
 class Buffers:
@@ -22,64 +43,61 @@ class Buffers:
 
     def __init__(self, device: cuda.Device) -> None:
         self._device = device
-        self._memory: dict[str, tuple[int, Any, Any]] = {}
+        self._memory: dict[str, tuple[int, cuda.PageLocked, cuda.Memory]] = {}
         self._views: dict[str, Array] = {}
-        self._bytes: dict[str, Array] = {}  # what is copied: bfloat16 arrays have no buffer protocol, bytes do
 
-    def fit(self, shapes: Shapes, dtypes: Mapping[str, np.dtype[Any]]) -> bool:
-        """Make room for tensors of these shapes; True when some address changed."""
-        moved = False
-        self._views, self._bytes = {}, {}
+    def fit(self, shapes: Shapes, dtypes: Mapping[str, np.dtype[Any]]) -> None:
+        """Make room for tensors of these shapes. Raises DeviceMemoryError; what was there before is then gone."""
+        self._views = {}
         for name, shape in shapes.items():
-            count = math.prod(shape)
-            size = count * dtypes[name].itemsize
+            size = math.prod(shape) * dtypes[name].itemsize
             if name not in self._memory or self._memory[name][0] < size:
                 self._release(name)
-                pinned = self._device.page_locked(size)
+                locked = self._device.page_locked(size)
                 try:
-                    self._memory[name] = (size, pinned, self._device.allocate(size))
+                    self._memory[name] = (size, locked, self._device.allocate(size))
                 except BaseException:
-                    cuda.free_page_locked(pinned)
+                    locked.free()
                     raise
-                moved = True
-            self._bytes[name] = self._memory[name][1][:size]
-            self._views[name] = self._bytes[name].view(dtypes[name]).reshape(shape)
-        return moved
+            self._views[name] = self._memory[name][1].array[:size].view(dtypes[name]).reshape(shape)
 
     def address(self, name: str) -> int:
         """The device address of a tensor."""
-        return int(self._memory[name][2])
+        return self._memory[name][2].address
 
     def host(self, name: str) -> Array:
         """The tensor's page-locked memory, in its present shape."""
         return self._views[name]
 
-    def upload(self, name: str, stream: Any) -> None:
+    def upload(self, name: str, stream: cuda.Stream) -> None:
         """Enqueue page-locked -> device."""
-        self._device.upload(self._memory[name][2], self._bytes[name], stream)
+        _, locked, memory = self._memory[name]
+        self._device.upload(memory, locked, self._views[name].nbytes, stream)
 
-    def download(self, name: str, stream: Any) -> None:
+    def download(self, name: str, stream: cuda.Stream) -> None:
         """Enqueue device -> page-locked."""
-        self._device.download(self._bytes[name], self._memory[name][2], stream)
+        _, locked, memory = self._memory[name]
+        self._device.download(locked, memory, self._views[name].nbytes, stream)
 
     def free(self) -> None:
         """Return everything; idempotent."""
-        self._views, self._bytes = {}, {}
+        self._views = {}
         for name in list(self._memory):
             self._release(name)
 
     def _release(self, name: str) -> None:
         if name in self._memory:
-            _, pinned, device = self._memory.pop(name)
-            device.free()
-            cuda.free_page_locked(pinned)
+            _, locked, memory = self._memory.pop(name)
+            memory.free()
+            locked.free()
 
 
 class Lane:
     """An execution context, its stream and its buffers. Every method needs the CUDA context current.
 
     A CUDA graph is valid for one set of shapes and addresses; a lane keeps the one for its present shapes only, since
-    a context holds state of the last shapes it ran. `graphs` False leaves graphs to TensorRT-RTX.
+    a context holds state of the last shapes it ran. `graphs` None leaves graphs to TensorRT-RTX; `config` is what the
+    context was made with and must live as long.
     """
 
     def __init__(
@@ -88,54 +106,63 @@ class Lane:
         context: trt.IExecutionContext,
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
-        log: trt.Log,
+        trt_log: trt.Log,
         *,
-        graphs: bool,
-        stream: Any = None,
+        graphs: Graphs | None,
+        stream: cuda.Stream | None = None,
+        config: Any = None,
     ) -> None:
         self.device = device
         self.context: trt.IExecutionContext | None = context
-        self.stream = stream or device.stream()
+        self.config = config
+        self.stream: cuda.Stream = stream or device.stream()
+        self._owned = [self.stream] if stream is None else []
         self.inputs = tuple(spec.name for spec in inputs)
         self.outputs = tuple(spec.name for spec in outputs)
         self.dtypes = {spec.name: numpy_dtype(spec.dtype) for spec in (*inputs, *outputs)}
         self.buffers = Buffers(device)
         self.graphs = graphs
-        self._log = log
+        self._log = trt_log
         # Only an engine's first context is sure to have profile 0 from the start: every one is told its profile.
         self._profile = -1
-        self._shapes: Shapes = {}
+        self.prepared: Shapes = {}
         self._calls = 0
         self._graph: cuda.Graph | None = None
         self._queries: list[EngineQuery] = []
         self._using: Buffers | None = None
 
     def prepare(self, shapes: Shapes, profile: int) -> None:
-        """Set the profile, the input shapes and the addresses; nothing is done when they are those of the last call."""
-        if shapes == self._shapes and profile == self._profile:
+        """Set the profile, the input shapes and the addresses; nothing is done when they are those of the last call.
+
+        Raises DeviceMemoryError where they do not fit, UnavailableError with TensorRT's reason.
+        """
+        if shapes == self.prepared and profile == self._profile:
             return
         self.drop_graph()
-        self._shapes = {}  # until all of it is set
+        self.prepared = {}  # until all of it is set
         context: trt.IExecutionContext = self.context
-        if profile != self._profile:
-            if not context.set_optimization_profile_async(profile, self.stream.handle):
-                raise self._failure(f"optimization profile {profile} cannot be used")
-            self.stream.synchronize()
-            self._profile = profile
-        for name, shape in shapes.items():
-            if not context.set_input_shape(name, shape):
-                raise self._failure(f"input {name!r} cannot have shape {shape}")
-        unknown = context.infer_shapes()
+        try:  # what the profile and the shape inference refuse, they raise
+            if profile != self._profile:
+                self._profile = -1
+                context.set_optimization_profile_async(profile, self.stream.handle)
+                self.stream.synchronize()
+                self._profile = profile
+            for name, shape in shapes.items():
+                if not context.set_input_shape(name, shape):
+                    raise self._failure(f"input {name!r} cannot have shape {shape}")
+            unknown = context.infer_shapes()
+        except RuntimeError as error:
+            raise self._failure(f"shapes {shapes} in optimization profile {profile}: {error}") from error
         if unknown:
             raise self._failure(f"the shapes of {', '.join(unknown)} do not follow from the inputs")
         outputs = self.output_shapes()
         for name, shape in outputs.items():
             if any(d < 0 for d in shape):
                 raise self._failure(f"the size of output {name!r}, {shape}, is known only after a run")
-        self.buffers.fit({**shapes, **outputs}, self.dtypes)
         self._using = None  # the addresses may be new
+        self.buffers.fit({**shapes, **outputs}, self.dtypes)
         self.use(self.buffers)
-        self._shapes = dict(shapes)
+        self.prepared = dict(shapes)
 
     def output_shapes(self) -> Shapes:
         """The outputs' shapes for the present input shapes."""
@@ -161,16 +188,13 @@ class Lane:
 
     def launch(self, cuda_graph: bool) -> None:
         """Enqueue the inference, as a CUDA graph from the second call of the same shapes on."""
-        if not (cuda_graph and self.graphs):
-            self.execute()
-            return
-        if self._graph is None and self._calls >= 1:
-            self._graph = cuda.Graph(self.stream, self.execute)
+        if cuda_graph and self.graphs is not None and self._graph is None and self._calls >= 1:
+            self._graph = self.graphs.record(self.stream, self.execute)
         self._calls += 1
-        if self._graph is None:
-            self.execute()
-        else:
+        if cuda_graph and self._graph is not None:
             self._graph.launch()
+        else:
+            self.execute()
 
     def drop_graph(self) -> None:
         """Destroy the recorded graph, if there is one."""
@@ -187,68 +211,75 @@ class Lane:
             self.buffers.download(name, self.stream)
         self.stream.synchronize()
 
-    def query(
-        self, origin: Origin, streams: tuple[Any, Any], *, transfers: bool, cuda_graph: bool, spin: bool
-    ) -> EngineQuery:
+    def query(self, origin: Origin, streams: Streams, *, transfers: bool, cuda_graph: bool, spin: bool) -> EngineQuery:
         """A query on this lane with buffers of its own, filled with the lane's inputs; the lane must be prepared."""
-        graph = cuda_graph and self.graphs
-        query = EngineQuery(self, origin, streams, transfers=transfers, cuda_graph=graph, spin=spin)
+        query = EngineQuery(self, origin, streams, transfers=transfers, cuda_graph=cuda_graph, spin=spin)
         self._queries.append(query)
         query.open()
         return query
 
     def shapes(self) -> Shapes:
         """The shapes of all tensors, as prepared."""
-        return {**self._shapes, **self.output_shapes()}
+        return {**self.prepared, **self.output_shapes()}
 
     def close(self) -> None:
-        """Graphs, then the context, then the memory it used; idempotent."""
-        if self.stream is None:
+        """Graphs, then the context, then the memory it used; idempotent. What failed before is not raised again."""
+        if self.context is None:
             return
-        self.stream.synchronize()
+        with suppress(cuda.CudaError):
+            self.stream.synchronize()
         for query in self._queries:
             query.drop_graph()
         self.drop_graph()
         self.context = None
+        self.config = None
         for query in self._queries:
             query.free()
         self._queries.clear()
         self.buffers.free()
-        self.stream = None  # pycuda ends streams and events where the CUDA context is current: here
+        for stream in self._owned:
+            stream.close()
 
     def _failure(self, what: str) -> UnavailableError:
         return UnavailableError(f"{what}: {'; '.join(self._log.errors()) or 'TensorRT gave no reason'}")
 
 
-class Origin:
-    """The common zero of both clocks: an event on the device and the host's time at that event."""
+class Enqueues(Protocol):
+    """What a query is a query of: a `Lane`, or ONNX Runtime's counterpart."""
 
-    def __init__(self, device: cuda.Device, stream: Any) -> None:
-        self.event = device.event()
-        self.event.record(stream)
-        self.event.synchronize()
-        self.host = time.perf_counter()
+    device: cuda.Device
+    stream: cuda.Stream
+    buffers: Buffers
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dtypes: dict[str, np.dtype[Any]]
 
-    def host_ms(self) -> float:
-        """Host time since the origin, ms."""
-        return (time.perf_counter() - self.host) * 1e3
+    @property
+    def graphs(self) -> Graphs | None:
+        """What records CUDA graphs; None where the engine does so itself."""
+
+    def shapes(self) -> Shapes:
+        """The shapes of all tensors."""
+
+    def use(self, buffers: Buffers) -> None:
+        """Let the inference read and write `buffers`."""
+
+    def execute(self) -> None:
+        """Enqueue the inference itself."""
 
 
-class EngineQuery(Query):
-    """A query with CUDA events: uploads, inference and downloads on three streams, so that queries overlap."""
+class EngineQuery(DeviceQuery):
+    """A query of a lane."""
 
     def __init__(
-        self, lane: Lane, origin: Origin, streams: tuple[Any, Any], *, transfers: bool, cuda_graph: bool, spin: bool
+        self, lane: Enqueues, origin: Origin, streams: Streams, *, transfers: bool, cuda_graph: bool, spin: bool
     ) -> None:
+        events = [lane.device.event(blocking=not spin) for _ in range(6)]
+        super().__init__(origin, streams, events, transfers=transfers)
         self._lane = lane
-        self._origin = origin
-        self._up, self._down = streams
-        self._transfers = transfers
         self._cuda_graph = cuda_graph
         self._buffers = Buffers(lane.device)
         self._graph: cuda.Graph | None = None
-        self._events = [lane.device.event(blocking=not spin) for _ in range(6)]
-        self._enqueued = (0.0, 0.0)
 
     def open(self) -> None:
         """Fill the buffers, run once, record the graph."""
@@ -256,64 +287,44 @@ class EngineQuery(Query):
         self._buffers.fit(lane.shapes(), lane.dtypes)
         for name in lane.inputs:
             self._buffers.host(name)[...] = lane.buffers.host(name)
-            self._buffers.upload(name, lane.stream)
-        lane.use(self._buffers)
+        self.upload(lane.stream)
+        self.prepare()
         lane.execute()
         lane.stream.synchronize()
-        if self._cuda_graph:
-            self._graph = cuda.Graph(lane.stream, lane.execute)
+        if self._cuda_graph and lane.graphs is not None:
+            self._graph = lane.graphs.record(lane.stream, lane.execute)
 
-    def enqueue(self) -> None:
-        """Put the inference on its streams and return at once."""
-        lane, compute = self._lane, self._lane.stream
-        up_start, up_end, start, end, down_start, down_end = self._events
-        with lane.device.current():
-            began = self._origin.host_ms()
-            if self._transfers:
-                up_start.record(self._up)
-                for name in lane.inputs:
-                    self._buffers.upload(name, self._up)
-                up_end.record(self._up)
-                compute.wait_for_event(up_end)
-            start.record(compute)
-            if self._graph is not None:
-                self._graph.launch()
-            else:
-                lane.use(self._buffers)
-                lane.execute()
-            end.record(compute)
-            if self._transfers:
-                self._down.wait_for_event(end)
-                down_start.record(self._down)
-                for name in lane.outputs:
-                    self._buffers.download(name, self._down)
-                down_end.record(self._down)
-            self._enqueued = (began, self._origin.host_ms())
+    def current(self) -> AbstractContextManager[object]:
+        """See `DeviceQuery`."""
+        return self._lane.device.current()
 
-    def wait(self) -> QueryTimes:
-        """Block until the last `enqueue` is done; its times, ms from the origin."""
-        up_start, up_end, start, end, down_start, down_end = self._events
-        with self._lane.device.current():
-            (down_end if self._transfers else end).synchronize()
-            computes = self._span(start, end)
-            if not self._transfers:
-                return QueryTimes(*self._enqueued, computes[0], computes[0], *computes, computes[1], computes[1])
-            return QueryTimes(
-                *self._enqueued, *self._span(up_start, up_end), *computes, *self._span(down_start, down_end)
-            )
+    def prepare(self) -> None:
+        """See `DeviceQuery`."""
+        self._lane.use(self._buffers)
+
+    def upload(self, stream: cuda.Stream) -> None:
+        """See `DeviceQuery`."""
+        for name in self._lane.inputs:
+            self._buffers.upload(name, stream)
+
+    def launch(self) -> None:
+        """See `DeviceQuery`."""
+        if self._graph is not None:
+            self._graph.launch()
+        else:
+            self._lane.execute()
+
+    def download(self, stream: cuda.Stream) -> None:
+        """See `DeviceQuery`."""
+        for name in self._lane.outputs:
+            self._buffers.download(name, stream)
 
     def outputs(self) -> dict[str, Array]:
         """Copies of the outputs, downloaded now: for `--exportOutput` and tests."""
-        with self._lane.device.current():
-            for name in self._lane.outputs:
-                self._buffers.download(name, self._lane.stream)
+        with self.current():
+            self.download(self._lane.stream)
             self._lane.stream.synchronize()
             return {name: self._buffers.host(name).copy() for name in self._lane.outputs}
-
-    def _span(self, start: Any, end: Any) -> tuple[float, float]:
-        # An event's distance from a far origin is a float32: the duration comes from its own two events.
-        begin = float(start.time_since(self._origin.event))
-        return begin, begin + float(end.time_since(start))
 
     def drop_graph(self) -> None:
         """Destroy the graph; idempotent."""
@@ -322,16 +333,18 @@ class EngineQuery(Query):
             graph.close()
 
     def free(self) -> None:
-        """Return the memory, the streams and the events; idempotent."""
+        """Return the memory and the events; idempotent."""
         self._buffers.free()
+        for event in self._events:
+            event.close()  # type: ignore[attr-defined]
         self._events = []
-        self._up = self._down = None
 
 
-def collect_layer_times(
-    api: Any, lane: Lane, runs: int, after: Callable[[], None] = lambda: None
-) -> list[tuple[str, tuple[float, ...]]]:
-    """Each layer's name and its time in each of `runs` runs, ms, in the engine's order, by TensorRT's profiler."""
+def collect_layer_times(api: Any, lane: Lane, runs: int) -> list[tuple[str, tuple[float, ...]]]:
+    """Each layer's name and its time in each of `runs` runs, ms, in the engine's order, by TensorRT's profiler.
+
+    A few runs before them are not counted: the first ones load kernels and raise clocks.
+    """
     seen: list[list[tuple[str, float]]] = []
 
     class Profiler(api.IProfiler):  # type: ignore[misc]
@@ -344,10 +357,10 @@ def collect_layer_times(
     context: trt.IExecutionContext = lane.context
     profiler = Profiler()
     context.profiler = profiler
-    for _ in range(runs):
+    for _ in range(runs + PROFILE_WARM_UP):
         seen.append([])
         lane.execute()
         lane.stream.synchronize()
-        after()
-    length = min((len(run) for run in seen), default=0)
-    return [(seen[0][i][0], tuple(run[i][1] for run in seen)) for i in range(length)]
+    counted = seen[PROFILE_WARM_UP:]
+    length = min((len(run) for run in counted), default=0)
+    return [(counted[0][i][0], tuple(run[i][1] for run in counted)) for i in range(length)]

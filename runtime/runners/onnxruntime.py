@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
+import click
 
 from gmconv.cli import require
 from gmconv.errors import RefusedError, UnavailableError
+from gmconv.files import sha256_file
+from runtime import cuda
 from runtime.manifest import Manifest, TensorSpec, find_manifest
-from runtime.runners.base import Array, Runner, numpy_dtype, validate_feeds
+from runtime.runners.base import Array, Query, Runner, validate_feeds
+from runtime.runners.onnxruntime_cuda import Binding, SessionLane
+from runtime.runners.providers import PROVIDERS, Request, add_providers
 from runtime.runners.qdq import serving_options
+from runtime.runners.queries import Origin, Streams
 
 Optimization = Literal["disable", "basic", "extended", "all"]
 
-#: What a session is asked for by name, and ONNX Runtime's name for it.
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "rtx": "NvTensorRTRTXExecutionProvider",
-}
 _LEVELS = {
     "disable": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
@@ -38,7 +38,8 @@ _UNREGISTERED = re.compile(
     r"(?P<domain>[\w.\-]*):(?P<op>[\w.\-]+)\([^)]*\) is not a registered function/op"
     r"|No Op registered for (?P<plain>\w+)"
 )
-_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
+#: Shapes whose tensors stay on the GPU, those run last. A session never forgets a CUDA graph: it records no more.
+BINDINGS = 8
 
 
 class OnnxRuntimeRunner(Runner):
@@ -54,13 +55,15 @@ class OnnxRuntimeRunner(Runner):
             quantized graph, which ONNX Runtime's own rewrites change.
         config: session config entries, e.g. `{"session.intra_op.allow_spinning": "0"}`.
         extra_outputs: names of intermediate tensors to return beside the network's own outputs.
-        tf32: let CUDA use TF32 for fp32 convolutions and matmuls (off: strict fp32).
-        cuda_graph: capture the run on the first call for each shape and replay it.
+        tf32: let CUDA use TF32 for fp32 convolutions and matmuls (off: strict fp32). The TensorRT providers take it for
+            a whole process.
+        cuda_graph: capture the run on the first call for each of the first `BINDINGS` shapes and replay it.
         profile: path prefix of ONNX Runtime's own profile, written on `close()`.
 
     Raises:
         RefusedError: not an ONNX file, an operator ONNX Runtime does not know (named), a graph it cannot run.
-        UnavailableError: onnxruntime, the provider, a driver or a GPU is missing; there is no fallback.
+        UnavailableError: onnxruntime, the provider, a driver or a GPU is missing, or a node has to run on the CPU.
+            There is no fallback, unless `config` has `session.disable_cpu_ep_fallback` "0".
     """
 
     def __init__(
@@ -99,25 +102,40 @@ class OnnxRuntimeRunner(Runner):
             optimization = min(optimization, most, key=list(_LEVELS).index)
         if quantized_as_written:  # beyond "basic" come Q/DQ rewrites that the session entry does not turn off
             optimization = min(optimization, "basic", key=list(_LEVELS).index)
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[optimization])
-        options.intra_op_num_threads = threads or 0
-        options.inter_op_num_threads = inter_threads or 0
-        if inter_threads and inter_threads > 1:
-            options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
         entries = dict(config or {}) | ({"session.disable_quant_qdq": "1"} if quantized_as_written else {})
-        for key, value in entries.items():
-            options.add_session_config_entry(key, value)
-        if profile:
-            options.enable_profiling, options.profile_file_prefix = True, profile
-        self._graph = cuda_graph
-        self._session = _session(ort, path, options, self._provider, index, tuple(extra_outputs), tf32, cuda_graph)
+        if kind != "cpu":
+            entries.setdefault("session.disable_cpu_ep_fallback", "1")
+
+        def session_options() -> Any:
+            options = ort.SessionOptions()
+            options.log_severity_level = 4
+            options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[optimization])
+            options.intra_op_num_threads = threads or 0
+            options.inter_op_num_threads = inter_threads or 0
+            if inter_threads and inter_threads > 1:
+                options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
+            for key, value in entries.items():
+                options.add_session_config_entry(key, value)
+            if profile:
+                options.enable_profiling, options.profile_file_prefix = True, profile
+            return options
+
+        self._options = session_options
+        self._graph, self._extra = cuda_graph, tuple(extra_outputs)
+        self._request = Request(provider=self._provider, index=index, tf32=tf32, cuda_graph=cuda_graph)
+        if kind != "cpu" and path.is_file():
+            digest = self.manifest.artefact.sha256 if self.manifest else sha256_file(path)
+            self._request = replace(self._request, model=f"{digest[:16]}-{ort.__version__}")
+        self._session = _session(ort, path, session_options(), self._request, self._extra)
         self._ort = ort
         self.inputs = tuple(_spec(arg) for arg in self._session.get_inputs())
         self.outputs = tuple(_spec(arg) for arg in self._session.get_outputs())
         self._names = [spec.name for spec in self.outputs]
-        self._bindings: dict[tuple[Any, ...], _Binding] = {}
+        self._bindings: OrderedDict[tuple[Any, ...], Binding] = OrderedDict()
+        self._recorded = 0
+        self._lanes: list[SessionLane] = []
+        self._things: list[cuda.Stream | cuda.Event] = []
+        self._gpu: cuda.Device | None = None
         count = f", {threads} thread{'s' if threads != 1 else ''}" if threads else ""
         self.name = f"onnxruntime {self._provider}{count}" + (", CUDA graph" if cuda_graph else "")
 
@@ -132,7 +150,7 @@ class OnnxRuntimeRunner(Runner):
         except Exception as error:
             if not _from_ort(error):
                 raise
-            raise RefusedError(f"{self.name} cannot run this network on these inputs: {_reason(error)}") from error
+            raise self._failure(error) from error
         return dict(zip(self._names, values, strict=True))
 
     def bind(self, feeds: Mapping[str, Array]) -> Callable[[], object]:
@@ -150,16 +168,78 @@ class OnnxRuntimeRunner(Runner):
 
     def close(self) -> None:
         """Free the session and what is bound to it."""
-        self._bindings = {}
+        self._bindings.clear()
+        if self._gpu is not None:
+            with contextlib.suppress(cuda.CudaError), self._gpu.current():
+                for thing in (*self._lanes, *self._things):
+                    thing.close()
+            self._lanes, self._things, self._gpu = [], [], None
         self._session = None
 
-    def _binding(self, feeds: Mapping[str, Array]) -> _Binding:
+    def _failure(self, error: Exception) -> click.ClickException:
+        """ONNX Runtime's refusal of a run in this project's words."""
+        reason = _reason(error)
+        if self._provider != "cpu" and re.search(
+            r"[Oo]ut of memory|Failed to allocate memory|CUDA failure 2\b", reason
+        ):
+            return cuda.DeviceMemoryError(f"{self.device}: {self.name} has no room for this batch; use a smaller one")
+        if self._provider != "cpu" and re.search(r"CUDA failure|CUDNN failure|CUBLAS failure", reason):
+            return cuda.CudaError(f"{self.device}: {self.name} failed: {reason}")
+        return RefusedError(f"{self.name} cannot run this network on these inputs: {reason}")
+
+    def queries(
+        self,
+        feeds: Mapping[str, Array],
+        count: int,
+        *,
+        transfers: bool,
+        cuda_graph: bool,
+        streams: int = 1,
+        spin: bool = True,
+    ) -> list[Query] | None:
+        """On a GPU, queries clocked by CUDA events as an engine's are, each stream with a session of its own."""
+        if self._provider == "cpu":
+            return None
+        results = self.run(feeds)  # what cannot run fails here, in words; the shapes of the outputs
+        index = self._request.index
+        self._gpu = self._gpu or cuda.open_device(index)
+
+        def open_session(stream: int) -> Any:
+            request = replace(self._request, cuda_graph=cuda_graph, stream=stream)
+            return _session(self._ort, self.path, self._options(), request, self._extra)
+
+        rounds: list[list[Query]] = [[] for _ in range(count)]
+        origin: Origin | None = None
+        with self._gpu.current():
+            for _ in range(streams):
+                specs = (self.inputs, self.outputs)
+                lane = SessionLane(self._ort, self._gpu, open_session, specs, cuda_graph=cuda_graph)
+                self._lanes.append(lane)
+                lane.load(feeds, results)
+                if origin is None:
+                    event = self._gpu.event()
+                    self._things.append(event)
+                    origin = Origin(event, lane.stream)
+                up, down = self._gpu.stream(), self._gpu.stream()
+                self._things += [up, down]
+                for turn in rounds:
+                    order = Streams(up, lane.stream, down)
+                    turn.append(lane.query(origin, order, transfers=transfers, spin=spin))
+        return [query for turn in rounds for query in turn]
+
+    def _binding(self, feeds: Mapping[str, Array]) -> Binding:
         key = tuple((name, array.shape) for name, array in sorted(feeds.items()))
-        if key not in self._bindings:
-            index = int(self.device.partition(":")[2] or 0)
-            graph = len(self._bindings) + 1 if self._graph else -1
-            self._bindings[key] = _Binding(self._ort, self._session, feeds, self.outputs, index, graph)
-        return self._bindings[key]
+        binding = self._bindings.pop(key, None)
+        if binding is None:
+            graph = -1
+            if self._graph and self._recorded < BINDINGS:
+                self._recorded += 1
+                graph = self._recorded
+            binding = Binding(self._ort, self._session, feeds, self.outputs, self._request.index, graph)
+        self._bindings[key] = binding  # the newest use last
+        if len(self._bindings) > BINDINGS:
+            self._bindings.popitem(last=False)
+        return binding
 
 
 def run_bytes(model: bytes, path: Path, outputs: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -183,56 +263,6 @@ def run_bytes(model: bytes, path: Path, outputs: Sequence[str], feeds: Mapping[s
     return dict(zip(outputs, values, strict=True))
 
 
-class _Binding:
-    """Inputs and outputs of one shape in device memory, at addresses that stay (a CUDA graph needs that)."""
-
-    def __init__(
-        self,
-        ort: Any,
-        session: Any,
-        feeds: Mapping[str, Array],
-        outputs: tuple[TensorSpec, ...],
-        index: int,
-        graph: int,
-    ) -> None:
-        self._session, self._binding, self._options = session, session.io_binding(), ort.RunOptions()
-        self._options.log_severity_level = 4
-        if graph >= 0:
-            self._options.add_run_config_entry("gpu_graph_id", str(graph))
-        self._inputs = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", index)
-            for name, array in feeds.items()
-        }
-        for name, value in self._inputs.items():
-            self._binding.bind_ortvalue_input(name, value)
-        for spec in outputs:
-            self._binding.bind_output(spec.name, "cuda", index)
-        if graph >= 0:
-            # A captured graph writes to fixed addresses: run once to learn the shapes, then own the buffers.
-            uncaptured = ort.RunOptions()
-            uncaptured.add_run_config_entry("gpu_graph_id", "-1")
-            session.run_with_iobinding(self._binding, uncaptured)
-            shapes = [value.shape() for value in self._binding.get_outputs()]
-            self._owned = []
-            for spec, shape in zip(outputs, shapes, strict=True):
-                owned = ort.OrtValue.ortvalue_from_shape_and_type(shape, numpy_dtype(spec.dtype), "cuda", index)
-                self._owned.append(owned)
-                self._binding.bind_ortvalue_output(spec.name, owned)
-
-    def load(self, feeds: Mapping[str, Array]) -> None:
-        for name, array in feeds.items():
-            self._inputs[name].update_inplace(np.ascontiguousarray(array))
-
-    def execute(self) -> None:
-        """Run and wait: `run_with_iobinding` synchronizes its stream before it returns."""
-        self._session.run_with_iobinding(self._binding, self._options)
-
-    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
-        self.load(feeds)
-        self.execute()
-        return list(self._binding.copy_outputs_to_cpu())
-
-
 def _import() -> Any:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     ort = require("onnxruntime", "cpu")
@@ -249,16 +279,8 @@ def _device(device: str) -> tuple[str, int, str]:
     return kind, int(index or 0), kind if kind == "cpu" else f"cuda:{index or 0}"
 
 
-def _session(
-    ort: Any,
-    path: Path,
-    options: Any,
-    provider: str,
-    index: int,
-    extra_outputs: tuple[str, ...],
-    tf32: bool,
-    cuda_graph: bool,
-) -> Any:
+def _session(ort: Any, path: Path, options: Any, request: Request, extra_outputs: tuple[str, ...]) -> Any:
+    provider = request.provider
     model: str | bytes = str(path)
     if not path.is_file():
         raise RefusedError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}; name an ONNX file")
@@ -267,7 +289,7 @@ def _session(
     if extra_outputs:
         model = _with_outputs(path, extra_outputs)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    providers = _providers(ort, options, provider, index, tf32, cuda_graph)
+    providers = add_providers(ort, options, request)
     try:
         session = ort.InferenceSession(model, options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions share no base class below Exception
@@ -279,6 +301,11 @@ def _session(
                 f"{path}: uses the operator {op} of domain {domain!r}, which ONNX Runtime does not have; "
                 f"export the network with standard ONNX operators"
             ) from error
+        if "fallback to CPU EP has been explicitly disabled" in str(error):
+            raise UnavailableError(
+                f"{path}: {PROVIDERS[provider]} does not run every node, or does not load on this machine (see "
+                f"`nvidia-smi`); use --device cpu"
+            ) from error
         if provider != "cpu" and re.search(r"CUDA|cuda|TensorRT|cudnn|driver", str(error)):
             raise UnavailableError(f"ONNX Runtime cannot use {PROVIDERS[provider]}: {_reason(error)}") from error
         raise RefusedError(f"{path}: ONNX Runtime cannot load it ({_reason(error)}); export it again") from error
@@ -289,53 +316,6 @@ def _session(
             f"cuDNN does not load on this machine; see `nvidia-smi`, or use --device cpu"
         )
     return session
-
-
-def _providers(
-    ort: Any, options: Any, provider: str, index: int, tf32: bool, cuda_graph: bool
-) -> list[tuple[str, dict[str, str]]]:
-    """What to ask for; raises UnavailableError when this ONNX Runtime does not have it."""
-    if provider == "cpu":
-        return [(PROVIDERS["cpu"], {})]
-    name = PROVIDERS[provider]
-    if provider == "rtx" and name not in ort.get_available_providers():
-        return _rtx_plugin(ort, options, index)
-    if name not in ort.get_available_providers():
-        raise UnavailableError(
-            f"this onnxruntime has no {name}: pip install 'gmconv-deploy[gpu]' on a machine with an NVIDIA driver, or "
-            f"use --device cpu"
-        )
-    if hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()
-    chosen = {"device_id": str(index)}
-    if provider == "cuda":
-        chosen |= {"use_tf32": str(int(tf32)), "enable_cuda_graph": str(int(cuda_graph))}
-    elif provider == "tensorrt":
-        chosen |= {"trt_cuda_graph_enable": str(cuda_graph)}
-    elif cuda_graph:
-        chosen |= {"enable_cuda_graph": "1"}
-    return [(name, chosen)]
-
-
-def _rtx_plugin(ort: Any, options: Any, index: int) -> list[tuple[str, dict[str, str]]]:
-    """Register the plug-in provider from its own wheel; the session then takes it from `options`."""
-    try:
-        plugin = importlib.import_module(_PLUGIN)
-    except ImportError as error:
-        raise UnavailableError(
-            "the TensorRT-RTX execution provider is not installed: pip install onnxruntime-ep-nv-tensorrt-rtx-cu13"
-        ) from error
-    name = PROVIDERS["rtx"]
-    try:
-        ort.register_execution_provider_library(name, str(plugin.get_library_path()))
-    except Exception as error:
-        if "already" not in str(error):
-            raise UnavailableError(f"the TensorRT-RTX execution provider does not load: {_reason(error)}") from error
-    devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
-    if index >= len(devices):
-        raise UnavailableError(f"the TensorRT-RTX execution provider finds {len(devices)} GPUs; cuda:{index} was asked")
-    options.add_provider_for_devices([devices[index]], {})
-    return []
 
 
 def _with_outputs(path: Path, names: tuple[str, ...]) -> bytes:

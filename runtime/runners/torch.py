@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import time
+import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gmconv.cli import require
 from gmconv.errors import RefusedError, UnavailableError
 from gmconv.images import Preprocessing, read_preprocessing
+from runtime import cuda
 from runtime.manifest import TensorSpec
-from runtime.runners.base import Array, LayerTime, Query, QueryTimes, Runner, validate_feeds
+from runtime.runners.base import Array, LayerTime, Query, Runner, validate_feeds
+from runtime.runners.torch_queries import Captured, make_queries
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 Form = Literal["live", "baked"]
+#: CUDA graphs kept, one for each shape run last: each holds the memory of its intermediate results.
+GRAPHS = 8
+log = logging.getLogger("gmconv.runners")
 
 
 class TorchRunner(Runner):
@@ -32,7 +39,8 @@ class TorchRunner(Runner):
         dtype: "float32", or "float64" for a yardstick: inputs stay float32 and are widened, outputs are float64.
         channels_last: memory format of weights and inputs.
         tf32: let CUDA use TF32 (off: strict fp32).
-        cuda_graph: capture the run on the first call for each shape and replay it.
+        cuda_graph: capture the run on the first call for each shape and replay it (the last `GRAPHS` shapes; where it
+            cannot be captured that is said once, and it runs without).
         threads: of the CPU kernels (process-wide in PyTorch); PyTorch's choice when None.
         dynamic_hw: accept any height and width, not only the checkpoint's.
         input_name, output_names: to go by the names of an exported file.
@@ -85,7 +93,8 @@ class TorchRunner(Runner):
         self.model = model
         self._call: Callable[[Any], Any] = torch.compile(model) if compiled else model
         self._tf32, self._graph, self._output_names = tf32, cuda_graph, tuple(output_names)
-        self._graphs: dict[tuple[int, ...], _Captured] = {}
+        self._graphs: OrderedDict[tuple[int, ...], Captured] = OrderedDict()
+        self._graph_problem: str | None = None
         channels, height, width = self.checkpoint.input_shape
         hw: tuple[int | str, ...] = ("height", "width") if dynamic_hw else (height, width)
         self.inputs = (TensorSpec(input_name, "float32", ("batch", channels, *hw)),)
@@ -117,12 +126,16 @@ class TorchRunner(Runner):
                     return call(tensor)
 
             return bound
-        synchronize = self._torch.cuda.synchronize
+        synchronize, device = self._torch.cuda.synchronize, self._device
+        with self._mode():
+            captured = self.capture(tensor) if self._graph else None
+        if captured is not None:
+            call, tensor = captured, captured.input
 
         def bound_on_gpu() -> object:
             with self._mode():
-                result = self._forward(tensor)
-            synchronize()
+                result = call(tensor)
+            synchronize(device)
             return result
 
         return bound_on_gpu
@@ -141,17 +154,26 @@ class TorchRunner(Runner):
         if self._device.type != "cuda":
             return None
         validate_feeds(self.inputs, feeds)
-        origin = self._torch.cuda.Event(enable_timing=True)
-        origin.record()
-        origin.synchronize()
-        start = time.perf_counter()
-        lanes = [self._torch.cuda.Stream(self._device) for _ in range(streams)]
-        host = self._torch.from_numpy(feeds[self.inputs[0].name]).pin_memory()
-        return [
-            _TorchQuery(self, host, lane, origin, start, transfers=transfers, graph=cuda_graph, spin=spin)
-            for _ in range(count)
-            for lane in lanes
-        ]
+        with self._words():
+            host = self._torch.from_numpy(feeds[self.inputs[0].name]).pin_memory()
+            return [*make_queries(self, host, count, streams, transfers=transfers, graph=cuda_graph, spin=spin)]
+
+    @property
+    def graph_problem(self) -> str | None:
+        """Why CUDA graphs do not work here, once that has shown."""
+        return self._graph_problem
+
+    def capture(self, tensor: torch.Tensor) -> Captured | None:
+        """A CUDA graph of the run on inputs like `tensor`, inside `_mode`; None where there can be none."""
+        if self._graph_problem is None:
+            try:
+                return Captured(self._torch, self._call, tensor)
+            except self._torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self._graph_problem = " ".join(str(error).split())[:200]
+                log.warning("%s: no CUDA graph (%s); run without", self.name, self._graph_problem)
+        return None
 
     def activations(self, feeds: Mapping[str, Array]) -> dict[str, list[Array]]:
         """What each module returned in one run, call by call, in the order in which they returned first.
@@ -214,7 +236,7 @@ class TorchRunner(Runner):
 
     def close(self) -> None:
         """Drop the network and its graphs."""
-        self._graphs = {}
+        self._graphs.clear()
 
     def _learn_outputs(self, dtype: str) -> tuple[TensorSpec, ...]:
         """Output names and shapes, from one run at batch 2."""
@@ -244,12 +266,14 @@ class TorchRunner(Runner):
         return found
 
     def _forward(self, tensor: torch.Tensor) -> Any:
-        if not self._graph:
-            return self._call(tensor)
         key = tuple(tensor.shape)
-        if key not in self._graphs:
-            self._graphs[key] = _Captured(self._torch, self._call, tensor)
-        return self._graphs[key](tensor)
+        captured = self._graphs.pop(key, None) or (self.capture(tensor) if self._graph else None)
+        if captured is None:
+            return self._call(tensor)
+        self._graphs[key] = captured  # the newest use last
+        if len(self._graphs) > GRAPHS:
+            self._graphs.popitem(last=False)
+        return captured(tensor)
 
     def _named(self, outputs: Any) -> dict[str, torch.Tensor]:
         """Outputs by name: those given, a dict's keys, `logits`, or `output_0`, ... (as the exporter names them)."""
@@ -267,12 +291,12 @@ class TorchRunner(Runner):
 
     @contextlib.contextmanager
     def _mode(self) -> Iterator[None]:
-        """Inference mode, with TF32 as asked for and not as some other code of the process left it."""
+        """Inference mode on this runner's device, with TF32 as asked for and not as other code left it."""
         torch = self._torch
         before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self._tf32
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.cuda.device(self._device) if self.device != "cpu" else nullcontext():
                 yield
         finally:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
@@ -283,6 +307,12 @@ class TorchRunner(Runner):
             yield
         except (RuntimeError, ValueError, TypeError) as error:
             text = " ".join(str(error).split())[:300]
+            if isinstance(error, self._torch.OutOfMemoryError):
+                raise cuda.DeviceMemoryError(
+                    f"{self.device}: {text.partition('. ')[0]}; use a smaller batch"
+                ) from error
+            if text.startswith("CUDA error"):
+                raise cuda.CudaError(f"{self.device}: {text.partition(' CUDA kernel errors')[0]}") from error
             if "compile" in type(error).__module__ or "inductor" in type(error).__module__ or "dynamo" in text:
                 raise UnavailableError(f"torch.compile does not work on this machine: {text}") from error
             raise RefusedError(f"the checkpoint's network does not run on this input: {text}") from error
@@ -314,78 +344,6 @@ def receptive_fields(checkpoint: Path, samples: int = 32) -> tuple[Array, Array]
     found = gmconv.load_checkpoint(checkpoint)
     fields = require("gmconv.erf", "export").receptive_fields(found.model, found.input_shape, samples)
     return fields.before.numpy(), fields.after.numpy()
-
-
-class _Captured:
-    """One CUDA graph of the network, with its static input and output."""
-
-    def __init__(self, torch: Any, call: Callable[[Any], Any], example: torch.Tensor) -> None:
-        self._input = example.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries choose their kernels before the capture
-            for _ in range(3):
-                call(self._input)
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._output = call(self._input)
-
-    def __call__(self, tensor: torch.Tensor) -> Any:
-        if tensor is not self._input:
-            self._input.copy_(tensor)
-        self._graph.replay()
-        return self._output
-
-
-class _TorchQuery(Query):
-    """One inference on one stream, with CUDA events around transfers and compute."""
-
-    def __init__(
-        self,
-        runner: TorchRunner,
-        host: torch.Tensor,
-        stream: Any,
-        origin: Any,
-        origin_s: float,
-        *,
-        transfers: bool,
-        graph: bool,
-        spin: bool,
-    ) -> None:
-        torch = runner._torch
-        self._runner, self._host, self._stream, self._transfers = runner, host, stream, transfers
-        self._origin, self._origin_s = origin, origin_s
-        self._events = [torch.cuda.Event(enable_timing=True, blocking=not spin) for _ in range(4)]
-        self._enqueue = (0.0, 0.0)
-        with runner._mode(), torch.cuda.stream(stream):
-            self._input = runner._tensor({runner.inputs[0].name: host.numpy()})
-            self._call: Callable[[Any], Any] = _Captured(torch, runner._call, self._input) if graph else runner._call
-            outputs = runner._named(self._call(self._input)).values()
-            self._results = [torch.empty(o.shape, dtype=o.dtype, pin_memory=True) for o in outputs]
-        stream.synchronize()
-
-    def enqueue(self) -> None:
-        began = time.perf_counter()
-        runner, events = self._runner, self._events
-        with runner._mode(), runner._torch.cuda.stream(self._stream):
-            events[0].record()
-            if self._transfers:
-                self._input.copy_(self._host, non_blocking=True)
-            events[1].record()
-            outputs = runner._named(self._call(self._input)).values()
-            events[2].record()
-            if self._transfers:
-                for result, output in zip(self._results, outputs, strict=True):
-                    result.copy_(output, non_blocking=True)
-            events[3].record()
-        self._enqueue = began, time.perf_counter()
-
-    def wait(self) -> QueryTimes:
-        self._events[3].synchronize()
-        h2d, compute, computed, done = (self._origin.elapsed_time(event) for event in self._events)
-        began, ended = (1000 * (moment - self._origin_s) for moment in self._enqueue)
-        return QueryTimes(began, ended, h2d, compute, compute, computed, computed, done)
 
 
 def _device(torch: Any, device: str) -> torch.device:

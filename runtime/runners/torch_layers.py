@@ -1,37 +1,36 @@
-"""Time of each module of a network in PyTorch, by hooks."""
+"""Time of each module of a network in PyTorch, by hooks: on a GPU by CUDA events, as every other timing there."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from runtime.runners.base import Array, LayerTime
+from runtime.runners.base import PROFILE_WARM_UP, Array, LayerTime
 
 if TYPE_CHECKING:
     from runtime.runners.torch import TorchRunner
 
-_WARM_UP = 3
-
 
 def module_times(runner: TorchRunner, feeds: Mapping[str, Array], runs: int) -> list[LayerTime]:
     """Time of each leaf module, ms; a module that is called several times in a run has the sum of its calls."""
-    torch = runner._torch
     on_gpu = runner._device.type == "cuda"
     leaves = [(name, m) for name, m in runner.model.named_modules() if name and not any(m.children())]
-    spent: dict[str, float] = {}
-    started: dict[str, float] = {}
+    calls: list[tuple[str, Any, Any]] = []  # a module's name, the moments before and after one call
+    started: dict[str, Any] = {}
 
-    def moment() -> float:
-        if on_gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def moment() -> Any:
+        if not on_gpu:
+            return time.perf_counter()
+        event = runner._torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def before(name: str) -> Callable[..., None]:
         return lambda *_: started.__setitem__(name, moment())
 
     def after(name: str) -> Callable[..., None]:
-        return lambda *_: spent.__setitem__(name, spent.get(name, 0.0) + 1000 * (moment() - started[name]))
+        return lambda *_: calls.append((name, started[name], moment()))
 
     handles = [
         h for n, m in leaves for h in (m.register_forward_pre_hook(before(n)), m.register_forward_hook(after(n)))
@@ -39,11 +38,17 @@ def module_times(runner: TorchRunner, feeds: Mapping[str, Array], runs: int) -> 
     times: dict[str, list[float]] = {}
     try:
         tensor = runner._tensor(feeds)
-        for run in range(runs + _WARM_UP):
-            spent.clear()
+        for run in range(runs + PROFILE_WARM_UP):
+            calls.clear()
             with runner._mode():
                 runner.model(tensor)
-            if run >= _WARM_UP:
+                if on_gpu:
+                    runner._torch.cuda.synchronize(runner._device)
+            spent: dict[str, float] = {}
+            for name, start, end in calls:
+                ms = start.elapsed_time(end) if on_gpu else 1000 * (end - start)
+                spent[name] = spent.get(name, 0.0) + ms
+            if run >= PROFILE_WARM_UP:
                 for name, value in spent.items():
                     times.setdefault(name, []).append(value)
     finally:

@@ -19,12 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
 VARIANTS = {
     "cpu": (["cpu"], []),
-    "gpu": (["gpu"], ["gpu.in"]),
+    "gpu": (["gpu", "cuda"], ["gpu.in"]),
     "tensorrt": (["tensorrt", "cuda"], ["engines.in"]),
     "rtx": (["rtx", "cuda"], ["engines.in"]),
 }
-ENGINES = ("tensorrt", "rtx")
-TOOLS = ("tools", "cuda-headers")
+TOOLS = ("tools",)
 PIN = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^ ;\\]+)(?: ;[^\\]*)? \\$")
 
 
@@ -90,24 +89,14 @@ def test_each_variant_carries_its_engine_and_no_other() -> None:
     assert engines & set(read_lock("rtx")) == {"onnxruntime", "tensorrt-rtx"}
 
 
-def test_the_variants_that_run_an_engine_carry_what_runs_it_and_no_other_compiles() -> None:
-    """runtime/cuda needs pycuda and cuda-bindings for any engine, ONNX Runtime neither; NVML is for metrics."""
-    driver = {"pycuda", "cuda-bindings"}
+def test_the_variants_for_a_gpu_carry_what_runs_it() -> None:
+    """runtime/cuda on cuda-bindings, for engines and for the clocks of ONNX Runtime; NVML for metrics."""
     for variant in VARIANTS:
-        assert driver & set(read_lock(variant)) == (driver if variant in ENGINES else set()), variant
-        assert ("nvidia-ml-py" in read_lock(variant)) == (variant != "cpu"), variant
+        assert {"cuda-bindings", "nvidia-ml-py"} <= set(read_lock(variant)) or variant == "cpu", variant
 
 
-def test_only_the_variants_that_compile_have_a_compiler() -> None:
-    """pycuda is source only: its variants build on the stage with a compiler, the others on the bare tools."""
-    dockerfile = (DOCKER / "Dockerfile").read_text()
-    for variant in VARIANTS:
-        stage = "toolchain-engine" if variant in ENGINES else "tools"
-        assert f"FROM {stage} AS toolchain-{variant}\n" in dockerfile, variant
-
-
-def test_the_development_environment_compiles_nothing() -> None:
-    """`make install` must work without CUDA: engines are built there, not run."""
+def test_nothing_is_compiled() -> None:
+    """Neither the image nor the development environment needs a compiler: pycuda, which does, is for who has it."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
     def packages(extra: str) -> set[str]:
@@ -115,9 +104,12 @@ def test_the_development_environment_compiles_nothing() -> None:
         nested = [packages(e) for r in found if r.name == "gmconv-deploy" for e in r.extras]
         return {r.name for r in found}.union(*nested)
 
-    assert "tensorrt-rtx" in packages("dev")
-    assert "pycuda" not in packages("dev")
-    assert "pycuda" in packages("tensorrt")
+    assert {extra for extra in extras if "pycuda" in packages(extra)} == {"pycuda"}
+    assert not {name for name in (*VARIANTS, *TOOLS) if "pycuda" in read_lock(name)}
+    assert not re.search(r"apt-get|gcc|g\+\+", (DOCKER / "Dockerfile").read_text())
+    assert {"tensorrt-rtx", "cuda-bindings", "onnxruntime"} <= packages("dev")
+    assert {"tensorrt-rtx", "cuda-bindings", "onnxruntime-gpu"} <= packages("dev-gpu")
+    assert "onnxruntime" not in packages("dev-gpu"), "it would take the place of the one with CUDA"
 
 
 @pytest.mark.slow

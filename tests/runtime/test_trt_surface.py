@@ -26,7 +26,7 @@ SOURCES = sorted(
     [
         ROOT / "runtime/trt.py",
         ROOT / "runtime/runners/tensorrt.py",
-        ROOT / "runtime/runners/lane.py",
+        *(ROOT / f"runtime/runners/{name}.py" for name in ("lane", "engine", "runtime_cache")),
         ROOT / "export/tensorrt/__main__.py",
         *(ROOT / "export/tensorrt").glob("*.py"),
     ]

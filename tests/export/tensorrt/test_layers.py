@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
-from export.tensorrt.layers import count_fusions, layers_of_inspector, layers_of_log, precision_histogram
+import pytest
+
+from export.tensorrt.layers import count_fusions, layers_of_inspector, layers_of_log, precision_histogram, read_layers
 
 # TensorRT-RTX 1.7.1, VERBOSE log of an fp16 build, shortened.
 LOG = """Layers:
@@ -48,37 +50,84 @@ def test_other_text_holds_no_layers() -> None:
     assert layers_of_log("Layers:\nsomething else\n") == ()
 
 
-def test_the_inspector_json_says_the_same_in_both_of_its_dialects() -> None:
-    def tensor(name: str, shape: list[int], words: dict[str, str]) -> dict[str, object]:
-        return {"Name": name, "Location": "Device", "Dimensions": shape, **words}
+def tensor(name: str, shape: list[int], words: str) -> dict[str, object]:
+    return {"Name": name, "Location": "Device", "Dimensions": shape, "Format/Datatype": words}
 
-    text = json.dumps(
-        {
-            "Layers": [
-                {
-                    "Name": "conv1 + relu1",
-                    "LayerType": "CaskConvolution",
-                    "Inputs": [tensor("x", [-1, 3, 8, 8], {"Format/Datatype": "Channel major FP16 format"})],
-                    "Outputs": [tensor("y", [-1, 16, 8, 8], {"Format/Datatype": "Channel major FP16 format"})],
-                    "Weights": {"Type": "Half", "Count": 432},
-                    "Metadata": "[ONNX Layer: conv1]\x1e[ONNX Layer: relu1]",
-                },
-                {
-                    "Name": "fc",
-                    "LayerType": "gemm",
-                    "Inputs": [tensor("f", [-1, 16], {"Datatype": "Float", "Format": "Row major linear format"})],
-                    "Outputs": [tensor("logits", [-1, 10], {"Datatype": "Float"})],
-                    "Constants": [tensor("w", [16, 10], {"Datatype": "Float"})],
-                    "Metadata": "",
-                },
-            ],
-            "Bindings": ["input", "logits"],
-        }
-    )
-    layers = layers_of_inspector(text)
-    assert [layer.precision for layer in layers] == ["fp16", "fp32"]
-    assert layers[0].sources == ("conv1", "relu1")
+
+def inspector(words: str, weights: str) -> str:
+    """TensorRT 10's JSON of a reformat, a fused convolution and a layer of the compiler, as published logs have it."""
+    convolution = {
+        "Name": "conv1 + relu1",
+        "LayerType": "CaskConvolution",
+        "Inputs": [tensor("x", [-1, 3, 8, 8], words)],
+        "Outputs": [tensor("y", [-1, 16, 8, 8], words)],
+        "ParameterType": "Convolution",
+        "Kernel": [3, 3],
+        "OutMaps": 16,
+        "Weights": {"Type": weights, "Count": 432},
+        "Bias": {"Type": "Float", "Count": 16},
+        "Activation": "RELU",
+        "TacticName": "sm80_xmma_fprop_implicit_gemm_f16f16_f16f16_f16_nhwckrsc_nhwc_tilesize128x64x64",
+        "Metadata": "[ONNX Layer: conv1]\x1e[ONNX Layer: relu1]",
+    }
+    reformat = {
+        "Name": "Reformatting CopyNode for Input Tensor 0 to conv1 + relu1",
+        "LayerType": "Reformat",
+        "Inputs": [tensor("input", [-1, 3, 8, 8], words)],
+        "Outputs": [tensor("x", [-1, 3, 8, 8], words)],
+        "ParameterType": "Reformat",
+        "Metadata": "",
+    }
+    fc = {
+        "Name": "fc",
+        "LayerType": "gemm",
+        "Inputs": [{"Name": "f", "Dimensions": [-1, 16], "Datatype": "Float", "Format": "Row major linear format"}],
+        "Outputs": [{"Name": "logits", "Dimensions": [-1, 10], "Datatype": "Float"}],
+        "Constants": [{"Name": "w", "Dimensions": [16, 10], "Datatype": "Float"}],
+        "Metadata": "",
+    }
+    return json.dumps({"Layers": [reformat, convolution, fc], "Bindings": ["input", "logits"]})
+
+
+UNKNOWN = "N/A due to dynamic shapes"
+ENGINE_LOG = """Engine Layer Information:
+Layer(Reformat): Reformatting CopyNode for Input Tensor 0 to conv1 + relu1, Tactic: 0x00000000000003e8, input (Half[-1,3,8,8]) -> x (Half[-1,3:8,8,8])
+Layer(CaskConvolution): conv1 + relu1, Tactic: 0x9dcdcc67441d3742, x (Half[-1,3:8,8,8]) -> y (Half[-1,16:8,8,8])
+Layer(CaskConvolution): conv2 + add, Tactic: 0x9dcdcc67441d3742, y (Int8[-1,16:32,8,8]), x[Int8(-1,16:32,8,8)] -> z (Int8[-1,16:32,8,8])
+Layer(NoOp): flatten, Tactic: 0x0000000000000000, z (Int8[-1,16,8,8]) -> f (Int8[-1,1024])
+"""  # noqa: E501
+
+
+def test_the_inspector_json_says_the_same_in_both_of_its_dialects() -> None:
+    layers = layers_of_inspector(inspector("Channel major FP16 format where channel % 8 == 0", "Half"))
+    assert [layer.precision for layer in layers] == ["fp16", "fp16", "fp32"]
+    assert layers[1].sources == ("conv1", "relu1")
     assert count_fusions(layers, frozenset({"conv1"})).fused_epilogues == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "precision"), [("Half", "fp16"), ("Int8", "int8"), ("BFloat16", "bf16"), ("FP8", "fp8")]
+)
+def test_with_a_dynamic_batch_the_weights_say_what_the_tensors_do_not(word: str, precision: str) -> None:
+    layers = read_layers({"log": "", "inspector": inspector(UNKNOWN, word)})
+    assert [layer.precision for layer in layers] == ["", precision, "fp32"]
+    assert precision_histogram(layers) == {precision: 1, "fp32": 1}
+    fusion = count_fusions(layers, frozenset({"conv1"}))
+    assert (fusion.convolutions, fusion.fused_epilogues, fusion.by_precision) == (1, 1, {precision: 1})
+
+
+def test_what_neither_tensors_nor_weights_say_comes_from_the_build_log() -> None:
+    layers = read_layers({"log": ENGINE_LOG, "inspector": inspector(UNKNOWN, "Half")})
+    assert [layer.precision for layer in layers] == ["fp16", "fp16", "fp32"]
+    assert layers[0].outputs[0].shape == (-1, 3, 8, 8)
+
+
+def test_the_engine_log_of_tensorrt_lists_layers_too() -> None:
+    reformat, conv1, conv2, flatten = layers_of_log(ENGINE_LOG)
+    assert [layer.precision for layer in (reformat, conv1, conv2, flatten)] == ["fp16", "fp16", "int8", "int8"]
+    assert conv2.sources == ("conv2", "add")
+    assert [(t.name, t.shape) for t in conv2.inputs] == [("y", (-1, 16, 8, 8)), ("x", (-1, 16, 8, 8))]
+    assert count_fusions(layers_of_log(ENGINE_LOG), CONVOLUTIONS).convolutions == 2
 
 
 def test_an_engine_built_with_layer_names_only_has_names() -> None:

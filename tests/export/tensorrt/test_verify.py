@@ -12,9 +12,9 @@ from onnx import numpy_helper
 
 from export.tensorrt import verify
 from export.tensorrt.build import BuildOptions, build_engine
-from gmconv.errors import ParityError
+from gmconv.errors import ParityError, UnavailableError
 from gmconv.files import sha256_file
-from runtime import cuda
+from runtime import cuda, trt
 from runtime.manifest import FileDigest, Manifest, read_manifest
 
 Make = Callable[..., Path]
@@ -119,3 +119,40 @@ def test_an_engine_for_other_gpus_says_why_it_was_not_compared(classifier: Make,
     options = dataclasses.replace(RTX, verify=True, compute_capabilities=("12.0",))
     manifest = build_engine(classifier(tmp_path / "m.onnx"), tmp_path / "m.plan", options)
     assert manifest.parity == {"result": "not run (it was built for compute capability 12.0, this GPU is 8.9)"}
+
+
+@pytest.mark.parametrize("where", ["parity", "benchmark"])
+def test_an_engine_that_cannot_be_run_here_is_kept_and_says_why(
+    classifier: Make, tmp_path: Path, gpu: None, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def refuse(*_: Path) -> dict[str, object]:
+        raise trt.InvalidEngineError(f"{seen[0]}: TensorRT-RTX calls it invalid on this machine (unsupported cc)")
+
+    seen: list[Path] = []
+
+    def check(reference: Path, plan: Path) -> dict[str, object]:
+        seen.append(plan)
+        return {"result": "passed"} if where == "benchmark" else refuse()
+
+    monkeypatch.setattr(verify, "check_parity", check)
+    monkeypatch.setattr(verify, "time_engine", refuse)
+    plan = tmp_path / "m.plan"
+    manifest = build_engine(classifier(tmp_path / "m.onnx"), plan, dataclasses.replace(RTX, verify=True))
+    words = {"result": "not run (TensorRT-RTX calls it invalid on this machine (unsupported cc))"}
+    assert manifest.parity == (words if where == "parity" else {"result": "passed"})
+    assert manifest.benchmark == (words if where == "benchmark" else None)
+    assert read_manifest(plan) == manifest
+    assert not manifest.build["forced"]
+
+
+def test_force_is_for_every_later_reader_too(classifier: Make, tmp_path: Path) -> None:
+    manifest = build_engine(classifier(tmp_path / "m.onnx"), tmp_path / "m.plan", dataclasses.replace(RTX, force=True))
+    assert manifest.build["forced"]
+
+
+def test_current_is_the_gpu_found_here(classifier: Make, tmp_path: Path) -> None:
+    if cuda.driver_problem() is None:
+        pytest.skip("this machine has a GPU")
+    options = dataclasses.replace(RTX, compute_capabilities=("current",))
+    with pytest.raises(UnavailableError, match="--compute-capability current builds for the GPU found here"):
+        build_engine(classifier(tmp_path / "m.onnx"), tmp_path / "m.plan", options)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from runtime import cuda
 from runtime.benchmark.machine import (
     GpuState,
     Snapshot,
@@ -82,13 +83,13 @@ class FakeNvml(SimpleNamespace):
     def nvmlShutdown(self) -> None:
         self.open -= 1
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
-        if index:
-            raise self.NVMLError("no such card")
-        return index
+    NVML_ERROR_NOT_FOUND = 6
+    pids = (os.getpid(), 1)
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
-        return {"GPU-abc": 0}[uuid]
+        if uuid not in ("GPU-abc", "MIG-def"):
+            raise self.NVMLError("not found")
+        return 0
 
     def nvmlDeviceGetName(self, handle: int) -> bytes:
         return b"NVIDIA H100"
@@ -109,13 +110,14 @@ class FakeNvml(SimpleNamespace):
         return 0x1 | 0x40  # idle, thermal
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[Any]:
-        return [SimpleNamespace(pid=os.getpid()), SimpleNamespace(pid=1)]
+        return [SimpleNamespace(pid=pid) for pid in self.pids]
 
 
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeNvml]:
     fake = FakeNvml()
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    names = {0: "GPU-abc", 1: "GPU-def", 2: "GPU-unknown"}
+    monkeypatch.setattr(cuda, "device_uuid", names.get)
     monkeypatch.setitem(sys.modules, "pynvml", fake)  # type: ignore[arg-type]
     yield fake
     assert fake.open == 0, "NVML was not shut down"
@@ -132,15 +134,31 @@ def test_nvml_gives_clocks_temperature_throttling_and_other_processes(nvml: Fake
         throttles=("thermal (hardware)",),
         other_processes=(1,),
     )
-    assert gpu_state(1) is None
 
 
-@pytest.mark.parametrize("visible", ["5,0", "MIG-x,GPU-abc"])
-def test_a_cuda_ordinal_counts_visible_devices(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, visible: str) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    found = gpu_state(1)
-    assert found is not None
-    assert found.name == "NVIDIA H100"
+@pytest.mark.parametrize(("index", "found"), [(0, True), (1, True), (2, False), (3, False)])
+def test_a_card_is_found_by_its_own_name_or_not_at_all(nvml: FakeNvml, index: int, found: bool) -> None:
+    """CUDA's ordinals and NVML's are two orders; a part of a card has a name of its own."""
+    assert (gpu_state(index) is not None) == found
+
+
+@pytest.mark.parametrize(
+    ("pids", "others"),
+    [
+        ((os.getpid(),), ()),
+        ((4_000_001,), ()),  # a container: this process under the host's number
+        ((4_000_001, 4_000_002), (4_000_002,)),
+        ((os.getpid(), 4_000_001), (4_000_001,)),
+        ((), ()),
+    ],
+)
+def test_a_process_does_not_take_itself_for_another(
+    nvml: FakeNvml, pids: tuple[int, ...], others: tuple[int, ...]
+) -> None:
+    nvml.pids = pids
+    state = gpu_state(0)
+    assert state is not None
+    assert state.other_processes == others
 
 
 def test_without_nvml_there_is_no_gpu_state(monkeypatch: pytest.MonkeyPatch) -> None:

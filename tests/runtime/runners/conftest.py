@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -13,7 +15,6 @@ import numpy as np
 import pytest
 import tensorrt_rtx
 
-from gmconv.errors import UnavailableError
 from gmconv.files import sha256_file
 from runtime import cuda, trt
 from runtime.manifest import FileDigest, Manifest, TensorSpec, sidecar
@@ -24,107 +25,179 @@ VERSION = "10.13.3.9"
 Events = list[tuple[Any, ...]]
 
 
-class FakeDevice:
-    """CUDA as the runner sees it: `log` holds what happened, "memory" maps addresses to bytes."""
+class FakeDevice(cuda.Device):
+    """The contract of `runtime.cuda`: `log` holds what happened, `bytes_at` maps addresses to memory.
+
+    `refuse` maps a call ("record", "synchronize", "page_locked", ...) to the error that it raises.
+    """
+
+    driver = "a double"
 
     def __init__(self, log: Events) -> None:
         self.log = log
         self.info = GPU
         self.depth = 0
-        self.memory: dict[int, np.ndarray[Any, Any]] = {}
+        self.bytes_at: dict[int, np.ndarray[Any, Any]] = {}
         self.next_address = 0x1000
         self.handles = 0
         self.clock = 0.0
-        self.full = False
+        self.refuse: dict[str, Exception] = {}
+        self.open: Counter[str] = Counter()
 
-    def current(self) -> Any:
-        device = self
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
 
-        class Current:
-            def __enter__(self) -> None:
-                device.depth += 1
-
-            def __exit__(self, *_: object) -> None:
-                device.depth -= 1
-
-        return Current()
-
-    def need_context(self) -> None:
+    def called(self, name: str) -> None:
         assert self.depth > 0, "a CUDA call without the context current"
+        if name in self.refuse:
+            raise self.refuse[name]
 
     def stream(self) -> Any:
-        self.need_context()
+        self.called("stream")
         self.handles += 1
-        handle = self.handles
-        return SimpleNamespace(
-            handle=handle,
-            synchronize=lambda: self.log.append(("synchronize", handle)),
-            wait_for_event=lambda event: self.log.append(("wait", handle, event.number)),
-        )
+        return FakeStream(self, self.handles)
 
     def event(self, *, blocking: bool = False) -> Any:
-        self.need_context()
+        self.called("event")
         self.log.append(("event", blocking))
         self.handles += 1
-        device, number = self, self.handles
+        return FakeEvent(self, self.handles)
 
-        class Event:
-            at = 0.0
+    def page_locked(self, size: int) -> Any:
+        self.called("page_locked")
+        self.log.append(("page-locked", size))
+        return FakePageLocked(self, size)
 
-            def __init__(self) -> None:
-                self.number = number
+    def allocate(self, size: int) -> Any:
+        self.called("allocate")
+        self.log.append(("allocate", size))
+        self.next_address += size
+        return FakeMemory(self, self.next_address, size)
 
-            def record(self, stream: Any) -> None:
-                device.clock += 1.0
-                self.at = device.clock
-                device.log.append(("record", number, stream.handle))
-
-            def synchronize(self) -> None:
-                device.log.append(("event synchronize", number))
-
-            def time_since(self, other: Any) -> float:
-                return self.at - float(other.at)
-
-        return Event()
-
-    def page_locked(self, count: int) -> np.ndarray[Any, Any]:
-        self.need_context()
-        self.log.append(("page-locked", count))
-        return np.zeros(count, np.uint8)
-
-    def allocate(self, count: int) -> Any:
-        self.need_context()
-        if self.full:
-            raise UnavailableError("no room")
-        device, address = self, self.next_address
-        self.next_address += count
-        self.memory[address] = np.zeros(count, np.uint8)
-        self.log.append(("allocate", count))
-
-        class Allocation:
-            def __int__(self) -> int:
-                return address
-
-            def free(self) -> None:
-                device.need_context()
-                del device.memory[address]
-                device.log.append(("free",))
-
-        return Allocation()
-
-    def upload(self, target: Any, source: np.ndarray[Any, Any], stream: Any) -> None:
-        memoryview(source)  # pycuda asks for a buffer; arrays of bfloat16 have none
-        flat = np.ascontiguousarray(source).view(np.uint8).ravel()
-        self.memory[int(target)][: flat.size] = flat
+    def upload(self, target: Any, source: Any, size: int, stream: Any) -> None:
+        self.called("upload")
+        self.bytes_at[target.address][:size] = source.array[:size]
         self.log.append(("upload", stream.handle))
 
-    def download(self, target: np.ndarray[Any, Any], source: Any, stream: Any) -> None:
-        size = target.nbytes
-        target[...] = self.memory[int(source)][:size].view(target.dtype).reshape(target.shape)
+    def download(self, target: Any, source: Any, size: int, stream: Any) -> None:
+        self.called("download")
+        target.array[:size] = self.bytes_at[source.address][:size]
         self.log.append(("download", stream.handle))
 
-    def memory_free(self) -> int:
-        return 0
+    def record(self, stream: Any, enqueue: Callable[[], None]) -> Any:
+        self.log.append(("capture", stream.handle))
+        self.called("record")
+        return FakeGraph(self, enqueue)
+
+    def memory(self) -> tuple[int, int]:
+        return 0, 2**33
+
+
+class Closes:
+    """Given back exactly once, with the context current."""
+
+    kind = ""
+
+    def __init__(self, device: FakeDevice) -> None:
+        self.device = device
+        self.gone = False
+        device.open[self.kind] += 1
+
+    def close(self) -> None:
+        if not self.gone:
+            assert self.device.depth > 0, "a CUDA call without the context current"
+            self.gone = True
+            self.device.open[self.kind] -= 1
+            self.closed()
+
+    def closed(self) -> None:
+        pass
+
+
+class FakeStream(Closes):
+    kind = "stream"
+
+    def __init__(self, device: FakeDevice, handle: int) -> None:
+        super().__init__(device)
+        self.handle = handle
+
+    def synchronize(self) -> None:
+        self.device.log.append(("synchronize", self.handle))
+        self.device.called("synchronize")
+
+    def wait_for_event(self, event: Any) -> None:
+        self.device.log.append(("wait", self.handle, event.number))
+
+
+class FakeEvent(Closes):
+    kind = "event"
+
+    def __init__(self, device: FakeDevice, number: int) -> None:
+        super().__init__(device)
+        self.number = number
+        self.at = 0.0
+
+    def record(self, stream: Any) -> None:
+        assert not self.gone
+        self.device.clock += 1.0
+        self.at = self.device.clock
+        self.device.log.append(("record", self.number, stream.handle))
+
+    def synchronize(self) -> None:
+        self.device.log.append(("event synchronize", self.number))
+
+    def time_since(self, earlier: Any) -> float:
+        return float(np.float32(self.at - earlier.at))  # as the driver tells it
+
+
+class FakePageLocked(Closes):
+    kind = "page-locked"
+
+    def __init__(self, device: FakeDevice, size: int) -> None:
+        super().__init__(device)
+        self.array = np.zeros(size, np.uint8)
+
+    def closed(self) -> None:
+        self.device.log.append(("free page-locked",))
+
+    free = Closes.close
+
+
+class FakeMemory(Closes):
+    kind = "memory"
+
+    def __init__(self, device: FakeDevice, address: int, size: int) -> None:
+        super().__init__(device)
+        self.address = address
+        device.bytes_at[address] = np.zeros(size, np.uint8)
+
+    def closed(self) -> None:
+        del self.device.bytes_at[self.address]
+        self.device.log.append(("free",))
+
+    free = Closes.close
+
+
+class FakeGraph(Closes):
+    """Records the enqueue without running it, and runs it on launch."""
+
+    kind = "graph"
+
+    def __init__(self, device: FakeDevice, enqueue: Callable[[], None]) -> None:
+        super().__init__(device)
+        self.enqueue = enqueue
+
+    def launch(self) -> None:
+        self.device.log.append(("launch",))
+        self.enqueue()
+
+    def closed(self) -> None:
+        self.device.log.append(("graph closed",))
 
 
 class FakeEngine:
@@ -135,7 +208,7 @@ class FakeEngine:
         self.device = device
         self.profiles = profiles
         self.contexts: list[Any] = []
-        self.refuse_execute = False
+        self.refuse_execute = self.refuse_profile = self.refuse_shapes = False
         engine = mock.create_autospec(tensorrt_rtx.ICudaEngine, instance=True, spec_set=True)
         names = ["input", "logits"]
         engine.num_io_tensors = 2
@@ -155,6 +228,17 @@ class FakeEngine:
         number = len(self.contexts)
         state: dict[str, Any] = {"batch": None, "addresses": {}, "profiler": None}
 
+        def set_profile(index: int, handle: int) -> bool:
+            if self.refuse_profile:  # the binding raises; it never answers False
+                raise RuntimeError("Error in set optimization profile async.")
+            log.append(("profile", number, index))
+            return True
+
+        def infer_shapes() -> list[str]:
+            if self.refuse_shapes:
+                raise RuntimeError("Error: inferShapes failed.")
+            return []
+
         def set_input_shape(name: str, shape: tuple[int, ...]) -> bool:
             log.append(("shape", number, name, shape))
             state["batch"] = shape[0]
@@ -165,14 +249,14 @@ class FakeEngine:
             return True
 
         def execute(handle: int) -> bool:
-            device.need_context()
+            device.called("execute")
             if self.refuse_execute:
                 return False
             log.append(("execute", number, handle))
             batch, addresses = state["batch"], state["addresses"]
-            source = device.memory[addresses["input"]][: batch * 16].view(np.float32).reshape(batch, 4)
+            source = device.bytes_at[addresses["input"]][: batch * 16].view(np.float32).reshape(batch, 4)
             result = np.ascontiguousarray(source[:, :2] * 2)
-            device.memory[addresses["logits"]][: batch * 8] = result.view(np.uint8).ravel()
+            device.bytes_at[addresses["logits"]][: batch * 8] = result.view(np.uint8).ravel()
             if isinstance(context.profiler, tensorrt_rtx.IProfiler):
                 context.profiler.report_layer_time("conv", 0.5)
                 context.profiler.report_layer_time("fc", 0.25)
@@ -180,31 +264,12 @@ class FakeEngine:
 
         context.set_input_shape.side_effect = set_input_shape
         context.get_tensor_shape.side_effect = lambda name: (state["batch"], 4 if name == "input" else 2)
-        context.infer_shapes.return_value = []
+        context.infer_shapes.side_effect = infer_shapes
         context.set_tensor_address.side_effect = set_address
-        context.set_optimization_profile_async.side_effect = lambda index, handle: (
-            log.append(("profile", number, index)) or True
-        )
+        context.set_optimization_profile_async.side_effect = set_profile
         context.execute_async_v3.side_effect = execute
         self.contexts.append(context)
         return context
-
-
-class FakeGraph:
-    """Records the enqueue without running it, and runs it on launch."""
-
-    log: Events
-
-    def __init__(self, stream: Any, enqueue: Callable[[], None]) -> None:
-        self.log.append(("capture", stream.handle))
-        self.enqueue = enqueue
-
-    def launch(self) -> None:
-        self.log.append(("launch",))
-        self.enqueue()
-
-    def close(self) -> None:
-        self.log.append(("graph closed",))
 
 
 @dataclasses.dataclass
@@ -254,14 +319,20 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     api.__dict__.update(vars(tensorrt_rtx))
     api.__dict__["__version__"] = VERSION
     api.__dict__["Runtime"] = lambda logger: runtime
-    FakeGraph.log = log
+    runtime.get_engine_validity.return_value = (tensorrt_rtx.EngineValidity.VALID, 0)
     monkeypatch.setattr(trt, "api", lambda flavor: api)
     monkeypatch.setattr(cuda, "device_info", lambda index=0: GPU)
-    monkeypatch.setattr(cuda, "Device", lambda index: device)
-    monkeypatch.setattr(cuda, "Graph", FakeGraph)
-    monkeypatch.setattr(cuda, "free_page_locked", lambda buffer: log.append(("free page-locked",)))
+    monkeypatch.setattr(cuda, "open_device", lambda index: device)
     path = tmp_path / "model.plan"
     path.write_bytes(b"engine bytes")
     write_manifest(path)
-    yield Bench(log, device, engine, runtime, path, lambda **options: TensorRTRunner(path, "cuda:0", **options))
+    opened: list[TensorRTRunner] = []
+
+    def open_runner(**options: Any) -> TensorRTRunner:
+        opened.append(TensorRTRunner(path, "cuda:0", **options))
+        return opened[-1]
+
+    yield Bench(log, device, engine, runtime, path, open_runner)
     assert device.depth == 0
+    if opened and all(runner._closed for runner in opened):
+        assert +device.open == {}, "closed runners gave everything back"

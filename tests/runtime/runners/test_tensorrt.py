@@ -21,7 +21,8 @@ from gmconv.errors import RefusedError, UnavailableError
 from gmconv.files import sha256_file
 from runtime import cuda
 from runtime.manifest import FileDigest, ShapeRange, TensorSpec
-from runtime.runners.tensorrt import TensorRTRunner, read_engine, refuse_misfit
+from runtime.runners.engine import read_engine, refuse_misfit
+from runtime.runners.tensorrt import TensorRTRunner
 
 GPU = cuda.DeviceInfo(0, "Test GPU", "8.9", 2**33, "580.1", "13.0")
 VERSION = "10.13.3.9"
@@ -216,7 +217,7 @@ def test_closing_releases_graphs_then_contexts_then_memory_then_the_engine(bench
     bench.log.clear()
     runner.close()
     kinds = bench.kinds()
-    assert bench.device.memory == {}
+    assert bench.device.bytes_at == {}
     assert kinds.count("free") == kinds.count("free page-locked") == 2 * 5  # run, bind, two queries and their lane
     assert kinds.count("graph closed") == 4
     lanes = "".join({"synchronize": "|", "graph closed": "g", "free": "f"}.get(kind, "") for kind in kinds)
@@ -237,14 +238,15 @@ def test_a_failed_inference_says_so_and_the_runner_stays_usable(bench: Any) -> N
 
 def test_no_room_on_the_device_leaks_nothing(bench: Any) -> None:
     runner = bench.open()
-    bench.device.full = True
-    with pytest.raises(UnavailableError, match="no room"):
-        runner.run(images(2))
-    assert bench.kinds().count("page-locked") == bench.kinds().count("free page-locked")
-    bench.device.full = False
+    for kind in ("allocate", "page_locked"):
+        bench.device.refuse = {kind: cuda.DeviceMemoryError("no room")}
+        with pytest.raises(cuda.DeviceMemoryError, match="no room"):
+            runner.run(images(2))
+        assert bench.kinds().count("page-locked") == bench.kinds().count("free page-locked")
+    bench.device.refuse = {}
     runner.run(images(2))
     runner.close()
-    assert bench.device.memory == {}
+    assert bench.device.bytes_at == {}
 
 
 @pytest.mark.parametrize("compatible", [False, True])

@@ -1,0 +1,125 @@
+"""ONNX Runtime's execution providers: what each is asked for, and the sessions that run on them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gmconv.errors import UnavailableError
+
+#: What a session is asked for by name, and ONNX Runtime's name for it.
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "rtx": "NvTensorRTRTXExecutionProvider",
+}
+_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
+#: Read by TensorRT and cuBLAS when they load; the providers of TensorRT have no option for it.
+_TF32 = "NVIDIA_TF32_OVERRIDE"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a session runs on: `provider` of `PROVIDERS`, the CUDA ordinal, modes, and a CUstream of the caller's."""
+
+    provider: str
+    index: int = 0
+    tf32: bool = False
+    cuda_graph: bool = False
+    stream: int | None = None
+    model: str = ""
+    """Names the very model: what the TensorRT providers build from it is kept under this name."""
+
+
+def add_providers(ort: Any, options: Any, request: Request) -> list[tuple[str, dict[str, str]]]:
+    """The `providers` of a session with `options`, which may change. Raises UnavailableError where one is missing."""
+    name = PROVIDERS[request.provider]
+    if request.provider == "cpu":
+        return [(name, {})]
+    if hasattr(ort, "preload_dlls"):  # before anything asks what there is
+        with contextlib.redirect_stdout(sys.stderr):
+            ort.preload_dlls()
+    if request.provider != "cuda":
+        _choose_tf32(request.tf32)
+    if request.provider == "rtx" and name not in ort.get_available_providers():
+        return _rtx_plugin(ort, options, request)
+    if name not in ort.get_available_providers():
+        raise UnavailableError(
+            f"this onnxruntime has no {name}: pip install 'gmconv-deploy[gpu]' on a machine with an NVIDIA driver, or "
+            f"use --device cpu"
+        )
+    chosen = [(name, _settings(request))]
+    if request.provider == "tensorrt":  # for the nodes that TensorRT leaves
+        chosen.append((PROVIDERS["cuda"], _settings(replace(request, provider="cuda", cuda_graph=False))))
+    return chosen
+
+
+def _settings(request: Request) -> dict[str, str]:
+    """The provider options, in ONNX Runtime's words."""
+    chosen = {"device_id": str(request.index)}
+    if request.stream is not None:
+        chosen |= {"user_compute_stream": str(request.stream)}
+        chosen |= {"has_user_compute_stream": "1"} if request.provider != "cuda" else {}
+    if request.provider == "cuda":
+        chosen |= {"use_tf32": str(int(request.tf32)), "enable_cuda_graph": str(int(request.cuda_graph))}
+    elif request.provider == "tensorrt":
+        chosen |= {"trt_cuda_graph_enable": str(request.cuda_graph)}
+        chosen |= {"trt_engine_cache_enable": "True", "trt_engine_cache_path": _cache(request)}
+        chosen |= {"trt_timing_cache_enable": "True", "trt_timing_cache_path": _cache(request)}
+    else:
+        chosen |= {"enable_cuda_graph": str(int(request.cuda_graph)), "nv_runtime_cache_path": _cache(request)}
+    return chosen
+
+
+def _choose_tf32(tf32: bool) -> None:
+    """For TensorRT's providers, of the whole process. Raises UnavailableError where it was decided otherwise before."""
+    wanted = "1" if tf32 else "0"
+    if os.environ.setdefault(_TF32, wanted) != wanted:
+        raise UnavailableError(
+            f"TensorRT's providers take TF32 from {_TF32} for a whole process, which has {os.environ[_TF32]}: use "
+            f"another process for tf32={tf32}"
+        )
+
+
+def _cache(request: Request) -> str:
+    """A folder for what TensorRT builds from this very model, so that the next session does not build it again."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(base, "gmconv-deploy", request.provider, f"{request.model}-{'tf32' if request.tf32 else 'fp32'}")
+    with contextlib.suppress(OSError):  # TensorRT goes without where it cannot be written to
+        folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
+
+
+def _rtx_plugin(ort: Any, options: Any, request: Request) -> list[tuple[str, dict[str, str]]]:
+    """Register the plug-in provider from its own wheel; the session then takes it from `options`."""
+    try:
+        plugin = importlib.import_module(_PLUGIN)
+    except ImportError as error:
+        raise UnavailableError(
+            "the TensorRT-RTX execution provider is not installed: pip install onnxruntime-ep-nv-tensorrt-rtx-cu13"
+        ) from error
+    name = PROVIDERS["rtx"]
+    try:
+        ort.register_execution_provider_library(name, str(plugin.get_library_path()))
+    except Exception as error:
+        if "already" not in str(error):
+            raise UnavailableError(f"the TensorRT-RTX execution provider does not load: {error}") from error
+    # It lists devices in an order of its own; each says which CUDA ordinal it is.
+    devices = {
+        int(device.ep_options.get("device_id", place)): device
+        for place, device in enumerate(d for d in ort.get_ep_devices() if d.ep_name == name)
+    }
+    if request.index not in devices:
+        listed = ", ".join(f"cuda:{index}" for index in sorted(devices)) or "no GPU"
+        raise UnavailableError(
+            f"the TensorRT-RTX execution provider finds {listed}; cuda:{request.index} was asked for"
+        )
+    settings = {key: value for key, value in _settings(request).items() if key != "device_id"}
+    options.add_provider_for_devices([devices[request.index]], settings)
+    return []
