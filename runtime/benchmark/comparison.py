@@ -156,7 +156,7 @@ def compare(
 
 
 def _interval(ratio: Ratio | None) -> dict[str, float] | None:
-    return ratio and {"value": ratio.value, "low": ratio.low, "high": ratio.high, "confidence": 0.95}
+    return None if ratio is None else {"value": ratio.value, "low": ratio.low, "high": ratio.high, "confidence": 0.95}
 
 
 def against_first(artefacts: Sequence[Artefact]) -> list[Contender]:
