@@ -64,7 +64,7 @@ test-docker: $(BIN)/.installed  ## build and run the serving image (root, Debian
 bench: bench-export bench-benchmark bench-engine bench-precision bench-crop bench-serve  ## every ratio of the README
 
 bench-export bench-benchmark bench-engine bench-precision bench-crop bench-serve: $(BIN)/.installed
-	$(BIN)/python -m tests.bench.$(subst bench-,,$@)
+	$(BIN)/python -m tests.bench.write $(subst bench-,,$@)
 
 lock: $(BIN)/.installed  ## write constraints.txt from what is installed
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+)\+cpu$$/\1/' > constraints.txt
