@@ -309,6 +309,12 @@ def manifest() -> Callable[..., Manifest]:
 
 
 @pytest.fixture
+def fake_device() -> FakeDevice:
+    """The contract of `runtime.cuda`, in memory."""
+    return FakeDevice([])
+
+
+@pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     log: Events = []
     device = FakeDevice(log)
