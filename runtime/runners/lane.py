@@ -300,7 +300,8 @@ class EngineQuery(DeviceQuery):
 
     def prepare(self) -> None:
         """See `DeviceQuery`."""
-        self._lane.use(self._buffers)
+        if self._graph is None:  # a graph has its addresses
+            self._lane.use(self._buffers)
 
     def upload(self, stream: cuda.Stream) -> None:
         """See `DeviceQuery`."""

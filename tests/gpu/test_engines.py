@@ -326,9 +326,5 @@ def test_a_rtx_engine_on_this_compute_capability(networks: dict[str, Path], tmp_
         pytest.skip("TensorRT-RTX is not installed")
     plan = tmp_path / "m.plan"
     build_engine(networks["resnet20"], plan, options("rtx", verify=False))
-    try:
-        with TensorRTRunner(plan) as runner:
-            assert np.isfinite(runner.run(noise(runner, 2))["logits"]).all(), gpu
-    except trt.InvalidEngineError as refusal:
-        with TensorRTRunner(plan, force=True) as runner:
-            assert np.isfinite(runner.run(noise(runner, 2))["logits"]).all(), (gpu, refusal.message)
+    with TensorRTRunner(plan, force=True) as runner:  # what TensorRT-RTX says of it may be wrong either way
+        assert np.isfinite(runner.run(noise(runner, 2))["logits"]).all(), gpu

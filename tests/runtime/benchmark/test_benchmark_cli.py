@@ -241,6 +241,15 @@ def test_json_is_one_document_and_nothing_else(fake: Fake, device_runner: Any) -
     assert found["interrupted"] is False
 
 
+def test_a_run_whose_graph_could_not_be_recorded_does_not_say_that_it_had_one(
+    fake: Fake, device_runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(device_runner), "graph_problem", property(lambda _: "capture invalidated"))
+    found = json.loads(bench(fake(device_runner), *QUICK, "--json").stdout)
+    assert found["mode"]["cuda_graph"] is False
+    assert "CUDA graphs could not be used: capture invalidated" in found["warnings"]
+
+
 def test_several_artefacts_are_compared_with_the_first(fake: Fake, device_runner_of: Callable[[float], Runner]) -> None:
     slow, fast = fake(device_runner_of(2), "slow.plan"), fake(device_runner_of(1), "fast.plan")
     text = bench(slow, fast, "--duration=0.1", "--warmUp=0")
