@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
-from collections.abc import Mapping
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -68,13 +72,22 @@ def build(arch: str, kwargs: Mapping[str, Any], where: str, *, trusted: bool) ->
     namespace = namespace or "gmconv.models"
     if namespace in ("gmconv.models", "torchvision.models", "timm") and not _NAME.fullmatch(name):
         raise CheckpointError(f"{where}: {arch[:80]!r} is not an architecture name; write e.g. gmconv.models:resnet50")
-    try:
-        model = _make(namespace, name, dict(kwargs), where, arch, trusted)
-    except CheckpointError as error:
-        message = error.message
-        raise CheckpointError(message if message.startswith(where) else f"{where}: {message}") from error
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: {arch} cannot be built with {dict(kwargs)} ({error})") from error
+    with _offline() as attempts:
+        try:
+            model = _make(namespace, name, dict(kwargs), where, arch, trusted)
+        except ArchitectureUnavailableError:
+            raise
+        except Exception as error:  # a factory is somebody's own code
+            if attempts:
+                raise CheckpointError(
+                    f"{where}: {arch} wants to download something from {attempts[0]}; the weights come from the "
+                    f"checkpoint alone: build it without (weights=None, pretrained=False)"
+                ) from error
+            if isinstance(error, CheckpointError):
+                message = error.message
+                raise CheckpointError(message if message.startswith(where) else f"{where}: {message}") from error
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise CheckpointError(f"{where}: {arch} cannot be built with {dict(kwargs)} ({reason})") from error
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"{where}: {arch} returned a {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -92,7 +105,9 @@ def _make(namespace: str, name: str, kwargs: dict[str, Any], where: str, arch: s
             raise CheckpointError(
                 f"{where}: torchvision.models has no network {name!r}; see torchvision.models.list_models()"
             )
-        return zoo.get_model(name, weights=None, **kwargs)
+        builder = inspect.signature(zoo.get_model_builder(name)).parameters
+        none = {key: None for key in ("weights", "weights_backbone") if key in builder}
+        return zoo.get_model(name, **none, **kwargs)
     if namespace == "timm":
         zoo = _module("timm", arch, where)
         if not zoo.is_model(name):
@@ -117,3 +132,37 @@ def _module(name: str, arch: str, where: str) -> Any:
             f"{where}: its architecture {arch} needs the package {name.split('.')[0]}, which does not import here "
             f"({error}): pip install {name.split('.')[0]}"
         ) from error
+
+
+class _Attempt(Exception):  # noqa: N818 (not an OSError: libraries take those for a bad connection and try again)
+    """Raised inside a factory that opens a connection."""
+
+
+_watched = threading.local()
+
+
+def _refuse_connections(event: str, args: tuple[Any, ...]) -> None:
+    attempts: list[str] | None = getattr(_watched, "attempts", None)
+    if attempts is None or event not in ("socket.getaddrinfo", "socket.gethostbyname", "socket.connect"):
+        return
+    host = args[1] if event == "socket.connect" else args[0]
+    if isinstance(host, tuple):
+        host = host[0]
+    elif event == "socket.connect":
+        return  # a path: a socket of this machine
+    attempts.append(str(host)[:80])
+    raise _Attempt(f"nothing here touches the network; {host} was asked for")
+
+
+@contextmanager
+def _offline() -> Iterator[list[str]]:
+    """Refuse this thread every connection to a host meanwhile; yields the hosts it asked for."""
+    if not getattr(_offline, "hooked", False):
+        sys.addaudithook(_refuse_connections)  # one for the process: hooks cannot be taken off
+        _offline.hooked = True  # type: ignore[attr-defined]
+    before = getattr(_watched, "attempts", None)
+    _watched.attempts = [] if before is None else before
+    try:
+        yield _watched.attempts
+    finally:
+        _watched.attempts = before

@@ -1,0 +1,236 @@
+"""Checkpoints: writing one, and reading one of ours or of anybody's training script.
+
+Always `weights_only=True`: nothing in a file may run code. Architecture factories come from three namespaces
+(`gmconv.models:NAME`, `torchvision.models:NAME`, `timm:NAME`) unless the caller, not the file, names another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gmconv.architecture import build, plain_kwargs
+from gmconv.checkpoint.file import read_file
+from gmconv.checkpoint.fill import fill, put_masks, require_same_keys
+from gmconv.checkpoint.names import plain_values, printable
+from gmconv.errors import CheckpointError
+from gmconv.surgery import masked_layers
+
+SCHEMA = "gmconv-deploy.checkpoint/v1"
+_LARGEST_INPUT = 2**28  # elements of one sample: a gigabyte
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A trained network and what is known of it.
+
+    `model` is live (masks computed in forward), in eval mode, on the CPU, float32 (float64 where all weights were
+    stored so). `input_shape` is `(C, H, W)`. `preprocessing` has the fields of `gmconv.images.Preprocessing`. `notes`
+    says what was read between the lines of a foreign file. `sha256` is of the file's bytes.
+    """
+
+    model: nn.Module
+    arch: str
+    arch_kwargs: dict[str, Any]
+    input_shape: tuple[int, int, int]
+    masked: dict[str, str]
+    sha256: str
+    preprocessing: dict[str, Any] | None = None
+    labels: tuple[str, ...] | None = None
+    dataset: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    arch: str,
+    input_shape: tuple[int, int, int],
+    arch_kwargs: Mapping[str, Any] | None = None,
+    *,
+    preprocessing: Mapping[str, Any] | None = None,
+    labels: tuple[str, ...] | None = None,
+    dataset: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one file that `load_checkpoint` turns back into this model; atomic.
+
+    Args:
+        path: of the file, usually `*.pt`.
+        model: live (its GMConv2d layers are recorded by name) or plain.
+        arch: `"gmconv.models:resnet20"`, `"torchvision.models:NAME"`, `"timm:NAME"`, or
+            `"package.module:factory"`, which `load_checkpoint` accepts only with `arch=` said again.
+        input_shape: `(C, H, W)` of one sample.
+        arch_kwargs: keyword arguments of the factory (plain values).
+        preprocessing: fields of `gmconv.images.Preprocessing`.
+        labels: class names in the order of the logits.
+        dataset: how to find the data it was trained on, e.g. `{"name": "digits", "test_size": 0.2, "split_seed": 0}`.
+        training: anything worth keeping (epochs, accuracy, seed).
+
+    Raises:
+        CheckpointError: the architecture does not rebuild this model, or the file cannot be written.
+    """
+    path = Path(path)
+    kwargs = plain_kwargs(arch_kwargs or {}, str(path))
+    masked: dict[str, str] = {name: layer.sigma_per for name, layer in masked_layers(model).items()}
+    state = model.state_dict()
+    for key, value in state.items():
+        state[key] = value.detach() if isinstance(value, Tensor) else value
+    record = {
+        "schema": SCHEMA,
+        "arch": arch,
+        "arch_kwargs": kwargs,
+        "masked": masked,
+        "input_shape": _input_shape(input_shape, str(path)),
+        "preprocessing": dict(preprocessing) if preprocessing else None,
+        "labels": list(labels) if labels else None,
+        "dataset": dict(dataset) if dataset else None,
+        "training": dict(training) if training else None,
+        "state_dict": state,
+    }
+    rebuilt = build(arch, kwargs, str(path), trusted=True)
+    put_masks(rebuilt, masked, str(path), arch)
+    require_same_keys(rebuilt, state, f"{path}: {arch} with {kwargs} does not rebuild this model")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("xb") as stream:
+            torch.save(record, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    arch: str | None = None,
+    num_classes: int | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    labels: Sequence[str] | None = None,
+) -> Checkpoint:
+    """Read a checkpoint of ours, or a foreign state_dict when `arch` says what it belongs to.
+
+    The network is built by its factory and filled by torch's own `load_state_dict`, so what is loaded is what a
+    training script loads. Foreign files may wrap the state_dict at any depth, prefix its keys (`module.`, Lightning's
+    `model.`, wrappers of FSDP, `torch.compile` and activation checkpoints), be on CUDA, in half or another precision,
+    compressed, or `.safetensors`. A `sigma` beside the 4-d weight of a plain `nn.Conv2d` is read as GMConv2d's.
+
+    Args:
+        path: the file.
+        arch: overrides the file's own; any `package.module:factory`, because the caller is trusted and the file is not.
+        num_classes: passed to the factory.
+        input_shape: `(C, H, W)`, for files that do not know it.
+        preprocessing: fields of `gmconv.images.Preprocessing`, for files that do not know them.
+        labels: class names, for files that do not know them.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, holds code, NaN or Inf, or does not fit its architecture.
+        ArchitectureUnavailableError: the architecture's package is not installed.
+    """
+    path = Path(path)
+    raw = read_file(path)
+    ours = raw.get("schema") == SCHEMA
+    if not ours and isinstance(raw.get("schema"), str):
+        raise CheckpointError(
+            f"{path}: schema {printable(raw['schema'])!r} is unknown here; this version reads {SCHEMA!r}"
+        )
+    facts = _facts(raw if ours else {}, path)
+    kwargs = plain_kwargs(facts["arch_kwargs"] or {}, str(path))
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    name, shape = arch or facts["arch"], input_shape or facts["input_shape"]
+    if not isinstance(name, str):
+        raise CheckpointError(
+            f"{path}: does not say its architecture; give --arch NAME (and --num-classes, --input-shape)"
+        )
+    if shape is None:
+        raise CheckpointError(f"{path}: does not say its input shape; give --input-shape C,H,W")
+    shape = _input_shape(shape, str(path))
+    if ours:
+        _require_small(raw, name, kwargs, path, trusted=arch is not None)
+    model = build(name, kwargs, str(path), trusted=arch is not None).cpu()
+    masked, notes = fill(model, raw, path, name, recorded=facts["masked"])
+    return Checkpoint(
+        model=model.eval(),
+        arch=name,
+        arch_kwargs=kwargs,
+        input_shape=shape,
+        masked=masked,
+        sha256=_sha256(path),
+        preprocessing=dict(preprocessing) if preprocessing else facts["preprocessing"],
+        labels=tuple(labels or facts["labels"] or ()) or None,
+        dataset=facts["dataset"],
+        training=facts["training"],
+        notes=notes,
+    )
+
+
+_FACTS = ("arch", "arch_kwargs", "input_shape", "masked", "preprocessing", "labels", "dataset", "training")
+
+
+def _facts(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What a file of ours says besides its weights, refused unless it is plain and short."""
+    facts = {key: raw.get(key) for key in _FACTS}
+    if not plain_values(facts.values()):
+        raise CheckpointError(f"{path}: holds more than a description of a network; save it again")
+    for key in ("preprocessing", "dataset", "training"):
+        if facts[key] is not None and not isinstance(facts[key], dict):
+            raise CheckpointError(f"{path}: its {key} is a {type(facts[key]).__name__}, not a dict; save it again")
+    labels = facts["labels"]
+    if labels is not None and not (
+        isinstance(labels, list | tuple) and all(isinstance(item, str) and item.isprintable() for item in labels)
+    ):
+        raise CheckpointError(f"{path}: its labels are not a list of strings; save it again")
+    return facts
+
+
+def _require_small(raw: Mapping[str, Any], arch: str, kwargs: dict[str, Any], path: Path, *, trusted: bool) -> None:
+    """Refuse a file that names a network larger than its weights, before that network takes memory."""
+    try:
+        with torch.device("meta"):
+            skeleton = build(arch, kwargs, str(path), trusted=trusted)
+    except CheckpointError:
+        return  # what is wrong with it is said when it is built for real; a constructor that computes is not
+    held = sum(value.untyped_storage().nbytes() for value in (raw.get("state_dict") or {}).values() if _dense(value))
+    needed = sum(parameter.numel() for parameter in skeleton.parameters())
+    if needed > held + 2**20:  # bytes held for each number needed: one at least
+        raise CheckpointError(
+            f"{path}: {arch} with {kwargs} has {needed:,} parameters, more than the file holds; save it again"
+        )
+
+
+def _dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+def _input_shape(shape: Any, where: str) -> tuple[int, int, int]:
+    if (
+        isinstance(shape, list | tuple)
+        and len(shape) == 3
+        and all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 65536 for n in shape)
+    ):
+        if math.prod(shape) > _LARGEST_INPUT:
+            raise CheckpointError(f"{where}: an input of {shape} takes gigabytes for one sample; give --input-shape")
+        return (shape[0], shape[1], shape[2])
+    raise CheckpointError(f"{where}: input shape {str(shape)[:80]} is not C,H,W in pixels")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
