@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -118,6 +119,8 @@ def _make(namespace: str, name: str, kwargs: dict[str, Any], where: str, arch: s
             f"{where}: its architecture {arch[:80]!r} is outside gmconv.models, torchvision.models and timm; a file "
             f"may not choose code to run: if you trust it, say --arch {arch[:80]}"
         )
+    if (here := str(Path.cwd())) not in sys.path and not sys.flags.safe_path:
+        sys.path.append(here)  # the user's own code; behind everything else, so that it shadows nothing of ours
     factory = getattr(_module(namespace, arch, where), name, None)
     if not callable(factory):
         raise CheckpointError(f"{where}: {namespace} has no factory {name!r}; check --arch")

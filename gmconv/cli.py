@@ -1,37 +1,97 @@
-"""What every command line shares: exit codes, where progress goes, JSON output."""
+"""What every command line shares: exit codes, signals, `-h`, `--version` and an example, where progress goes, JSON."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from gmconv.errors import UnavailableError
+from gmconv.errors import UnavailableError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-class Command(click.Command):
-    """A click command whose Ctrl-C exits 130, as a shell user expects, instead of click's 1."""
+class _Documented:
+    """What each command and the group of them do alike: how they end, and what their help shows."""
+
+    def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
+        kwargs["context_settings"] = {"help_option_names": ["-h", "--help"], **(kwargs.get("context_settings") or {})}
+        super().__init__(*args, **kwargs)
+        self.example = example
+        if not any("--version" in parameter.opts for parameter in self.params):
+            self.params: list[click.Parameter] = [*self.params, version_option()]
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run, then exit with the code that design and README document."""
+        """Run, then exit with the code that design and README document: 130 on Ctrl-C, 143 on SIGTERM."""
         kwargs["standalone_mode"] = False
-        try:
-            sys.exit(super().main(*args, **kwargs) or 0)
-        except click.exceptions.Exit as done:
-            sys.exit(done.exit_code)
-        except click.ClickException as refusal:
-            refusal.show()
-            _forget_interrupt()
-            sys.exit(refusal.exit_code)
-        except (click.Abort, KeyboardInterrupt):
-            exit_interrupted()
+        with _terminable():
+            try:
+                sys.exit(super().main(*args, **kwargs) or 0)  # type: ignore[misc]
+            except click.exceptions.Exit as done:
+                sys.exit(done.exit_code)
+            except click.UsageError as refusal:
+                refusal.show()
+                _forget_interrupt()
+                sys.exit(refusal.exit_code)
+            except click.ClickException as refusal:
+                click.echo(f"Error: {printable(refusal.format_message(), 4000)}", err=True)
+                _forget_interrupt()
+                sys.exit(refusal.exit_code)
+            except (click.Abort, KeyboardInterrupt):
+                exit_interrupted()
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The example, after the options."""
+        if self.example:
+            with formatter.section("Example"):
+                formatter.write_text(self.example)
+        super().format_epilog(ctx, formatter)  # type: ignore[misc]
+
+
+class Command(_Documented, click.Command):
+    """A click command with `-h`, `--version` and an `example` in its help; Ctrl-C and SIGTERM clean up."""
+
+
+class Group(_Documented, click.Group):
+    """The same for a group of commands."""
+
+
+def version_option() -> click.Option:
+    """`--version`: of this package, and of Python."""
+
+    def show(context: click.Context, _: click.Parameter, asked: bool) -> None:
+        if asked and not context.resilient_parsing:
+            from importlib.metadata import version
+
+            click.echo(f"gmconv-deploy {version('gmconv-deploy')}, Python {sys.version.split()[0]}")
+            context.exit()
+
+    return click.Option(
+        ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=show, help="Show the version."
+    )
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as an exception does, so that temporary files and child processes go."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not ours:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def exit_interrupted() -> NoReturn:

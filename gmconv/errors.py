@@ -9,6 +9,12 @@ from __future__ import annotations
 import click
 
 
+def printable(text: str, longest: int = 80) -> str:
+    """Text from a file as it may be shown: no control characters, no line breaks, not endless."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: longest + 1])
+    return shown if len(text) <= longest else shown[:longest] + "…"
+
+
 class RefusedError(click.ClickException):
     """Exit 3: the checkpoint, model, artefact, image or output path was refused."""
 

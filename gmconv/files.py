@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -31,6 +32,19 @@ def replace_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def require_writable(path: Path) -> None:
+    """Refuse, before any work, an output that exists and is no regular file, or whose folder does not exist.
+
+    Raises RefusedError.
+    """
+    if path.is_dir():
+        raise RefusedError(f"{path}: is a directory; give -o a file name")
+    if path.exists() and not path.is_file():
+        raise RefusedError(f"{path}: is a device, a pipe or another special file; give -o the name of a plain one")
+    if not path.parent.is_dir():
+        raise RefusedError(f"{path}: cannot be written (there is no folder {path.parent}); make it first")
+
+
 @contextmanager
 def staged(artefact: Path) -> Iterator[Path]:
     """Write an artefact pair so that no half-written file ever carries a final name.
@@ -39,24 +53,36 @@ def staged(artefact: Path) -> Iterator[Path]:
     their final names. On a clean exit the files are flushed and renamed into place, the sidecar last; on any exception
     nothing remains. A kill between two renames leaves a pair whose hashes disagree, which every reader refuses.
 
-    Raises RefusedError when the folder cannot be written to or the disk is full.
+    Raises RefusedError when a name is taken by something else than a file, the folder cannot be written to, or the disk
+    is full.
     """
-    parent = artefact.parent
-    if artefact.is_dir():
-        raise RefusedError(f"{artefact}: is a directory; give -o a file name")
+    parent, last = artefact.parent, {artefact.name: 1, f"{artefact.name}.json": 2}
+    for name in last:
+        require_writable(parent / name)
     folder: Path | None = None
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{artefact.name}.", suffix=".tmp", dir=parent))
         yield folder
-        last = {artefact.name: 1, f"{artefact.name}.json": 2}
-        for file in sorted(folder.iterdir(), key=lambda f: (last.get(f.name, 0), f.name)):
+        files = sorted(folder.iterdir(), key=lambda f: (last.get(f.name, 0), f.name))
+        for file in files:
+            require_writable(parent / file.name)
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
+        for file in files:
             file.replace(parent / file.name)
     except OSError as error:
+        if not _about_writing(error, folder):
+            raise
         raise RefusedError(
             f"{artefact}: cannot be written ({error.strerror or error}); nothing was left behind"
         ) from error
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _about_writing(error: OSError, folder: Path | None) -> bool:
+    """Whether an error came of the writing, and not of something else that a caller does meanwhile."""
+    named = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+    return folder is None or error.errno in full or any(name.startswith(str(folder)) for name in named)

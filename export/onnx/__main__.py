@@ -16,15 +16,7 @@ from export.onnx.pipeline import DEFAULT_OPSET, ExportOptions, export_onnx
 from export.precision.__main__ import options_from_flags, precision_flags
 from export.precision.converter import PRECISIONS, Precision
 from gmconv.cli import Command
-
-
-def _shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int, int] | None:
-    if value is None:
-        return None
-    parts = value.replace("x", ",").split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise click.BadParameter("write C,H,W, for example 3,224,224")
-    return int(parts[0]), int(parts[1]), int(parts[2])
+from gmconv.foreign import Foreign, foreign_options
 
 
 def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -63,12 +55,10 @@ def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Prec
     return cast(tuple[Precision, ...], names)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, example="gmconv onnx net.pth --arch mypackage.nets:make --input-shape 3,224,224")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write; default: beside the checkpoint.")
-@click.option("--arch", help="Architecture of a foreign checkpoint: NAME, timm:NAME, package.module:factory, ...")
-@click.option("--num-classes", type=click.IntRange(1), help="Passed to the architecture's factory.")
-@click.option("--input-shape", callback=_shape, metavar="C,H,W", help="Where the checkpoint does not know it.")
+@foreign_options
 @click.option("--batch", type=click.IntRange(1), help="Fix the batch size; default: a dynamic batch axis.")
 @click.option("--dynamic-hw", is_flag=True, help="Leave height and width dynamic too.")
 @click.option("--opset", type=click.IntRange(OLDEST_OPSET), default=DEFAULT_OPSET, show_default=True)
@@ -109,7 +99,9 @@ def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Prec
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no table.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what the exporter prints.")
-def main(checkpoint: Path, output: Path | None, as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
+def main(
+    checkpoint: Path, output: Path | None, foreign: Foreign, as_json: bool, quiet: bool, verbose: bool, **flags: Any
+) -> None:
     """Bake the masks of CHECKPOINT, export it to ONNX, and prove that ONNX Runtime computes the same."""
     from export.onnx.tables import print_export
     from gmconv.cli import print_json, progress_console
@@ -124,6 +116,7 @@ def main(checkpoint: Path, output: Path | None, as_json: bool, quiet: bool, verb
     flags["crop_gain"] = flags["crop_gain"] or "macs"
     fields = {name: value for name, value in flags.items() if name in ExportOptions.__dataclass_fields__}
     fields |= {"input_name": names[0], "seed": flags["noise_seed"], "precision": options_from_flags(flags)}
+    fields["foreign"] = foreign
     options = ExportOptions(**fields)
     output = output or checkpoint.with_suffix(".onnx")
     console = progress_console(quiet=quiet or as_json)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gmconv.errors import ParityError, RefusedError
+from gmconv.foreign import NOTHING, Foreign
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -33,16 +34,14 @@ Note = Callable[[str], None]
 class ExportOptions:
     """How to export. The defaults are those of the command line.
 
-    `arch`, `num_classes` and `input_shape` (C, H, W) are for foreign checkpoints. `batch` None leaves the batch axis
+    `foreign` says what a foreign checkpoint does not say of itself. `batch` None leaves the batch axis
     dynamic; `dynamic_hw` frees height and width too. `samples` real images are compared besides seeded noise. `crop` is
     a tolerance or "lossless" (see `gmconv.crop`), `crop_budget` what `export.crop.budget.parse_budget` reads and
     `crop_gain` what it buys.
     `precisions`: the first is written to the output's name, further ones beside it as `NAME.PRECISION.onnx`.
     """
 
-    arch: str | None = None
-    num_classes: int | None = None
-    input_shape: tuple[int, int, int] | None = None
+    foreign: Foreign = NOTHING
     batch: int | None = None
     dynamic_hw: bool = False
     opset: int = DEFAULT_OPSET
@@ -58,11 +57,6 @@ class ExportOptions:
     crop_gain: Literal["macs", "latency"] = "macs"
     precisions: tuple[Precision, ...] = ("fp32",)
     precision: PrecisionOptions | None = None
-
-    @property
-    def load_options(self) -> dict[str, Any]:
-        """Keyword arguments of `gmconv.load_checkpoint`."""
-        return {"arch": self.arch, "num_classes": self.num_classes, "input_shape": self.input_shape}
 
     def outputs(self, output: Path) -> list[Path]:
         """The files that an export to `output` writes, manifests and external data aside."""
@@ -108,17 +102,20 @@ def export_onnx(
     """
     from export.onnx.cases import comparison_cases
     from export.onnx.reference import ReferenceProcess, is_large
-    from gmconv.files import staged
-    from runtime.manifest import read_manifest
+    from gmconv.files import require_writable, staged
+    from runtime.manifest import read_manifest, sidecar
 
     options = options or ExportOptions()
+    for file in options.outputs(output):
+        require_writable(file)
+        require_writable(sidecar(file))
     with staged(output) as folder, ReferenceProcess() as reference:
         note(f"loading {checkpoint}")
         import gmconv
 
-        loaded = gmconv.load_checkpoint(checkpoint, **options.load_options)
+        loaded = gmconv.load_checkpoint(checkpoint, **options.foreign.given())
         cases = comparison_cases(loaded, options)
-        start = partial(reference.start, checkpoint, options.load_options, options.output_names, cases)
+        start = partial(reference.start, checkpoint, options.foreign.given(), options.output_names, cases)
         crops = options.crop is not None or options.crop_budget is not None
         beside = not is_large(loaded.model) and not crops  # a crop times layers, which wants the processor for itself
         if beside:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 import numpy as np
 
+from gmconv.child import child_command, child_environment
 from gmconv.errors import RefusedError
 from runtime.runners.base import Array
 
@@ -57,15 +58,14 @@ class ReferenceProcess:
         self._folder = tempfile.TemporaryDirectory(prefix="gmconv-reference-")
         self._path = Path(self._folder.name)
         self._count = 0
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(path).resolve()) for path in sys.path)}
         self._log = (self._path / "log").open("w+")
         # Started before there is anything to do: importing torch takes as long here as in the parent.
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "export.onnx.reference", str(self._path)],
+            child_command("export.onnx.reference", str(self._path)),
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=self._log,
-            env=environment,
+            env=child_environment(),
             text=True,
         )
 

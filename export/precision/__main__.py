@@ -78,7 +78,7 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
     )
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, example="gmconv precision net.onnx --to int8 --calibration train/")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--to", "precision", type=click.Choice(PRECISIONS), help="The precision to convert to.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[model.PRECISION.onnx]")

@@ -7,7 +7,7 @@ import sys
 
 def run() -> None:
     """The command: its process first, unless it is only asked for its flags."""
-    if len(sys.argv) < 2 or "--help" in sys.argv:
+    if len(sys.argv) < 2 or {"-h", "--help", "--version"} & set(sys.argv):
         from export.tensorrt.command import main
 
         main()

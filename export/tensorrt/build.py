@@ -16,6 +16,7 @@ from export.tensorrt.profiles import ProfileRequest, to_json
 from export.tensorrt.rephrase import rephrase
 from gmconv.errors import BuildError, RefusedError, UnavailableError
 from gmconv.files import staged
+from gmconv.foreign import NOTHING, Foreign
 from runtime import cuda, trt
 from runtime.manifest import FileDigest, Manifest, ShapeRange, TensorSpec, digest, find_manifest, sidecar, utc_now
 
@@ -46,6 +47,7 @@ class BuildOptions:
     verify: bool = True
     force: bool = False
     checkpoint: Path | None = None
+    foreign: Foreign = NOTHING
     log: Path | None = None
     verbose: bool = False
 
@@ -89,7 +91,7 @@ def build_engine(
         if options.verify and cuda.driver_problem() is None:
             from export.tensorrt.verify import verify_engine
 
-            manifest = verify_engine(onnx_path, plan, manifest, options.checkpoint)
+            manifest = verify_engine(onnx_path, plan, manifest, options.checkpoint, options.foreign)
             sidecar(plan).write_text(manifest.to_json())
     return manifest
 

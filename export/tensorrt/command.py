@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from gmconv.cli import Command, print_json
+from gmconv.foreign import NOTHING, Foreign, foreign_options
 from runtime import trt
 
 if TYPE_CHECKING:
@@ -32,7 +33,12 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def prepare(
-    model: Path, output: Path, precision: Precision | None, calibration: str | None, note: Callable[[str], None]
+    model: Path,
+    output: Path,
+    precision: Precision | None,
+    calibration: str | None,
+    note: Callable[[str], None],
+    foreign: Foreign = NOTHING,
 ) -> Path:
     """The ONNX file to build: `model` itself, or what `export.onnx` and `export.precision` make of it beside `output`.
 
@@ -40,13 +46,13 @@ def prepare(
     """
     onnx_path = model
     if is_checkpoint(model):
-        from export.onnx.pipeline import export_onnx
+        from export.onnx.pipeline import ExportOptions, export_onnx
 
         onnx_path = output.with_suffix(".onnx")
         if precision is not None:
             onnx_path = output.with_name(f"{output.stem.removesuffix('.' + precision)}.onnx")
         note(f"exporting {model} to {onnx_path}")
-        export_onnx(model, onnx_path, note=note)
+        export_onnx(model, onnx_path, ExportOptions(foreign=foreign), note=note)
     if precision is not None:
         from export.precision.convert import convert_precision
         from export.precision.converter import PrecisionOptions
@@ -133,7 +139,7 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> t
     return tuple(dict.fromkeys(parts))
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, example="gmconv tensorrt net.pth --arch mypackage.nets:make --input-shape 3,64,64 --max 32")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL with the suffix .plan.")
 @click.option("--flavor", type=click.Choice(["auto", "tensorrt", "rtx"]), default="auto", show_default=True)
@@ -142,6 +148,7 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> t
     type=click.Choice(["fp16", "bf16", "int8", "fp8"]),
     help="Convert the ONNX file first (export.precision).",
 )
+@foreign_options
 @click.option("--calibration", metavar="DIR|FILE.npz|digits", help="Images for --precision int8 and fp8.")
 @click.option("--min", "low", type=int, multiple=True, help="Smallest batch. Repeat for several profiles.")
 @click.option("--opt", type=int, multiple=True, help="Batch to tune for.")
@@ -218,7 +225,7 @@ def main(
     if output.resolve() == model.resolve():
         raise click.UsageError(f"-o {output} is the model itself: name another file")
     note(f"flavor {flavor} ({trt.TITLES[flavor]}): {why}")
-    onnx_path = prepare(model, output, precision, calibration, note)
+    onnx_path = prepare(model, output, precision, calibration, note, options.foreign)
     with progress_bar(quiet=as_json or options.verbose) as progress:
         manifest = build_engine(onnx_path, output, options, progress=progress, process=process)
     if as_json:

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
+from gmconv.child import child_command, child_environment
+
 Progress = Callable[[str, int, int], None]
 _ADDR_NO_RANDOMIZE = 0x0040000  # personality(2)
 _ASK = 0xFFFFFFFF
@@ -59,19 +61,18 @@ class BuilderProcess:
         self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._stderr = os.fdopen(os.memfd_create("builder"), "w+b")
         read, write = os.pipe()
-        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120 (pathlib is slow)
-        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
         # One malloc arena for all threads would make addresses depend on their timing.
-        inherited = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
+        environment = child_environment(PYTHONHASHSEED="0")
+        environment.pop("MALLOC_ARENA_MAX", None)
         try:
             with _fixed_addresses():
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "export.tensorrt.worker", str(write)],
+                    child_command("export.tensorrt.worker", str(write)),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
                     stderr=self._stderr,
                     pass_fds=(write,),
-                    env={**inherited, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
+                    env=environment,
                 )
         except BaseException:
             os.close(read)

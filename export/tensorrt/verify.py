@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gmconv.errors import ParityError, UnavailableError
+from gmconv.errors import ArchitectureUnavailableError, CheckpointError, ParityError, UnavailableError
 from gmconv.files import sha256_file
+from gmconv.foreign import NOTHING, Foreign
 from runtime import cuda, trt
 from runtime.manifest import Manifest
 
@@ -17,7 +18,9 @@ DEVICE = "cuda:0"
 WARM_UP_MS, DURATION_S, ITERATIONS = 200.0, 1.0, 10
 
 
-def verify_engine(onnx_path: Path, plan: Path, manifest: Manifest, checkpoint: Path | None) -> Manifest:
+def verify_engine(
+    onnx_path: Path, plan: Path, manifest: Manifest, checkpoint: Path | None, foreign: Foreign = NOTHING
+) -> Manifest:
     """The manifest with the results of `plan` against its source: the live checkpoint if found, else the ONNX file.
 
     An engine that cannot run here, or of which TensorRT-RTX says so, is a good engine all the same: that is recorded.
@@ -27,8 +30,14 @@ def verify_engine(onnx_path: Path, plan: Path, manifest: Manifest, checkpoint: P
     reason = why_not(manifest)
     if reason:
         return dataclasses.replace(manifest, parity={"result": f"not run ({reason})"})
+    trained = find_checkpoint(manifest, onnx_path.parent, checkpoint)
     try:
-        parity = check_parity(find_checkpoint(manifest, onnx_path.parent, checkpoint) or onnx_path, plan)
+        try:
+            parity = check_parity(trained or onnx_path, plan, foreign)
+        except (CheckpointError, ArchitectureUnavailableError):
+            if trained is None or checkpoint is not None:
+                raise
+            parity = check_parity(onnx_path, plan)  # nobody asked for the one beside it, which says too little
         manifest = dataclasses.replace(manifest, parity=parity)
         return dataclasses.replace(manifest, benchmark=time_engine(plan))
     except UnavailableError as error:
@@ -54,11 +63,11 @@ def find_checkpoint(manifest: Manifest, folder: Path, known: Path | None = None)
     return next((path for path in candidates if sha256_file(path) == link.sha256), None)
 
 
-def check_parity(reference: Path, plan: Path) -> dict[str, Any]:
+def check_parity(reference: Path, plan: Path, foreign: Foreign = NOTHING) -> dict[str, Any]:
     """Compare at every corner of the profiles. Raises ParityError with the first failure."""
     from runtime.parity.run import ParityOptions, compare_artefacts
 
-    report = compare_artefacts(reference, [plan], ParityOptions(device=DEVICE))
+    report = compare_artefacts(reference, [plan], ParityOptions(device=DEVICE, foreign=foreign))
     candidate = report.candidates[0]
     if not report.passed:
         raise ParityError(f"{plan.name}: differs from {reference.name}: {'; '.join(candidate.failures()[:3])}")

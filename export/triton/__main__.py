@@ -64,7 +64,7 @@ def _gpus(_context: click.Context, _parameter: click.Parameter, value: str | Non
     return tuple(int(v) for v in value.split(","))
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, example="gmconv triton net.onnx -o repository/")
 @click.argument("artefact", type=click.Path(path_type=Path))
 @click.option("-o", "--output", "repository", type=click.Path(path_type=Path), required=True, help="The repository.")
 @click.option("--name", help="Model name; the file's stem by default.")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from gmconv.checkpoint.file import NumpyArray
-from gmconv.checkpoint.names import find_state, first, printable
-from gmconv.errors import CheckpointError
+from gmconv.checkpoint.names import find_state, first
+from gmconv.errors import CheckpointError, printable
 from gmconv.layer import GMConv2d
 from gmconv.surgery import convert
 

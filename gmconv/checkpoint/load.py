@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from gmconv.architecture import build, plain_kwargs
 from gmconv.checkpoint.file import read_file
 from gmconv.checkpoint.fill import fill, put_masks, require_same_keys
-from gmconv.checkpoint.names import plain_values, printable
-from gmconv.errors import CheckpointError
+from gmconv.checkpoint.names import plain_values
+from gmconv.errors import CheckpointError, printable
 from gmconv.surgery import masked_layers
 
 SCHEMA = "gmconv-deploy.checkpoint/v1"
@@ -81,6 +81,8 @@ def save_checkpoint(
         CheckpointError: the architecture does not rebuild this model, or the file cannot be written.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: is a {'directory' if path.is_dir() else 'special file'}; name another")
     kwargs = plain_kwargs(arch_kwargs or {}, str(path))
     masked: dict[str, str] = {name: layer.sigma_per for name, layer in masked_layers(model).items()}
     state = model.state_dict()
@@ -173,12 +175,19 @@ def load_checkpoint(
         input_shape=shape,
         masked=masked,
         sha256=_sha256(path),
-        preprocessing=dict(preprocessing) if preprocessing else facts["preprocessing"],
+        preprocessing=_preprocessing(preprocessing, shape) if preprocessing else facts["preprocessing"],
         labels=tuple(labels or facts["labels"] or ()) or None,
         dataset=facts["dataset"],
         training=facts["training"],
         notes=notes,
     )
+
+
+def _preprocessing(given: Mapping[str, Any], shape: tuple[int, int, int]) -> dict[str, Any]:
+    """What the caller says, with the network's own size and no normalisation where nothing is said."""
+    channels, height, width = shape
+    usual = {"size": (height, width), "mean": (0.0,) * channels, "std": (1.0,) * channels}
+    return {**usual, "channel_order": "L" if channels == 1 else "RGB", **given}
 
 
 _FACTS = ("arch", "arch_kwargs", "input_shape", "masked", "preprocessing", "labels", "dataset", "training")

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from gmconv.checkpoint.file import NumpyArray
-from gmconv.errors import CheckpointError
+from gmconv.errors import CheckpointError, printable
 
 SHOWN = 10
 _DEEPEST = 4  # levels of dicts around a state_dict
@@ -79,12 +79,6 @@ def find_state(raw: Mapping[str, Any], wanted: Collection[str], path: Path) -> F
     if others:
         notes.append(f"left out, as they are not the network's: {first(others)}")
     return Found(state, tuple(notes))
-
-
-def printable(name: str, longest: int = 80) -> str:
-    """A name from a file as it may be shown: no control characters, no line breaks, not endless."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name[: longest + 1])
-    return shown if len(name) <= longest else shown[:longest] + "…"
 
 
 def first(names: list[str]) -> str:

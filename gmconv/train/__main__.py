@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gmconv.cli import Command
+
 if TYPE_CHECKING:
     from gmconv.train.loop import Epoch, TrainOptions, TrainResult
 
@@ -51,7 +53,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 _NOT_NEGATIVE = click.FloatRange(min=0)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command, example="gmconv train --epochs 8 -o digits.pt")
 @click.option(
     "--dataset", default="digits", show_default=True, metavar="digits|DIR", help="DIR: a sub-folder per class."
 )

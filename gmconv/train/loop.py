@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gmconv import models
 from gmconv.checkpoint import save_checkpoint
 from gmconv.errors import CheckpointError
+from gmconv.files import require_writable
 from gmconv.surgery import masked_layers
 from gmconv.train.data import Dataset, Samples, batches, load_dataset
 from gmconv.train.penalty import LayerReach, reach, sigma_penalty
@@ -266,8 +267,7 @@ def _save(
 
 def _require_writable(output: Path) -> None:
     """An hour of training should not end at a folder that cannot be written to."""
-    if output.is_dir():
-        raise CheckpointError(f"{output}: is a directory; give -o a file name")
+    require_writable(output)
     try:
         with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp"):
             pass

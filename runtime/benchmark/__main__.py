@@ -14,6 +14,7 @@ import click
 
 from gmconv.cli import Command, print_json, result_console
 from gmconv.errors import Interrupted, UnavailableError
+from gmconv.foreign import Foreign, foreign_options
 from runtime.benchmark import exports
 from runtime.benchmark.comparison import Comparison, against_first, compare, require_same_inputs, with_twins
 from runtime.benchmark.layers import layer_info, layer_times
@@ -27,18 +28,19 @@ _PROFILE_RUNS = 100
 _EXPORTS = ("export_times", "export_output", "export_profile", "export_layer_info", "report")
 
 
-@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command, example="gmconv benchmark net.onnx net.plan net.pth@form=baked --arch mypackage.nets:make")
 @click.argument("artefacts", nargs=-1, metavar="ARTEFACT...")
 @options
+@foreign_options
 @click.pass_context
-def main(context: click.Context, /, artefacts: tuple[str, ...], as_json: bool, **values: Any) -> None:
+def main(context: click.Context, /, artefacts: tuple[str, ...], as_json: bool, foreign: Foreign, **values: Any) -> None:
     """Time checkpoints, ONNX files and TensorRT engines as trtexec does.
 
     One ARTEFACT: trtexec's loop, flags and summary. Several: they take turns, and the result is each one's latency
     over the first's, with a 95 % interval. FILE@option=value,... sets an option of that artefact's runner alone, e.g.
     ckpt.pt@form=baked or model.onnx@threads=1.
     """
-    asked = collect(context, values)
+    asked = collect(context, values, foreign)
     named = [parse_artefact(text) for text in (*artefacts, values["load_engine"], values["onnx"]) if text]
     if not named:
         raise click.UsageError("name an artefact: a checkpoint, an ONNX file or an engine")
@@ -114,7 +116,7 @@ def _single(artefact: Artefact, asked: Options, values: dict[str, Any], log: Log
 def _compare(named: Sequence[Artefact], asked: Options, values: dict[str, Any], log: Log, as_json: bool) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
-        contenders = with_twins(named, folder) if values["twin"] else against_first(named)
+        contenders = with_twins(named, folder, asked.foreign) if values["twin"] else against_first(named)
         prepared = [stack.enter_context(Prepared(c.artefact, asked)) for c in contenders]
         require_same_inputs(prepared)
         for opened in prepared:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gmconv.child import child_command, child_environment
 from gmconv.errors import BuildError, RefusedError
+from gmconv.foreign import NOTHING, Foreign
 from runtime.benchmark import machine
 from runtime.benchmark.interleave import Interleaved, Ratio, interleave
 from runtime.benchmark.measure import Artefact, Prepared
@@ -170,7 +171,7 @@ def against_first(artefacts: Sequence[Artefact]) -> list[Contender]:
     ]
 
 
-def with_twins(artefacts: Sequence[Artefact], folder: Path) -> list[Contender]:
+def with_twins(artefacts: Sequence[Artefact], folder: Path, foreign: Foreign = NOTHING) -> list[Contender]:
     """The artefacts and, per engine, the plain-convolution twin they are divided by.
 
     The twin has the checkpoint's weights and no mask, and is exported and built by the same commands with the same
@@ -189,7 +190,7 @@ def with_twins(artefacts: Sequence[Artefact], folder: Path) -> list[Contender]:
 
     checkpoint = artefacts[kinds.index("checkpoint")]
     twin = folder / "twin.pt"
-    write_twin(checkpoint.path, twin)
+    write_twin(checkpoint.path, twin, foreign)
     contenders = [Contender(Artefact(twin, {**checkpoint.options, "form": "baked"}, "torch twin (no masks)", True))]
     contenders += [
         Contender(
@@ -204,11 +205,11 @@ def with_twins(artefacts: Sequence[Artefact], folder: Path) -> list[Contender]:
         exported = folder / f"twin-{reference}.onnx"
         if kind == "engine":
             manifest = read_manifest(artefact.path)
-            export_twin(twin, exported, manifest.precision)
+            export_twin(twin, exported, manifest.precision, foreign)
             exported = build_twin(exported, manifest)
         else:
             known = find_manifest(artefact.path)
-            export_twin(twin, exported, known.precision if known else "fp32")
+            export_twin(twin, exported, known.precision if known else "fp32", foreign)
         label = f"twin of {artefact.name}"
         contenders += [
             Contender(Artefact(exported, artefact.options, label, True), reference),
@@ -217,9 +218,11 @@ def with_twins(artefacts: Sequence[Artefact], folder: Path) -> list[Contender]:
     return contenders
 
 
-def export_twin(checkpoint: Path, output: Path, precision: str) -> None:
+def export_twin(checkpoint: Path, output: Path, precision: str, foreign: Foreign = NOTHING) -> None:
     """Export the twin as the artefact was exported, in a process of its own. Raises BuildError."""
     command = ["export.onnx", str(checkpoint), "-o", str(output)]
+    if foreign.arch is not None:  # the twin is a file of ours, which knows the rest
+        command += ["--arch", foreign.arch]
     if precision != "fp32":
         command += ["--precision", precision]
     _succeed(command, "exported")
@@ -247,7 +250,8 @@ def build_twin(onnx_path: Path, manifest: Manifest) -> Path:
 
 
 def _succeed(command: Sequence[str], what: str) -> None:
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+    child = child_command(*command)
+    done = subprocess.run(child, capture_output=True, text=True, check=False, env=child_environment())
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no message"]
         raise BuildError(f"the twin could not be {what} (exit {done.returncode}): {last[0]}")

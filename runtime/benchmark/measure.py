@@ -67,7 +67,7 @@ class Prepared:
     """An open artefact with its inputs and its lane. A context manager; `on_device` says which clock it has."""
 
     def __init__(self, artefact: Artefact, options: Options) -> None:
-        self.artefact = artefact
+        self.artefact, self.foreign = artefact, options.foreign
         self._stack = ExitStack()
         try:
             self._open(artefact, options)
@@ -84,7 +84,7 @@ class Prepared:
         if not isinstance(self.cuda_graph, bool):
             raise click.UsageError(f"{artefact.name}: cuda_graph is true or false")
         runner: Runner = self._stack.enter_context(
-            open_runner(artefact.path, device=self.device, **self.runner_options)
+            open_runner(artefact.path, device=self.device, foreign=options.foreign, **self.runner_options)
         )
         self.runner = runner
         self.manifest: Manifest | None = getattr(runner, "manifest", None)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from gmconv.foreign import NOTHING, Foreign
 from runtime.benchmark.inputs import Shape, parse_files, parse_shapes
 from runtime.benchmark.timing import LoopOptions
 
@@ -55,6 +56,7 @@ class Options:
     seed: int = 0
     device: str | None = None
     runner: Mapping[str, Any] = field(default_factory=dict)
+    foreign: Foreign = NOTHING
     explicit: frozenset[str] = frozenset()
 
 
@@ -77,7 +79,7 @@ def parse_percentiles(_: click.Context, parameter: click.Parameter, text: str) -
     return values
 
 
-def collect(context: click.Context, values: Mapping[str, Any]) -> Options:
+def collect(context: click.Context, values: Mapping[str, Any], foreign: Foreign = NOTHING) -> Options:
     """Options from click's values. Raises click.UsageError for flags that contradict each other or are not served."""
     explicit = frozenset(
         name for name in values if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
@@ -129,6 +131,7 @@ def collect(context: click.Context, values: Mapping[str, Any]) -> Options:
             ]
             if value is not None
         },
+        foreign=foreign,
         explicit=explicit,
     )
 

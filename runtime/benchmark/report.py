@@ -91,7 +91,7 @@ def _artefact_sections(prepared: Sequence[Prepared]) -> list[Section]:
         if artefact_kind(path) == "checkpoint" and not fields:
             from runtime.runners.torch import receptive_fields
 
-            before, after = receptive_fields(path, _SAMPLES)
+            before, after = receptive_fields(path, _SAMPLES, opened.foreign)
             fields = True
             sections.append(ReceptiveField(before=before, after=after, samples=_SAMPLES))
         if opened.manifest is not None:

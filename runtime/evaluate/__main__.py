@@ -9,6 +9,7 @@ import click
 
 from gmconv.cli import Command, print_json, progress_console, result_console
 from gmconv.errors import ParityError, RefusedError
+from gmconv.foreign import foreign_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from runtime.evaluate.score import ArtefactScore, Evaluation
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, example="gmconv evaluate net.pth net.int8.onnx --arch mypackage.nets:make --images val/")
 @click.argument("artefacts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--images", default="digits", show_default=True, metavar="DIR|NPZ|digits", help="Labelled images.")
 @click.option("--device", default="cpu", show_default=True)
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--limit", type=click.IntRange(1), help="At most so many images.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draw with --limit.")
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True)
+@foreign_options
 @click.option("--min-agreement", type=click.FloatRange(0, 100), help="Percent; exit 4 below it.")
 @click.option("--max-top1-drop", type=click.FloatRange(0, 100), help="Points below the reference; exit 4 above it.")
 @click.option("--json", "as_json", is_flag=True)
@@ -32,18 +34,12 @@ def main(
     min_agreement: float | None,
     max_top1_drop: float | None,
     as_json: bool,
-    images: str,
-    device: str,
-    reference: Path | None,
-    limit: int | None,
-    seed: int,
-    batch: int,
+    **flags: Any,
 ) -> None:
     """Accuracy of ARTEFACTS (checkpoints, ONNX files, engines) on labelled images."""
     from runtime.evaluate.score import EvaluateOptions, evaluate
 
-    options = EvaluateOptions(images=images, device=device, reference=reference, limit=limit, seed=seed, batch=batch)
-    done = evaluate(artefacts, options)
+    done = evaluate(artefacts, EvaluateOptions(**flags))
     console = progress_console()
     for warning in done.warnings:
         console.print(f"[yellow]warning:[/] {warning}", soft_wrap=True, highlight=False)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gmconv.errors import RefusedError
+from gmconv.errors import ArchitectureUnavailableError, CheckpointError, RefusedError, UnavailableError
+from gmconv.foreign import NOTHING, Foreign
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +36,7 @@ class EvaluateOptions:
     limit: int | None = None
     seed: int = 0
     batch: int = 32
+    foreign: Foreign = NOTHING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +90,8 @@ def evaluate(artefacts: Sequence[Path], options: EvaluateOptions | None = None) 
     if not artefacts:
         raise RefusedError("no artefact given")
     found = [_Artefact(path) for path in artefacts]
-    reference = _reference(found, options)
-    with open_runner(reference.path, options.device, **reference_options(reference.manifest)) as runner:
+    reference, runner = _open_reference(found, options)
+    with runner:
         reference.read_checkpoint(runner)
         about = next((a for a in (reference, *found) if a.known), reference)
         samples = _samples(about, runner, options)
@@ -110,7 +112,7 @@ def evaluate(artefacts: Sequence[Path], options: EvaluateOptions | None = None) 
                 logits.append(expected)
                 name = baseline[1]
             else:
-                with open_runner(artefact.path, options.device, **extra) as runner:
+                with open_runner(artefact.path, options.device, foreign=options.foreign, **extra) as runner:
                     logits.append(_logits(runner, samples, options.batch)[0])
                     name = runner.name
             rows.append(
@@ -163,6 +165,27 @@ class _Artefact:
             self.preprocessing = read_preprocessing(checkpoint.preprocessing)
         self.dataset, self.known = checkpoint.dataset, True
         self.labels = tuple(checkpoint.labels) if checkpoint.labels else None
+
+
+def _open_reference(found: Sequence[_Artefact], options: EvaluateOptions) -> tuple[_Artefact, Runner]:
+    """What to compare with, open: the one asked for, a checkpoint given, the one beside an artefact, else the first.
+
+    One beside an artefact that does not say what network it belongs to is passed over: nobody asked for it.
+    """
+    from runtime.runners import open_runner
+    from runtime.runners.qdq import reference_options
+
+    def opened(artefact: _Artefact) -> tuple[_Artefact, Runner]:
+        more = reference_options(artefact.manifest)
+        return artefact, open_runner(artefact.path, options.device, foreign=options.foreign, **more)
+
+    chosen = _reference(found, options)
+    if chosen in found or options.reference is not None:
+        return opened(chosen)
+    try:
+        return opened(chosen)
+    except (CheckpointError, ArchitectureUnavailableError, UnavailableError):
+        return opened(found[0])
 
 
 def _reference(found: Sequence[_Artefact], options: EvaluateOptions) -> _Artefact:

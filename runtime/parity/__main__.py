@@ -9,6 +9,7 @@ import click
 
 from gmconv.cli import Command
 from gmconv.errors import ParityError
+from gmconv.foreign import foreign_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,16 +20,7 @@ if TYPE_CHECKING:
 _PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")
 
 
-def _shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int, int] | None:
-    if value is None:
-        return None
-    parts = value.split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise click.BadParameter(f"{value!r} is not C,H,W, e.g. 3,224,224")
-    return int(parts[0]), int(parts[1]), int(parts[2])
-
-
-@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command, example="gmconv parity net.pth net.onnx --arch mypackage.nets:make --input-shape 3,64,64")
 @click.argument("reference", type=click.Path(path_type=Path))
 @click.argument("candidates", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="CANDIDATE...")
 @click.option("--images", metavar="DIR|FILE.npz|digits", help="Real samples; digits by default where trained on them.")
@@ -46,9 +38,7 @@ def _shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
 @click.option("--bisect", is_flag=True, help="On failure, name the first layer that is out of tolerance.")
 @click.option("--yardstick/--no-yardstick", default=True, help="Measure fp32 candidates against a float64 run too.")
 @click.option("--classes/--no-classes", default=True, help="Whether outputs of shape (N, K) are class scores.")
-@click.option("--arch", help="Architecture of a foreign checkpoint, e.g. torchvision.models:resnet50.")
-@click.option("--num-classes", type=click.IntRange(1), help="Of a foreign checkpoint.")
-@click.option("--input-shape", callback=_shape, metavar="C,H,W", help="Of a foreign checkpoint.")
+@foreign_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Also write an HTML report.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the verdict lines alone.")
@@ -58,9 +48,6 @@ def main(
     as_json: bool,
     report: Path | None,
     quiet: bool,
-    arch: str | None,
-    num_classes: int | None,
-    input_shape: tuple[int, int, int] | None,
     **flags: Any,
 ) -> None:
     """Run REFERENCE (usually the checkpoint) and each CANDIDATE on the same inputs and compare their outputs.
@@ -72,19 +59,17 @@ def main(
     from runtime.parity.run import ParityOptions, compare_artefacts
 
     progress = progress_console(quiet or as_json)
-    load = {"arch": arch, "num_classes": num_classes, "input_shape": input_shape}
-    given = {key: value for key, value in load.items() if value is not None}
     with progress.status("") as status:
         found = compare_artefacts(
             reference,
             candidates,
-            ParityOptions(**flags, load_options=given or None),
+            ParityOptions(**flags),
             note=lambda text: status.update(text) if progress.is_terminal else progress.print(text, style="dim"),
         )
     if report is not None:
         from runtime.parity.report import write_parity_report
 
-        write_parity_report(report, found)
+        write_parity_report(report, found, flags["foreign"])
     if as_json:
         print_json(found.to_dict())
     else:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gmconv.files import sha256_file
+from gmconv.foreign import NOTHING, Foreign
 from runtime.manifest import Manifest, find_manifest
 from runtime.parity.bisect_quantized import judge_quantized
 from runtime.parity.bisection import Bisection, LayerError, words
@@ -43,6 +44,7 @@ def bisect(
     feeds: Mapping[str, Array],
     tolerance: Tolerance,
     manifest: Manifest | None = None,
+    foreign: Foreign = NOTHING,
 ) -> Bisection:
     """Name the first layer of `candidate` that is out of tolerance.
 
@@ -52,6 +54,7 @@ def bisect(
         feeds: inputs of the candidate on which the two differ.
         tolerance: what a layer may be off.
         manifest: the candidate's.
+        foreign: what the candidate, where it is a foreign checkpoint, does not say of itself.
     """
     kind = artefact_kind(candidate)
     if kind == "engine":
@@ -66,15 +69,16 @@ def bisect(
             return Bisection(None, f"the ONNX file it was built from agrees layer by layer: {found.sentence}")
         return Bisection(found.culprit, f"in the ONNX file it was built from: {found.sentence}", found.layers)
     if hasattr(reference, "checkpoint"):
-        return _from_checkpoint(reference, candidate, feeds, tolerance, checkpoint=kind == "checkpoint")  # type: ignore[arg-type]
+        return _from_checkpoint(reference, candidate, feeds, tolerance, foreign if kind == "checkpoint" else None)  # type: ignore[arg-type]
     if hasattr(reference, "path") and kind == "onnx":
         return _from_onnx(reference, candidate, feeds, tolerance, manifest)  # type: ignore[arg-type]
     return Bisection(None, "layers can be compared when the reference is a checkpoint, or both are ONNX files")
 
 
 def _from_checkpoint(
-    reference: TorchRunner, path: Path, feeds: Mapping[str, Array], tolerance: Tolerance, *, checkpoint: bool
+    reference: TorchRunner, path: Path, feeds: Mapping[str, Array], tolerance: Tolerance, foreign: Foreign | None
 ) -> Bisection:
+    """`foreign`: of the candidate, where that is a checkpoint too."""
     feeds = _smaller(feeds, reference)
     own = {
         spec.name: array.astype(numpy_dtype(spec.dtype))
@@ -82,8 +86,12 @@ def _from_checkpoint(
     }
     modules = reference.activations(own)
     sigmas = reference.sigmas()
-    if checkpoint:
-        return _from_two_checkpoints(modules, path, own, tolerance, sigmas)
+    if foreign is not None:
+        from runtime.runners.torch import TorchRunner
+
+        with TorchRunner(path, dynamic_hw=True, foreign=foreign) as other:
+            theirs = other.activations(dict(zip((s.name for s in other.inputs), own.values(), strict=True)))
+        return _from_two_checkpoints(modules, theirs, tolerance, sigmas)
     graph = Graph(path)
     matches = graph.module_outputs({name: len(values) for name, values in modules.items()})
     matches, sure = _with_named_layers(graph, matches, modules, reference.batch_norms())
@@ -138,15 +146,10 @@ def _from_onnx(
 
 def _from_two_checkpoints(
     modules: Mapping[str, Sequence[Array]],
-    path: Path,
-    feeds: Mapping[str, Array],
+    theirs: Mapping[str, Sequence[Array]],
     tolerance: Tolerance,
     sigmas: Mapping[str, str],
 ) -> Bisection:
-    from runtime.runners.torch import TorchRunner
-
-    with TorchRunner(path, dynamic_hw=True) as other:
-        theirs = other.activations(dict(zip((s.name for s in other.inputs), feeds.values(), strict=True)))
     layers = []
     for name, values in modules.items():
         pairs = list(zip(values, theirs.get(name, ()), strict=False))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from gmconv.foreign import NOTHING, Foreign
 from runtime.manifest import find_manifest
 from runtime.parity.run import CandidateReport, ParityReport
 from runtime.report import (
@@ -25,7 +26,7 @@ from runtime.runners import artefact_kind
 _SAMPLES = 32
 
 
-def write_parity_report(path: Path, found: ParityReport) -> None:
+def write_parity_report(path: Path, found: ParityReport, foreign: Foreign = NOTHING) -> None:
     """Write one self-contained HTML file: verdicts, tables with margins drawn, masks, receptive field, manifests.
 
     Raises RefusedError when the file cannot be written, UnavailableError when the plotting libraries are missing.
@@ -34,8 +35,8 @@ def write_parity_report(path: Path, found: ParityReport) -> None:
     sections: list[Section] = [
         section for candidate in found.candidates for section in _candidate(found, candidate, texts)
     ]
-    if artefact_kind(found.reference) == "checkpoint" and (field := _receptive_field(found.reference)) is not None:
-        sections.append(field)
+    if artefact_kind(found.reference) == "checkpoint":
+        sections += _receptive_field(found.reference, foreign)
     names = ", ".join(candidate.path.name for candidate in found.candidates)
     write_report(path, f"Parity of {names} with {found.reference.name}", [*without_repeated_masks(sections), *texts])
 
@@ -77,12 +78,12 @@ def _candidate(found: ParityReport, candidate: CandidateReport, texts: list[Sect
     return sections
 
 
-def _receptive_field(checkpoint: Path) -> Section | None:
-    """The mask's effect on the receptive field; None for a foreign checkpoint that does not say its architecture."""
+def _receptive_field(checkpoint: Path, foreign: Foreign) -> list[Section]:
+    """The mask's effect on the receptive field; nothing for a network that it cannot be computed of."""
     from runtime.runners.torch import receptive_fields
 
     try:
-        before, after = receptive_fields(checkpoint, _SAMPLES)
+        before, after = receptive_fields(checkpoint, _SAMPLES, foreign)
     except click.ClickException:
-        return None
-    return ReceptiveField(before=before, after=after, samples=_SAMPLES)
+        return []
+    return [ReceptiveField(before=before, after=after, samples=_SAMPLES)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gmconv.errors import RefusedError
+from gmconv.foreign import NOTHING, Foreign
 from runtime.manifest import Manifest, find_manifest
 from runtime.parity.cases import Case, Facts, Feeds, make_cases
 from runtime.parity.compare import Comparator, OutputComparison, Yardstick, YardstickComparison
@@ -28,7 +29,7 @@ _YARDSTICK_ELEMENTS = 2**22
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityOptions:
     """How to compare. `tolerance` is a relative RMS error that replaces the table's; `precision` replaces what the
-    candidate's manifest (or its graph) says. `load_options` go to `gmconv.load_checkpoint`."""
+    candidate's manifest (or its graph) says. `foreign` is about checkpoints on either side."""
 
     images: str | Path | None = None
     inputs: Path | None = None
@@ -41,7 +42,7 @@ class ParityOptions:
     bisect: bool = False
     yardstick: bool = True
     classes: bool = True
-    load_options: Mapping[str, Any] | None = None
+    foreign: Foreign = NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +154,7 @@ def compare_artefacts(
     reference = Path(reference)
     note(f"opening {reference.name}")
     is_checkpoint = artefact_kind(reference) == "checkpoint"
-    load = dict(options.load_options or {})
-    extra = {"dynamic_hw": True, **load} if is_checkpoint else load
+    extra: dict[str, Any] = {"dynamic_hw": True, "foreign": options.foreign} if is_checkpoint else {}
     with open_runner(reference, _device(reference, options.reference_device), **extra) as runner:
         exact: TorchRunner | None = None
         if is_checkpoint and options.yardstick:
@@ -179,7 +179,7 @@ def _compare(
     manifest = find_manifest(path) if artefact_kind(path) != "checkpoint" else None
     precision = options.precision or _precision(path, manifest, notes)
     tolerance = _tolerance(precision, manifest, source, options, notes)
-    with open_candidate(path, options.device, precision, manifest, notes) as candidate:
+    with open_candidate(path, options, precision, manifest, notes) as candidate:
         facts = _facts(reference, source, candidate, manifest)
         _check_source(reference, path, manifest, notes)
         cases, more = make_cases(
@@ -215,7 +215,7 @@ def _compare(
 
         note(f"looking for the first layer of {path.name} that differs")
         feeds = _telling(cases, results)
-        report = replace(report, bisection=bisect(reference, path, feeds, tolerance, manifest))
+        report = replace(report, bisection=bisect(reference, path, feeds, tolerance, manifest, options.foreign))
     return replace(report, seconds=time.perf_counter() - started)
 
 
@@ -281,14 +281,14 @@ def _compatible(left: Sequence[int | str], right: Sequence[int | str]) -> bool:
 
 
 def open_candidate(
-    path: Path, device: str, precision: str, manifest: Manifest | None, notes: list[str] | None = None
+    path: Path, asked: ParityOptions, precision: str, manifest: Manifest | None, notes: list[str] | None = None
 ) -> Runner:
     """Open a candidate the way its precision has to be judged.
 
     ONNX Runtime rewrites Q/DQ graphs into something else on the CPU, which is the point of a graph made for the CPU
     (`quantization.target` "cpu") and an error in the reference of one made for TensorRT: that one runs as written.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"foreign": asked.foreign}
     quantized = tolerance_for(precision).calibrated
     for_cpu = manifest is not None and (manifest.quantization or {}).get("target") == "cpu"
     if artefact_kind(path) == "onnx" and quantized and not for_cpu:
@@ -297,7 +297,7 @@ def open_candidate(
             options["optimization"] = "disable"
         if notes is not None:
             notes.append("Q/DQ pairs run as written, with ONNX Runtime's rewrites of them off")
-    return open_runner(path, _device(path, device), **options)
+    return open_runner(path, _device(path, asked.device), **options)
 
 
 def _device(path: Path, device: str) -> str:

@@ -56,7 +56,8 @@ def open_runner(path: str | Path, device: str = "cpu", **options: Any) -> Runner
     """Open an artefact on a device: a checkpoint in torch, ONNX in ONNX Runtime, an engine in TensorRT.
 
     `options` are the keyword arguments of TorchRunner, OnnxRuntimeRunner or TensorRTRunner; None means not given. One
-    that the artefact's runner does not have is refused, never ignored.
+    that the artefact's runner does not have is refused, never ignored; but `foreign`, which is about checkpoints alone,
+    may be given for any.
 
     Raises:
         RefusedError: the file is missing, foreign, damaged, or not the one its manifest describes.
@@ -68,6 +69,8 @@ def open_runner(path: str | Path, device: str = "cpu", **options: Any) -> Runner
     module, name = _RUNNERS[kind]
     runner: type[Runner] = getattr(importlib.import_module(module), name)
     given = {key: value for key, value in options.items() if value is not None}
+    if kind != "checkpoint":
+        given.pop("foreign", None)
     if unknown := sorted(given.keys() - inspect.signature(runner).parameters.keys()):
         raise click.UsageError(f"{path.name} is {_A[kind]}: {', '.join(unknown)} does not apply to it")
     opened: Runner = runner(path, device=device, **given)  # type: ignore[call-arg]

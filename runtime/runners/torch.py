@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gmconv.cli import require
 from gmconv.errors import RefusedError, UnavailableError
+from gmconv.foreign import NOTHING, Foreign
 from gmconv.images import Preprocessing, read_preprocessing
 from runtime import cuda
 from runtime.manifest import TensorSpec
@@ -44,7 +45,7 @@ class TorchRunner(Runner):
         threads: of the CPU kernels (process-wide in PyTorch); PyTorch's choice when None.
         dynamic_hw: accept any height and width, not only the checkpoint's.
         input_name, output_names: to go by the names of an exported file.
-        arch, num_classes, input_shape: for foreign checkpoints, as in `gmconv.load_checkpoint`.
+        foreign: what a foreign checkpoint does not say of itself.
 
     `model` is the module in use, `checkpoint` what the file said.
 
@@ -68,9 +69,7 @@ class TorchRunner(Runner):
         dynamic_hw: bool = False,
         input_name: str = "input",
         output_names: Sequence[str] = (),
-        arch: str | None = None,
-        num_classes: int | None = None,
-        input_shape: tuple[int, int, int] | None = None,
+        foreign: Foreign = NOTHING,
     ) -> None:
         torch = require("torch", "export")
         gmconv = require("gmconv", "export")
@@ -81,7 +80,7 @@ class TorchRunner(Runner):
             raise UnavailableError("a CUDA graph needs a GPU; leave cuda_graph out on the CPU")
         if threads:
             torch.set_num_threads(threads)
-        self.checkpoint = gmconv.load_checkpoint(path, arch=arch, num_classes=num_classes, input_shape=input_shape)
+        self.checkpoint = gmconv.load_checkpoint(path, **foreign.given())
         model: nn.Module = self.checkpoint.model
         if form == "baked":
             model = gmconv.bake(model, inplace=True)
@@ -318,14 +317,14 @@ class TorchRunner(Runner):
             raise RefusedError(f"the checkpoint's network does not run on this input: {text}") from error
 
 
-def write_twin(checkpoint: Path, output: Path) -> None:
+def write_twin(checkpoint: Path, output: Path, foreign: Foreign = NOTHING) -> None:
     """Write the plain-convolution twin: the checkpoint with every sigma so large that its mask is exactly 1.
 
     Baked or exported, it is the network of the same topology and the same trained weights that never had a mask.
     Raises gmconv.errors.CheckpointError.
     """
     gmconv = require("gmconv", "export")
-    found = gmconv.load_checkpoint(checkpoint)
+    found = gmconv.load_checkpoint(checkpoint, **foreign.given())
     gmconv.save_checkpoint(
         output,
         require("gmconv.erf", "export").without_masks(found.model),
@@ -338,10 +337,10 @@ def write_twin(checkpoint: Path, output: Path) -> None:
     )
 
 
-def receptive_fields(checkpoint: Path, samples: int = 32) -> tuple[Array, Array]:
+def receptive_fields(checkpoint: Path, samples: int = 32, foreign: Foreign = NOTHING) -> tuple[Array, Array]:
     """Effective receptive field without and with the masks, each (H, W) float64; see `gmconv.erf`."""
     gmconv = require("gmconv", "export")
-    found = gmconv.load_checkpoint(checkpoint)
+    found = gmconv.load_checkpoint(checkpoint, **foreign.given())
     fields = require("gmconv.erf", "export").receptive_fields(found.model, found.input_shape, samples)
     return fields.before.numpy(), fields.after.numpy()
 

@@ -18,7 +18,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 TOKEN_VARIABLE = "GMCONV_SERVE_TOKEN"
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, example="gmconv serve net.onnx --model-name net")
 @click.argument("artefact", type=click.Path(path_type=Path))
 @click.option("--model-name", help="Name it is served under [default: the file's or folder's].")
 @click.option("--host", default=DEFAULT.host, show_default=True, help="Address to listen on.")

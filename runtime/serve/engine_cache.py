@@ -19,7 +19,6 @@ import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from typing import Any, Literal, Protocol
 
 import click
 
+from gmconv.child import child_command, child_environment
 from gmconv.errors import BuildError, Interrupted, ParityError, RefusedError, UnavailableError
 from gmconv.files import sha256_file
 from runtime.manifest import external_files, find_manifest, read_manifest, sidecar, utc_now
@@ -171,9 +171,11 @@ def run_child(
     try:
         with contextlib.ExitStack() as stack:
             stdout = stack.enter_context(output.open("wb")) if output else 2
-            command = [sys.executable, "-m", *arguments]
             child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=stdout, env={**os.environ, **(environment or {})}
+                child_command(*arguments),
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                env=child_environment(**(environment or {})),
             )
         if asked:  # before `child` was known to the handler
             child.terminate()

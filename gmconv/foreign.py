@@ -1,0 +1,147 @@
+"""What a checkpoint of somebody else's training script does not say of itself: one object, and the options for it.
+
+Every command that can meet a checkpoint takes the same options: `@foreign_options` hands it one `Foreign`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gmconv.errors import RefusedError, printable
+
+_LARGEST = 2**24  # bytes of a file of labels or of preprocessing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foreign:
+    """Keyword arguments of `gmconv.load_checkpoint`; None: the file says it itself.
+
+    `arch` is a factory, `"package.module:factory"`, looked for on the import path and in the working directory.
+    `input_shape` is `(C, H, W)` of one sample. `preprocessing` has fields of `gmconv.images.Preprocessing`.
+    """
+
+    arch: str | None = None
+    num_classes: int | None = None
+    input_shape: tuple[int, int, int] | None = None
+    preprocessing: dict[str, Any] | None = None
+    labels: tuple[str, ...] | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Those that are not None."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+NOTHING = Foreign()
+
+
+def foreign_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options to a click command, whose function gets one keyword argument `foreign`."""
+
+    @functools.wraps(command)
+    def collected(*args: Any, **values: Any) -> Any:
+        mean, std, file = (values.pop(name) for name in ("mean", "std", "preprocessing"))
+        preprocessing = dict(file or {})
+        preprocessing |= {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
+        own = {name: values.pop(name) for name in ("arch", "num_classes", "input_shape", "labels")}
+        return command(*args, foreign=Foreign(**own, preprocessing=preprocessing or None), **values)
+
+    for option in reversed(_OPTIONS):
+        collected = option(collected)
+    return collected
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """`3,224,224` or `3x224x224`. Raises ValueError."""
+    parts = text.replace("x", ",").split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"{text!r} is not C,H,W, for example 3,224,224")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def parse_numbers(text: str) -> tuple[float, ...]:
+    """`0.485,0.456,0.406`. Raises ValueError."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{text!r} is not a list of numbers such as 0.485,0.456,0.406") from None
+
+
+def read_labels(file: Path) -> tuple[str, ...]:
+    """Class names, one a line or a JSON list, in the order of the logits. Raises RefusedError."""
+    text = _text(file).strip()
+    try:
+        found = json.loads(text) if text.startswith("[") else [line.strip() for line in text.splitlines()]
+    except ValueError as error:
+        raise RefusedError(f"{file}: not a JSON list of labels ({error})") from error
+    if not found or not all(isinstance(label, str) and label and label.isprintable() for label in found):
+        raise RefusedError(f"{file}: not a list of labels; write one name a line, in the order of the logits")
+    return tuple(found)
+
+
+def read_preprocessing_file(file: Path) -> dict[str, Any]:
+    """Fields of `gmconv.images.Preprocessing` from a JSON object, or from a manifest that has them.
+
+    Raises RefusedError.
+    """
+    try:
+        found = json.loads(_text(file))
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(f"{file}: not a JSON file ({error})") from error
+    if isinstance(found, dict) and isinstance(found.get("preprocessing"), dict):
+        found = found["preprocessing"]
+    if not isinstance(found, dict):
+        raise RefusedError(f"{file}: not a JSON object with the fields size, mean, std, scale, channel_order, ...")
+    return found
+
+
+def _text(file: Path) -> str:
+    try:
+        if not file.is_file():
+            raise RefusedError(f"{file}: no such file")
+        if file.stat().st_size > _LARGEST:
+            raise RefusedError(f"{file}: has more than {_LARGEST:,} bytes")
+        return file.read_text()
+    except OSError as error:
+        raise RefusedError(f"{file}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise RefusedError(f"{file}: is no text file") from error
+
+
+def _parsed(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    def callback(_: click.Context, __: click.Parameter, value: Any) -> Any:
+        if value is None:
+            return None
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise click.BadParameter(printable(str(error))) from error
+
+    return callback
+
+
+_FILE = click.Path(path_type=Path)
+_OPTIONS: list[Callable[[Any], Any]] = [
+    click.option("--arch", help="Of a foreign checkpoint: package.module:factory, timm:NAME, torchvision.models:NAME."),
+    click.option("--num-classes", type=click.IntRange(1), help="Passed to that factory."),
+    click.option("--input-shape", callback=_parsed(parse_shape), metavar="C,H,W", help="Of a foreign checkpoint."),
+    click.option("--mean", callback=_parsed(parse_numbers), metavar="M,M,M", help="Of its images, 0..1 per channel."),
+    click.option("--std", callback=_parsed(parse_numbers), metavar="S,S,S", help="Of its images, 0..1 per channel."),
+    click.option(
+        "--preprocessing",
+        type=_FILE,
+        callback=_parsed(read_preprocessing_file),
+        metavar="FILE.json",
+        help="Of its images: size, mean, std, scale, channel_order, interpolation, resize, crop_ratio.",
+    ),
+    click.option(
+        "--labels", type=_FILE, callback=_parsed(read_labels), metavar="FILE", help="Its classes, one a line."
+    ),
+]

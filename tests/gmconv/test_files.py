@@ -1,0 +1,75 @@
+"""`gmconv.files`: what may be written where, and what is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gmconv.errors import RefusedError
+from gmconv.files import require_writable, staged
+
+
+@pytest.mark.parametrize("special", ["net.onnx", "net.onnx.json"])
+def test_a_pipe_in_the_place_of_an_output_is_refused_and_stays(special: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / special)
+    with pytest.raises(RefusedError, match="special file"), staged(tmp_path / "net.onnx"):
+        pytest.fail("work was done before the refusal")
+    assert (tmp_path / special).is_fifo()
+
+
+def test_a_directory_where_the_manifest_goes_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "net.onnx.json").mkdir()
+    with pytest.raises(RefusedError, match="is a directory"), staged(tmp_path / "net.onnx"):
+        pytest.fail("work was done before the refusal")
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx.json"]
+
+
+def test_a_name_that_is_taken_meanwhile_leaves_neither_file_of_the_pair(tmp_path: Path) -> None:
+    def write() -> None:
+        with staged(tmp_path / "net.onnx") as folder:
+            (folder / "net.onnx").write_text("graph")
+            (folder / "net.onnx.json").write_text("{}")
+            (tmp_path / "net.onnx.json").mkdir()
+
+    with pytest.raises(RefusedError, match="is a directory"):
+        write()
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx.json"]
+
+
+def test_an_error_that_is_not_about_writing_is_not_called_one(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionRefusedError), staged(tmp_path / "net.onnx"):
+        raise ConnectionRefusedError(111, "Connection refused")
+    with pytest.raises(FileNotFoundError), staged(tmp_path / "net.onnx"):
+        open("/nowhere/of/the/users")  # noqa: PTH123, SIM115
+    with pytest.raises(RefusedError, match="No space left on device"), staged(tmp_path / "net.onnx"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_folder_is_said_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="there is no folder"):
+        require_writable(tmp_path / "nowhere" / "net.onnx")
+
+
+def test_sigterm_leaves_no_temporary_folder(tmp_path: Path) -> None:
+    script = (
+        "import pathlib, time, click\nfrom gmconv.cli import Command\nfrom gmconv.files import staged\n"
+        "@click.command(cls=Command)\n"
+        "def main():\n"
+        f"    with staged(pathlib.Path({str(tmp_path / 'net.onnx')!r})):\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(60)\n"
+        "main([])\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        assert len(list(tmp_path.iterdir())) == 1
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(20) == 143
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,90 @@
+"""`gmconv.foreign`: the options that every command with checkpoints shares, as one object."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import gmconv
+from gmconv.cli import Command
+from gmconv.errors import RefusedError
+from gmconv.foreign import Foreign, foreign_options, read_labels, read_preprocessing_file
+from gmconv.images import read_preprocessing
+
+
+def collected(*arguments: str) -> Foreign:
+    found: list[Foreign] = []
+
+    @click.command(cls=Command)
+    @foreign_options
+    def command(foreign: Foreign) -> None:
+        found.append(foreign)
+
+    done = CliRunner().invoke(command, list(arguments))
+    assert done.exit_code == 0, done.output
+    return found[0]
+
+
+def test_nothing_said_is_nothing_given() -> None:
+    assert collected().given() == {}
+
+
+def test_everything_said_arrives_in_one_object(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    (tmp_path / "p.json").write_text(json.dumps({"interpolation": "bicubic", "mean": [0, 0, 0]}))
+    text = (
+        f"--arch my.nets:make --num-classes 2 --input-shape 3x32x48 --mean 0.5,0.5,0.4 --labels {tmp_path}/labels.txt"
+    )
+    found = collected(*text.split(), "--preprocessing", str(tmp_path / "p.json"))
+    assert found.given() == {
+        "arch": "my.nets:make",
+        "num_classes": 2,
+        "input_shape": (3, 32, 48),
+        "preprocessing": {"interpolation": "bicubic", "mean": (0.5, 0.5, 0.4)},
+        "labels": ("cat", "dog"),
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--input-shape", "3,x,4"], ["--input-shape", "3,4"], ["--mean", "a"], ["--num-classes", "0"]]
+)
+def test_nonsense_is_a_usage_error(arguments: list[str]) -> None:
+    @click.command(cls=Command)
+    @foreign_options
+    def command(foreign: Foreign) -> None: ...
+
+    assert CliRunner().invoke(command, arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "cat\n\ndog", "[1, 2]", "[", "\x1b[2J"])
+def test_labels_that_are_none_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "labels").write_text(text)
+    with pytest.raises(RefusedError, match="labels"):
+        read_labels(tmp_path / "labels")
+
+
+def test_preprocessing_may_come_from_a_manifest(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text(json.dumps({"schema": "x", "preprocessing": {"scale": 1}}))
+    assert read_preprocessing_file(tmp_path / "m.json") == {"scale": 1}
+    for text in ("[]", "{", "\xff"):
+        (tmp_path / "m.json").write_text(text, encoding="latin-1")
+        with pytest.raises(RefusedError, match=r"m\.json"):
+            read_preprocessing_file(tmp_path / "m.json")
+
+
+def test_a_foreign_checkpoint_gets_what_it_does_not_say(tmp_path: Path) -> None:
+    import torch
+
+    torch.save(gmconv.models.create("resnet20", gmconv=False).state_dict(), tmp_path / "net.pth")
+    said: dict[str, Any] = {"preprocessing": {"mean": (0.5, 0.5, 0.5)}, "labels": tuple("0123456789")}
+    foreign = Foreign(arch="resnet20", input_shape=(3, 16, 24), **said)
+    loaded = gmconv.load_checkpoint(tmp_path / "net.pth", **foreign.given())
+    preprocessing = read_preprocessing(loaded.preprocessing)
+    assert preprocessing is not None
+    assert (preprocessing.size, preprocessing.mean, preprocessing.std) == ((16, 24), (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))
+    assert loaded.labels == tuple("0123456789")
