@@ -12,6 +12,7 @@ from onnx import numpy_helper
 from torch import nn
 
 import gmconv
+from gmconv.foreign import Foreign
 from runtime.parity.bisect import judge_layers
 from runtime.parity.bisection import Bisection, LayerError
 from runtime.parity.run import ParityOptions, compare_artefacts
@@ -98,7 +99,7 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return save(model, tmp_path_factory.mktemp("resnet"), "gmconv.models:resnet20", (3, 16, 16))
 
 
-SMALL = ParityOptions(bisect=True, yardstick=False, samples=8, load_options={"arch": "bisect_small:Small"})
+SMALL = ParityOptions(bisect=True, yardstick=False, samples=8, foreign=Foreign(arch="bisect_small:Small"))
 LARGE = ParityOptions(bisect=True, yardstick=False, samples=8)
 
 

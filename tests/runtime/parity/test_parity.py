@@ -17,6 +17,7 @@ from torch import nn
 
 import gmconv
 from gmconv.errors import RefusedError
+from gmconv.foreign import Foreign
 from runtime.manifest import FileDigest, Manifest, ShapeRange, TensorSpec, digest, sidecar
 from runtime.parity.cases import Facts, corner_shapes
 from runtime.parity.run import ParityOptions, compare_artefacts
@@ -139,7 +140,7 @@ def test_several_outputs_of_a_checkpoint_go_by_position(tmp_path: Path) -> None:
     model = Twofold().eval()
     gmconv.save_checkpoint(tmp_path / "net.pt", model, arch="parity_twofold:Twofold", input_shape=(3, 8, 8))
     export(gmconv.bake(model), tmp_path / "net.onnx", (3, 8, 8), outputs=["map", "top"])
-    options = ParityOptions(samples=8, load_options={"arch": "parity_twofold:Twofold"})
+    options = ParityOptions(samples=8, foreign=Foreign(arch="parity_twofold:Twofold"))
     found = compare_artefacts(tmp_path / "net.pt", [tmp_path / "net.onnx"], options).candidates[0]
     assert found.passed
     assert [output.output for output in found.cases[0].outputs] == ["map", "top"]

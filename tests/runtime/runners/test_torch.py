@@ -11,6 +11,7 @@ from torch import nn
 
 import gmconv
 from gmconv.errors import RefusedError, UnavailableError
+from gmconv.foreign import Foreign
 from runtime.runners import open_runner
 from runtime.runners.torch import TorchRunner
 
@@ -117,7 +118,7 @@ def test_a_truncated_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> 
 def test_a_foreign_state_dict_opens_when_its_architecture_is_given(tmp_path: Path) -> None:
     path = tmp_path / "bare.pt"
     torch.save(gmconv.models.create("resnet20").state_dict(), path)
-    with open_runner(path, arch="gmconv.models:resnet20", input_shape=(3, 32, 32)) as runner:
+    with open_runner(path, foreign=Foreign(arch="gmconv.models:resnet20", input_shape=(3, 32, 32))) as runner:
         assert runner.run(X)["logits"].shape == (3, 10)
 
 
@@ -156,6 +157,6 @@ def test_several_outputs_are_named_by_their_keys(tmp_path: Path) -> None:
     sys.modules["two_outputs"] = module
     path = tmp_path / "two.pt"
     gmconv.save_checkpoint(path, Two(), arch="two_outputs:Two", input_shape=(3, 8, 8))
-    with open_runner(path, arch="two_outputs:Two") as runner:
+    with open_runner(path, foreign=Foreign(arch="two_outputs:Two")) as runner:
         assert [spec.name for spec in runner.outputs] == ["features", "pooled"]
         assert runner.outputs[0].shape == ("batch", 4, 6, 6)
