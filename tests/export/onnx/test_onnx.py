@@ -290,7 +290,7 @@ def test_bad_arguments_are_one_sentence_and_the_documented_exit_code(
 def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
-        "from export.onnx import main; main(sys.argv[1:])"
+        "from export.onnx.__main__ import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", script, str(checkpoint), "-o", str(tmp_path / "net.onnx"), "-q"]
     done = subprocess.run(command, capture_output=True, text=True)
