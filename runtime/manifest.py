@@ -19,10 +19,10 @@ from gmconv.cli import require
 from gmconv.errors import RefusedError
 from gmconv.files import sha256_file
 from gmconv.images import Preprocessing
+from runtime.manifest_v1 import SCHEMA_V1, upgrade
+from runtime.records import Benchmark, Build, Calibration, Crop, Device, Export, Parity, Quantization
 
-SCHEMA = "gmconv-deploy.manifest/v1"
-#: The hop of `Manifest.parity` in which bits have to be equal.
-BAKING = "live -> baked"
+SCHEMA = "gmconv-deploy.manifest/v2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,10 @@ class FileDigest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """The sidecar of an artefact. `chain` lists what it was made from, oldest first (checkpoint, then ONNX)."""
+    """The sidecar of an artefact. `chain` lists what it was made from, oldest first (checkpoint, then ONNX).
+
+    `export` says how the ONNX file was written, `build` and `device` how and where the engine was built.
+    """
 
     artefact: FileDigest
     inputs: tuple[TensorSpec, ...]
@@ -72,14 +75,15 @@ class Manifest:
     precision: str = "fp32"
     precision_found: dict[str, int] = field(default_factory=dict)
     certificate: dict[str, Any] | None = None
-    crop: dict[str, Any] | None = None
-    calibration: dict[str, Any] | None = None
-    quantization: dict[str, Any] | None = None
-    parity: dict[str, Any] | None = None
-    benchmark: dict[str, Any] | None = None
-    build: dict[str, Any] = field(default_factory=dict)
+    crop: Crop | None = None
+    calibration: Calibration | None = None
+    quantization: Quantization | None = None
+    parity: Parity | None = None
+    benchmark: Benchmark | None = None
+    export: Export | None = None
+    build: Build | None = None
     versions: dict[str, str] = field(default_factory=dict)
-    device: dict[str, Any] | None = None
+    device: Device | None = None
 
     def source(self, kind: str) -> FileDigest | None:
         """The newest link of the chain of that kind, or None."""
@@ -161,8 +165,8 @@ def sidecar(artefact: Path) -> Path:
 def read_manifest(artefact: Path, *, verify: bool = True) -> Manifest:
     """The manifest of `artefact`.
 
-    Raises RefusedError when the artefact or its sidecar is missing or unreadable, the schema is another, or (with
-    `verify`) the sha256 of the artefact or its external data is not the manifest's.
+    Raises RefusedError when the artefact or its sidecar is missing or unreadable, the schema is neither this nor v1, or
+    (with `verify`) the sha256 of the artefact or its external data is not the manifest's.
     """
     path = sidecar(artefact)
     if not artefact.is_file():
@@ -170,11 +174,7 @@ def read_manifest(artefact: Path, *, verify: bool = True) -> Manifest:
     if not path.is_file():
         raise RefusedError(f"{artefact}: its manifest {path.name} is missing; export it again, or copy both files")
     try:
-        raw = path.read_bytes()
-        schema = msgspec.json.decode(raw, type=dict[str, Any]).get("schema")
-        if schema != SCHEMA:
-            raise RefusedError(f"{path}: schema {str(schema)[:80]!r}, this version reads {SCHEMA!r}; export again")
-        manifest = msgspec.json.decode(raw, type=Manifest)
+        manifest = _decode(path)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise RefusedError(f"{path}: not a manifest ({error}); export the artefact again") from error
     except OSError as error:
@@ -193,6 +193,21 @@ def read_manifest(artefact: Path, *, verify: bool = True) -> Manifest:
                     f"from one export (interrupted, edited or mixed up): export it again"
                 )
     return manifest
+
+
+def _decode(path: Path) -> Manifest:
+    raw = path.read_bytes()
+    fields = msgspec.json.decode(raw, type=dict[str, Any])
+    schema = fields.get("schema")
+    if schema == SCHEMA:
+        return msgspec.json.decode(raw, type=Manifest)
+    if schema != SCHEMA_V1:
+        raise RefusedError(f"{path}: schema {str(schema)[:80]!r}, this version reads {SCHEMA!r}; export again")
+    try:
+        fields = upgrade(fields)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RefusedError(f"{path}: not a manifest of schema v1 ({error!r}); export the artefact again") from error
+    return msgspec.convert(fields | {"schema": SCHEMA}, Manifest)
 
 
 def find_manifest(artefact: Path) -> Manifest | None:

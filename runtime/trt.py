@@ -181,21 +181,20 @@ def dtype_name(dtype: Any) -> str:
 
 def gpu_fits(manifest: Manifest, gpu: str) -> str | None:
     """Why an engine with this manifest cannot run on compute capability `gpu` ("8.9"), or None when it may."""
-    build = manifest.build
-    have = version_tuple(gpu)
-    if build.get("flavor") == "rtx":
-        targets = build.get("compute_capabilities") or []
+    build, have = manifest.build, version_tuple(gpu)
+    if build is not None and build.flavor == "rtx":
+        targets = build.compute_capabilities
         if targets and gpu not in targets:
             return f"it was built for compute capability {', '.join(targets)}, this GPU is {gpu}"
         # The documentation lists 8.0, 8.6, 8.9, 12.0 and later for default engines; 9.0 is left to TensorRT-RTX.
         return None if targets or have >= (8, 0) else f"TensorRT-RTX engines need 8.0 or later, this GPU is {gpu}"
-    built = (manifest.device or {}).get("compute_capability")
-    if built is None or built == gpu:
+    device = manifest.device
+    if device is None or device.compute_capability in ("", gpu):
         return None
-    if build.get("hardware_compatibility") == "ampere-plus":
+    if build is not None and build.hardware_compatibility == "ampere-plus":
         return None if have >= (8, 0) else f"it was built for compute capability 8.0 and later, this GPU is {gpu}"
-    name = (manifest.device or {}).get("name", "another GPU")
-    return f"it was built on {name}, compute capability {built}, this GPU is {gpu}"
+    name = device.name or "another GPU"
+    return f"it was built on {name}, compute capability {device.compute_capability}, this GPU is {gpu}"
 
 
 def version_fits(manifest: Manifest, flavor: Flavor, running: str) -> str | None:
@@ -207,16 +206,15 @@ def version_fits(manifest: Manifest, flavor: Flavor, running: str) -> str | None
     have, want = version_tuple(running), version_tuple(built)
     if have == want:
         return None
-    if manifest.build.get("version_compatible") and have[0] == want[0] and have >= want:
+    if manifest.build and manifest.build.version_compatible and have[0] == want[0] and have >= want:
         return None
     return f"it was built by {title} {built}, this machine runs {running}"
 
 
 def engine_flavor(manifest: Manifest) -> Flavor:
     """Which TensorRT built the engine. Raises RefusedError when its manifest does not say."""
-    found = manifest.build.get("flavor")
-    if found == "tensorrt" or found == "rtx":
-        return found  # type: ignore[no-any-return]
+    if manifest.build is not None:
+        return manifest.build.flavor
     raise RefusedError(
         f"{manifest.artefact.file}: its manifest names no TensorRT flavor; build it again with export.tensorrt"
     )

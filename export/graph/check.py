@@ -12,6 +12,7 @@ import numpy as np
 from export.graph.read import layer_upstream, value_types
 from gmconv.errors import RefusedError
 from runtime.runners.base import numpy_dtype
+from runtime.runners.qdq import graph_options
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -122,8 +123,7 @@ def _open(model: ModelProto, precision: str) -> Any:
 
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    if precision == "fp8":  # ONNX Runtime's optimizer fuses fp8 Q/DQ into ops that it has no kernels for
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    graph_options(precision, None).apply(options, ort)
     try:
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises its own pybind classes

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gmconv import Checkpoint
     from gmconv.cropping.certificate import CropCertificate
     from runtime.manifest import FileDigest, Manifest
+    from runtime.records import Crop
 
 DEFAULT_OPSET = 20
 _EXTERNAL_ABOVE = 2**31 - 2**20  # protobuf cannot hold 2 GiB; the graph itself needs a little
@@ -264,17 +265,17 @@ def _check_and_digest(file: Path) -> tuple[FileDigest, ...]:
     return digest_onnx(file)
 
 
-def run_onnx(file: Path, input_name: str, cases: list[Case], **runner_options: Any) -> list[Outputs]:
+def run_onnx(file: Path, input_name: str, cases: list[Case]) -> list[Outputs]:
     """Every case through ONNX Runtime on the CPU."""
     from runtime.runners import open_runner
 
-    with open_runner(file, device="cpu", **runner_options) as runner:
+    with open_runner(file, device="cpu") as runner:
         return [runner.run({input_name: case.batch}) for case in cases]
 
 
 def _prove(exported: _Exported, cases: list[Case], reference: Any, options: ExportOptions) -> Proof:
     from export.onnx.proof import Proof
-    from runtime.parity.tolerances import crop_cost, removes_only_zeros, spent_on_data
+    from runtime.parity.tolerances import crop_cost
 
     for layer in reference.certificate["layers"]:
         if layer["baked_sha256"] != exported.baked_sha256[layer["name"]]:
@@ -285,15 +286,25 @@ def _prove(exported: _Exported, cases: list[Case], reference: Any, options: Expo
     proof = Proof(cases, reference, outputs, exported.classifies)
     if exported.crop is None:
         return proof
-    crop = exported.crop.to_dict()
+    crop = crop_record(exported.crop)
+    assert crop is not None
     return replace(
         proof,
         cropped=exported.cropped,
         crop_cost=crop_cost(crop),
         crop_precision=exported.crop.precision,
-        lossy=not removes_only_zeros(crop),
-        crop_on_data=spent_on_data(crop),
+        lossy=not crop.removes_only_zeros,
+        crop_on_data=crop.spent_on_data,
     )
+
+
+def crop_record(certificate: CropCertificate | None) -> Crop | None:
+    """What the manifest keeps of a crop."""
+    import msgspec
+
+    from runtime.records import Crop
+
+    return None if certificate is None else msgspec.convert(certificate.to_dict(), Crop)
 
 
 def _manifest(
@@ -302,6 +313,7 @@ def _manifest(
     """Judge the fp32 file and describe it. Raises ParityError when it does not hold."""
     from gmconv.images import read_preprocessing
     from runtime.manifest import FileDigest, Manifest, sidecar, utc_now
+    from runtime.records import Export
 
     facts, file = exported.facts, exported.file
     verdict = proof.judge("fp32")
@@ -320,16 +332,16 @@ def _manifest(
         arch=facts.arch,
         precision_found={"fp32": exported.operators.get("Conv", 0) + exported.operators.get("Gemm", 0)},
         certificate=proof.reference.certificate,
-        crop=exported.crop.to_dict() if exported.crop else None,
-        parity=verdict.to_dict(),
-        build={
-            "opset": options.opset,
-            "batch": options.batch or "dynamic",
-            "dynamic_hw": options.dynamic_hw,
-            "simplify": options.simplify,
-            "operators": exported.operators,
-            "notes": list(facts.notes),
-        },
+        crop=crop_record(exported.crop),
+        parity=verdict.record(checkpoint.name, "onnxruntime cpu"),
+        export=Export(
+            opset=options.opset,
+            batch=options.batch or "dynamic",
+            dynamic_hw=options.dynamic_hw,
+            simplify=options.simplify,
+            operators=exported.operators,
+            notes=tuple(facts.notes),
+        ),
         versions=versions("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "gmconv-deploy"),
     )
     sidecar(file).write_text(manifest.to_json())
@@ -367,13 +379,13 @@ def _write_variants(
             folder / name,
             options.input_name,
             checked.cases_in(written.inputs[0].dtype),
-            quantized_as_written=quantized or None,
-            optimization="disable" if precision == "fp8" else None,
         )
         verdict = replace(checked, shipped=outputs).judge(precision)
         if not verdict.passed:
             raise ParityError(f"{name}: nothing was written, parity failed: {verdict.summary()}")
-        sidecar(folder / name).write_text(replace(written, parity=verdict.to_dict()).to_json())
+        sidecar(folder / name).write_text(
+            replace(written, parity=verdict.record(manifest.chain[0].file, "onnxruntime cpu")).to_json()
+        )
     if "fp32" not in options.precisions:
         for file in folder.glob(f"{exported.file.name}*"):
             file.unlink()

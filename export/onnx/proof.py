@@ -2,81 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from export.onnx.cases import Case
 from export.onnx.reference import Outputs, Reference
-from runtime.manifest import BAKING
+from runtime.parity.verdict import Verdict
+from runtime.records import BAKING, Hop
 from runtime.runners.base import numpy_dtype
 
 if TYPE_CHECKING:
-    from runtime.parity.compare import OutputComparison, YardstickComparison
-    from runtime.parity.tolerances import Tolerance
-
-
-@dataclass(frozen=True, slots=True)
-class Hop:
-    """One arrow of the proof on one case."""
-
-    hop: str
-    case: str
-    shape: tuple[int, ...]
-    bitwise: bool
-    comparisons: tuple[OutputComparison, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """All hops; `passed` only if there are some and each comparison of each passed."""
-
-    hops: tuple[Hop, ...]
-    yardstick: tuple[YardstickComparison, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether everything held."""
-        found = [comparison.passed for hop in self.hops for comparison in hop.comparisons]
-        found += [hop.bitwise for hop in self.hops if hop.hop == BAKING]
-        return bool(found) and all(found) and bool(self.yardstick) and all(y.passed for y in self.yardstick)
-
-    def failures(self) -> list[str]:
-        """One sentence per failed comparison."""
-        if not self.hops:
-            return ["nothing was compared"]
-        texts = [
-            f"{hop.hop} on {hop.case}: output {c.output!r}: {c.reason}"
-            for hop in self.hops
-            for c in hop.comparisons
-            if not c.passed
-        ]
-        texts += [f"{h.hop} on {h.case}: not bitwise equal" for h in self.hops if h.hop == BAKING and not h.bitwise]
-        texts += [f"float64 yardstick: output {y.output!r}: {y.reason}" for y in self.yardstick if not y.passed]
-        return texts
-
-    def summary(self) -> str:
-        """The first failures, in one line."""
-        failures = self.failures()
-        return "; ".join(failures[:3]) + (f" and {len(failures) - 3} more" if len(failures) > 3 else "")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for the manifest."""
-        return {
-            "passed": self.passed,
-            "hops": [
-                {
-                    "hop": hop.hop,
-                    "case": hop.case,
-                    "shape": list(hop.shape),
-                    "bitwise": hop.bitwise,
-                    "outputs": [c.to_dict() for c in hop.comparisons],
-                }
-                for hop in self.hops
-            ],
-            "yardstick": [y.to_dict() for y in self.yardstick],
-        }
+    from runtime.records import Tolerance
 
 
 def _bitwise(left: Outputs, right: Outputs) -> bool:
@@ -129,8 +66,8 @@ class Proof:
         artefact in that precision is compared with the baked network, by the tolerance that parity applies to it too.
         An fp32 artefact must also hold against the float64 yardstick, unless taps other than zeros were removed.
         """
-        from runtime.parity.compare import Yardstick, compare_outputs
-        from runtime.parity.tolerances import tolerance_for
+        from runtime.parity.compare import Yardstick
+        from runtime.parity.tolerances import tolerance_for, widen
 
         limit, last = tolerance_for(precision), "ORT" if precision == "fp32" else f"ORT {precision}"
         arrows: list[tuple[str, Sequence[Outputs], Sequence[Outputs], Tolerance]] = [
@@ -140,16 +77,16 @@ class Proof:
         if self.cropped is not None:
             stored = "fp32" if self.crop_on_data else self.crop_precision  # a budget has paid for its zeros
             zeros = tolerance_for(stored)
-            arrows.append(("baked -> cropped", before, self.cropped, zeros.widened(self.crop_cost)))
+            arrows.append(("baked -> cropped", before, self.cropped, widen(zeros, self.crop_cost)))
             if precision == "fp32" or stored == "fp32":
                 before, name = tuple(self.cropped), "cropped"
             else:
-                limit = limit.widened(self.crop_cost)
+                limit = widen(limit, self.crop_cost)
         arrows.append((f"{name} -> {last}", before, self.shipped, limit))
         # Noise is left out of the hops across the crop: they start at the baked network.
         images = self.crop_on_data and not all(case.noise for case in self.cases)
         hops = tuple(
-            Hop(arrow, case.label, case.batch.shape, _bitwise(a, b), compare_outputs(a, b, most, classes=self.classes))
+            self._hop(arrow, case, a, b, most)
             for arrow, left, right, most in arrows
             for case, a, b in zip(self.cases, left, right, strict=True)
             if not (case.noise and images and left is self.reference.baked)
@@ -161,5 +98,20 @@ class Proof:
                 measure.add(wide, live, shipped if strict else live)
         found = measure.result()
         if not strict:
-            found = tuple(replace(item, candidate_rel_rms=math.nan) for item in found)
+            found = tuple(replace(item, candidate_rel_rms=None) for item in found)
         return Verdict(hops, found)
+
+    def _hop(self, arrow: str, case: Case, left: Outputs, right: Outputs, limit: Tolerance) -> Hop:
+        from runtime.parity.compare import compare_outputs
+
+        reference, _, candidate = arrow.partition(" -> ")
+        return Hop(
+            name=arrow,
+            reference=reference,
+            candidate=candidate,
+            inputs=case.label,
+            shapes={"input": case.batch.shape},
+            bitwise=_bitwise(left, right),
+            outputs=compare_outputs(left, right, limit, classes=self.classes),
+            tolerance=limit,
+        )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import msgspec
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from runtime.manifest import Manifest
+    from runtime.records import Parity, YardstickComparison
 
 
 def print_export(output: Path, *, first: bool = True) -> None:
@@ -28,13 +30,14 @@ def print_export(output: Path, *, first: bool = True) -> None:
     if manifest.crop and first:
         from gmconv.cropping.table import crop_summary, crop_table
 
-        table = crop_table(manifest.crop)
+        crop = msgspec.to_builtins(manifest.crop)
+        table = crop_table(crop)
         if table.row_count:
             console.print(table)
-        console.print(crop_summary(manifest.crop))
+        console.print(crop_summary(crop))
     if manifest.parity:
         console.print(parity_table(manifest.parity, baking=first))
-        for measured in manifest.parity["yardstick"]:
+        for measured in manifest.parity.yardstick:
             console.print(_yardstick_line(measured, manifest))
     size = manifest.artefact.bytes + sum(entry.bytes for entry in manifest.external)
     console.print(
@@ -44,21 +47,21 @@ def print_export(output: Path, *, first: bool = True) -> None:
     )
 
 
-def _yardstick_line(measured: dict[str, Any], manifest: Manifest) -> str:
-    line = f"float64 yardstick on {measured['samples']} samples: torch fp32 is {measured['reference_rel_rms']:.1e} away"
-    if measured["candidate_rel_rms"] is not None:
-        found = f"ONNX Runtime {measured['candidate_rel_rms']:.1e}"
-        return f"{line}, {found} (allowed: {measured['factor']:g} times torch's)"
+def _yardstick_line(measured: YardstickComparison, manifest: Manifest) -> str:
+    line = f"float64 yardstick on {measured.samples} samples: torch fp32 is {number(measured.reference_rel_rms)} away"
+    if measured.candidate_rel_rms is not None:
+        found = f"ONNX Runtime {number(measured.candidate_rel_rms)}"
+        return f"{line}, {found} (allowed: {measured.factor:g} times torch's)"
     why = "it was cropped" if manifest.precision == "fp32" else f"{manifest.precision} rounds"
     return f"{line}; the file is not held to that, as {why} on purpose"
 
 
-def parity_table(parity: dict[str, Any], *, baking: bool = True) -> Table:
+def parity_table(parity: Parity, *, baking: bool = True) -> Table:
     """The rich table of a manifest's `parity`; `baking` False leaves out the bitwise hop, shown before."""
     from rich import box
     from rich.table import Table
 
-    from runtime.manifest import BAKING
+    from runtime.records import BAKING
 
     title = "Parity, hop by hop: errors of the right side against the left"
     table = Table(
@@ -73,27 +76,27 @@ def parity_table(parity: dict[str, Any], *, baking: bool = True) -> Table:
         table.add_column(column, no_wrap=True)
     for column in ("shape", "max abs", "mean abs", "err/RMS", "1-cosine", "top-1", "tolerance", "margin", ""):
         table.add_column(column, justify="right", no_wrap=True)
-    for hop in parity["hops"]:
-        if hop["hop"] == BAKING and not baking:
+    for hop in parity.hops:
+        if hop.name == BAKING and not baking:
             continue
-        for output in hop["outputs"]:
-            margin = "-" if output["margin"] is None else f"{output['margin']:.3g}x"
+        for output in hop.outputs:
+            margin = "-" if output.margin is None else f"{output.margin:.3g}x"
             table.add_row(
-                hop["hop"],
-                hop["case"],
-                "x".join(map(str, hop["shape"])),
-                number(output["max_abs"]),
-                number(output["mean_abs"]),
-                number(output["rel_rms"]),
-                number(None if output["cosine"] is None else max(0.0, 1 - output["cosine"])),
-                "-" if output["top1"] is None else f"{output['top1']:.1%}",
-                "bitwise" if hop["hop"] == BAKING else number(output["tolerance"]),
-                "equal" if hop["bitwise"] else margin,
-                "[green]ok[/green]" if output["passed"] else "[red]FAILED[/red]",
+                hop.name,
+                hop.inputs,
+                hop.shape,
+                number(output.max_abs),
+                number(output.mean_abs),
+                number(output.rel_rms),
+                number(None if output.cosine is None else max(0.0, 1 - output.cosine)),
+                "-" if output.top1 is None else f"{output.top1:.1%}",
+                "bitwise" if hop.name == BAKING else number(output.tolerance),
+                "equal" if hop.bitwise else margin,
+                "[green]ok[/green]" if output.passed else "[red]FAILED[/red]",
             )
     return table
 
 
 def number(value: float | None) -> str:
     """Two significant digits, or a dash."""
-    return "-" if value is None or math.isnan(value) else "0" if value == 0 else f"{value:.1e}"
+    return "-" if value is None else "0" if value == 0 else f"{value:.1e}"

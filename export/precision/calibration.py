@@ -7,7 +7,7 @@ at once to a minimum, a maximum and a histogram per tensor, so 10,000 images nee
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from export.graph.read import layer_upstream
 from export.precision.calibration_images import CalibrationImages
 from gmconv.errors import RefusedError
+from runtime import records
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -107,16 +108,16 @@ class Calibration:
     """What the images showed. `origin` says which images: source, number, seed and sha256 of the arrays fed."""
 
     histograms: dict[str, RangeHistogram]
-    origin: dict[str, Any]
+    origin: records.Calibration
 
     def ranges(self, method: Method, percentile: float = 99.99) -> dict[str, tuple[float, float]]:
         """Tensor name -> (lowest, highest) value to represent."""
         return {name: histogram.range(method, percentile) for name, histogram in self.histograms.items()}
 
-    def info(self, method: Method, percentile: float = 99.99) -> dict[str, Any]:
+    def info(self, method: Method, percentile: float = 99.99) -> records.Calibration:
         """For the manifest: the origin and how the ranges were chosen."""
-        chosen = {"method": method, "tensors": len(self.histograms)}
-        return self.origin | chosen | ({"percentile": percentile} if method == "percentile" else {})
+        share = percentile if method == "percentile" else None
+        return replace(self.origin, method=method, tensors=len(self.histograms), percentile=share)
 
 
 def calibrate(
@@ -146,7 +147,7 @@ def calibrate(
         if progress is not None:
             progress(done, images.count)
     images.refuse_uninformative()
-    origin = {"source": images.name, "images": done, "seed": images.seed, "sha256": images.sha256()}
+    origin = records.Calibration(source=images.name, images=done, seed=images.seed, sha256=images.sha256())
     return Calibration(histograms, origin)
 
 

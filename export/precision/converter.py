@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import click
 
 from gmconv.errors import RefusedError
+from runtime import records
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -53,16 +54,17 @@ class PrecisionOptions:
 
         Calibration images that are not scikit-learn's digits have to be given again: a plan holds no paths.
         """
-        used = plan.calibration or {}
+        planned = replace(self, plan=plan, target=plan.target)
+        used = plan.calibration
+        if used is None:
+            return planned
         return replace(
-            self,
-            plan=plan,
-            target=plan.target,
-            calibration=self.calibration or ("digits" if used.get("source") == "digits" else None),
-            calibration_images=used.get("images", self.calibration_images),
-            calibration_method=used.get("method", self.calibration_method),
-            percentile=used.get("percentile", self.percentile),
-            seed=used.get("seed", self.seed),
+            planned,
+            calibration=self.calibration or ("digits" if used.source == "digits" else None),
+            calibration_images=used.images,
+            calibration_method=used.method or self.calibration_method,
+            percentile=self.percentile if used.percentile is None else used.percentile,
+            seed=self.seed if used.seed is None else used.seed,
         )
 
 
@@ -75,8 +77,8 @@ class PrecisionAudit:
     kept: dict[str, str] = field(default_factory=dict)
     weight_bytes: int = 0
     weight_bytes_fp32: int = 0
-    quantization: dict[str, Any] | None = None
-    calibration: dict[str, Any] | None = None
+    quantization: records.Quantization | None = None
+    calibration: records.Calibration | None = None
 
     @property
     def size_ratio(self) -> float:
@@ -160,7 +162,7 @@ class PrecisionConverter:
     def quantize(self, precision: Precision, keep: set[str], half: set[str]) -> tuple[ModelProto, PrecisionAudit]:
         """int8 or fp8 with the nodes `keep` in fp32 and `half` in fp16; not checked."""
         from export.precision.cast import cast_graph
-        from export.precision.quantize import clips_lost_in_onnxruntime, quantize_graph, without_fp8_kernel
+        from export.precision.quantize import quantize_graph, without_fp8_kernel
 
         assert precision in ("int8", "fp8")
         options, calibration, method = self.options, self.calibrate(), self.method(precision)
@@ -173,15 +175,12 @@ class PrecisionConverter:
         graph = quantize_graph(self.model, ranges, to=precision, target=options.target, exclude=keep | half)
         if half:
             graph, _ = cast_graph(graph, "fp16", only=half)
-        quantization = {
-            "target": options.target,
-            "activations": ("u8" if options.target == "cpu" else "s8") if precision == "int8" else "e4m3fn",
-            "weights": "s8" if precision == "int8" else "e4m3fn",
-            "per_channel": True,
-            "quantized_bias": options.target == "cpu",
-        }
-        if precision == "fp8" or (options.target == "tensorrt" and clips_lost_in_onnxruntime(graph)):
-            quantization["ort_optimization"] = "disable" if precision == "fp8" else "basic"
+        quantization = records.Quantization(
+            target=options.target,
+            activations=("u8" if options.target == "cpu" else "s8") if precision == "int8" else "e4m3fn",
+            weights="s8" if precision == "int8" else "e4m3fn",
+            quantized_bias=options.target == "cpu",
+        )
         audit = self._audit(precision, graph, kept)
         return graph, replace(
             audit, quantization=quantization, calibration=calibration.info(method, options.percentile)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from gmconv.errors import RefusedError
+from runtime.records import Calibration
 
 SCHEMA = "gmconv-deploy.precision-plan/v1"
 
@@ -24,15 +25,15 @@ class PrecisionPlan:
     target: Literal["tensorrt", "cpu"] = "tensorrt"
     source_sha256: str = ""
     budget: dict[str, float] = field(default_factory=dict)
-    calibration: dict[str, Any] | None = None
+    calibration: Calibration | None = None
     measured: list[dict[str, Any]] = field(default_factory=list)
 
-    def refuse_other_calibration(self, used: dict[str, Any] | None) -> None:
+    def refuse_other_calibration(self, used: Calibration | None) -> None:
         """Raise RefusedError when `used` (a manifest's calibration) rests on other images than the plan did."""
-        planned = (self.calibration or {}).get("sha256")
-        if planned and used and used.get("sha256") != planned:
+        planned = self.calibration.sha256 if self.calibration else None
+        if planned and used and used.sha256 and used.sha256 != planned:
             raise RefusedError(
-                f"the plan was made with other calibration images ({planned[:12]}…, these are {used['sha256'][:12]}…); "
+                f"the plan was made with other calibration images ({planned[:12]}…, these are {used.sha256[:12]}…); "
                 "give the same --calibration, or make a new plan"
             )
 

@@ -109,25 +109,6 @@ def without_fp8_kernel(model: ModelProto) -> set[str]:
     }
 
 
-def clips_lost_in_onnxruntime(model: ModelProto) -> bool:
-    """Whether ONNX Runtime's optimizer (1.31) would drop a Clip that the graph needs.
-
-    Before a symmetric QuantizeLinear it takes Clip(0, 6) for redundant when -128 * scale is within float32's epsilon of
-    0: the vanishing activations of an untrained ReLU6 network.
-    """
-    from onnx import numpy_helper
-
-    clipped = {name for node in model.graph.node if node.op_type == "Clip" for name in node.output}
-    scales = {
-        node.input[1] for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] in clipped
-    }
-    return any(
-        128 * float(numpy_helper.to_array(tensor).max()) <= np.finfo(np.float32).eps
-        for tensor in model.graph.initializer
-        if tensor.name in scales
-    )
-
-
 def _run_quantizer(
     model: ModelProto,
     ranges: Mapping[str, tuple[float, float]],

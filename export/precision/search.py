@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmconv.errors import ParityError, RefusedError
+from runtime.records import Quantization
+from runtime.runners.qdq import graph_options
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -162,7 +164,7 @@ class SensitivitySearch:
         nodes = {self.nodes[name] for name in kept}
         half = nodes if self.keep_as == "fp16" else set()
         graph, audit = self.converter.quantize(self.precision, self.always | (nodes - half), half)
-        outputs, latency = self._outputs(graph, self.precision)
+        outputs, latency = self._outputs(graph, self.precision, audit.quantization)
         truth = self.reference.argmax(1) if self.images.classes is None else self.images.classes
         top1 = float((outputs.argmax(1) == truth).mean())
         before = float((self.reference.argmax(1) == truth).mean())
@@ -177,13 +179,13 @@ class SensitivitySearch:
             latency_ms=latency,
         )
 
-    def _outputs(self, graph: ModelProto, precision: str) -> tuple[NDArray[np.float32], float]:
-        """First output on all images, Q/DQ as written, and the batch-1 latency of the graph as it would be served."""
-        as_written = _session(graph, precision, as_written=True)
-        name = as_written.get_inputs()[0].name
-        outputs = np.concatenate([as_written.run(None, {name: batch})[0] for batch in self.images.batches])
-        served = _session(graph, precision, as_written=False)
-        size = as_written.get_inputs()[0].shape[0]
+    def _outputs(
+        self, graph: ModelProto, precision: str, quantization: Quantization | None = None
+    ) -> tuple[NDArray[np.float32], float]:
+        """First output on all images, and the batch-1 latency, of the graph as it would be served."""
+        served = _session(graph, precision, quantization)
+        name, size = served.get_inputs()[0].name, served.get_inputs()[0].shape[0]
+        outputs = np.concatenate([served.run(None, {name: batch})[0] for batch in self.images.batches])
         one = self.images.batches[0][: size if isinstance(size, int) else 1]
         times = []
         for _ in range(_TIMED_RUNS + 1):
@@ -274,14 +276,10 @@ def read_evaluation_images(source: str | Path | None, converter: PrecisionConver
     return EvaluationImages(samples.name, tuple(part.images for part in parts), classes)
 
 
-def _session(graph: ModelProto, precision: str, *, as_written: bool) -> Any:
+def _session(graph: ModelProto, precision: str, quantization: Quantization | None) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    if precision == "fp8":
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    elif as_written:  # as `runtime.runners.qdq.reference_options`
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    graph_options(precision, quantization).apply(options, ort)
     return ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])

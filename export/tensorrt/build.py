@@ -19,8 +19,9 @@ from gmconv.files import staged
 from gmconv.foreign import NOTHING, Foreign
 from runtime import cuda, trt
 from runtime.manifest import FileDigest, Manifest, ShapeRange, TensorSpec, digest, find_manifest, sidecar, utc_now
+from runtime.records import Build, Device, EngineLayers, Parity, TimingCache
 
-NOT_RUN = "not run (no device)"
+NO_DEVICE = "no device"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,38 +187,38 @@ def _manifest(
         ),
         precision=precision,
         precision_found=found,
-        parity={"result": NOT_RUN},
+        parity=Parity(result="not run", reason=NO_DEVICE),
         benchmark=None,
-        build={
-            "flavor": flavor,
-            "flavor_reason": why,
-            "tf32": options.tf32,
-            "workspace_mib": options.workspace,
-            "optimization_level": options.optimization_level,
-            "compute_capabilities": [
+        build=Build(
+            flavor=flavor,
+            flavor_reason=why,
+            tf32=options.tf32,
+            workspace_mib=options.workspace,
+            optimization_level=options.optimization_level,
+            compute_capabilities=tuple(
                 gpu.compute_capability if gpu and name == "current" else name for name in options.compute_capabilities
-            ],
-            "hardware_compatibility": options.hardware_compatibility,
-            "version_compatible": options.version_compatible,
-            "profiling_verbosity": options.profiling_verbosity,
-            "strip": options.strip,
-            "refit": options.refit,
-            "forced": options.force,
-            "timing_cache": built["timing_cache"],
-            "layers": {
-                "profiles": max(1, len(built["profiles"])),  # the counts are over all of them
-                "total": len(layers),
-                "convolutions": fusion.convolutions,
-                "convolution_precisions": fusion.by_precision,
-                "fused_epilogues": fusion.fused_epilogues,
-                "mask_multiplications": fusion.mask_multiplications,
-            },
-            "warnings": warnings,
-            "seconds": built["seconds"],
-            "peak_memory": built["peak_memory"],
-        },
+            ),
+            hardware_compatibility=options.hardware_compatibility,
+            version_compatible=options.version_compatible,
+            profiling_verbosity=options.profiling_verbosity,
+            strip=options.strip,
+            refit=options.refit,
+            forced=options.force,
+            timing_cache=built["timing_cache"] and TimingCache(**built["timing_cache"]),
+            layers=EngineLayers(
+                profiles=max(1, len(built["profiles"])),  # the counts are over all of them
+                total=len(layers),
+                convolutions=fusion.convolutions,
+                convolution_precisions=fusion.by_precision,
+                fused_epilogues=fusion.fused_epilogues,
+                mask_multiplications=fusion.mask_multiplications,
+            ),
+            warnings=tuple(warnings),
+            seconds=built["seconds"],
+            peak_memory=built["peak_memory"],
+        ),
         versions=versions,
-        device=dataclasses.asdict(gpu) if gpu else None,
+        device=Device(**dataclasses.asdict(gpu)) if gpu else None,
     )
 
 

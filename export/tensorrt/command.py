@@ -14,6 +14,8 @@ import click
 from gmconv.cli import Command, print_json
 from gmconv.foreign import NOTHING, Foreign, foreign_options
 from runtime import trt
+from runtime.artefact import artefact_kind
+from runtime.records import Build
 
 if TYPE_CHECKING:
     from export.tensorrt.process import BuilderProcess, Progress
@@ -21,15 +23,6 @@ if TYPE_CHECKING:
     from runtime.manifest import Manifest
 
 Precision = Literal["fp16", "bf16", "int8", "fp8"]
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a checkpoint rather than an ONNX file: by its suffix, else torch writes zip archives."""
-    if path.suffix.lower() in (".pt", ".pth", ".ckpt", ".safetensors"):
-        return True
-    import zipfile
-
-    return path.suffix.lower() != ".onnx" and path.is_file() and zipfile.is_zipfile(path)
 
 
 def prepare(
@@ -45,7 +38,7 @@ def prepare(
     Raises what those two raise.
     """
     onnx_path = model
-    if is_checkpoint(model):
+    if artefact_kind(model) == "checkpoint":
         from export.onnx.pipeline import ExportOptions, export_onnx
 
         onnx_path = output.with_suffix(".onnx")
@@ -66,27 +59,26 @@ def prepare(
 
 def parity_line(manifest: Manifest) -> str:
     """The last line of the command: what parity says, or that it was not run and why."""
-    parity = manifest.parity or {}
-    return f"parity: {parity.get('result', parity)}"
+    return f"parity: {manifest.parity.sentence() if manifest.parity else 'not run'}"
 
 
 def summary(output: Path, manifest: Manifest) -> list[str]:
     """What was built, in lines for a terminal."""
-    build = manifest.build
-    layers = build["layers"]
+    build = manifest.build or Build(flavor="rtx")
+    layers = build.layers
     histogram = ", ".join(f"{count} {name}" for name, count in manifest.precision_found.items()) or "not read back"
     lines = [
         f"{output}: {manifest.artefact.bytes / 2**20:.1f} MiB, sha256 {manifest.artefact.sha256[:12]}…, "
-        f"built in {build['seconds']['build']:.1f} s with {build['peak_memory'] / 2**20:.0f} MiB",
-        f"asked for {manifest.precision}; {layers['total']} layers: {histogram}",
-        f"{layers['convolutions']} convolutions, {layers['fused_epilogues']} with a fused epilogue, "
-        f"{layers['mask_multiplications']} mask multiplications",
+        f"built in {build.seconds.get('build', 0):.1f} s with {(build.peak_memory or 0) / 2**20:.0f} MiB",
+        f"asked for {manifest.precision}; {layers.total} layers: {histogram}",
+        f"{layers.convolutions} convolutions, {layers.fused_epilogues} with a fused epilogue, "
+        f"{layers.mask_multiplications} mask multiplications",
     ]
     for number, profile in enumerate(manifest.profiles):
         for name, shape in profile.items():
             sides = ", ".join(f"{side} {'x'.join(map(str, getattr(shape, side)))}" for side in ("min", "opt", "max"))
             lines.append(f"profile {number}: {name} {sides}")
-    lines += [f"warning: {text}" for text in build["warnings"]]
+    lines += [f"warning: {text}" for text in build.warnings]
     return lines
 
 
@@ -218,7 +210,7 @@ def main(
     flavor, why = trt.choose_flavor(flags["flavor"])
     options = BuildOptions(
         profiles=_profiles(low, opt, high, min_shapes, opt_shapes, max_shapes),
-        checkpoint=model if is_checkpoint(model) else None,
+        checkpoint=model if artefact_kind(model) == "checkpoint" else None,
         **flags,
     )
     output = output or model.with_name(model.stem + (f".{precision}" if precision else "") + ".plan")

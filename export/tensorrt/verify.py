@@ -7,11 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from gmconv.errors import ArchitectureUnavailableError, CheckpointError, ParityError, UnavailableError
-from gmconv.files import sha256_file
 from gmconv.foreign import NOTHING, Foreign
 from runtime import cuda, trt
+from runtime.artefact import Artefact
 from runtime.manifest import Manifest
+from runtime.records import Benchmark, Parity
 
 DEVICE = "cuda:0"
 # Short: a build is not the place to measure; enough to see an engine that is ten times too slow.
@@ -29,8 +32,8 @@ def verify_engine(
     """
     reason = why_not(manifest)
     if reason:
-        return dataclasses.replace(manifest, parity={"result": f"not run ({reason})"})
-    trained = find_checkpoint(manifest, onnx_path.parent, checkpoint)
+        return dataclasses.replace(manifest, parity=Parity(result="not run", reason=reason))
+    trained = Artefact(path=onnx_path, kind="onnx", manifest=manifest).checkpoint(checkpoint)
     try:
         try:
             parity = check_parity(trained or onnx_path, plan, foreign)
@@ -42,28 +45,20 @@ def verify_engine(
         return dataclasses.replace(manifest, benchmark=time_engine(plan))
     except UnavailableError as error:
         reason = error.message.removeprefix(f"{plan}: ")
-        if manifest.parity is not None and manifest.parity["result"] == "passed":
-            return dataclasses.replace(manifest, benchmark={"result": f"not run ({reason})"})
-        return dataclasses.replace(manifest, parity={"result": f"not run ({reason})"})
+        if manifest.parity is not None and manifest.parity.result == "passed":
+            missing = Benchmark(artefact=plan.name, result="not run", reason=reason)
+            return dataclasses.replace(manifest, benchmark=missing)
+        return dataclasses.replace(manifest, parity=Parity(result="not run", reason=reason))
 
 
 def why_not(manifest: Manifest) -> str | None:
     """Why this engine cannot be verified on this GPU, or None."""
-    if manifest.build["strip"]:
+    if manifest.build and manifest.build.strip:
         return "weights stripped"
     return trt.gpu_fits(manifest, cuda.device_info().compute_capability)
 
 
-def find_checkpoint(manifest: Manifest, folder: Path, known: Path | None = None) -> Path | None:
-    """The checkpoint at the start of the chain, when the very file is `known` or lies in `folder`."""
-    link = manifest.source("checkpoint")
-    if link is None:
-        return None
-    candidates = (path for path in (known, folder / link.file) if path is not None and path.is_file())
-    return next((path for path in candidates if sha256_file(path) == link.sha256), None)
-
-
-def check_parity(reference: Path, plan: Path, foreign: Foreign = NOTHING) -> dict[str, Any]:
+def check_parity(reference: Path, plan: Path, foreign: Foreign = NOTHING) -> Parity:
     """Compare at every corner of the profiles. Raises ParityError with the first failure."""
     from runtime.parity.run import ParityOptions, compare_artefacts
 
@@ -71,13 +66,10 @@ def check_parity(reference: Path, plan: Path, foreign: Foreign = NOTHING) -> dic
     candidate = report.candidates[0]
     if not report.passed:
         raise ParityError(f"{plan.name}: differs from {reference.name}: {'; '.join(candidate.failures()[:3])}")
-    found = candidate.to_dict()
-    # Base names only: a manifest travels.
-    kept = ("engine", "precision", "tolerance", "cases", "yardstick", "notes")
-    return plain({"result": "passed", "reference": reference.name, **{key: found[key] for key in kept}})
+    return candidate.record(reference)
 
 
-def time_engine(plan: Path) -> dict[str, Any]:
+def time_engine(plan: Path) -> Benchmark:
     """A short benchmark with trtexec's defaults: no transfers, CUDA graphs."""
     from runtime.benchmark.measure import Artefact, Prepared, measure
     from runtime.benchmark.options import Options
@@ -87,7 +79,7 @@ def time_engine(plan: Path) -> dict[str, Any]:
     options = Options(loop=loop, device=DEVICE)
     with Prepared(Artefact(plan), options) as prepared:
         measured = measure(prepared, options)
-        return plain(measured.to_dict(options.percentiles))
+        return msgspec.convert(plain(measured.to_dict(options.percentiles)), Benchmark)
 
 
 def plain(value: dict[str, Any]) -> dict[str, Any]:

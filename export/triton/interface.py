@@ -120,7 +120,7 @@ def interface_of(artefact: Path, manifest: Manifest | None) -> Interface:
 
 def is_rtx(manifest: Manifest) -> bool:
     """Whether an engine's manifest says that TensorRT-RTX built it."""
-    flavor = str(manifest.build.get("flavor", "")).lower()
+    flavor = manifest.build.flavor if manifest.build else ""
     return flavor == "rtx" or (not flavor and any("rtx" in name.lower() for name in manifest.versions))
 
 

@@ -13,13 +13,13 @@ import click
 from gmconv.child import child_command, child_environment
 from gmconv.errors import BuildError, RefusedError
 from gmconv.foreign import NOTHING, Foreign
+from runtime.artefact import artefact_kind
 from runtime.benchmark import machine
 from runtime.benchmark.interleave import Interleaved, Ratio, interleave
 from runtime.benchmark.measure import Artefact, Prepared
 from runtime.benchmark.options import Options
 from runtime.benchmark.timing import Progress
 from runtime.manifest import Manifest, find_manifest, read_manifest
-from runtime.runners import artefact_kind
 from runtime.statistics import as_json, describe
 
 if TYPE_CHECKING:
@@ -231,20 +231,22 @@ def export_twin(checkpoint: Path, output: Path, precision: str, foreign: Foreign
 def build_twin(onnx_path: Path, manifest: Manifest) -> Path:
     """Build the twin's engine as the one that `manifest` describes, in a process of its own. Raises BuildError."""
     build, output = manifest.build, onnx_path.with_suffix(".plan")
-    command = ["export.tensorrt", str(onnx_path), "-o", str(output), "--no-verify", "--flavor", str(build["flavor"])]
+    if build is None:
+        raise BuildError(f"{manifest.artefact.file}: its manifest does not say how it was built; build it again")
+    command = ["export.tensorrt", str(onnx_path), "-o", str(output), "--no-verify", "--flavor", build.flavor]
     for profile in manifest.profiles:
         for side in ("min", "opt", "max"):
             shapes = (f"{name}:{'x'.join(map(str, getattr(found, side)))}" for name, found in profile.items())
             command += [f"--{side}Shapes", ",".join(shapes)]
-    command += ["--tf32"] if build.get("tf32") else []
-    if build.get("compute_capabilities"):
-        command += ["--compute-capability", ",".join(build["compute_capabilities"])]
-    if build.get("hardware_compatibility", "none") != "none":
-        command += ["--hardware-compatibility", str(build["hardware_compatibility"])]
-    if build.get("optimization_level") is not None:
-        command += ["--builder-optimization-level", str(build["optimization_level"])]
-    if build.get("workspace_mib") is not None:
-        command += ["--workspace", str(build["workspace_mib"])]
+    command += ["--tf32"] if build.tf32 else []
+    if build.compute_capabilities:
+        command += ["--compute-capability", ",".join(build.compute_capabilities)]
+    if build.hardware_compatibility != "none":
+        command += ["--hardware-compatibility", build.hardware_compatibility]
+    if build.optimization_level is not None:
+        command += ["--builder-optimization-level", str(build.optimization_level)]
+    if build.workspace_mib is not None:
+        command += ["--workspace", str(build.workspace_mib)]
     _succeed(command, "built")
     return output
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gmconv.errors import RefusedError
-from runtime.runners import artefact_kind, open_runner
+from runtime.artefact import artefact_kind
+from runtime.runners import open_runner
 from runtime.runners.base import Array, LayerTime, Runner
 
 _WARM_UP = 5

@@ -13,13 +13,13 @@ from typing import Any, Self
 import click
 
 from gmconv.errors import RefusedError
+from runtime.artefact import artefact_kind
 from runtime.benchmark import machine
 from runtime.benchmark.inputs import make_feeds
 from runtime.benchmark.options import Options, refuse_device_flags
 from runtime.benchmark.timing import DeviceLane, HostLane, Lane, Progress, Trace
 from runtime.benchmark.trtexec import device_warnings
-from runtime.manifest import Manifest, find_manifest
-from runtime.runners import artefact_kind, open_runner
+from runtime.runners import open_runner
 from runtime.runners.base import Array, Runner
 from runtime.runners.qdq import layout_warning
 from runtime.statistics import as_json, central_cv, describe, drift
@@ -87,9 +87,7 @@ class Prepared:
             open_runner(artefact.path, device=self.device, foreign=options.foreign, **self.runner_options)
         )
         self.runner = runner
-        self.manifest: Manifest | None = getattr(runner, "manifest", None)
-        if self.manifest is None and artefact_kind(artefact.path) != "checkpoint":
-            self.manifest = find_manifest(artefact.path)
+        self.manifest = runner.artefact.manifest
         self.feeds: dict[str, Array] = make_feeds(runner, options.shapes, options.files, options.seed)
         depth = 2 if options.overlap else 1
         queries = runner.queries(

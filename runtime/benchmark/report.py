@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.artefact import artefact_kind
 from runtime.benchmark.comparison import Comparison
 from runtime.benchmark.measure import Measured, Prepared
 from runtime.benchmark.options import Options
@@ -24,7 +25,6 @@ from runtime.report import (
     without_repeated_masks,
     write_report,
 )
-from runtime.runners import artefact_kind
 from runtime.runners.base import LayerTime
 
 _SAMPLES = 32

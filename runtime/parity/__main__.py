@@ -98,7 +98,7 @@ def parity_table(report: ParityReport, candidate: CandidateReport) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    several = len({output.output for case in candidate.cases for output in case.outputs}) > 1
+    several = len({output.output for hop in candidate.verdict.hops for output in hop.outputs}) > 1
     table.add_column("inputs", no_wrap=True)
     table.add_column("batch", no_wrap=True)
     table.add_column("samples", justify="right")
@@ -106,21 +106,21 @@ def parity_table(report: ParityReport, candidate: CandidateReport) -> Table:
         table.add_column("output")
     for heading in ("max abs", "mean abs", "err/RMS", "SNR dB", "1-cosine", "top-1", "top-5", "margin", ""):
         table.add_column(heading, justify="right", no_wrap=True)
-    for case in candidate.cases:
-        for o in case.outputs:
+    for hop in candidate.verdict.hops:
+        for o in hop.outputs:
             table.add_row(
-                case.label,
-                case.shape,
+                hop.inputs,
+                hop.shape,
                 str(o.samples),
                 *([o.output] if several else []),
                 _number(o.max_abs),
                 _number(o.mean_abs),
                 _number(o.rel_rms),
-                _fixed(o.snr_db),
-                _number(max(0.0, 1 - o.cosine)),
+                "inf" if o.rel_rms == 0 else "" if o.snr_db is None else f"{o.snr_db:.1f}",
+                _number(None if o.cosine is None else max(0.0, 1 - o.cosine)),
                 _share(o.top1),
                 _share(o.top5),
-                "equal" if o.rel_rms == 0 else f"{o.margin:.3g}x" if o.margin == o.margin else "",
+                "equal" if o.rel_rms == 0 else "" if o.margin is None else f"{o.margin:.3g}x",
                 "[green]ok[/]" if o.passed else "[red]FAIL[/]",
             )
     return table
@@ -128,12 +128,12 @@ def parity_table(report: ParityReport, candidate: CandidateReport) -> Table:
 
 def _remarks(candidate: CandidateReport) -> list[str]:
     texts = [
-        f"float64 yardstick, {item.samples} samples: {item.output} is {item.candidate_rel_rms:.1e} from exact, torch "
-        f"fp32 {item.reference_rel_rms:.1e} (allowed: {item.factor:g} times that and 2e-07)"
-        for item in candidate.yardstick
+        f"float64 yardstick, {item.samples} samples: {item.output} is {_number(item.candidate_rel_rms)} from exact, "
+        f"torch fp32 {_number(item.reference_rel_rms)} (allowed: {item.factor:g} times that and 2e-07)"
+        for item in candidate.verdict.yardstick
     ]
-    margins = [o.disagreement_margin for case in candidate.cases for o in case.outputs if o.top1 < 1]
-    if margins:
+    found = [o.disagreement_margin for hop in candidate.verdict.hops for o in hop.outputs]
+    if margins := [margin for margin in found if margin is not None]:
         texts.append(f"where classes differ, the reference decides by at most {max(margins):.3g}")
     texts += [f"note: {text}" for text in candidate.notes]
     if candidate.bisection is not None and candidate.bisection.layers:
@@ -155,23 +155,21 @@ def _layers(bisection: Bisection) -> list[str]:
 
 def _verdict(candidate: CandidateReport) -> str:
     if candidate.passed:
-        margins = [output.margin for case in candidate.cases for output in case.outputs]
-        return f"PASSED  {candidate.path}  {candidate.precision}, smallest margin {min(margins):.3g}x"
+        found = [output.margin for hop in candidate.verdict.hops for output in hop.outputs]
+        margins = [margin for margin in found if margin is not None]
+        close = f"smallest margin {min(margins):.3g}x" if margins else "equal"
+        return f"PASSED  {candidate.path}  {candidate.precision}, {close}"
     failures = candidate.failures()
     more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
     return f"FAILED  {candidate.path}  {failures[0]}{more}"
 
 
-def _number(value: float) -> str:
-    return "" if value != value else "0" if value == 0 else f"{value:.1e}"
+def _number(value: float | None) -> str:
+    return "" if value is None else "0" if value == 0 else f"{value:.1e}"
 
 
-def _fixed(value: float) -> str:
-    return "" if value != value else "inf" if value == float("inf") else f"{value:.1f}"
-
-
-def _share(value: float) -> str:
-    return "" if value != value else f"{100 * value:.1f}%"
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}%"
 
 
 if __name__ == "__main__":

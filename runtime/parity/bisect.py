@@ -18,12 +18,12 @@ import numpy as np
 
 from gmconv.files import sha256_file
 from gmconv.foreign import NOTHING, Foreign
+from runtime.artefact import artefact_kind
 from runtime.manifest import Manifest, find_manifest
 from runtime.parity.bisect_quantized import judge_quantized
 from runtime.parity.bisection import Bisection, LayerError, words
 from runtime.parity.layers import Graph, Match
-from runtime.parity.tolerances import Tolerance
-from runtime.runners import artefact_kind
+from runtime.records import Tolerance
 from runtime.runners.base import Array, Runner, numpy_dtype
 
 if TYPE_CHECKING:
@@ -68,9 +68,9 @@ def bisect(
         if found.culprit is None:
             return Bisection(None, f"the ONNX file it was built from agrees layer by layer: {found.sentence}")
         return Bisection(found.culprit, f"in the ONNX file it was built from: {found.sentence}", found.layers)
-    if hasattr(reference, "checkpoint"):
+    if reference.artefact.kind == "checkpoint":
         return _from_checkpoint(reference, candidate, feeds, tolerance, foreign if kind == "checkpoint" else None)  # type: ignore[arg-type]
-    if hasattr(reference, "path") and kind == "onnx":
+    if reference.artefact.kind == kind == "onnx":
         return _from_onnx(reference, candidate, feeds, tolerance, manifest)  # type: ignore[arg-type]
     return Bisection(None, "layers can be compared when the reference is a checkpoint, or both are ONNX files")
 
@@ -130,7 +130,7 @@ def _from_onnx(
     manifest: Manifest | None,
 ) -> Bisection:
     feeds = _smaller(feeds, reference)
-    graph, other = Graph(path), Graph(reference.path)
+    graph, other = Graph(path), Graph(reference.artefact.path)
     matches = graph.same_tensors(other)
     own = dict(zip((spec.name for spec in reference.inputs), feeds.values(), strict=True))
     found = other.run([match.other for match in matches], own) if matches else {}

@@ -12,7 +12,7 @@ import numpy as np
 
 from gmconv.data import load_samples, npz_array, npz_header, npz_names
 from gmconv.errors import RefusedError, UnavailableError
-from gmconv.images import Preprocessing
+from runtime.artefact import Facts
 from runtime.manifest import ShapeRange, TensorSpec
 from runtime.runners.base import Array, numpy_dtype
 
@@ -20,16 +20,6 @@ from runtime.runners.base import Array, numpy_dtype
 FREE_BATCHES = (1, 2, 5, 8)
 Feeds = dict[str, Array]
 Shapes = dict[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What is known of a network's data, from a manifest or a checkpoint."""
-
-    input_shape: tuple[int, ...] | None = None
-    preprocessing: Preprocessing | None = None
-    dataset: dict[str, Any] | None = None
-    labels: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

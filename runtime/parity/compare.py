@@ -8,72 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from runtime.parity.tolerances import Tolerance
+from runtime.records import OutputComparison, Tolerance, YardstickComparison
 from runtime.runners.base import Array
 
 #: Unit roundoff of fp32, 2^-24: outputs that vary by less than a few of it over the samples are constant.
 FP32_ROUNDOFF = 2.0**-24
 _CONSTANT = 4 * FP32_ROUNDOFF
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputComparison:
-    """One output, compared over all samples. NaN where a number has no meaning (`to_dict` writes None).
-
-    `rel_rms` = RMS(error) / RMS(reference); `max_rel_rms` = `max_abs` / RMS(reference); `snr_db` = -20 log10(rel_rms).
-    `top1`, `top5`: share of samples whose classes agree (outputs of shape (N, K >= 2)); `top1_decided`: the same over
-    the `decided` samples, whose reference margin (first minus second logit) exceeds 2 * tolerance * RMS(reference).
-    `disagreement_margin`: largest reference margin among the samples that disagree. `variation`: RMS of the reference's
-    change from sample to sample over its RMS. `margin`: tolerance / found, the worst of the judged numbers; above 1
-    passes.
-    """
-
-    output: str
-    samples: int
-    passed: bool
-    reason: str
-    precision: str
-    tolerance: float
-    max_abs: float = math.nan
-    mean_abs: float = math.nan
-    rel_rms: float = math.nan
-    max_rel_rms: float = math.nan
-    snr_db: float = math.nan
-    cosine: float = math.nan
-    top1: float = math.nan
-    top5: float = math.nan
-    decided: int = 0
-    top1_decided: float = math.nan
-    disagreement_margin: float = math.nan
-    variation: float = math.nan
-    margin: float = math.nan
-
-    def to_dict(self) -> dict[str, Any]:
-        """Fields for JSON; what is not finite becomes None."""
-        return _finite(asdict(self))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class YardstickComparison:
-    """How far reference and candidate are from a float64 run of the same network, RMS relative to its RMS."""
-
-    output: str
-    samples: int
-    passed: bool
-    reason: str
-    reference_rel_rms: float
-    candidate_rel_rms: float
-    factor: float
-    limit: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Fields for JSON; what is not finite becomes None."""
-        return _finite(asdict(self))
 
 
 def compare_outputs(
@@ -182,10 +127,10 @@ class Yardstick:
                     samples=int(samples),
                     passed=reason is None,
                     reason=reason or "",
-                    reference_rel_rms=near,
-                    candidate_rel_rms=found,
+                    reference_rel_rms=_finite(near),
+                    candidate_rel_rms=_finite(found),
                     factor=self._factor,
-                    limit=limit,
+                    limit=_finite(limit),
                 )
             )
         return tuple(verdicts)
@@ -302,14 +247,15 @@ class _Sums:
         cosine = self.dot / (math.sqrt(self.power) * candidate_norm) if candidate_norm else 0.0
         cosine = min(1.0, cosine)
         ranks = self._ranks(2 * tolerance.rel_rms * scale)
+        decided = ranks.get("top1_decided")
+        decided = math.nan if decided is None else decided
         reasons = [
             f"{what} {found:.3g}, {limit} {bound:.3g}"
             for what, found, limit, bound, bad in (
                 ("relative RMS error", rel_rms, "tolerance", tolerance.rel_rms, rel_rms > tolerance.rel_rms),
                 ("largest error / RMS", max_rel, "tolerance", tolerance.max_rel_rms, max_rel > tolerance.max_rel_rms),
                 ("1 - cosine", 1 - cosine, "tolerance", 1 - tolerance.cosine, cosine < tolerance.cosine - 1e-12),
-                ("top-1 agreement", ranks["top1_decided"], "at least", tolerance.top1,
-                 ranks["top1_decided"] < tolerance.top1),
+                ("top-1 agreement", decided, "at least", tolerance.top1, decided < tolerance.top1),
             )
             if bad
         ]  # fmt: skip
@@ -324,24 +270,24 @@ class _Sums:
             mean_abs=self.error_sum / self.elements,
             rel_rms=rel_rms,
             max_rel_rms=max_rel,
-            snr_db=-20 * math.log10(rel_rms) if rel_rms else math.inf,
+            snr_db=-20 * math.log10(rel_rms) if rel_rms else None,
             cosine=cosine,
-            variation=variation,
-            margin=min(_ratio(tolerance.rel_rms, rel_rms), _ratio(tolerance.max_rel_rms, max_rel)),
+            variation=_finite(variation),
+            margin=_finite(min(_ratio(tolerance.rel_rms, rel_rms), _ratio(tolerance.max_rel_rms, max_rel))),
             **ranks,
         )
 
     def _ranks(self, decided_above: float) -> dict[str, Any]:
         if not self.ranked:
-            return {"top1_decided": math.nan}
+            return {}
         margins, agrees = np.concatenate(self.margins), np.concatenate(self.agrees)
         decided = margins > decided_above
         return {
             "top1": float(agrees.mean()),
             "top5": self.top5 / self.ranked,
             "decided": int(decided.sum()),
-            "top1_decided": float(agrees[decided].mean()) if decided.any() else math.nan,
-            "disagreement_margin": float(margins[~agrees].max()) if not agrees.all() else math.nan,
+            "top1_decided": float(agrees[decided].mean()) if decided.any() else None,
+            "disagreement_margin": float(margins[~agrees].max()) if not agrees.all() else None,
         }
 
 
@@ -360,5 +306,5 @@ def _ratio(limit: float, found: float) -> float:
     return limit / found if found else math.inf
 
 
-def _finite(fields: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

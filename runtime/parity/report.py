@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from gmconv.foreign import NOTHING, Foreign
+from runtime.artefact import artefact_kind
 from runtime.manifest import find_manifest
 from runtime.parity.run import CandidateReport, ParityReport
 from runtime.report import (
@@ -16,12 +17,11 @@ from runtime.report import (
     ReceptiveField,
     Section,
     Text,
-    comparison_row,
     manifest_sections,
+    parity_rows,
     without_repeated_masks,
     write_report,
 )
-from runtime.runners import artefact_kind
 
 _SAMPLES = 32
 
@@ -48,11 +48,12 @@ def _candidate(found: ParityReport, candidate: CandidateReport, texts: list[Sect
         "Candidate": f"{name} ({candidate.engine})",
         "Precision": candidate.precision,
         "Tolerance": f"{candidate.tolerance.rel_rms:.1e} ({candidate.tolerance.source})",
-        "Samples": str(sum(case.outputs[0].samples for case in candidate.cases if case.outputs)),
+        "Samples": str(sum(hop.outputs[0].samples for hop in candidate.verdict.hops if hop.outputs)),
     }
-    for item in candidate.yardstick:
+    for item in candidate.verdict.yardstick:
         rows[f"Distance of {item.output} from float64"] = (
-            f"{item.candidate_rel_rms:.1e}; torch fp32 {item.reference_rel_rms:.1e}, {item.factor:g} times that allowed"
+            f"{_number(item.candidate_rel_rms)}; torch fp32 {_number(item.reference_rel_rms)}, "
+            f"{item.factor:g} times that allowed"
         )
     if candidate.bisection is not None:
         rows["First layer that differs"] = candidate.bisection.sentence
@@ -62,11 +63,7 @@ def _candidate(found: ParityReport, candidate: CandidateReport, texts: list[Sect
             title="Parity" if alone else f"Parity: {name}",
             reference=found.reference.name,
             candidate=name,
-            rows=[
-                comparison_row(case.label, case.shape, output.to_dict())
-                for case in candidate.cases
-                for output in case.outputs
-            ],
+            rows=[row for hop in candidate.verdict.hops for row in parity_rows(hop)],
         ),
     ]
     if candidate.notes:
@@ -76,6 +73,10 @@ def _candidate(found: ParityReport, candidate: CandidateReport, texts: list[Sect
         sections += manifest_sections(name, manifest, alone=alone)
         texts.append(ManifestText(name=name, manifest=manifest))
     return sections
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
 
 
 def _receptive_field(checkpoint: Path, foreign: Foreign) -> list[Section]:

@@ -8,18 +8,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from gmconv.errors import RefusedError
 from gmconv.foreign import NOTHING, Foreign
-from runtime.manifest import Manifest, find_manifest
-from runtime.parity.cases import Case, Facts, Feeds, make_cases
-from runtime.parity.compare import Comparator, OutputComparison, Yardstick, YardstickComparison
-from runtime.parity.tolerances import MAX_CROP_COST, Tolerance, crop_cost, spent_on_data, tolerance_for
-from runtime.runners import artefact_kind, open_runner
+from runtime.artefact import Artefact, artefact_kind, open_artefact
+from runtime.manifest import Manifest
+from runtime.parity.cases import Case, Feeds, make_cases
+from runtime.parity.compare import Comparator, Yardstick
+from runtime.parity.tolerances import MAX_CROP_COST, crop_cost, judged_as, override, tolerance_for, widen
+from runtime.parity.verdict import Verdict
+from runtime.records import Hop, OutputComparison, Parity, Tolerance
+from runtime.runners import open_runner
 from runtime.runners.base import Array, Runner, numpy_dtype
 
 if TYPE_CHECKING:
     from runtime.parity.bisection import Bisection
-    from runtime.runners.torch import TorchRunner
 
 Note = Callable[[str], None]
 #: The float64 run costs several fp32 runs: of each case it sees the first batch, up to this many numbers.
@@ -45,15 +49,6 @@ class ParityOptions:
     foreign: Foreign = NOTHING
 
 
-@dataclass(frozen=True, slots=True)
-class CaseResult:
-    """One case: what it ran on, the shape of a batch, and a verdict per output."""
-
-    label: str
-    shape: str
-    outputs: tuple[OutputComparison, ...]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CandidateReport:
     """Everything found about one candidate. It passed when there are cases and each comparison of each passed."""
@@ -62,8 +57,7 @@ class CandidateReport:
     engine: str
     precision: str
     tolerance: Tolerance
-    cases: tuple[CaseResult, ...]
-    yardstick: tuple[YardstickComparison, ...]
+    verdict: Verdict
     bisection: Bisection | None
     notes: tuple[str, ...]
     seconds: float
@@ -71,21 +65,15 @@ class CandidateReport:
     @property
     def passed(self) -> bool:
         """Whether everything that was compared held, and something was."""
-        found = [output.passed for case in self.cases for output in case.outputs]
-        return bool(found) and all(found) and all(item.passed for item in self.yardstick)
+        return self.verdict.passed
 
     def failures(self) -> list[str]:
         """One sentence per comparison that failed."""
-        texts = [
-            f"{case.label} {case.shape}: {output.reason}"
-            if output.output in output.reason
-            else f"{case.label} {case.shape}, {output.output}: {output.reason}"
-            for case in self.cases
-            for output in case.outputs
-            if not output.passed
-        ]
-        texts += [f"float64 yardstick: {item.reason}" for item in self.yardstick if not item.passed]
-        return texts or ([] if self.passed else ["nothing was compared"])
+        return self.verdict.failures()
+
+    def record(self, reference: Path) -> Parity:
+        """What a manifest keeps of it."""
+        return self.verdict.record(reference.name, self.engine, self.notes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -95,10 +83,8 @@ class CandidateReport:
             "passed": self.passed,
             "precision": self.precision,
             "tolerance": asdict(self.tolerance),
-            "cases": [
-                {"label": c.label, "shape": c.shape, "outputs": [o.to_dict() for o in c.outputs]} for c in self.cases
-            ],
-            "yardstick": [item.to_dict() for item in self.yardstick],
+            "hops": [msgspec.to_builtins(hop) | {"passed": hop.passed} for hop in self.verdict.hops],
+            "yardstick": msgspec.to_builtins(self.verdict.yardstick),
             "bisection": self.bisection.to_dict() if self.bisection else None,
             "failures": self.failures(),
             "notes": list(self.notes),
@@ -156,32 +142,24 @@ def compare_artefacts(
     is_checkpoint = artefact_kind(reference) == "checkpoint"
     extra: dict[str, Any] = {"dynamic_hw": True, "foreign": options.foreign} if is_checkpoint else {}
     with open_runner(reference, _device(reference, options.reference_device), **extra) as runner:
-        exact: TorchRunner | None = None
-        if is_checkpoint and options.yardstick:
-            exact = open_runner(reference, dtype="float64", **extra)  # type: ignore[assignment]
-        source = None if is_checkpoint else find_manifest(reference)
-        reports = tuple(_compare(runner, exact, source, Path(path), options, note) for path in candidates)
+        exact = open_runner(reference, dtype="float64", **extra) if is_checkpoint and options.yardstick else None
+        reports = tuple(_compare(runner, exact, Path(path), options, note) for path in candidates)
     return ParityReport(reference, runner.name, reports)
 
 
 def _compare(
-    reference: Runner,
-    exact: TorchRunner | None,
-    source: Manifest | None,
-    path: Path,
-    options: ParityOptions,
-    note: Note,
+    reference: Runner, exact: Runner | None, path: Path, options: ParityOptions, note: Note
 ) -> CandidateReport:
-    """`source`: the reference's manifest, if it has one."""
     started = time.perf_counter()
     note(f"opening {path.name}")
     notes: list[str] = []
-    manifest = find_manifest(path) if artefact_kind(path) != "checkpoint" else None
-    precision = options.precision or _precision(path, manifest, notes)
+    artefact, source = open_artefact(path), reference.artefact.manifest
+    manifest = artefact.manifest
+    precision = options.precision or _precision(artefact, notes)
     tolerance = _tolerance(precision, manifest, source, options, notes)
-    with open_candidate(path, options, precision, manifest, notes) as candidate:
-        facts = _facts(reference, source, candidate, manifest)
-        _check_source(reference, path, manifest, notes)
+    with open_candidate(artefact, options, precision, notes) as candidate:
+        facts = candidate.artefact.facts | reference.artefact.facts
+        _check_source(reference.artefact, artefact, notes)
         cases, more = make_cases(
             candidate.inputs,
             candidate.profiles,
@@ -190,9 +168,9 @@ def _compare(
             inputs=options.inputs,
             samples=options.samples,
             seed=options.seed,
-            calibrated=tolerance.calibrated or any(spent_on_data(m.crop) for m in (manifest, source) if m),
+            calibrated=tolerance.calibrated or any(m.crop.spent_on_data for m in (manifest, source) if m and m.crop),
         )
-        pair = _Pair(reference, candidate, path.name)
+        pair = _Pair(reference, candidate)
         judge = exact is not None and tolerance == tolerance_for("fp32")
         yardstick = Yardstick()
         results = []
@@ -204,8 +182,7 @@ def _compare(
             engine=candidate.name,
             precision=precision,
             tolerance=tolerance,
-            cases=tuple(results),
-            yardstick=yardstick.result() if judge else (),
+            verdict=Verdict(tuple(results), yardstick.result() if judge else ()),
             bisection=None,
             notes=(*notes, *more),
             seconds=time.perf_counter() - started,
@@ -224,9 +201,9 @@ def _run_case(
     case: Case,
     tolerance: Tolerance,
     options: ParityOptions,
-    exact: TorchRunner | None,
+    exact: Runner | None,
     yardstick: Yardstick,
-) -> CaseResult:
+) -> Hop:
     comparator = Comparator(tolerance, classes=options.classes)
     for index, feeds in enumerate(case):
         expected = pair.run_reference(feeds)
@@ -234,11 +211,11 @@ def _run_case(
             found = pair.candidate.run(feeds)
         except RefusedError as error:
             failed = comparator.refused(expected, error.message)
-            return CaseResult(case.label, case.shape, failed)
+            return pair.hop(case, failed, tolerance)
         comparator.add(expected, found)
         if exact is not None and index == 0 and sum(f.size for f in feeds.values()) <= _YARDSTICK_ELEMENTS:
             yardstick.add(pair.run_reference(feeds, exact), expected, found)
-    return CaseResult(case.label, case.shape, comparator.result())
+    return pair.hop(case, comparator.result(), tolerance)
 
 
 class _Pair:
@@ -248,8 +225,10 @@ class _Pair:
     checkpoints do not name their tensors.
     """
 
-    def __init__(self, reference: Runner, candidate: Runner, name: str) -> None:
+    def __init__(self, reference: Runner, candidate: Runner) -> None:
         self.reference, self.candidate = reference, candidate
+        name = candidate.artefact.path.name
+        self._ends = reference.artefact.path.name, name
         ours, theirs = reference.inputs, candidate.inputs
         if len(ours) != len(theirs):
             raise RefusedError(f"the reference takes {len(ours)} inputs, {name} {len(theirs)}: not one network")
@@ -264,8 +243,21 @@ class _Pair:
         self._outputs: dict[str, str] = {}
         names = [spec.name for spec in candidate.outputs]
         own = [spec.name for spec in reference.outputs]
-        if hasattr(reference, "checkpoint") and set(own) != set(names) and len(own) == len(names):
+        if reference.artefact.kind == "checkpoint" and set(own) != set(names) and len(own) == len(names):
             self._outputs = dict(zip(own, names, strict=True))
+
+    def hop(self, case: Case, outputs: tuple[OutputComparison, ...], tolerance: Tolerance) -> Hop:
+        """The record of one case."""
+        left, right = self._ends
+        return Hop(
+            name=f"{left} -> {right}",
+            reference=left,
+            candidate=right,
+            inputs=case.label,
+            shapes=case.shapes,
+            outputs=outputs,
+            tolerance=tolerance,
+        )
 
     def run_reference(self, feeds: Feeds, runner: Runner | None = None) -> dict[str, Array]:
         """The reference's outputs under the candidate's names, from the candidate's inputs in its own dtypes."""
@@ -280,24 +272,13 @@ def _compatible(left: Sequence[int | str], right: Sequence[int | str]) -> bool:
     return len(left) == len(right) and all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
 
 
-def open_candidate(
-    path: Path, asked: ParityOptions, precision: str, manifest: Manifest | None, notes: list[str] | None = None
-) -> Runner:
-    """Open a candidate the way its precision has to be judged.
-
-    ONNX Runtime rewrites Q/DQ graphs into something else on the CPU, which is the point of a graph made for the CPU
-    (`quantization.target` "cpu") and an error in the reference of one made for TensorRT: that one runs as written.
-    """
+def open_candidate(artefact: Artefact, asked: ParityOptions, precision: str, notes: list[str]) -> Runner:
+    """Open a candidate as it is served; a quantized file that does not say for whom, as it is written."""
     options: dict[str, Any] = {"foreign": asked.foreign}
-    quantized = tolerance_for(precision).calibrated
-    for_cpu = manifest is not None and (manifest.quantization or {}).get("target") == "cpu"
-    if artefact_kind(path) == "onnx" and quantized and not for_cpu:
-        options["quantized_as_written"] = True
-        if "fp8" in precision:
-            options["optimization"] = "disable"
-        if notes is not None:
-            notes.append("Q/DQ pairs run as written, with ONNX Runtime's rewrites of them off")
-    return open_runner(path, _device(path, asked.device), **options)
+    if artefact.kind == "onnx" and artefact.manifest is None and tolerance_for(precision).calibrated:
+        notes.append("no manifest beside it: Q/DQ pairs run as written, with ONNX Runtime's rewrites of them off")
+        options |= {"quantized_as_written": True, "optimization": "disable" if "fp8" in precision else None}
+    return open_runner(artefact.path, _device(artefact.path, asked.device), **options)
 
 
 def _device(path: Path, device: str) -> str:
@@ -311,77 +292,45 @@ def _tolerance(
     tolerance = tolerance_for(precision)
     if options.tolerance is not None:
         notes.append(f"tolerance {options.tolerance:g} was given; the table says {tolerance.rel_rms:g} for {precision}")
-        return tolerance.override(options.tolerance)
+        return override(tolerance, options.tolerance)
     crop, reference_crop = manifest.crop if manifest else None, source.crop if source else None
     own, other = crop_cost(crop), crop_cost(reference_crop)
     cost = 0.0 if crop == reference_crop else min(MAX_CROP_COST, own + other)
     if cost:
         whose = "its" if not other else "both networks'" if own else "the reference's"
         notes.append(f"{whose} kernels are cropped, which may cost {cost:.1e} besides what {precision} may")
-    return tolerance.widened(cost)
+    return widen(tolerance, cost)
 
 
-def _precision(path: Path, manifest: Manifest | None, notes: list[str]) -> str:
+def _precision(artefact: Artefact, notes: list[str]) -> str:
     """From the manifest, else from the types in the graph; fp32 where neither says."""
-    if manifest is not None:
-        return manifest.precision
-    if artefact_kind(path) == "onnx":
+    if artefact.manifest is not None:
+        return judged_as(artefact.manifest)
+    if artefact.kind == "onnx":
         from runtime.parity.layers import graph_precision
 
-        found = graph_precision(path)
+        found = graph_precision(artefact.path)
         if found is not None:
             notes.append(f"no manifest beside it: judged as {found}, which its graph holds")
             return found
-    if artefact_kind(path) == "engine":
+    if artefact.kind == "engine":
         notes.append("no manifest beside it: judged as fp32; say --precision if it is another")
     return "fp32"
 
 
-def _facts(reference: Runner, source: Manifest | None, candidate: Runner, manifest: Manifest | None) -> Facts:
-    """What is known of the data: from the candidate's manifest, then the checkpoint, then the reference's manifest."""
-    checkpoint = getattr(reference, "checkpoint", None)
-    sides: list[Facts] = []
-    if manifest is not None:
-        sides.append(Facts(_image(manifest), manifest.preprocessing, manifest.dataset, manifest.labels))
-    if checkpoint is not None:
-        preprocessing = getattr(reference, "preprocessing", None)
-        sides.append(Facts(checkpoint.input_shape, preprocessing, checkpoint.dataset, checkpoint.labels))
-    if source is not None:
-        sides.append(Facts(_image(source), source.preprocessing, source.dataset, source.labels))
-    own = getattr(candidate, "checkpoint", None)
-    if own is not None:
-        sides.append(Facts(own.input_shape, getattr(candidate, "preprocessing", None), own.dataset, own.labels))
-
-    def first(name: str) -> Any:
-        return next((getattr(s, name) for s in sides if getattr(s, name) is not None), None)
-
-    return Facts(first("input_shape"), first("preprocessing"), first("dataset"), first("labels"))
-
-
-def _image(manifest: Manifest) -> tuple[int, ...] | None:
-    """The fixed (C, H, W) of the first input; with free sides, the size that preprocessing makes."""
-    shape = manifest.inputs[0].shape[1:] if manifest.inputs else ()
-    if all(isinstance(d, int) for d in shape):
-        return shape  # type: ignore[return-value]
-    if manifest.preprocessing is not None and len(shape) == 3 and isinstance(shape[0], int):
-        return (shape[0], *manifest.preprocessing.size)
-    return None
-
-
-def _check_source(reference: Runner, path: Path, manifest: Manifest | None, notes: list[str]) -> None:
-    checkpoint = getattr(reference, "checkpoint", None)
-    source = manifest.source("checkpoint") if manifest else None
-    if checkpoint is not None and source is not None and source.sha256 != checkpoint.sha256:
+def _check_source(reference: Artefact, candidate: Artefact, notes: list[str]) -> None:
+    source = candidate.manifest.source("checkpoint") if candidate.manifest else None
+    if reference.kind == "checkpoint" and source is not None and source.sha256 != reference.sha256:
         notes.append(
-            f"{path.name} was made from {source.file} ({source.sha256[:12]}…), not from this checkpoint "
-            f"({checkpoint.sha256[:12]}…)"
+            f"{candidate.path.name} was made from {source.file} ({source.sha256[:12]}…), not from this checkpoint "
+            f"({reference.sha256[:12]}…)"
         )
 
 
-def _telling(cases: Sequence[Case], results: Sequence[CaseResult]) -> Feeds:
+def _telling(cases: Sequence[Case], results: Sequence[Hop]) -> Feeds:
     """A small batch that shows the difference: of the failing case with the largest error, real data first."""
     failing = [
-        (case.real, max((o.rel_rms for o in result.outputs if o.rel_rms == o.rel_rms), default=0.0), index)
+        (case.real, max((o.rel_rms for o in result.outputs if o.rel_rms is not None), default=0.0), index)
         for index, (case, result) in enumerate(zip(cases, results, strict=True))
         if not all(output.passed for output in result.outputs)
     ]

@@ -19,13 +19,12 @@ one comparison that parity makes (live -> shipped).
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from gmconv.errors import RefusedError
+from runtime.manifest import Manifest
+from runtime.records import Crop, Tolerance
 
 #: Largest single error over the RMS error: 5.5 for a million Gaussian errors, tripled for tails of ReLU networks.
 PEAK_FACTOR = 16.0
@@ -33,42 +32,21 @@ PEAK_FACTOR = 16.0
 MAX_CROP_COST = 0.5
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tolerance:
-    """What a candidate of one precision may differ by.
+def override(tolerance: Tolerance, rel_rms: float) -> Tolerance:
+    """The same precision with another `rel_rms`, the limits that follow from it, and a source that says so."""
+    if not 0 < rel_rms < 1:
+        raise RefusedError(f"tolerance {rel_rms:g}: give a relative RMS error between 0 and 1, both excluded")
+    source = f"given by the user; the table says {tolerance.rel_rms:.1e} for {tolerance.precision}"
+    return _tolerance(tolerance.precision, rel_rms, tolerance.top1, source, overridden=True)
 
-    `rel_rms`: RMS(error) / RMS(reference). `max_rel_rms`: largest |error| / RMS(reference); never relative to a single
-    value, which explodes near zero. `cosine`: at least this. `top1`: at least this share of the samples whose class the
-    reference decides by more than twice `rel_rms` keeps its class. `source`: where the numbers come from.
-    """
 
-    precision: str
-    rel_rms: float
-    max_rel_rms: float
-    cosine: float
-    top1: float
-    source: str
-    overridden: bool = False
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether ranges were calibrated on data: noise then lies outside what the graph was made for."""
-        return self.precision in ("int8", "fp8")
-
-    def override(self, rel_rms: float) -> Tolerance:
-        """The same precision with another `rel_rms`, the limits that follow from it, and a source that says so."""
-        if not 0 < rel_rms < 1:
-            raise RefusedError(f"tolerance {rel_rms:g}: give a relative RMS error between 0 and 1, both excluded")
-        source = f"given by the user; the table says {self.rel_rms:.1e} for {self.precision}"
-        return _tolerance(self.precision, rel_rms, self.top1, source, overridden=True)
-
-    def widened(self, cost: float) -> Tolerance:
-        """The same precision for a network that differs by `cost` (relative RMS, see `crop_cost`) on purpose."""
-        if cost == 0:
-            return self
-        source = f"{self.source}; plus {cost:.1e} for its cropped kernels"
-        wider = _tolerance(self.precision, self.rel_rms + cost, self.top1, source)
-        return replace(wider, overridden=self.overridden)
+def widen(tolerance: Tolerance, cost: float) -> Tolerance:
+    """The same precision for a network that differs by `cost` (relative RMS, see `crop_cost`) on purpose."""
+    if cost == 0:
+        return tolerance
+    source = f"{tolerance.source}; plus {cost:.1e} for its cropped kernels"
+    wider = _tolerance(tolerance.precision, tolerance.rel_rms + cost, tolerance.top1, source)
+    return replace(wider, overridden=tolerance.overridden)
 
 
 def _tolerance(precision: str, rel_rms: float, top1: float, source: str, *, overridden: bool = False) -> Tolerance:
@@ -112,11 +90,17 @@ def tolerance_for(precision: str) -> Tolerance:
     return max(found, key=lambda tolerance: tolerance.rel_rms)
 
 
-def crop_cost(crop: Mapping[str, Any] | None) -> float:
+def judged_as(manifest: Manifest) -> str:
+    """The precision whose row an artefact is judged by: its own, or tf32 where an fp32 engine may use it."""
+    tf32 = manifest.build is not None and manifest.build.tf32
+    return "tf32" if tf32 and manifest.precision == "fp32" else manifest.precision
+
+
+def crop_cost(crop: Crop | None) -> float:
     """The relative RMS error of the outputs that a crop may cost, end to end. The one rule, for export and parity.
 
     Args:
-        crop: a manifest's `crop` (`CropCertificate.to_dict()`); None for a network that was not cropped.
+        crop: a manifest's; None for a network that was not cropped.
 
     What was asked for decides, before what came of it: a limit taken from the measured error would pass any mistake
     that the measurement saw. So, in this order:
@@ -132,33 +116,12 @@ def crop_cost(crop: Mapping[str, Any] | None) -> float:
 
     Never more than `MAX_CROP_COST`.
     """
-    crop = crop or {}
-    tolerance, asked = crop.get("tolerance"), (crop.get("budget") or {}).get("asked")
-    if tolerance == "lossless" or removes_only_zeros(crop):
-        return 0.0
-    cost = _positive(tolerance, 10.0) or _positive(asked, 1.0)
-    if not cost and tolerance is None:
-        cost = _positive((crop.get("end_to_end") or {}).get("relative_rms"), 2.0)
-    return min(MAX_CROP_COST, cost)
-
-
-def spent_on_data(crop: Mapping[str, Any] | None) -> bool:
-    """Whether a budget chose which taps to lose: its promise is measured on images, and noise lies outside of them."""
-    return crop is not None and bool(crop.get("budget")) and not removes_only_zeros(crop)
-
-
-def removes_only_zeros(crop: Mapping[str, Any]) -> bool:
-    """Whether the crop of a manifest removed nothing, or taps of exactly zero; False where it does not say."""
-    layers = crop.get("layers")
-    return isinstance(layers, list) and all(
-        isinstance(layer, Mapping) and layer.get("l1_removed") == 0 for layer in layers
-    )
-
-
-def _positive(value: Any, factor: float) -> float:
-    """`factor` times a positive finite number, given as such or as text; 0 for anything else."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return 0.0
-    return factor * number if math.isfinite(number) and number > 0 else 0.0
+    if crop is None or crop.tolerance == "lossless" or crop.removes_only_zeros:
+        cost = 0.0
+    elif crop.tolerance is not None:
+        cost = 10 * crop.tolerance
+    elif crop.budget is not None and crop.budget.kind == "error":
+        cost = crop.budget.value
+    else:
+        cost = 2 * crop.end_to_end.relative_rms if crop.end_to_end else 0.0
+    return min(MAX_CROP_COST, max(0.0, cost))

@@ -17,8 +17,8 @@ from runtime.report.sections import (
     Section,
     TailAudit,
     Text,
-    comparison_row,
     manifest_sections,
+    parity_rows,
     without_repeated_masks,
 )
 
@@ -38,8 +38,8 @@ __all__ = [
     "Section",
     "TailAudit",
     "Text",
-    "comparison_row",
     "manifest_sections",
+    "parity_rows",
     "without_repeated_masks",
     "write_report",
 ]

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmconv.cli import require
+from runtime import records
 from runtime.benchmark.exports import write
 from runtime.manifest import Manifest, utc_now
 from runtime.report import plots
@@ -213,12 +214,12 @@ def _(section: LayerTimes) -> Block:
 
 @block.register
 def _(section: Crop) -> Block:
-    certificate = section.certificate
-    tiles = [_crop_tile(layer) for layer in certificate["layers"]]
+    crop = section.crop
+    tiles = [_crop_tile(layer) for layer in crop.layers]
     return Block(
         "crop",
         section.title,
-        {"tiles": tiles, "rows": _crop_facts(certificate, tiles), "any": any(tile["cropped"] for tile in tiles)},
+        {"tiles": tiles, "rows": _crop_facts(crop, tiles), "any": any(tile["cropped"] for tile in tiles)},
     )
 
 
@@ -280,43 +281,41 @@ def _normalized(values: NDArray[Any]) -> NDArray[np.float64]:
     return array / max(float(array.max()), 1e-30)
 
 
-def _crop_facts(certificate: Mapping[str, Any], tiles: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _crop_facts(crop: records.Crop, tiles: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What was asked of a crop and what came of it, end to end."""
-    asked, budget = certificate.get("tolerance"), certificate.get("budget") or {}
+    budget, seen = crop.budget, crop.end_to_end
     cropped = sum(tile["cropped"] for tile in tiles)
-    rows = {"Tolerance": str(asked)} if asked is not None else {}
+    rows = {"Tolerance": str(crop.tolerance)} if crop.tolerance is not None else {}
     if budget:
-        unit = " points of top-1" if budget.get("kind") == "top1" else " of the outputs’ RMS"
-        spent = f"{number(budget.get('spent'), 3)} of {number(budget.get('value'), 3)}{unit}"
-        rows["Budget spent"] = spent + (", by labels" if budget.get("labels") else "")
+        unit = " points of top-1" if budget.kind == "top1" else " of the outputs’ RMS"
+        spent = f"{number(budget.spent, 3)} of {number(budget.value, 3)}{unit}"
+        rows["Budget spent"] = spent + (", by labels" if budget.labels else "")
     rows["Layers cropped"] = f"{cropped} of {len(tiles)}"
-    before, after = certificate.get("macs_before"), certificate.get("macs_after")
+    before, after = crop.macs_before, crop.macs_after
     if before and after and cropped:
         rows["Multiply-accumulates"] = f"{before:,} → {after:,} ({after / before:.1%})"
-    seen = certificate.get("end_to_end") or {}
     if seen and cropped:
-        largest, rms = (number(seen.get(key), 2) for key in ("relative_max", "relative_rms"))
+        largest, rms = number(seen.relative_max, 2), number(seen.relative_rms, 2)
         rows["Output error over the outputs’ RMS"] = f"{rms} RMS, {largest} largest"
-        if seen.get("top1_agreement") is not None:
-            rows["Top-1 agreement"] = f"{seen['top1_agreement']:.2%} of {seen.get('samples')} samples"
-    if certificate.get("measured_on"):
-        rows["Measured on"] = str(certificate["measured_on"])
-    if certificate.get("used_elsewhere"):
-        names = ", ".join(certificate["used_elsewhere"])
-        rows["Left whole, as the network uses their kernels outside of them"] = names
-    if whole := (certificate.get("sum_order") or {}).get("whole"):
-        rows["Left whole for the order of sums"] = ", ".join(whole)
+        if seen.top1_agreement is not None:
+            rows["Top-1 agreement"] = f"{seen.top1_agreement:.2%} of {seen.samples} samples"
+    if crop.measured_on:
+        rows["Measured on"] = crop.measured_on
+    if crop.used_elsewhere:
+        rows["Left whole, as the network uses their kernels outside of them"] = ", ".join(crop.used_elsewhere)
+    if crop.sum_order and crop.sum_order.whole:
+        rows["Left whole for the order of sums"] = ", ".join(crop.sum_order.whole)
     return rows
 
 
-def _crop_tile(layer: Mapping[str, Any]) -> dict[str, Any]:
-    height, width = layer["kernel"]
-    magnitude = np.asarray(layer.get("magnitude") or np.ones((height, width)), dtype=np.float64).reshape(height, width)
-    (top, left), (kept_height, kept_width) = layer["offset"], layer["kept"]
+def _crop_tile(layer: records.CropLayer) -> dict[str, Any]:
+    height, width = layer.kernel
+    magnitude = np.asarray(layer.magnitude or np.ones((height, width)), dtype=np.float64).reshape(height, width)
+    (top, left), (kept_height, kept_width) = layer.offset, layer.kept
     kept_rows, kept_columns = range(top, top + kept_height), range(left, left + kept_width)
     removed = [(r, c) for r in range(height) for c in range(width) if not (r in kept_rows and c in kept_columns)]
     return {
-        "name": layer["name"],
+        "name": layer.name,
         "kernel": f"{height}×{width}",
         "kept": f"{kept_height}×{kept_width}",
         "height": height,
@@ -324,24 +323,24 @@ def _crop_tile(layer: Mapping[str, Any]) -> dict[str, Any]:
         "image": plots.image(magnitude, 0, float(magnitude.max()) or 1.0),
         "removed": removed,
         "cropped": bool(removed),
-        "l1": layer.get("l1_removed"),
-        "energy": layer.get("energy_removed"),
+        "l1": layer.l1_removed,
+        "energy": layer.energy_removed,
         "errors": _crop_errors(layer) if removed else [],
-        "macs": _before_after(layer.get("macs_before"), layer.get("macs_after"), 1e-6),
-        "latency": _before_after(layer.get("latency_before_ms"), layer.get("latency_after_ms"), 1.0),
+        "macs": _before_after(layer.macs_before, layer.macs_after, 1e-6),
+        "latency": _before_after(layer.latency_before_ms, layer.latency_after_ms, 1.0),
     }
 
 
-def _crop_errors(layer: Mapping[str, Any]) -> list[str]:
+def _crop_errors(layer: records.CropLayer) -> list[str]:
     """The bound of a layer's output error and what was measured of it, a line each; what is not known is left out."""
     lines = []
-    if (bound := layer.get("bound")) is not None:
-        holds_for = "any input" if layer.get("max_abs_source") == "analytic" else "data"  # the former: older manifests
-        lines.append(f"error ≤ {number(bound, 2)}, {holds_for}")
-    if (largest := layer.get("measured")) is not None:
-        lines.append(f"measured {number(largest, 2)}")
-    if (relative := layer.get("measured_rms")) is not None:
-        lines.append(f"error / RMS {number(relative, 2)}")
+    if layer.bound is not None:
+        holds_for = "any input" if layer.max_abs_source == "analytic" else "data"  # the former: older manifests
+        lines.append(f"error ≤ {number(layer.bound, 2)}, {holds_for}")
+    if layer.measured is not None:
+        lines.append(f"measured {number(layer.measured, 2)}")
+    if layer.measured_rms is not None:
+        lines.append(f"error / RMS {number(layer.measured_rms, 2)}")
     return lines
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from runtime.manifest import BAKING, Manifest
+from runtime import records
+from runtime.manifest import Manifest
 
 Values = NDArray[Any]
 
@@ -127,9 +127,9 @@ class LayerTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crop:
-    """What cropping kept: a manifest's `crop` (`CropCertificate.to_dict()`)."""
+    """What cropping kept: a manifest's `crop`."""
 
-    certificate: Mapping[str, Any]
+    crop: records.Crop
     title: str = "Crop"
 
 
@@ -175,13 +175,17 @@ def manifest_sections(name: str, manifest: Manifest, *, alone: bool = True) -> l
     sections: list[Section] = [Network(name=name, manifest=manifest)]
     if (manifest.certificate or {}).get("layers"):
         sections.append(Masks(certificate=manifest.certificate or {}, title=title("Masks")))
-    if (manifest.crop or {}).get("layers"):
-        sections.append(Crop(certificate=manifest.crop or {}, title=title("Crop")))
+    if manifest.crop and manifest.crop.layers:
+        sections.append(Crop(crop=manifest.crop, title=title("Crop")))
     if audit := find_audit(manifest):
         sections.append(TailAudit(layers=audit, title=title("Kernel tails at this precision")))
-    if rows := manifest_parity(manifest):
-        said = title("Parity, as proven at export")
-        sections.append(Parity(reference="the trained network", candidate=name, rows=rows, title=said))
+    if manifest.parity and manifest.parity.hops:
+        rows = [row for hop in manifest.parity.hops for row in parity_rows(hop, named=True)]
+        reference = manifest.parity.reference or "the trained network"
+        proven = "at export" if manifest.build is None else "of the engine"
+        sections.append(
+            Parity(reference=reference, candidate=name, rows=rows, title=title(f"Parity, as proven {proven}"))
+        )
     return sections
 
 
@@ -205,36 +209,24 @@ def find_audit(manifest: Manifest) -> Sequence[Mapping[str, Any]]:
     return [entry for entry in found if isinstance(entry, Mapping) and "layer" in entry]
 
 
-def manifest_parity(manifest: Manifest) -> list[ParityRow]:
-    """The parity hops that the exporter proved, as rows."""
-    rows = []
-    for hop in (manifest.parity or {}).get("hops", ()):
-        shape = "x".join(map(str, hop.get("shape", ())))
-        label = f"{hop.get('hop', '')}, {hop.get('case', '')}"
-        found = [comparison_row(label, shape, output) for output in hop.get("outputs", ())]
-        if hop.get("hop") == BAKING:
-            found = [replace(row, bitwise=True, passed=row.passed and hop.get("bitwise") is True) for row in found]
-        rows += found
-    return rows
-
-
-def comparison_row(case: str, shape: str, output: Mapping[str, Any]) -> ParityRow:
-    """A `ParityRow` from `OutputComparison.to_dict()`."""
-    return ParityRow(
-        case=case,
-        output=output["output"],
-        passed=bool(output["passed"]),
-        tolerance=float(output["tolerance"]),
-        rel_rms=_number(output.get("rel_rms")),
-        precision=output.get("precision", ""),
-        shape=shape,
-        max_abs=_number(output.get("max_abs")),
-        cosine=_number(output.get("cosine")),
-        top1=_number(output.get("top1")),
-        margin=_number(output.get("margin")),
-        reason=output.get("reason", ""),
-    )
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
+def parity_rows(hop: records.Hop, *, named: bool = False) -> list[ParityRow]:
+    """One hop of a proof as rows, one per output; `named`: several hops are in the table, so each says which it is."""
+    exact = hop.name == records.BAKING
+    return [
+        ParityRow(
+            case=f"{hop.name}, {hop.inputs}" if named else hop.inputs,
+            output=found.output,
+            passed=found.passed and (hop.bitwise is True or not exact),
+            bitwise=exact,
+            tolerance=found.tolerance,
+            rel_rms=found.rel_rms,
+            precision=found.precision,
+            shape=hop.shape,
+            max_abs=found.max_abs,
+            cosine=found.cosine,
+            top1=found.top1,
+            margin=found.margin,
+            reason=found.reason,
+        )
+        for found in hop.outputs
+    ]

@@ -5,51 +5,18 @@ from __future__ import annotations
 import importlib
 import inspect
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
-from gmconv.errors import RefusedError
+from runtime.artefact import Kind, artefact_kind
 from runtime.runners.base import Runner
 
-Kind = Literal["checkpoint", "onnx", "engine"]
-
-_SUFFIXES: dict[str, Kind] = {
-    ".pt": "checkpoint",
-    ".pth": "checkpoint",
-    ".ckpt": "checkpoint",
-    ".safetensors": "checkpoint",
-    ".onnx": "onnx",
-    ".plan": "engine",
-    ".engine": "engine",
-    ".trt": "engine",
-}
 _RUNNERS: dict[Kind, tuple[str, str]] = {
     "checkpoint": ("runtime.runners.torch", "TorchRunner"),
     "onnx": ("runtime.runners.onnxruntime", "OnnxRuntimeRunner"),
     "engine": ("runtime.runners.tensorrt", "TensorRTRunner"),
 }
-
-
-def artefact_kind(path: Path) -> Kind:
-    """What a file is: by its suffix, else by its first bytes. Raises RefusedError for anything else."""
-    if not path.is_file():
-        raise RefusedError(f"{path}: {'is a directory; name a file in it' if path.is_dir() else 'no such file'}")
-    if kind := _SUFFIXES.get(path.suffix.lower()):
-        return kind
-    with path.open("rb") as stream:
-        head = stream.read(8)
-    if head.startswith((b"PK\x03\x04", b"\x80\x02")):
-        return "checkpoint"
-    if head.startswith((b"ftrt", b"trtx")):
-        return "engine"
-    if (
-        len(head) > 2 and head[0] == 0x08 and head[1] < 0x20 and head[2] in (0x12, 0x3A, 0x42)
-    ):  # ir_version, then a field
-        return "onnx"
-    raise RefusedError(
-        f"{path}: is no artefact known here; give a .pt, .pth, .safetensors, .onnx, .plan or .engine file"
-    )
 
 
 def open_runner(path: str | Path, device: str = "cpu", **options: Any) -> Runner:

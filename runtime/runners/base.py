@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmconv.errors import RefusedError
+from runtime.artefact import Artefact
 from runtime.manifest import ShapeRange, TensorSpec
 
 Array = NDArray[Any]
@@ -56,9 +57,11 @@ class Query(ABC):
 class Runner(ABC):
     """An artefact on one device. A context manager; `run` validates its inputs and casts nothing.
 
-    `name` says engine and mode for tables ("onnxruntime cpu, 2 threads"); `device` is "cpu", "cuda:0", ...
+    `artefact` is what was opened, with what is known of its data; `name` says engine and mode for
+    tables ("onnxruntime cpu, 2 threads"); `device` is "cpu", "cuda:0", ...
     """
 
+    artefact: Artefact
     name: str
     device: str
     inputs: tuple[TensorSpec, ...]

@@ -50,8 +50,8 @@ class OpenEngine:
                     self.log,
                     plan,
                     str(path),
-                    version_compatible=bool(self.manifest.build.get("version_compatible")),
-                    force=force or bool(self.manifest.build.get("forced")),
+                    version_compatible=bool(self.manifest.build and self.manifest.build.version_compatible),
+                    force=force or bool(self.manifest.build and self.manifest.build.forced),
                 )
                 self._read_tensors()
         except BaseException:

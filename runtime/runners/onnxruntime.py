@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
@@ -18,21 +18,14 @@ from gmconv.cli import require
 from gmconv.errors import RefusedError, UnavailableError
 from gmconv.files import sha256_file
 from runtime import cuda
-from runtime.manifest import Manifest, TensorSpec, find_manifest
+from runtime.artefact import open_artefact
+from runtime.manifest import TensorSpec
 from runtime.runners.base import Array, Query, Runner, validate_feeds
 from runtime.runners.onnxruntime_cuda import Binding, SessionLane
 from runtime.runners.providers import PROVIDERS, Request, add_providers
-from runtime.runners.qdq import serving_options
+from runtime.runners.qdq import Optimization, session_options
 from runtime.runners.queries import Origin, Streams
 
-Optimization = Literal["disable", "basic", "extended", "all"]
-
-_LEVELS = {
-    "disable": "ORT_DISABLE_ALL",
-    "basic": "ORT_ENABLE_BASIC",
-    "extended": "ORT_ENABLE_EXTENDED",
-    "all": "ORT_ENABLE_ALL",
-}
 _DTYPES = {"float": "float32", "double": "float64", "float8e4m3fn": "float8_e4m3fn", "float8e5m2": "float8_e5m2"}
 _UNREGISTERED = re.compile(
     r"(?P<domain>[\w.\-]*):(?P<op>[\w.\-]+)\([^)]*\) is not a registered function/op"
@@ -50,9 +43,8 @@ class OnnxRuntimeRunner(Runner):
         device: "cpu", "cuda" or "cuda:N".
         provider: "cpu", "cuda", "tensorrt" or "rtx"; follows the device when None.
         threads, inter_threads: of the CPU kernels, within and between nodes; ONNX Runtime's choice when None.
-        optimization: graph optimization level.
-        quantized_as_written: keep Q/DQ pairs as they stand (`session.disable_quant_qdq`): the reference result of a
-            quantized graph, which ONNX Runtime's own rewrites change.
+        optimization: the most graph optimization; a quantized graph may get less (`runtime.runners.qdq`).
+        quantized_as_written: keep Q/DQ pairs as they stand, whatever the manifest says of them.
         config: session config entries, e.g. `{"session.intra_op.allow_spinning": "0"}`.
         extra_outputs: names of intermediate tensors to return beside the network's own outputs.
         tf32: let CUDA use TF32 for fp32 convolutions and matmuls (off: strict fp32). The TensorRT providers take it for
@@ -81,11 +73,9 @@ class OnnxRuntimeRunner(Runner):
         tf32: bool = False,
         cuda_graph: bool = False,
         profile: str | None = None,
-        manifest: Manifest | None = None,
     ) -> None:
         path = Path(path)
-        self.path = path
-        self.manifest = manifest or find_manifest(path)
+        self.artefact = replace(open_artefact(path), kind="onnx")
         ort = _import()
         kind, index, self.device = _device(device)
         self._provider = provider or kind
@@ -97,36 +87,31 @@ class OnnxRuntimeRunner(Runner):
             raise UnavailableError(f"provider {self._provider!r} does not run on device {device!r}")
         if cuda_graph and kind == "cpu":
             raise UnavailableError("a CUDA graph needs a GPU; leave cuda_graph out on the CPU")
-        if kind == "cpu":  # some Q/DQ graphs are refused, or silently wrong, with more optimization than this
-            most = serving_options(self.manifest).get("optimization", optimization)
-            optimization = min(optimization, most, key=list(_LEVELS).index)
-        if quantized_as_written:  # beyond "basic" come Q/DQ rewrites that the session entry does not turn off
-            optimization = min(optimization, "basic", key=list(_LEVELS).index)
-        entries = dict(config or {}) | ({"session.disable_quant_qdq": "1"} if quantized_as_written else {})
+        entries = dict(config or {})
         if kind != "cpu":
             entries.setdefault("session.disable_cpu_ep_fallback", "1")
+        asked = session_options(self.artefact.manifest, "serve").limited(optimization)
+        graph = replace(asked, as_written=asked.as_written or quantized_as_written, config={**asked.config, **entries})
 
-        def session_options() -> Any:
+        def make_options() -> Any:
             options = ort.SessionOptions()
             options.log_severity_level = 4
-            options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[optimization])
+            graph.apply(options, ort)
             options.intra_op_num_threads = threads or 0
             options.inter_op_num_threads = inter_threads or 0
             if inter_threads and inter_threads > 1:
                 options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
-            for key, value in entries.items():
-                options.add_session_config_entry(key, value)
             if profile:
                 options.enable_profiling, options.profile_file_prefix = True, profile
             return options
 
-        self._options = session_options
+        self._options = make_options
         self._graph, self._extra = cuda_graph, tuple(extra_outputs)
         self._request = Request(provider=self._provider, index=index, tf32=tf32, cuda_graph=cuda_graph)
         if kind != "cpu" and path.is_file():
-            digest = self.manifest.artefact.sha256 if self.manifest else sha256_file(path)
+            digest = self.artefact.sha256 or sha256_file(path)
             self._request = replace(self._request, model=f"{digest[:16]}-{ort.__version__}")
-        self._session = _session(ort, path, session_options(), self._request, self._extra)
+        self._session = _session(ort, path, make_options(), self._request, self._extra)
         self._ort = ort
         self.inputs = tuple(_spec(arg) for arg in self._session.get_inputs())
         self.outputs = tuple(_spec(arg) for arg in self._session.get_outputs())
@@ -206,7 +191,7 @@ class OnnxRuntimeRunner(Runner):
 
         def open_session(stream: int) -> Any:
             request = replace(self._request, cuda_graph=cuda_graph, stream=stream)
-            return _session(self._ort, self.path, self._options(), request, self._extra)
+            return _session(self._ort, self.artefact.path, self._options(), request, self._extra)
 
         rounds: list[list[Query]] = [[] for _ in range(count)]
         origin: Origin | None = None
@@ -250,8 +235,7 @@ def run_bytes(model: bytes, path: Path, outputs: Sequence[str], feeds: Mapping[s
     ort = _import()
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    session_options(None, "layers").apply(options, ort)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -1,10 +1,72 @@
-"""Q/DQ graphs at run time: which runtime their layout is for, and how ONNX Runtime computes them as written."""
+"""How a Q/DQ graph runs in ONNX Runtime: decided here, once, for every purpose; what is proven is what is served."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from runtime.manifest import Manifest
+from runtime.records import Quantization
+
+Optimization = Literal["disable", "basic", "extended", "all"]
+#: "layers" is for looking at single tensors, which no rewrite may move; the others are one answer under four names.
+Purpose = Literal["proof", "evaluate", "benchmark", "serve", "layers"]
+_LEVELS: dict[Optimization, str] = {
+    "disable": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """What a session is told of a graph: the most optimization, whether Q/DQ pairs stay as written, config entries."""
+
+    optimization: Optimization = "all"
+    as_written: bool = False
+    config: Mapping[str, str] = field(default_factory=dict)
+
+    def limited(self, optimization: Optimization) -> SessionOptions:
+        """The same with at most so much optimization."""
+        return SessionOptions(_least(self.optimization, optimization), self.as_written, self.config)
+
+    def apply(self, options: Any, ort: Any) -> None:
+        """Tell an `onnxruntime.SessionOptions`; `ort` is the module."""
+        level: Optimization = _least(self.optimization, "basic") if self.as_written else self.optimization
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[level])
+        entries = {"session.disable_quant_qdq": "1"} if self.as_written else {}
+        for key, value in {**entries, **self.config}.items():
+            options.add_session_config_entry(key, value)
+
+
+def _least(left: Optimization, right: Optimization) -> Optimization:
+    return min(left, right, key=list(_LEVELS).index)
+
+
+def session_options(manifest: Manifest | None, purpose: Purpose) -> SessionOptions:
+    """How ONNX Runtime has to run an artefact, by its manifest; see `graph_options`. A foreign file runs as ever."""
+    if purpose == "layers":
+        return SessionOptions("disable", as_written=True)
+    if manifest is None or manifest.artefact.kind != "onnx":
+        return SessionOptions()
+    return graph_options(manifest.precision, manifest.quantization)
+
+
+def graph_options(precision: str, quantization: Quantization | None) -> SessionOptions:
+    """The same by what a manifest will say, for a graph that has none yet.
+
+    A graph laid out for TensorRT runs as it is written, which is what TensorRT computes: ONNX Runtime's Q/DQ rewrites
+    compute in integers with other roundings, and lose a Clip before a tiny scale. Beyond "basic" come rewrites that no
+    session entry turns off. fp8: the optimizer fuses Q/DQ into operators that ONNX Runtime has no kernels for. A graph
+    laid out for the CPU is meant for those rewrites, and is proven with them.
+    """
+    if precision == "fp8":
+        return SessionOptions("disable", as_written=True)
+    if quantization is None or quantization.target == "cpu":
+        return SessionOptions()
+    return SessionOptions("basic", as_written=True)
 
 
 def layout_warning(manifest: Manifest | None, device: str) -> str | None:
@@ -17,7 +79,7 @@ def layout_warning(manifest: Manifest | None, device: str) -> str | None:
     quantization = manifest.quantization if manifest is not None else None
     if manifest is None or quantization is None or manifest.artefact.kind != "onnx":
         return None
-    name, target, on_cpu = manifest.artefact.file, quantization.get("target"), device.startswith("cpu")
+    name, target, on_cpu = manifest.artefact.file, quantization.target, device.startswith("cpu")
     if on_cpu and manifest.precision == "fp8":
         return (
             f"{name}: fp8 has no CPU kernels; ONNX Runtime emulates it unoptimized, slower than fp32 (timings say "
@@ -26,7 +88,7 @@ def layout_warning(manifest: Manifest | None, device: str) -> str | None:
     if on_cpu and target == "tensorrt":
         return (
             f"{name}: an int8 graph in TensorRT's layout (symmetric, unquantized bias), which ONNX Runtime runs on a "
-            f"CPU about as fast as fp32; export with --precision int8 --target cpu for this device"
+            f"CPU as it is written, slower than fp32; export with --precision int8 --target cpu for this device"
         )
     if not on_cpu and target == "cpu":
         return (
@@ -34,25 +96,3 @@ def layout_warning(manifest: Manifest | None, device: str) -> str | None:
             f"refuses; export with --precision int8 --target tensorrt for this device"
         )
     return None
-
-
-def reference_options(manifest: Manifest | None) -> dict[str, Any]:
-    """Options for `open_runner` under which ONNX Runtime computes a Q/DQ graph as it is written.
-
-    Its Q/DQ rewrites compute in integers with other roundings. fp8 needs all optimizations off.
-    """
-    if manifest is None or manifest.quantization is None or manifest.artefact.kind != "onnx":
-        return {}
-    return {"optimization": "disable"} if manifest.precision == "fp8" else {"quantized_as_written": True}
-
-
-def serving_options(manifest: Manifest | None) -> dict[str, Any]:
-    """Options for `open_runner` without which ONNX Runtime on a CPU refuses a graph or runs it wrong (1.31).
-
-    fp8: the optimizer fuses fp8 Q/DQ into integer ops. int8 in TensorRT's layout with a Clip (ReLU6) before a tiny
-    scale: the optimizer drops the Clip although symmetric int8 reaches below zero; the exporter notes such graphs.
-    """
-    if manifest is None or manifest.quantization is None or manifest.artefact.kind != "onnx":
-        return {}
-    level = "disable" if manifest.precision == "fp8" else manifest.quantization.get("ort_optimization")
-    return {"optimization": level} if level else {}

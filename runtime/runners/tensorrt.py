@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from runtime import cuda, trt
+from runtime.artefact import Artefact, facts_of
 from runtime.runners.base import Array, LayerTime, Query, Runner, validate_feeds
 from runtime.runners.engine import OpenEngine
 from runtime.runners.lane import Graphs, Lane, Shapes, collect_layer_times
@@ -58,6 +59,13 @@ class TensorRTRunner(Runner):
         self._gpu = engine.gpu
         self.device = f"cuda:{engine.info.index}"
         self.manifest = engine.manifest
+        self.artefact = Artefact(
+            path=engine.path,
+            kind="engine",
+            manifest=engine.manifest,
+            facts=facts_of(engine.manifest),
+            sha256=engine.manifest.artefact.sha256,
+        )
         self.inputs, self.outputs, self.profiles = engine.inputs, engine.outputs, engine.profiles
         self.batches = tuple(sorted(size for size in set(batches) if self._takes(size)))
         self._cuda_graph = cuda_graph
@@ -245,7 +253,7 @@ class TensorRTRunner(Runner):
             "cuda": info.cuda,
             "cuda_driver_package": self._gpu.driver,
             "precision": self.manifest.precision,
-            "tf32": self.manifest.build.get("tf32"),
+            "tf32": self.manifest.build.tf32 if self.manifest.build else None,
             "cuda_graph": self._cuda_graph,
         }
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from gmconv.cli import require
 from gmconv.errors import RefusedError, UnavailableError
 from gmconv.foreign import NOTHING, Foreign
-from gmconv.images import Preprocessing, read_preprocessing
+from gmconv.images import read_preprocessing
 from runtime import cuda
+from runtime.artefact import Artefact, Facts
 from runtime.manifest import TensorSpec
 from runtime.runners.base import Array, LayerTime, Query, Runner, validate_feeds
 from runtime.runners.torch_queries import Captured, make_queries
@@ -81,6 +82,9 @@ class TorchRunner(Runner):
         if threads:
             torch.set_num_threads(threads)
         self.checkpoint = gmconv.load_checkpoint(path, **foreign.given())
+        found = self.checkpoint
+        facts = Facts(found.input_shape, read_preprocessing(found.preprocessing), found.dataset, found.labels)
+        self.artefact = Artefact(path=Path(path), kind="checkpoint", facts=facts, sha256=found.sha256)
         model: nn.Module = self.checkpoint.model
         if form == "baked":
             model = gmconv.bake(model, inplace=True)
@@ -101,11 +105,6 @@ class TorchRunner(Runner):
         words = [form, "compiled" if compiled else "eager", "CUDA graph" if cuda_graph else ""]
         words += [dtype if dtype != "float32" else "", "channels last" if channels_last else ""]
         self.name = f"torch {self._device.type}, " + ", ".join(word for word in words if word)
-
-    @property
-    def preprocessing(self) -> Preprocessing | None:
-        """What the checkpoint says about its images, or None."""
-        return read_preprocessing(self.checkpoint.preprocessing)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once; float32 arrays in, arrays of the runner's dtype out."""

@@ -28,11 +28,13 @@ from types import FrameType
 from typing import Any, Literal, Protocol
 
 import click
+import msgspec
 
 from gmconv.child import child_command, child_environment
 from gmconv.errors import BuildError, Interrupted, ParityError, RefusedError, UnavailableError
 from gmconv.files import sha256_file
 from runtime.manifest import external_files, find_manifest, read_manifest, sidecar, utc_now
+from runtime.records import Parity
 
 Profile = tuple[int, int, int]
 Note = Callable[[str], None]
@@ -242,15 +244,15 @@ def _copy(onnx_path: Path, folder: Path) -> Path:
     return folder / onnx_path.name
 
 
-def _verdict(report: Path, onnx_path: Path) -> dict[str, Any]:
+def _verdict(report: Path, onnx_path: Path) -> Parity:
     """What a manifest says of parity, as export.tensorrt writes it, from the output of `runtime.parity --json`."""
     try:
         text = report.read_text()
         document, _ = json.JSONDecoder().raw_decode(text, text.index("{\n"))  # a native library may have said more
         candidate = document["candidates"][0]
-        kept = ("passed", "engine", "precision", "tolerance", "cases", "yardstick", "notes")
-        return {"result": "passed", "reference": onnx_path.name, **{key: candidate[key] for key in kept}}
-    except (ValueError, LookupError, TypeError) as error:
+        kept = {key: candidate[key] for key in ("engine", "hops", "yardstick", "notes")}
+        return msgspec.convert({"reference": onnx_path.name, **kept}, Parity)
+    except (ValueError, LookupError, TypeError, msgspec.ValidationError) as error:
         raise BuildError(f"{onnx_path}: the comparison with ONNX Runtime left no result; start again") from error
 
 

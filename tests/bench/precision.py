@@ -27,9 +27,8 @@ from export.precision.convert import convert_precision
 from export.precision.converter import PrecisionOptions
 from runtime import trt
 from runtime.evaluate.score import EvaluateOptions, evaluate
-from runtime.manifest import Manifest, read_manifest
+from runtime.manifest import read_manifest
 from runtime.runners import open_runner
-from runtime.runners.qdq import serving_options
 
 TRAINED = ("resnet20", "resnet18")
 ZOO = {"alexnet": 64, "vgg11": 32, "mobilenet_v2": 64, "resnet50": 224}
@@ -74,11 +73,9 @@ def checkpoint(name: str, folder: Path, given: dict[str, str]) -> Path:
     return path
 
 
-def latency_ratios(
-    paths: dict[str, Path], manifests: dict[str, Manifest], seconds: float
-) -> dict[str, dict[int, float]]:
+def latency_ratios(paths: dict[str, Path], seconds: float) -> dict[str, dict[int, float]]:
     """Variant -> batch -> median latency of fp32 over the variant's, one call of each in turn."""
-    runners = {name: open_runner(path, **serving_options(manifests[name])) for name, path in paths.items()}
+    runners = {name: open_runner(path) for name, path in paths.items()}
     ratios: dict[str, dict[int, float]] = {name: {} for name in paths}
     for batch in (1, 8):
         spec = runners["fp32"].inputs[0]
@@ -135,7 +132,7 @@ def measure(name: str, folder: Path, given: dict[str, str], seconds: float) -> l
         list(paths.values()), EvaluateOptions(images="digits" if trained else "noise", limit=None if trained else 16)
     )
     by_file = {(row.artefact, row.mode): row.score for row in done.rows}
-    ratios = latency_ratios(paths, manifests, seconds)
+    ratios = latency_ratios(paths, seconds)
     rows = []
     for variant, path in paths.items():
         # The CPU layout is what a CPU serves; the others are judged as a GPU would compute them.

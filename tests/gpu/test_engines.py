@@ -21,6 +21,7 @@ from runtime import cuda, trt
 from runtime.cuda import DeviceInfo
 from runtime.manifest import Manifest, read_manifest, sidecar
 from runtime.parity.run import ParityOptions, compare_artefacts
+from runtime.records import Device
 from runtime.runners.tensorrt import TensorRTRunner
 
 pytestmark = pytest.mark.gpu
@@ -77,17 +78,17 @@ def test_the_zoo_builds_matches_the_live_checkpoint_and_is_timed(
     checkpoint = networks[name].with_suffix(".pt")
     manifest = build_engine(source, tmp_path / f"{name}.plan", options(flavor, checkpoint=checkpoint))
     assert manifest.parity is not None
-    assert manifest.parity["result"] == "passed"
-    assert manifest.parity["reference"] == checkpoint.name
-    shapes = {case["shape"].split("x")[0] for case in manifest.parity["cases"]}
+    assert manifest.parity.passed
+    assert manifest.parity.reference == checkpoint.name
+    shapes = {hop.shape.split("x")[0] for hop in manifest.parity.hops}
     assert {"1", "8", "32"} <= shapes, "every corner of the profile"
     assert manifest.benchmark is not None
-    assert manifest.benchmark["throughput_qps"] > 0
+    assert (manifest.benchmark.throughput_qps or 0) > 0
     assert manifest.device is not None
-    assert manifest.device["compute_capability"] == gpu.compute_capability
+    assert manifest.device.compute_capability == gpu.compute_capability
     assert manifest.versions["cuda"] == gpu.cuda
-    found = manifest.build["layers"]["convolution_precisions"]
-    assert found.get(precision, 0) > 0.8 * manifest.build["layers"]["convolutions"]
+    found = manifest.build.layers.convolution_precisions
+    assert found.get(precision, 0) > 0.8 * manifest.build.layers.convolutions
 
 
 def test_the_inspector_and_the_build_log_count_the_same_convolutions(flavor: trt.Flavor, plan: Path) -> None:
@@ -241,10 +242,12 @@ def test_an_engine_of_the_wrong_architecture_is_refused_before_deserialization(
     manifest = read_manifest(plan)
     if flavor == "rtx":
         other = "8.6" if gpu.compute_capability != "8.6" else "8.9"
-        copy = altered(plan, tmp_path, build={**manifest.build, "compute_capabilities": [other]})
+        copy = altered(plan, tmp_path, build=dataclasses.replace(manifest.build, compute_capabilities=(other,)))
     else:
         other = "7.5"
-        copy = altered(plan, tmp_path, device={**(manifest.device or {}), "compute_capability": other})
+        copy = altered(
+            plan, tmp_path, device=dataclasses.replace(manifest.device or Device(), compute_capability=other)
+        )
     with pytest.raises(RefusedError, match=rf"{other}.*this GPU is {gpu.compute_capability}"):
         TensorRTRunner(copy)
 

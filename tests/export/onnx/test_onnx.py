@@ -89,13 +89,13 @@ def test_the_manifest_tells_the_whole_story(digits_checkpoint: Path, digits_onnx
     assert manifest.certificate is not None
     assert len(manifest.certificate["layers"]) == 19
     assert manifest.parity is not None
-    assert manifest.parity["passed"] is True
-    hops = {(hop["hop"], hop["case"], tuple(hop["shape"])) for hop in manifest.parity["hops"]}
+    assert manifest.parity.passed
+    hops = {(hop.name, hop.inputs, hop.shapes["input"]) for hop in manifest.parity.hops}
     for batch in (1, 2, 3):
         assert ("live -> baked", "noise, seed 0", (batch, 3, 16, 16)) in hops
         assert ("baked -> ORT", "noise, seed 0", (batch, 3, 16, 16)) in hops
     assert ("baked -> ORT", "held-out digits", (61, 3, 16, 16)) in hops
-    assert all(hop["bitwise"] for hop in manifest.parity["hops"] if hop["hop"] == "live -> baked")
+    assert all(hop.bitwise for hop in manifest.parity.hops if hop.name == "live -> baked")
     assert {"torch", "onnx", "onnxruntime"} <= set(manifest.versions)
 
 
@@ -159,7 +159,7 @@ def test_dynamic_height_and_width_are_compared_at_another_size(tmp_path: Path) -
     manifest = read_manifest(tmp_path / "net.onnx")
     assert manifest.inputs[0].shape == ("batch", 3, "height", "width")
     assert manifest.parity is not None
-    assert [3, 3, 24, 56] in [hop["shape"] for hop in manifest.parity["hops"]]
+    assert (3, 3, 24, 56) in [hop.shapes["input"] for hop in manifest.parity.hops]
 
 
 def test_fixed_batch_names_and_external_data(checkpoint: Path, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_simplified_graphs_are_proven_too(checkpoint: Path, tmp_path: Path) -> N
     assert export(checkpoint, "-o", tmp_path / "slim.onnx", "--simplify", "-q") == 0
     manifest = read_manifest(tmp_path / "slim.onnx")
     assert manifest.parity is not None
-    assert manifest.parity["passed"]
+    assert manifest.parity.passed
 
 
 def test_several_precisions_share_one_export(digits_checkpoint: Path, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_several_precisions_share_one_export(digits_checkpoint: Path, tmp_path: 
         assert manifest.precision == precision
         assert [link.sha256 for link in manifest.chain] == [fp32.chain[0].sha256, fp32.artefact.sha256]
         assert manifest.parity is not None
-        assert manifest.parity["passed"]
+        assert manifest.parity.passed
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
@@ -419,4 +419,4 @@ def test_more_than_two_gibibytes_of_weights(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "net.onnx")
     assert [entry.file for entry in manifest.external] == ["net.onnx.data"]
     assert manifest.parity is not None
-    assert manifest.parity["passed"]
+    assert manifest.parity.passed

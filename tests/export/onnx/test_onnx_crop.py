@@ -56,13 +56,13 @@ def test_a_crop_is_proven_against_the_uncropped_network(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "net.onnx")
     assert manifest.crop is not None
     assert manifest.parity is not None
-    assert [hop["hop"] for hop in manifest.parity["hops"]][::3] == [
+    assert [hop.name for hop in manifest.parity.hops][::3] == [
         "live -> baked",
         "baked -> cropped",
         "cropped -> ORT",
     ]
     assert max(kernel_sizes(tmp_path / "net.onnx")) < 7
-    assert [item["candidate_rel_rms"] for item in manifest.parity["yardstick"]] == [None]  # it is not held to that
+    assert [item.candidate_rel_rms for item in manifest.parity.yardstick] == [None]  # it is not held to that
 
 
 def test_a_crop_of_zeros_is_held_to_the_float64_yardstick(tmp_path: Path, two_kernels: TwoKernels) -> None:
@@ -70,9 +70,9 @@ def test_a_crop_of_zeros_is_held_to_the_float64_yardstick(tmp_path: Path, two_ke
     manifest = read_manifest(tmp_path / "net.onnx")
     assert manifest.parity is not None
     assert max(kernel_sizes(tmp_path / "net.onnx")) < 7
-    (measured,) = manifest.parity["yardstick"]
-    assert 0 < measured["candidate_rel_rms"] <= measured["limit"]
-    limits = {hop["hop"]: hop["outputs"][0]["tolerance"] for hop in manifest.parity["hops"]}
+    (measured,) = manifest.parity.yardstick
+    assert 0 < (measured.candidate_rel_rms or 0) <= (measured.limit or 0)
+    limits = {hop.name: hop.outputs[0].tolerance for hop in manifest.parity.hops}
     assert limits["baked -> cropped"] == limits["cropped -> ORT"] == 2e-5
 
 
@@ -90,8 +90,8 @@ def test_taps_that_int8_stores_as_zero_go_with_a_lossless_crop(tmp_path: Path, t
     assert any(kernel.shape[-1] < 7 for kernel in cropped.values())
     manifest = read_manifest(tmp_path / "net.onnx")
     assert manifest.parity is not None
-    assert manifest.parity["hops"][-1]["hop"] == "baked -> ORT int8"
-    assert manifest.parity["hops"][-1]["outputs"][0]["tolerance"] == 0.2
+    assert manifest.parity.hops[-1].name == "baked -> ORT int8"
+    assert manifest.parity.hops[-1].outputs[0].tolerance == 0.2
 
 
 def int8_kernels(file: Path) -> dict[str, Any]:
@@ -112,8 +112,8 @@ def test_what_stays_in_fp32_keeps_the_taps_that_only_fp16_loses(tmp_path: Path) 
     assert export(tmp_path / "net.pt", *flags, "--keep-fp32", "layer1.0.conv1") == 0
     manifest = read_manifest(tmp_path / "net.onnx")
     assert manifest.crop is not None
-    layers = {layer["name"]: layer for layer in manifest.crop["layers"]}
-    assert layers["layer1.0.conv1"]["kept"] == [5, 5]
+    layers = {layer.name: layer for layer in manifest.crop.layers}
+    assert layers["layer1.0.conv1"].kept == (5, 5)
 
 
 def test_what_a_budget_chose_on_images_is_judged_on_images(tmp_path: Path, two_kernels: TwoKernels) -> None:
@@ -122,11 +122,11 @@ def test_what_a_budget_chose_on_images_is_judged_on_images(tmp_path: Path, two_k
     manifest = read_manifest(tmp_path / "net.onnx")
     assert manifest.parity is not None
     assert manifest.crop is not None
-    assert manifest.crop["budget"]["gain_by"] == "macs"
+    assert manifest.crop.budget.gain_by == "macs"
     assert max(kernel_sizes(tmp_path / "net.onnx")) < 7
     seen: dict[str, set[str]] = {}
-    for hop in manifest.parity["hops"]:
-        seen.setdefault(hop["hop"], set()).add(hop["case"])
+    for hop in manifest.parity.hops:
+        seen.setdefault(hop.name, set()).add(hop.inputs)
     assert seen["baked -> cropped"] == {"held-out digits"}
     assert seen["live -> baked"] == seen["cropped -> ORT"] == {"noise, seed 0", "held-out digits"}
 
@@ -149,7 +149,7 @@ def test_a_budget_that_bought_nothing_is_judged_on_noise_too(tmp_path: Path, two
     assert export(*two_kernels(2.0), "--crop-budget", "1e-9", "--dynamic-hw") == 0
     manifest = read_manifest(tmp_path / "net.onnx")
     assert manifest.parity is not None
-    shapes = {tuple(hop["shape"]) for hop in manifest.parity["hops"] if hop["hop"] == "baked -> ORT"}
+    shapes = {hop.shapes["input"] for hop in manifest.parity.hops if hop.name == "baked -> ORT"}
     assert (3, 3, 24, 56) in shapes
 
 
@@ -157,5 +157,5 @@ def test_a_half_precision_file_with_a_budget_is_compared_at_every_size(tmp_path:
     assert export(*two_kernels(0.6), "--crop-budget", "0.05", "--dynamic-hw", "--precision", "fp16") == 0
     manifest = read_manifest(tmp_path / "net.onnx")
     assert manifest.parity is not None
-    shapes = {tuple(hop["shape"]) for hop in manifest.parity["hops"] if hop["hop"] == "cropped -> ORT fp16"}
+    shapes = {hop.shapes["input"] for hop in manifest.parity.hops if hop.name == "cropped -> ORT fp16"}
     assert (3, 3, 24, 56) in shapes

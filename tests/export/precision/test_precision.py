@@ -51,9 +51,9 @@ def test_each_precision_is_a_checked_file_with_a_manifest(fp32: Path, npz: Path,
     assert [layer["layer"] for layer in audit["layers"]] == ["conv1", "block.conv1", "down", "fc"]
     if precision in ("int8", "fp8"):
         assert manifest.quantization is not None
-        assert manifest.quantization["target"] == "tensorrt"
+        assert manifest.quantization.target == "tensorrt"
         assert manifest.calibration is not None
-        assert manifest.calibration["images"] == 40
+        assert manifest.calibration.images == 40
         assert str(npz.parent) not in manifest.to_json()
     assert sorted(file.name for file in fp32.parent.iterdir() if file.name.startswith(".")) == []
 
@@ -65,7 +65,7 @@ def test_tensorrt_rtx_builds_it_in_that_precision(fp32: Path, npz: Path, cli: An
     plan = fp32.with_suffix(".plan")
     source = fp32.with_name(f"model.{precision}.onnx")
     cli("export.tensorrt", str(source), "-o", str(plan), "--flavor", "rtx", "--no-verify")
-    layers = read_manifest(plan).build["layers"]
+    layers = read_manifest(plan).build.layers
     assert layers["convolution_precisions"] == {precision: 3}
 
 
@@ -83,7 +83,7 @@ def test_a_seven_by_seven_kernel_stays_in_fp16_beside_fp8(
     assert (done.certificate or {})["precision"]["kept_fp32"] == {"node_block": "no fp8 kernel beyond 32 taps (fp16)"}
     plan = tmp_path / "wide.plan"
     cli("export.tensorrt", str(tmp_path / "wide.fp8.onnx"), "-o", str(plan), "--flavor", "rtx", "--no-verify")
-    assert read_manifest(plan).build["layers"]["convolution_precisions"] == {"fp8": 2, "fp16": 1}
+    assert read_manifest(plan).build.layers.convolution_precisions == {"fp8": 2, "fp16": 1}
 
 
 def test_converting_twice_gives_the_same_bytes(fp32: Path, npz: Path) -> None:

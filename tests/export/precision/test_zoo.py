@@ -62,7 +62,7 @@ def test_zoo(name: str, precision: Any, exported: Any, tmp_path: Path, cli: Any)
     if trt.installed("rtx"):
         plan = tmp_path / "net.plan"
         cli("export.tensorrt", str(output), "-o", str(plan), "--flavor", "rtx", "--no-verify")
-        found = read_manifest(plan).build["layers"]["convolution_precisions"]
+        found = read_manifest(plan).build.layers.convolution_precisions
         assert found.keys() <= manifest.precision_found.keys(), found
         assert found[precision] >= 0.8 * sum(found.values()), found
 

@@ -24,6 +24,7 @@ from gmconv.errors import BuildError, RefusedError, UnavailableError
 from gmconv.files import sha256_file
 from runtime.cuda import driver_problem
 from runtime.manifest import Manifest, ShapeRange, digest, read_manifest, sidecar
+from runtime.records import Parity
 
 Make = Callable[..., Path]
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -47,11 +48,11 @@ def test_an_engine_and_its_manifest_describe_each_other(onnx_file: Path, tmp_pat
     assert manifest.artefact.bytes == plan.stat().st_size
     assert [spec.shape for spec in manifest.inputs] == [("batch", 3, 8, 8)]
     assert manifest.profiles == ({"input": ShapeRange((1, 3, 8, 8), (8, 3, 8, 8), (32, 3, 8, 8))},)
-    assert manifest.build["flavor"] == "rtx"
-    assert manifest.build["tf32"] is False
-    assert manifest.build["layers"]["convolutions"] == 2
-    assert manifest.build["layers"]["fused_epilogues"] == 2
-    assert manifest.build["peak_memory"] > 50 * 2**20
+    assert manifest.build.flavor == "rtx"
+    assert manifest.build.tf32 is False
+    assert manifest.build.layers.convolutions == 2
+    assert manifest.build.layers.fused_epilogues == 2
+    assert manifest.build.peak_memory > 50 * 2**20
     assert set(manifest.precision_found) == {"fp32"}
     assert manifest.versions["tensorrt_rtx"].startswith("1.")
     assert nothing_left(tmp_path, but={"model.onnx", "model.plan", "model.plan.json"})
@@ -66,7 +67,7 @@ def test_the_chain_leads_from_the_checkpoint_to_the_engine(onnx_file: Path, tmp_
     source = build_engine(onnx_file, tmp_path / "first.plan", RTX)
     checkpoint = dataclasses.replace(digest(onnx_file, "onnx"), kind="checkpoint", file="ckpt.pt", sha256="c" * 64)
     manifest = dataclasses.replace(
-        source, artefact=digest(onnx_file, "onnx"), chain=(checkpoint,), labels=("a", "b"), profiles=(), build={}
+        source, artefact=digest(onnx_file, "onnx"), chain=(checkpoint,), labels=("a", "b"), profiles=()
     )
     sidecar(onnx_file).write_text(manifest.to_json())
     engine = build_engine(onnx_file, tmp_path / "model.plan", RTX)
@@ -110,7 +111,7 @@ def test_an_fp16_graph_gives_fp16_layers(classifier: Make, tmp_path: Path) -> No
     manifest = build_engine(classifier(tmp_path / "m.onnx", dtype="float16"), tmp_path / "m.plan", RTX)
     assert manifest.precision == "fp16"
     assert set(manifest.precision_found) == {"fp16"}
-    assert manifest.build["layers"]["convolution_precisions"] == {"fp16": 2}
+    assert manifest.build.layers.convolution_precisions == {"fp16": 2}
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8"])
@@ -123,7 +124,7 @@ def test_each_precision_is_converted_built_and_read_back(
     cli("export.tensorrt", str(onnx_file), "--flavor", "rtx", "--no-verify", "--precision", precision, *flags)
     manifest = read_manifest(tmp_path / f"model.{precision}.plan")
     assert manifest.precision == precision
-    assert manifest.build["layers"]["convolution_precisions"] == {precision: 2}
+    assert manifest.build.layers.convolution_precisions == {precision: 2}
     assert manifest.chain[-1].file == f"model.{precision}.onnx"
 
 
@@ -137,7 +138,7 @@ def test_asked_for_fp16_that_came_out_fp32_is_a_failed_build(onnx_file: Path, tm
 
 
 def test_a_mask_multiplication_left_in_the_graph_is_counted(classifier: Make, tmp_path: Path) -> None:
-    facts = build_engine(classifier(tmp_path / "m.onnx", masked=True), tmp_path / "m.plan", RTX).build["layers"]
+    facts = build_engine(classifier(tmp_path / "m.onnx", masked=True), tmp_path / "m.plan", RTX).build.layers
     assert facts["convolutions"] == 2
     assert facts["mask_multiplications"] == 1
 
@@ -145,7 +146,7 @@ def test_a_mask_multiplication_left_in_the_graph_is_counted(classifier: Make, tm
 def test_a_narrower_gpu_list_makes_another_engine(onnx_file: Path, tmp_path: Path) -> None:
     options = dataclasses.replace(RTX, compute_capabilities=("8.9", "12.0"))
     manifest = build_engine(onnx_file, tmp_path / "m.plan", options)
-    assert manifest.build["compute_capabilities"] == ["8.9", "12.0"]
+    assert manifest.build.compute_capabilities == ("8.9", "12.0")
     assert manifest.artefact.sha256 != build_engine(onnx_file, tmp_path / "n.plan", RTX).artefact.sha256
 
 
@@ -154,13 +155,13 @@ def test_the_timing_cache_is_kept_and_a_corrupt_one_is_rebuilt_with_a_warning(on
     options = dataclasses.replace(RTX, timing_cache=folder)
     first = build_engine(onnx_file, tmp_path / "a.plan", options)
     (cache,) = folder.glob("*.timing")
-    assert first.build["timing_cache"] == {"file": cache.name, "bytes_before": 0}
+    assert first.build.timing_cache == {"file": cache.name, "bytes_before": 0}
     again = build_engine(onnx_file, tmp_path / "b.plan", options)
-    assert again.build["timing_cache"]["bytes_before"] == cache.stat().st_size
+    assert again.build.timing_cache["bytes_before"] == cache.stat().st_size
     cache.write_bytes(cache.read_bytes()[:-1] + b"?")
     third = build_engine(onnx_file, tmp_path / "c.plan", options)
-    assert any("corrupt" in warning for warning in third.build["warnings"])
-    assert third.build["timing_cache"]["bytes_before"] == 0
+    assert any("corrupt" in warning for warning in third.build.warnings)
+    assert third.build.timing_cache["bytes_before"] == 0
     assert first.artefact.sha256 == third.artefact.sha256
     assert len(list(folder.iterdir())) == 2  # the cache and its sha256, no temporary files
 
@@ -171,7 +172,7 @@ def test_without_a_gpu_the_last_line_says_that_parity_was_not_run(cli: Cli, onnx
     assert done.stdout.splitlines()[-1] == "parity: not run (no device)"
     assert "flavor rtx" in done.stderr
     manifest = read_manifest(tmp_path / "model.plan")
-    assert manifest.parity == {"result": "not run (no device)"}
+    assert manifest.parity == Parity(result="not run", reason="no device")
     assert manifest.profiles[0]["input"].max == (4, 3, 8, 8)
     assert "[VERBOSE]" in (tmp_path / "trt.log").read_text()
 
@@ -283,7 +284,7 @@ def test_external_data_is_found_beside_the_model(onnx_file: Path, tmp_path: Path
     folder.mkdir()
     path = folder / "split.onnx"
     onnx.save(onnx.load(onnx_file), path, save_as_external_data=True, location="split.data", size_threshold=0)
-    assert build_engine(path, folder / "m.plan", RTX).build["layers"]["convolutions"] == 2
+    assert build_engine(path, folder / "m.plan", RTX).build.layers.convolutions == 2
 
 
 @pytest.mark.skipif(driver_problem() is None, reason="this machine has a GPU")
@@ -376,7 +377,7 @@ def test_batch_flags_and_shape_flags_each_make_a_profile(cli: Cli, onnx_file: Pa
 
 def test_the_digits_network_of_the_demo_becomes_an_engine(digits_onnx: Path, tmp_path: Path) -> None:
     manifest: Manifest = build_engine(digits_onnx, tmp_path / "digits.plan", RTX)
-    assert manifest.build["layers"]["mask_multiplications"] == 0
+    assert manifest.build.layers.mask_multiplications == 0
     assert [link.kind for link in manifest.chain] == ["checkpoint", "onnx"]
     assert manifest.certificate is not None
 
@@ -391,4 +392,4 @@ def test_a_checkpoint_leaves_both_artefacts_and_both_manifests(
     assert engine.chain[0].sha256 == sha256_file(checkpoint)
     assert engine.chain[-1].sha256 == sha256_file(tmp_path / "digits.fp16.onnx")
     assert read_manifest(tmp_path / "digits.onnx").precision == "fp32"
-    assert engine.build["layers"]["convolution_precisions"].keys() == {"fp16"}
+    assert engine.build.layers.convolution_precisions.keys() == {"fp16"}

@@ -81,7 +81,7 @@ def count(path: Path, *kinds: str) -> int:
 
 
 def facts(manifest: Manifest) -> dict[str, Any]:
-    return {key: manifest.build["layers"][key] for key in ("total", "convolutions", "fused_epilogues")}
+    return {key: getattr(manifest.build.layers, key) for key in ("total", "convolutions", "fused_epilogues")}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -98,12 +98,12 @@ def test_a_baked_network_fuses_as_its_plain_twin_does(pair: Pair, precision: str
     assert facts(baked) == facts(twin)
     assert baked.precision_found == twin.precision_found
     assert baked.precision == precision
-    assert set(baked.build["layers"]["convolution_precisions"]) == {precision}
-    assert baked.build["layers"]["mask_multiplications"] == 0
+    assert set(baked.build.layers.convolution_precisions) == {precision}
+    assert baked.build.layers.mask_multiplications == 0
     # A 1x1 convolution at the end may become a matrix product; nothing else may be missing.
-    assert CONVOLUTIONS[pair.name] - 1 <= baked.build["layers"]["convolutions"] <= CONVOLUTIONS[pair.name]
+    assert CONVOLUTIONS[pair.name] - 1 <= baked.build.layers.convolutions <= CONVOLUTIONS[pair.name]
     # Which epilogues fuse is TensorRT's choice (ResNet-50: 40 of 53 in fp16); that it is the twin's is asserted above.
-    assert baked.build["layers"]["fused_epilogues"] > CONVOLUTIONS[pair.name] / 2
+    assert baked.build.layers.fused_epilogues > CONVOLUTIONS[pair.name] / 2
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -115,7 +115,7 @@ def test_a_fixed_batch_builds_too(tmp_path: Path, precision: str) -> None:
     manifest = build_engine(source, tmp_path / "m.plan", RTX)
     assert manifest.profiles == ()
     assert manifest.outputs[0].shape == (2, 10)
-    assert set(manifest.build["layers"]["convolution_precisions"]) == {precision}
+    assert set(manifest.build.layers.convolution_precisions) == {precision}
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from runtime.manifest import (
     read_manifest,
     sidecar,
 )
+from runtime.records import Build
 
 from .triton_artefacts import LABELS, listing, make_engine, make_onnx, read_config, run, write_manifest
 
@@ -73,7 +74,7 @@ def test_external_data_travels_with_the_graph_and_still_loads(tmp_path: Path) ->
 
 
 REFUSALS = {
-    "rtx engine": (lambda p: make_engine(p / "m.plan", build={"flavor": "rtx"}), [], "TensorRT-RTX"),
+    "rtx engine": (lambda p: make_engine(p / "m.plan", build=Build(flavor="rtx")), [], "TensorRT-RTX"),
     "engine without manifest": (lambda p: make_engine(p / "m.plan"), ["drop-manifest"], "manifest"),
     "batch over profile": (lambda p: make_engine(p / "m.plan", high=16), ["--max-batch", "17"], "maximum 16"),
     "profile from 4": (lambda p: make_engine(p / "m.plan", low=4), [], "starts at batch 4"),

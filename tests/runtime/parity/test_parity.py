@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -18,12 +19,16 @@ from torch import nn
 import gmconv
 from gmconv.errors import RefusedError
 from gmconv.foreign import Foreign
+from runtime.artefact import Facts
 from runtime.manifest import FileDigest, Manifest, ShapeRange, TensorSpec, digest, sidecar
-from runtime.parity.cases import Facts, corner_shapes
+from runtime.parity.cases import corner_shapes
 from runtime.parity.run import ParityOptions, compare_artefacts
 from runtime.parity.tolerances import TOLERANCES
+from runtime.records import Crop
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
+LAYER = {"name": "conv1", "kernel": [3, 3], "kept": [1, 1], "l1_removed": 0.1}
+SEEN = {"samples": 8, "relative_max": 0.1}
 SPEC = (TensorSpec("input", "float32", ("batch", 3, 16, 16)),)
 
 
@@ -84,10 +89,16 @@ def test_an_export_is_its_checkpoints_network(pair: tuple[Path, Path]) -> None:
     report = compare_artefacts(pair[0], [pair[1]])
     (found,) = report.candidates
     assert report.passed
-    assert [case.shape for case in found.cases] == ["1x3x16x16", "2x3x16x16", "5x3x16x16", "8x3x16x16", "8x3x16x16"]
-    assert found.cases[-1].outputs[0].samples == 64
-    assert found.yardstick[0].passed
-    assert 0 < found.yardstick[0].candidate_rel_rms < 1e-5
+    assert [case.shape for case in found.verdict.hops] == [
+        "1x3x16x16",
+        "2x3x16x16",
+        "5x3x16x16",
+        "8x3x16x16",
+        "8x3x16x16",
+    ]
+    assert found.verdict.hops[-1].outputs[0].samples == 64
+    assert found.verdict.yardstick[0].passed
+    assert 0 < found.verdict.yardstick[0].candidate_rel_rms < 1e-5
 
 
 @pytest.mark.parametrize("name", ["conv1.weight", "layer3.2.conv2.weight", "linear.weight"])
@@ -102,8 +113,8 @@ def test_onnx_against_onnx(pair: tuple[Path, Path], tmp_path: Path) -> None:
     bad = changed(pair[1], tmp_path / "bad.onnx", scale_first_channel("layer1.0.conv1.weight"))
     report = compare_artefacts(pair[1], [pair[1], bad], ParityOptions(samples=8))
     assert [candidate.passed for candidate in report.candidates] == [True, False]
-    assert report.candidates[0].cases[0].outputs[0].max_abs == 0
-    assert report.candidates[0].yardstick == ()
+    assert report.candidates[0].verdict.hops[0].outputs[0].max_abs == 0
+    assert report.candidates[0].verdict.yardstick == ()
 
 
 def test_names_may_differ_from_the_checkpoints(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -143,9 +154,9 @@ def test_several_outputs_of_a_checkpoint_go_by_position(tmp_path: Path) -> None:
     options = ParityOptions(samples=8, foreign=Foreign(arch="parity_twofold:Twofold"))
     found = compare_artefacts(tmp_path / "net.pt", [tmp_path / "net.onnx"], options).candidates[0]
     assert found.passed
-    assert [output.output for output in found.cases[0].outputs] == ["map", "top"]
-    assert [output.top1 == output.top1 for output in found.cases[0].outputs] == [False, True]
-    assert {item.output for item in found.yardstick} == {"map", "top"}
+    assert [output.output for output in found.verdict.hops[0].outputs] == ["map", "top"]
+    assert [output.top1 is not None for output in found.verdict.hops[0].outputs] == [False, True]
+    assert {item.output for item in found.verdict.yardstick} == {"map", "top"}
 
 
 def test_a_network_with_other_inputs_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -196,7 +207,7 @@ def test_a_batch_that_the_graph_claims_and_cannot_run_fails(pair: tuple[Path, Pa
 
     bad = changed(pair[1], tmp_path / "fixed.onnx", fix_batch_inside)
     found = compare_artefacts(pair[0], [bad], ParityOptions(samples=8)).candidates[0]
-    verdicts = {case.shape: case.outputs[0] for case in found.cases}
+    verdicts = {hop.shape: hop.outputs[0] for hop in found.verdict.hops}
     assert verdicts["2x3x16x16"].passed
     assert "does not run on this input" in verdicts["5x3x16x16"].reason
 
@@ -213,7 +224,7 @@ def test_the_manifest_decides_the_precision_and_is_verified(pair: tuple[Path, Pa
     sidecar(path).write_text(manifest.to_json())
     found = compare_artefacts(pair[0], [path], ParityOptions(samples=8)).candidates[0]
     assert found.precision == "fp8"
-    assert found.yardstick == ()
+    assert found.verdict.yardstick == ()
     assert any("was made from other.pt" in text for text in found.notes)
     sidecar(path).write_text(replace(manifest, artefact=replace(manifest.artefact, sha256="0" * 64)).to_json())
     with pytest.raises(RefusedError, match="sha256"):
@@ -223,9 +234,9 @@ def test_the_manifest_decides_the_precision_and_is_verified(pair: tuple[Path, Pa
 @pytest.mark.parametrize(
     ("crop", "allowed"),
     [
-        ({"tolerance": 1e-3, "end_to_end": {"relative_rms": 1e-9}}, 1e-2 + 2e-5),
-        ({"tolerance": None, "budget": {"asked": "top1:0.5"}, "end_to_end": {"relative_rms": 0.01}}, 0.02 + 2e-5),
-        ({"tolerance": "lossless", "end_to_end": {"relative_rms": 0.01}}, 2e-5),
+        ({"tolerance": 1e-3, "end_to_end": {**SEEN, "relative_rms": 1e-9}}, 1e-2 + 2e-5),
+        ({"tolerance": None, "budget": {"kind": "top1"}, "end_to_end": {**SEEN, "relative_rms": 0.01}}, 0.02 + 2e-5),
+        ({"tolerance": "lossless", "end_to_end": {**SEEN, "relative_rms": 0.01}}, 2e-5),
     ],
 )
 def test_a_crop_is_judged_by_what_it_may_cost(
@@ -236,14 +247,16 @@ def test_a_crop_is_judged_by_what_it_may_cost(
         artefact=digest(path, "onnx"),
         inputs=SPEC,
         outputs=(TensorSpec("logits", "float32", ("batch", 10)),),
-        crop=crop,
+        crop=msgspec.convert({"layers": [LAYER], **crop}, Crop),
     )
     sidecar(path).write_text(manifest.to_json())
     found = compare_artefacts(pair[0], [path], ParityOptions(samples=8)).candidates[0]
     assert found.tolerance.rel_rms == pytest.approx(allowed)
     assert not found.tolerance.overridden
     assert any("cropped" in text for text in found.notes) == (crop["tolerance"] != "lossless")
-    assert bool(found.yardstick) == (crop["tolerance"] == "lossless"), "what was cropped on purpose is not exact"
+    assert bool(found.verdict.yardstick) == (crop["tolerance"] == "lossless"), (
+        "what was cropped on purpose is not exact"
+    )
 
 
 def test_a_cropped_reference_may_differ_too_and_the_same_crop_on_both_sides_may_not(
@@ -253,7 +266,12 @@ def test_a_cropped_reference_may_differ_too_and_the_same_crop_on_both_sides_may_
         path = changed(pair[1], tmp_path / name, lambda model: None)
         outputs = (TensorSpec("logits", "float32", ("batch", 10)),)
         sidecar(path).write_text(
-            Manifest(artefact=digest(path, "onnx"), inputs=SPEC, outputs=outputs, crop=crop).to_json()
+            Manifest(
+                artefact=digest(path, "onnx"),
+                inputs=SPEC,
+                outputs=outputs,
+                crop=msgspec.convert({"layers": [LAYER], **crop}, Crop),
+            ).to_json()
         )
         return path
 
@@ -284,7 +302,7 @@ def test_half_precision_inputs_are_compared_on_equal_terms(pair: tuple[Path, Pat
     half = changed(pair[1], tmp_path / "half.onnx", halve)
     found = compare_artefacts(pair[0], [half], ParityOptions(samples=8)).candidates[0]
     assert found.passed
-    assert found.cases[0].outputs[0].rel_rms < 2e-6
+    assert found.verdict.hops[0].outputs[0].rel_rms < 2e-6
 
 
 def test_precision_is_read_from_the_graph_where_there_is_no_manifest(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -309,10 +327,10 @@ def test_calibrated_graphs_are_judged_on_data_when_there_is_some(digits_checkpoi
     found = compare_artefacts(digits_checkpoint, [digits_onnx], ParityOptions(precision="int8", samples=24)).candidates[
         0
     ]
-    assert {case.label for case in found.cases} == {"digits"}
-    assert [case.outputs[0].samples for case in found.cases] == [1, 2, 5, 8, 24]
+    assert {case.inputs for case in found.verdict.hops} == {"digits"}
+    assert [case.outputs[0].samples for case in found.verdict.hops] == [1, 2, 5, 8, 24]
     found = compare_artefacts(digits_checkpoint, [digits_onnx], ParityOptions(samples=24)).candidates[0]
-    assert {case.label for case in found.cases} == {"noise", "digits"}
+    assert {case.inputs for case in found.verdict.hops} == {"noise", "digits"}
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------
@@ -357,7 +375,7 @@ def test_free_sides_end_to_end(tmp_path: Path) -> None:
     export(gmconv.bake(model), tmp_path / "net.onnx", (3, 16, 16), free_sides=True)
     report = compare_artefacts(tmp_path / "net.pt", [tmp_path / "net.onnx"], ParityOptions(samples=8))
     assert report.passed
-    assert len({case.shape.split("x", 1)[1] for case in report.candidates[0].cases}) == 3
+    assert len({case.shape.split("x", 1)[1] for case in report.candidates[0].verdict.hops}) == 3
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------
@@ -366,7 +384,7 @@ def test_free_sides_end_to_end(tmp_path: Path) -> None:
 def test_inputs_from_a_file(pair: tuple[Path, Path], tmp_path: Path) -> None:
     images = np.random.default_rng(0).standard_normal((11, 3, 16, 16), dtype=np.float32)
     np.savez(tmp_path / "x.npz", input=images)
-    (case,) = compare_artefacts(pair[0], [pair[1]], ParityOptions(inputs=tmp_path / "x.npz")).candidates[0].cases
+    (case,) = compare_artefacts(pair[0], [pair[1]], ParityOptions(inputs=tmp_path / "x.npz")).candidates[0].verdict.hops
     assert case.outputs[0].samples == 11
     assert case.label == "x.npz"
 
@@ -423,7 +441,7 @@ def test_json_is_one_document_and_progress_stays_off_stdout(pair: tuple[Path, Pa
     found = json.loads(done.stdout)
     assert found["passed"] is True
     assert found["candidates"][0]["tolerance"]["source"] == TOLERANCES["fp32"].source
-    assert found["candidates"][0]["cases"][0]["outputs"][0]["rel_rms"] < 1e-5
+    assert found["candidates"][0]["hops"][0]["outputs"][0]["rel_rms"] < 1e-5
 
 
 def test_an_overridden_tolerance_is_said(pair: tuple[Path, Path], tmp_path: Path) -> None:

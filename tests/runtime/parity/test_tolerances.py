@@ -10,33 +10,43 @@ from torch import nn
 
 from export.crop.budget import parse_budget
 from export.crop.request import CropRequest, crop_for_export
+from export.onnx.pipeline import crop_record
 from gmconv.cropping.certificate import crop_model
-from runtime.parity.tolerances import MAX_CROP_COST, TOLERANCES, crop_cost
+from runtime.parity.tolerances import MAX_CROP_COST, TOLERANCES, crop_cost, widen
+from runtime.records import Crop, CropBudget, CropError, CropLayer
+
+
+def crop(
+    tolerance: Any,
+    budget: CropBudget | None = None,
+    measured: float | None = 0.3,
+    removed: tuple[float | None, ...] = (0.1,),
+) -> Crop:
+    layers = tuple(CropLayer(name=str(i), kernel=(3, 3), kept=(1, 1), l1_removed=l1) for i, l1 in enumerate(removed))
+    error = None if measured is None else CropError(samples=8, relative_rms=measured, relative_max=1.0)
+    return Crop(tolerance=tolerance, layers=layers, budget=budget, end_to_end=error)
 
 
 @pytest.mark.parametrize(
     ("crop", "cost"),
     [
         (None, 0.0),
-        ({}, 0.0),
-        ({"tolerance": "lossless", "end_to_end": {"relative_rms": 0.3}}, 0.0),
-        ({"tolerance": 1e-3, "end_to_end": {"relative_rms": 0.3}}, 1e-2),
-        ({"tolerance": None, "budget": {"asked": "0.02"}, "end_to_end": {"relative_rms": 0.3}}, 0.02),
-        ({"tolerance": None, "budget": {"asked": "top1:0.5"}, "end_to_end": {"relative_rms": 0.03}}, 0.06),
-        ({"tolerance": None, "budget": {"asked": "top1:0.5"}, "end_to_end": None}, 0.0),
-        ({"tolerance": 0.0, "end_to_end": {"relative_rms": 0.3}}, 0.0),
-        ({"tolerance": 1e-3, "layers": [{"l1_removed": 0.0}, {"l1_removed": 0}]}, 0.0),
-        ({"tolerance": 1e-3, "layers": [{"l1_removed": 0.0}, {"l1_removed": 1e-9}]}, 1e-2),
-        ({"tolerance": 1e-3, "layers": ["?"]}, 1e-2),
-        ({"tolerance": 1e-3, "layers": []}, 0.0),
-        ({"tolerance": 0.9}, MAX_CROP_COST),
-        ({"budget": {"asked": "3"}}, MAX_CROP_COST),
-        ({"end_to_end": {"relative_rms": float("nan")}}, 0.0),
-        ({"budget": {"asked": "nan"}, "end_to_end": {"relative_rms": float("inf")}}, 0.0),
-        ({"budget": {"asked": ["?"]}, "tolerance": -1, "end_to_end": {"relative_rms": "x"}}, 0.0),
+        (Crop(tolerance=1e-3), 0.0),
+        (crop("lossless"), 0.0),
+        (crop(1e-3), 1e-2),
+        (crop(None, CropBudget(asked="0.02", kind="error", value=0.02)), 0.02),
+        (crop(None, CropBudget(asked="top1:0.5", kind="top1", value=0.5), 0.03), 0.06),
+        (crop(None, CropBudget(asked="top1:0.5", kind="top1", value=0.5), None), 0.0),
+        (crop(0.0), 0.0),
+        (crop(1e-3, removed=(0.0, 0.0)), 0.0),
+        (crop(1e-3, removed=(0.0, 1e-9)), 1e-2),
+        (crop(1e-3, removed=(None,)), 1e-2),
+        (crop(0.9), MAX_CROP_COST),
+        (crop(None, CropBudget(kind="error", value=3.0)), MAX_CROP_COST),
+        (crop(-1.0), 0.0),
     ],
 )
-def test_what_was_asked_for_decides_before_what_was_measured(crop: dict[str, Any] | None, cost: float) -> None:
+def test_what_was_asked_for_decides_before_what_was_measured(crop: Crop | None, cost: float) -> None:
     assert crop_cost(crop) == pytest.approx(cost)
 
 
@@ -49,27 +59,27 @@ def test_it_reads_the_certificates_that_cropping_writes() -> None:
     batches = [torch.randn(4, 3, 9, 9)]
     _, cropped = crop_model(model, 1e-3, batches=batches)
     assert cropped.cropped
-    assert crop_cost(cropped.to_dict()) == pytest.approx(1e-2)
-    assert crop_cost(crop_model(model, "lossless", batches=batches)[1].to_dict()) == 0
+    assert crop_cost(crop_record(cropped)) == pytest.approx(1e-2)
+    assert crop_cost(crop_record(crop_model(model, "lossless", batches=batches)[1])) == 0
     _, within = crop_for_export(model, CropRequest(budget=parse_budget("2e-2")), input_shape=(3, 9, 9))
-    assert crop_cost(within.to_dict()) == pytest.approx(2e-2)
+    assert crop_cost(crop_record(within)) == pytest.approx(2e-2)
     model = model.append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten())
     _, points = crop_for_export(
         model, CropRequest(budget=parse_budget("top1:0.5"), images="noise"), input_shape=(3, 9, 9)
     )
     assert points.end_to_end is not None
-    assert crop_cost(points.to_dict()) == pytest.approx(min(MAX_CROP_COST, 2 * points.end_to_end.relative_rms))
+    assert crop_cost(crop_record(points)) == pytest.approx(min(MAX_CROP_COST, 2 * points.end_to_end.relative_rms))
 
 
 @pytest.mark.parametrize("precision", list(TOLERANCES))
 def test_the_cost_adds_to_what_the_precision_may(precision: str) -> None:
     table = TOLERANCES[precision]
-    wider = table.widened(0.01)
+    wider = widen(table, 0.01)
     assert wider.rel_rms == pytest.approx(table.rel_rms + 0.01)
     assert wider.max_rel_rms / wider.rel_rms == pytest.approx(table.max_rel_rms / table.rel_rms)
     assert wider.cosine < table.cosine
     assert (wider.top1, wider.precision) == (table.top1, precision)
     assert not wider.overridden
     assert "cropped kernels" in wider.source
-    assert table.widened(0) is table
-    assert table.widened(MAX_CROP_COST).rel_rms < 1, "always a tolerance that can fail"
+    assert widen(table, 0) is table
+    assert widen(table, MAX_CROP_COST).rel_rms < 1, "always a tolerance that can fail"

@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
+from runtime import records
 from runtime.manifest import FileDigest, Manifest, TensorSpec
 from runtime.report import (
     Crop,
@@ -85,8 +87,12 @@ BUDGET: dict[str, Any] = {
     "end_to_end": {"samples": 1437, "relative_max": 0.71, "relative_rms": 0.189, "top1_agreement": 0.9951},
     "measured_on": "1437 of digits, seed 0",
     "used_elsewhere": ["stem"],
-    "sum_order": {"whole": ["conv9"]},
+    "sum_order": {"limit": 1e-6, "whole": ["conv9"]},
 }
+
+
+def crop_of(fields: dict[str, Any]) -> records.Crop:
+    return msgspec.convert(fields, records.Crop)
 
 
 @pytest.fixture(scope="session")
@@ -123,8 +129,8 @@ def every_section() -> list[Section]:
             ],
         ),
         LayerTimes(name="model.onnx", times={f"a/rather/long/name/of/a/node/Conv_{i}": 0.01 * i for i in range(40)}),
-        Crop(certificate={"tolerance": 1e-3, "layers": [crop_layer("conv1", 7, 3), crop_layer("conv2", 3, 3)]}),
-        Crop(title="Crop: other.onnx", certificate=BUDGET),
+        Crop(crop=crop_of({"tolerance": 1e-3, "layers": [crop_layer("conv1", 7, 3), crop_layer("conv2", 3, 3)]})),
+        Crop(title="Crop: other.onnx", crop=crop_of(BUDGET)),
         TailAudit(
             layers=[
                 {

@@ -10,6 +10,7 @@ import pytest
 from export.precision.audit import LayerAudit
 from gmconv import gaussian_mask
 from gmconv.errors import RefusedError
+from runtime import records
 from runtime.manifest import FileDigest, Manifest, TensorSpec
 from runtime.report import (
     Crop,
@@ -25,7 +26,7 @@ from runtime.report import (
 )
 from runtime.report.plots import image
 from runtime.report.render import energy_radius, mask_values, radial_profile, render
-from tests.runtime.report.conftest import crop_layer, mask_layer
+from tests.runtime.report.conftest import crop_layer, crop_of, mask_layer
 
 
 class Page(HTMLParser):
@@ -104,7 +105,7 @@ def test_a_crop_says_what_was_asked_and_what_came_of_it(report: Path) -> None:
 
 def test_a_crop_of_nothing_shows_kernels_and_no_errors() -> None:
     layer = crop_layer("conv1", 3, 3)
-    text = render("Whole", [Crop(certificate={"tolerance": "lossless", "layers": [layer]})])
+    text = render("Whole", [Crop(crop=crop_of({"tolerance": "lossless", "layers": [layer]}))])
     assert "0 of 1" in text
     assert "hatched taps were removed" not in text
     assert "L1 gone" not in text
@@ -118,14 +119,15 @@ def test_baking_is_bitwise_and_has_no_margin(report: Path) -> None:
 
 def test_sections_name_their_artefact_where_there_are_several() -> None:
     layers = [mask_layer("conv1", 7, 1.2)]
-    parity = {"hops": [{"hop": "live -> baked", "case": "noise", "bitwise": False, "outputs": [OUTPUT]}]}
+    ends = {"name": "live -> baked", "reference": "live", "candidate": "baked"}
+    hop = records.Hop(**ends, inputs="noise", bitwise=False, outputs=(OUTPUT,))
     manifest = Manifest(
         artefact=FileDigest("onnx", "a.onnx", "0" * 64, 1),
         inputs=(),
         outputs=(),
         certificate={"layers": layers},
-        crop={"tolerance": 1e-3, "layers": [crop_layer("conv1", 7, 3)]},
-        parity=parity,
+        crop=crop_of({"tolerance": 1e-3, "layers": [crop_layer("conv1", 7, 3)]}),
+        parity=records.Parity(hops=(hop,)),
     )
     told = [s for name in ("a.onnx", "b.onnx") for s in manifest_sections(name, manifest, alone=False)]
     kept = without_repeated_masks(told)
@@ -141,7 +143,7 @@ def test_sections_name_their_artefact_where_there_are_several() -> None:
     assert not first.rows[0].passed, "the tolerance held, the bits did not"
 
 
-OUTPUT = {"output": "logits", "passed": True, "tolerance": 2e-5, "rel_rms": 1e-7, "margin": 200.0}
+OUTPUT = records.OutputComparison(output="logits", samples=8, passed=True, tolerance=2e-5, rel_rms=1e-7, margin=200.0)
 
 
 def test_each_layer_says_its_work_and_time_before_and_after_the_crop(report: Path) -> None:

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import msgspec
 import numpy as np
 import pytest
 import tensorrt_rtx
@@ -18,6 +19,7 @@ import tensorrt_rtx
 from gmconv.files import sha256_file
 from runtime import cuda, trt
 from runtime.manifest import FileDigest, Manifest, TensorSpec, sidecar
+from runtime.records import Build, Device
 from runtime.runners.tensorrt import TensorRTRunner
 
 GPU = cuda.DeviceInfo(0, "Test GPU", "8.9", 2**33, "580.1", "13.0")
@@ -297,6 +299,8 @@ def write_manifest(path: Path, **changes: Any) -> Manifest:
         "device": {"compute_capability": "8.9", "name": "Test GPU"},
         **changes,
     }
+    for name, kind in (("build", Build), ("device", Device)):
+        fields[name] = fields[name] and msgspec.convert(fields[name], kind)
     found = Manifest(**fields)
     sidecar(path).write_text(found.to_json())
     return found

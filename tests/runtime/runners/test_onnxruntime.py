@@ -164,7 +164,7 @@ def test_a_file_truncated_anywhere_is_refused_or_still_whole(model: Path) -> Non
 def test_the_manifest_is_checked_before_onnx_runtime_sees_a_byte(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sidecar(model).write_text(manifest_of(model).to_json())
     with open_runner(model) as runner:
-        assert runner.manifest is not None  # type: ignore[attr-defined]
+        assert runner.artefact.manifest is not None  # type: ignore[attr-defined]
     model.write_bytes(model.read_bytes() + b"\x00")
     monkeypatch.setattr(module, "_import", lambda: pytest.fail("ONNX Runtime was loaded"))
     with pytest.raises(RefusedError, match=r"sha256 is .* its manifest says"):

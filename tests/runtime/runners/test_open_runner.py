@@ -6,7 +6,8 @@ import click
 import pytest
 
 from gmconv.errors import RefusedError
-from runtime.runners import artefact_kind, open_runner
+from runtime.artefact import artefact_kind
+from runtime.runners import open_runner
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from runtime.manifest import FileDigest, Manifest
-from runtime.runners.qdq import layout_warning, reference_options, serving_options
+from runtime.records import Quantization
+from runtime.runners.qdq import Purpose, SessionOptions, layout_warning, session_options
 
 
 def manifest(precision: str, target: str | None, kind: Any = "onnx") -> Manifest:
-    quantization = {"target": target} if target else None
+    quantization = Quantization(target=target) if target else None  # type: ignore[arg-type]
     digest = FileDigest(kind, "m.onnx", "0" * 64, 1)
     return Manifest(artefact=digest, inputs=(), outputs=(), precision=precision, quantization=quantization)
 
@@ -42,12 +43,28 @@ def test_the_wrong_layout_for_a_device_names_the_other(
 def test_engines_and_foreign_files_have_no_layout() -> None:
     assert layout_warning(None, "cpu") is None
     assert layout_warning(manifest("int8", "tensorrt", "engine"), "cpu") is None
-    assert reference_options(None) == reference_options(manifest("int8", "tensorrt", "engine")) == {}
+    assert session_options(None, "serve") == SessionOptions()
+    assert session_options(manifest("int8", "tensorrt", "engine"), "serve") == SessionOptions()
 
 
-def test_options_for_running_as_written() -> None:
-    assert reference_options(manifest("int8", "cpu")) == {"quantized_as_written": True}
-    assert reference_options(manifest("fp8", "tensorrt")) == {"optimization": "disable"}
-    assert reference_options(manifest("fp16", None)) == {}
-    assert serving_options(manifest("fp8", "tensorrt")) == {"optimization": "disable"}
-    assert serving_options(manifest("int8", "tensorrt")) == {}
+USES: tuple[Purpose, ...] = ("proof", "evaluate", "benchmark", "serve")
+
+
+@pytest.mark.parametrize("purpose", USES)
+@pytest.mark.parametrize(
+    ("precision", "target", "options"),
+    [
+        ("fp16", None, SessionOptions()),
+        ("int8", "cpu", SessionOptions()),
+        ("int8", "tensorrt", SessionOptions("basic", as_written=True)),
+        ("fp8", "tensorrt", SessionOptions("disable", as_written=True)),
+    ],
+)
+def test_what_is_proven_is_what_is_served(
+    precision: str, target: str | None, options: SessionOptions, purpose: Purpose
+) -> None:
+    assert session_options(manifest(precision, target), purpose) == options
+
+
+def test_looking_at_single_tensors_rewrites_nothing() -> None:
+    assert session_options(manifest("int8", "cpu"), "layers") == SessionOptions("disable", as_written=True)

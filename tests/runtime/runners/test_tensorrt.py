@@ -322,7 +322,7 @@ def test_bytes_that_are_not_the_manifests_never_reach_tensorrt(bench: Any) -> No
             {"device": {"compute_capability": "9.0", "name": "H100"}},
             "H100, compute capability 9.0, this GPU is 8.9",
         ),
-        ({"build": {}}, "names no TensorRT flavor"),
+        ({"build": None}, "names no TensorRT flavor"),
         (
             {"build": {"flavor": "rtx", "compute_capabilities": ["12.0"]}, "versions": {"tensorrt_rtx": VERSION}},
             "built for compute capability 12.0, this GPU is 8.9",

@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from runtime.manifest import Manifest, TensorSpec, digest, external_files, sidecar
+from runtime.records import Parity
 from runtime.serve.engine_cache import DeviceIdentity, prepare_engine
 
 from .conftest import write_model
@@ -24,7 +25,16 @@ COMPARED = {
     "passed": True,
     "precision": "fp32",
     "tolerance": {"precision": "fp32", "rel_rms": 1e-5},
-    "cases": [{"label": "noise, seed 0", "shape": "1x3x8x8", "outputs": []}],
+    "hops": [
+        {
+            "name": "net.onnx -> model.plan",
+            "reference": "net.onnx",
+            "candidate": "model.plan",
+            "inputs": "noise, seed 0",
+            "shapes": {"input": [1, 3, 8, 8]},
+            "outputs": [{"output": "logits", "samples": 1, "passed": True}],
+        }
+    ],
     "yardstick": [],
     "notes": [],
 }
@@ -104,7 +114,7 @@ def write_engine(source: Path, engine: Path, content: str = "engine") -> Path:
         inputs=specs,
         outputs=specs,
         chain=(digest(source, "onnx"),),
-        parity={"result": "not run (no device)"},
+        parity=Parity(result="not run", reason="no device"),
     )
     sidecar(engine).write_text(manifest.to_json())
     return engine

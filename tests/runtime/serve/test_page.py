@@ -14,6 +14,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from runtime.records import Parity
+
 from .conftest import IMAGE, LABELS, Server, classifier, write_model
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -42,7 +44,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def carded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("page")
-    classifier(root / "one.onnx", seed=1, certificate=CERTIFICATE, arch="tests:tiny", parity={"passed": True})
+    classifier(root / "one.onnx", seed=1, certificate=CERTIFICATE, arch="tests:tiny", parity=Parity(reference="net.pt"))
     classifier(root / "two.onnx", seed=9)
     running = Server(root)
     yield running

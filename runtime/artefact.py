@@ -1,0 +1,135 @@
+"""What a file is and what is known of it: kind, manifest, precision, and the data that its network is for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from gmconv.errors import RefusedError
+from gmconv.files import sha256_file
+from gmconv.images import Preprocessing
+from runtime.manifest import Manifest, find_manifest, read_manifest
+
+Kind = Literal["checkpoint", "onnx", "engine"]
+
+_SUFFIXES: dict[str, Kind] = {
+    ".pt": "checkpoint",
+    ".pth": "checkpoint",
+    ".ckpt": "checkpoint",
+    ".safetensors": "checkpoint",
+    ".onnx": "onnx",
+    ".plan": "engine",
+    ".engine": "engine",
+    ".trt": "engine",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a network's data: the shape of one input (C, H, W) and where its samples come from."""
+
+    input_shape: tuple[int, ...] | None = None
+    preprocessing: Preprocessing | None = None
+    dataset: dict[str, Any] | None = None
+    labels: tuple[str, ...] | None = None
+
+    def __or__(self, other: Facts) -> Facts:
+        """These, and of `other` what these do not say."""
+        return Facts(
+            self.input_shape or other.input_shape,
+            self.preprocessing or other.preprocessing,
+            self.dataset if self.dataset is not None else other.dataset,
+            self.labels if self.labels is not None else other.labels,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artefact:
+    """A file of a network. `manifest`: of an ONNX file or an engine that has one, verified.
+
+    `facts` and `sha256` of a checkpoint are known once a runner has opened it (`Runner.artefact`): reading them takes
+    torch. `precision` "?": nothing says.
+    """
+
+    path: Path
+    kind: Kind
+    manifest: Manifest | None = None
+    facts: Facts = field(default_factory=Facts)
+    sha256: str = ""
+
+    @property
+    def precision(self) -> str:
+        """What the manifest says; a checkpoint's is fp32, a foreign file's unknown."""
+        return self.manifest.precision if self.manifest else "fp32" if self.kind == "checkpoint" else "?"
+
+    def checkpoint(self, known: Path | None = None) -> Path | None:
+        """The checkpoint at the start of the chain, when the very file is `known` or lies beside the artefact."""
+        link = self.manifest.source("checkpoint") if self.manifest else None
+        if link is None:
+            return None
+        places = (path for path in (known, self.path.with_name(Path(link.file).name)) if path and path.is_file())
+        return next((path for path in places if sha256_file(path) == link.sha256), None)
+
+
+def open_artefact(path: str | Path, *, require_manifest: bool = False) -> Artefact:
+    """Look at a file without running it: its kind and its manifest.
+
+    Raises RefusedError when it is missing, nothing known here, not the one its manifest describes, or (with
+    `require_manifest`) an ONNX file without a manifest.
+    """
+    path = Path(path)
+    kind = artefact_kind(path)
+    if kind == "checkpoint":
+        return Artefact(path=path, kind=kind)
+    manifest = read_manifest(path) if require_manifest else find_manifest(path)
+    if manifest is not None and manifest.artefact.kind != kind:
+        raise RefusedError(
+            f"{path}: its manifest describes an {manifest.artefact.kind} file, and this looks like an {kind} file; "
+            f"give it the suffix it was exported with"
+        )
+    return Artefact(path=path, kind=kind, manifest=manifest, facts=facts_of(manifest), sha256=sha256_of(manifest))
+
+
+def sha256_of(manifest: Manifest | None) -> str:
+    """The hash that a manifest gives its artefact; "" without one."""
+    return manifest.artefact.sha256 if manifest else ""
+
+
+def facts_of(manifest: Manifest | None) -> Facts:
+    """What a manifest says of the network's data; nothing without one."""
+    if manifest is None:
+        return Facts()
+    return Facts(_image(manifest), manifest.preprocessing, manifest.dataset, manifest.labels)
+
+
+def _image(manifest: Manifest) -> tuple[int, ...] | None:
+    """The fixed (C, H, W) of the first input; with free sides, the size that preprocessing makes."""
+    shape = manifest.inputs[0].shape[1:] if manifest.inputs else ()
+    fixed = tuple(dim for dim in shape if isinstance(dim, int))
+    if len(fixed) == len(shape):
+        return fixed
+    if manifest.preprocessing is not None and len(shape) == 3 and isinstance(shape[0], int):
+        return (shape[0], *manifest.preprocessing.size)
+    return None
+
+
+def artefact_kind(path: Path) -> Kind:
+    """What a file is: by its suffix, else by its first bytes. Raises RefusedError for anything else."""
+    if not path.is_file():
+        raise RefusedError(f"{path}: {'is a directory; name a file in it' if path.is_dir() else 'no such file'}")
+    if kind := _SUFFIXES.get(path.suffix.lower()):
+        return kind
+    with path.open("rb") as stream:
+        head = stream.read(8)
+    if head.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "checkpoint"
+    if head.startswith((b"ftrt", b"trtx")):
+        return "engine"
+    if (
+        len(head) > 2 and head[0] == 0x08 and head[1] < 0x20 and head[2] in (0x12, 0x3A, 0x42)
+    ):  # ir_version, then a field
+        return "onnx"
+    raise RefusedError(
+        f"{path}: is no artefact known here; give a .pt, .pth, .safetensors, .onnx, .plan or .engine file"
+    )

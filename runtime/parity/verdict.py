@@ -1,0 +1,45 @@
+"""The verdict of a proof: hops, the float64 yardstick, and in one sentence each what did not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runtime.records import BAKING, Hop, Parity, YardstickComparison
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """All that was compared; `passed` only if there is something and each comparison of it held."""
+
+    hops: tuple[Hop, ...]
+    yardstick: tuple[YardstickComparison, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything that was compared held, and something was."""
+        return bool(self.hops) and all(h.passed for h in self.hops) and all(item.passed for item in self.yardstick)
+
+    def failures(self) -> list[str]:
+        """One sentence per comparison that failed."""
+        several = len({hop.name for hop in self.hops}) > 1
+        texts = []
+        for hop in self.hops:
+            where = f"{hop.name} on {hop.inputs} {hop.shape}" if several else f"{hop.inputs} {hop.shape}"
+            failed = [output for output in hop.outputs if not output.passed]
+            texts += [f"{where}{'' if o.output in o.reason else f', {o.output}'}: {o.reason}" for o in failed]
+            if hop.name == BAKING and not hop.bitwise:
+                texts.append(f"{where}: not bitwise equal")
+            if not hop.outputs:
+                texts.append(f"{where}: nothing was compared")
+        texts += [f"float64 yardstick: {item.reason}" for item in self.yardstick if not item.passed]
+        return texts or ([] if self.passed else ["nothing was compared"])
+
+    def summary(self) -> str:
+        """The first failures, in one line."""
+        failures = self.failures()
+        return "; ".join(failures[:3]) + (f" and {len(failures) - 3} more" if len(failures) > 3 else "")
+
+    def record(self, reference: str, engine: str, notes: Sequence[str] = ()) -> Parity:
+        """For the manifest of an artefact that passed: base names only, a manifest travels."""
+        return Parity(reference=reference, engine=engine, hops=self.hops, yardstick=self.yardstick, notes=tuple(notes))
