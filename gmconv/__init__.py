@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gmconv.constants import bake_constants
     from gmconv.cropping.certificate import crop_model
     from gmconv.cropping.choose import crop
+    from gmconv.golden import save_golden
     from gmconv.layer import GMConv2d
     from gmconv.mask import gaussian_mask
     from gmconv.surgery import bake, convert
@@ -34,6 +35,7 @@ __all__ = [
     "load_checkpoint",
     "models",
     "save_checkpoint",
+    "save_golden",
 ]
 
 _HOME = {
@@ -48,6 +50,7 @@ _HOME = {
     "crop_model": "cropping.certificate",
     "GMConv2d": "layer",
     "gaussian_mask": "mask",
+    "save_golden": "golden",
     "bake": "surgery",
     "convert": "surgery",
 }
@@ -61,3 +64,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"gmconv.{_HOME[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -59,7 +59,7 @@ def to_onnx(
         model: any module that maps one image tensor to tensors.
         example: float32 `(N, C, H, W)`; N >= 2 where the batch is dynamic (1 would be specialised).
         input_name: of the graph's input.
-        output_names: of its outputs, in the order of `flatten_outputs`.
+        output_names: of its outputs, in the order of `gmconv.outputs.named_outputs`.
         axes: the dynamic ones, named batch, height, width.
         opset: of the default domain.
         log: file that collects what the exporter prints.

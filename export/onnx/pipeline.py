@@ -221,7 +221,7 @@ def _crop(
 def _output_names(loaded: Checkpoint, options: ExportOptions) -> list[str]:
     import torch
 
-    from export.onnx.reference import flatten_outputs
+    from gmconv.outputs import named_outputs
 
     example = _example(loaded, options)
     try:
@@ -233,7 +233,7 @@ def _output_names(loaded: Checkpoint, options: ExportOptions) -> list[str]:
         raise RefusedError(
             f"the network does not run on an input of {shape} ({reason}); check --input-shape"
         ) from error
-    return list(flatten_outputs(outputs, options.output_names))
+    return list(named_outputs(outputs, options.output_names))
 
 
 def _example(loaded: Checkpoint, options: ExportOptions) -> Any:

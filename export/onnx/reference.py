@@ -116,27 +116,6 @@ class ReferenceProcess:
         return Reference(**hops, certificate=json.loads((folder / "certificate.json").read_text()))
 
 
-def flatten_outputs(value: Any, names: Sequence[str]) -> dict[str, Any]:
-    """A network's return value as named tensors: `names` if given, a dict's keys, `logits`, or `output_0`, ...
-
-    Raises RefusedError when the count of names differs from the count of tensors.
-    """
-    import torch
-    from torch.utils._pytree import tree_flatten
-
-    leaves, _ = tree_flatten(value)
-    leaves = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if not leaves:
-        raise RefusedError(f"the network returns a {type(value).__name__} without tensors; nothing to export")
-    if not names:
-        keyed = isinstance(value, Mapping) and len(value) == len(leaves)
-        names = [str(k) for k in value] if keyed else [f"output_{i}" for i in range(len(leaves))]
-        names = ["logits"] if len(leaves) == 1 and not keyed else names
-    if len(names) != len(leaves):
-        raise RefusedError(f"the network has {len(leaves)} outputs, --output-names gives {len(names)}; name each")
-    return dict(zip(names, leaves, strict=True))
-
-
 def _save(path: Path, outputs: Outputs) -> None:
     np.savez(path, names=np.array(list(outputs)), *outputs.values())  # noqa: B026 (an output may be called "file")
 
@@ -159,9 +138,11 @@ def run_torch(model: nn.Module, cases: Sequence[Case], names: Sequence[str]) -> 
 def _run(model: nn.Module, batch: Array, names: Sequence[str], dtype: Any) -> Outputs:
     import torch
 
+    from gmconv.outputs import named_outputs
+
     with torch.no_grad():
         outputs = model(torch.from_numpy(batch).to(dtype))
-    return {name: tensor.numpy() for name, tensor in flatten_outputs(outputs, names).items()}
+    return {name: tensor.numpy() for name, tensor in named_outputs(outputs, names).items()}
 
 
 def _run_double(model: nn.Module, batch: Array, names: Sequence[str]) -> Outputs:

@@ -274,18 +274,8 @@ class TorchRunner(Runner):
         return captured(tensor)
 
     def _named(self, outputs: Any) -> dict[str, torch.Tensor]:
-        """Outputs by name: those given, a dict's keys, `logits`, or `output_0`, ... (as the exporter names them)."""
-        from torch.utils._pytree import tree_flatten
-
-        leaves = [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, self._torch.Tensor)]
-        names = list(self._output_names)
-        if not names:
-            keyed = isinstance(outputs, Mapping) and len(outputs) == len(leaves)
-            names = [str(key) for key in outputs] if keyed else [f"output_{i}" for i in range(len(leaves))]
-            names = ["logits"] if len(leaves) == 1 and not keyed else names
-        if len(names) != len(leaves) or not leaves:
-            raise RefusedError(f"the checkpoint's network has {len(leaves)} outputs, {len(names)} names were given")
-        return dict(zip(names, leaves, strict=True))
+        found: dict[str, torch.Tensor] = require("gmconv.outputs", "export").named_outputs(outputs, self._output_names)
+        return found
 
     @contextlib.contextmanager
     def _mode(self) -> Iterator[None]:

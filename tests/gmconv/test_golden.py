@@ -1,0 +1,93 @@
+"""Golden pairs: recorded by anybody's program, read by name, and refused unless they are whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gmconv
+from gmconv.errors import RefusedError
+from gmconv.golden import read_golden
+from gmconv.inputs import arguments_of
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, image: Tensor, scale: Tensor | None = None, *, mask: Tensor) -> dict[str, Tensor]:
+        image = image if scale is None else image * scale
+        return {"sum": self.drop(image + mask), "mask": mask}
+
+
+def test_what_is_recorded_is_what_the_network_computes(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5)).train()
+    batches = [torch.randn(2, 3, 8, 8), torch.randn(3, 3, 8, 8)]
+    gmconv.save_golden(model, batches, tmp_path / "golden.npz")
+    assert model.training
+    golden = read_golden(tmp_path / "golden.npz", ["input"], ["logits"])
+    assert golden.samples == 5
+    with torch.no_grad():
+        expected = model.eval()(torch.cat(batches)).numpy()
+    assert np.allclose(golden.outputs["logits"], expected, atol=1e-6)
+
+
+def test_several_inputs_and_outputs_go_by_their_names(tmp_path: Path) -> None:
+    x, mask = torch.randn(2, 3), torch.randn(2, 3)
+    gmconv.save_golden(Two(), {"mask": mask, "image": x}, tmp_path / "golden.npz")
+    golden = read_golden(tmp_path / "golden.npz", ["image", "mask"], ["sum", "mask"])
+    assert np.array_equal(golden.inputs["mask"], mask.numpy())
+    assert np.array_equal(golden.outputs["sum"], (x + mask).numpy())
+    assert np.array_equal(golden.outputs["mask"], mask.numpy())
+
+
+@pytest.mark.parametrize("names", [("input", "output"), ("x", "y"), ("images", "logits"), ("input", "logits")])
+def test_any_program_may_write_one(names: tuple[str, str], tmp_path: Path) -> None:
+    np.savez(tmp_path / "g.npz", **{names[0]: np.ones((2, 3)), names[1]: np.zeros((2, 4))})  # type: ignore[arg-type]
+    assert read_golden(tmp_path / "g.npz", ["input"], ["logits"]).outputs["logits"].shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"input": np.ones((2, 3))}, "holds no output 'logits'; it has input"),
+        ({"input": np.ones((2, 3)), "output": np.ones((3, 4))}, "different numbers of samples"),
+        ({"input": np.ones((0, 3)), "output": np.ones((0, 4))}, "or none"),
+        ({"input": np.ones((2, 3)), "output": np.ones((2, 4)), "weights": np.ones((2,))}, "'weights' is no input"),
+        ({"input": np.array([object()]), "output": np.ones((1, 4))}, "plain numbers"),
+    ],
+)
+def test_pairs_that_are_not_whole_are_refused(arrays: dict[str, Any], message: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "golden.npz", **arrays)
+    with pytest.raises(RefusedError, match=message):
+        read_golden(tmp_path / "golden.npz", ["input"], ["logits"])
+
+
+def test_no_batches_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="no batches"):
+        gmconv.save_golden(nn.Identity(), [], tmp_path / "golden.npz")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", [{"mask": 0, "image": 1}, {"image": 0, "scale": 1, "mask": 2}])
+def test_examples_by_name_reach_the_forward_by_name(given: dict[str, int]) -> None:
+    tensors = {name: torch.full((1, 1), float(value)) for name, value in given.items()}
+    arguments = arguments_of(Two().eval(), tensors)
+    assert list(arguments.tensors) == [name for name in ("image", "scale", "mask") if name in given]
+    expected = Two().eval()(**tensors)
+    assert torch.equal(arguments.call(Two().eval())["sum"], expected["sum"])
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [({"nothing": torch.ones(1)}, "there is no 'nothing'"), ([], "no example"), (["a"], "is a str")],
+)
+def test_examples_that_are_none_are_refused(examples: Any, message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        arguments_of(Two(), examples)
