@@ -76,6 +76,13 @@ class Runner(ABC):
         `runtime.cuda.DeviceMemoryError` where a batch does not fit on the GPU and a smaller one may.
         """
 
+    def share(self) -> Runner | None:
+        """Another runner on what this one has loaded, for another thread; None: the file must be opened again."""
+        return None
+
+    def warm_up(self) -> None:  # noqa: B027 (optional)
+        """Do now what the first runs of a server would wait for, where there is such a thing."""
+
     def stage(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array] | None:
         """Memory that the next `run` of inputs of these shapes reads without copying them again; None: there is none.
 

@@ -7,12 +7,13 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from runtime import cuda, trt
 from runtime.artefact import Artefact, facts_of
+from runtime.manifest import ShapeRange
 from runtime.runners.base import Array, LayerTime, Query, Runner, validate_feeds
 from runtime.runners.engine import OpenEngine
 from runtime.runners.lane import Graphs, Lane, Shapes, collect_layer_times
@@ -31,7 +32,8 @@ class TensorRTRunner(Runner):
         device: "cuda" or "cuda:N".
         cuda_graph: record and launch.
         batches: batch sizes that `run` pads smaller batches to, each with an execution context and a graph of its own;
-            larger ones than the last run as they are. Empty: one context, every size as it is.
+            larger ones than the last run as they are. "auto": those of `padded_sizes`. Empty: one context, every size
+            as it is.
         force, lazy: see `OpenEngine`.
 
     Raises on opening:
@@ -48,13 +50,13 @@ class TensorRTRunner(Runner):
         device: str = "cuda:0",
         *,
         cuda_graph: bool = True,
-        batches: Sequence[int] = (),
+        batches: Sequence[int] | Literal["auto"] = (),
         force: bool = False,
         lazy: bool = False,
     ) -> None:
         self._begin(OpenEngine(path, device, force=force, lazy=lazy), cuda_graph, batches)
 
-    def _begin(self, engine: OpenEngine, cuda_graph: bool, batches: Sequence[int]) -> None:
+    def _begin(self, engine: OpenEngine, cuda_graph: bool, batches: Sequence[int] | Literal["auto"]) -> None:
         self._engine = engine
         self._gpu = engine.gpu
         self.device = f"cuda:{engine.info.index}"
@@ -67,7 +69,8 @@ class TensorRTRunner(Runner):
             sha256=engine.manifest.artefact.sha256,
         )
         self.inputs, self.outputs, self.profiles = engine.inputs, engine.outputs, engine.profiles
-        self.batches = tuple(sorted(size for size in set(batches) if self._takes(size)))
+        sizes = padded_sizes(self.profiles) if batches == "auto" else batches
+        self.batches = tuple(sorted(size for size in set(sizes) if self._takes(size)))
         self._cuda_graph = cuda_graph
         self._lock = threading.RLock()
         self._lanes: list[Lane] = []
@@ -301,6 +304,21 @@ class TensorRTRunner(Runner):
                 for event in self._events:
                     event.close()
             self._engine.leave()
+
+
+def padded_sizes(profiles: Sequence[Mapping[str, ShapeRange]]) -> tuple[int, ...]:
+    """A few batch sizes for serving: what each profile is made for, and powers of two between.
+
+    Each costs the memory of an execution context: where there would be more than eight powers of two, powers of four.
+    """
+    ranges = [r for profile in profiles for r in profile.values() if r.min]
+    if not ranges:
+        return ()
+    low, high = min(r.min[0] for r in ranges), max(r.max[0] for r in ranges)
+    powers = [1 << bit for bit in range(high.bit_length())]
+    if len(powers) > 8:
+        powers = powers[::2]
+    return tuple(sorted({low, high, *(r.opt[0] for r in ranges), *(p for p in powers if low <= p <= high)}))
 
 
 def _rows(array: Array, rows: int | None) -> Array:

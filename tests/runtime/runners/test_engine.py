@@ -55,6 +55,23 @@ def test_batches_are_padded_to_sizes_that_keep_their_contexts_and_graphs(bench: 
         assert not {"capture", "shape", "profile", "allocate", "graph closed"} & set(kinds)
 
 
+@pytest.mark.parametrize(
+    ("profiles", "sizes"),
+    [
+        ([(1, 8, 32)], (1, 2, 4, 8, 16, 32)),
+        ([(1, 6, 12)], (1, 2, 4, 6, 8, 12)),
+        ([(1, 32, 512)], (1, 4, 16, 32, 64, 256, 512)),
+        ([(3, 3, 3)], (3,)),
+        ([(1, 2, 4), (4, 8, 16)], (1, 2, 4, 8, 16)),
+    ],
+)
+def test_the_sizes_for_serving_are_few(bench: Any, profiles: list[tuple[int, ...]], sizes: tuple[int, ...]) -> None:
+    bench.engine.profiles[:] = profiles
+    bench.engine.double.num_optimization_profiles = len(profiles)
+    with bench.open(batches="auto") as runner:
+        assert runner.batches == sizes
+
+
 def test_a_batch_larger_than_the_last_size_runs_as_it_is(bench: Any) -> None:
     with bench.open(batches=(4,)) as runner:
         assert right(runner.run(images(16)), images(16))
