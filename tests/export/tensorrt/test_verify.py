@@ -88,7 +88,7 @@ def test_the_build_verifies_where_there_is_a_gpu(
 ) -> None:
     seen: list[Path] = []
 
-    def check(reference: Path, plan: Path) -> Parity:
+    def check(reference: Path, plan: Path, foreign: object = None) -> Parity:
         assert read_manifest(plan).artefact.file == "model.plan"  # a runner can open what was just built
         seen.extend((reference, plan))
         return Parity(reference=reference.name)
@@ -109,7 +109,7 @@ def test_the_build_verifies_where_there_is_a_gpu(
 def test_an_engine_that_fails_parity_is_not_left_behind(
     classifier: Make, tmp_path: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def check(reference: Path, plan: Path) -> Parity:
+    def check(reference: Path, plan: Path, foreign: object = None) -> Parity:
         raise ParityError("differs")
 
     monkeypatch.setattr(verify, "check_parity", check)
@@ -129,12 +129,12 @@ def test_an_engine_for_other_gpus_says_why_it_was_not_compared(classifier: Make,
 def test_an_engine_that_cannot_be_run_here_is_kept_and_says_why(
     classifier: Make, tmp_path: Path, gpu: None, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    def refuse(*_: Path) -> Parity:
+    def refuse(*_: object) -> Parity:
         raise trt.InvalidEngineError(f"{seen[0]}: TensorRT-RTX calls it invalid on this machine (unsupported cc)")
 
     seen: list[Path] = []
 
-    def check(reference: Path, plan: Path) -> Parity:
+    def check(reference: Path, plan: Path, foreign: object = None) -> Parity:
         seen.append(plan)
         return Parity(reference=reference.name) if where == "benchmark" else refuse()
 
