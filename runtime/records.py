@@ -119,13 +119,14 @@ class Crop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """How Q/DQ pairs were laid out: for whom, and the types."""
+    """How Q/DQ pairs were laid out: for whom, and the types. `reduced_range`: weights use 7 of their 8 bits."""
 
     target: Literal["tensorrt", "cpu"]
     activations: str = ""
     weights: str = ""
     per_channel: bool = True
     quantized_bias: bool = False
+    reduced_range: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -362,7 +362,11 @@ def _write_variants(
 
     folder, settings = exported.file.parent, options.precision or PrecisionOptions()
     converter = PrecisionConverter(
-        onnx.load(exported.file), settings, preprocessing=manifest.preprocessing, dataset=manifest.dataset
+        onnx.load(exported.file),
+        settings,
+        preprocessing=manifest.preprocessing,
+        dataset=manifest.dataset,
+        samples=[{options.input_name: case.batch} for case in proof.cases if not case.noise],
     )
     for precision, final in zip(options.precisions, options.outputs(output), strict=True):
         name = final.name

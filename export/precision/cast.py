@@ -282,19 +282,25 @@ class _Caster:
                 zeroed = int(np.count_nonzero((rounded == 0) & (values != 0)))
                 if zeroed:
                     self.underflow[name] = zeroed
-                overflowed = ~np.isfinite(rounded.astype(np.float32))
-                if overflowed.any():
-                    worst = float(np.abs(values).max())
-                    raise RefusedError(
-                        f"layer {self.layer_of.get(name, name)!r}: {int(overflowed.sum())} of {values.size} values of "
-                        f"{name!r} overflow {self.to} (largest magnitude {worst:.4g}); "
-                        f"--keep-fp32 {self.layer_of.get(name, name)} keeps the layer in fp32"
-                    )
+                overflowed = int(np.count_nonzero(~np.isfinite(rounded.astype(np.float32))))
+                if overflowed:
+                    self._refuse_overflow(name, values, overflowed)
                 kept.append(
                     helper.make_tensor(f"{name}_{self.to}", self.low, values.shape, rounded.tobytes(), raw=True)
                 )
         del self.graph.initializer[:]
         self.graph.initializer.extend(kept)
+
+    def _refuse_overflow(self, name: str, values: NDArray[Any], count: int) -> None:
+        """The advice names what `--keep-fp32` knows: the layer, or the nodes that read a constant of no layer."""
+        worst, layer = float(np.abs(values).max()), self.layer_of.get(name)
+        readers = [node.name for node in self.nodes if f"{name}_{self.to}" in node.input]
+        where = f"layer {layer!r}" if layer else f"node {', '.join(map(repr, readers))}"
+        kept = " ".join(f"--keep-fp32 {known}" for known in ([layer] if layer else readers))
+        raise RefusedError(
+            f"{where}: {count} of {values.size} values of {name!r} overflow {self.to} (largest magnitude {worst:.4g}); "
+            f"{kept} keeps it in fp32"
+        )
 
     def _check(self, name: str, values: NDArray[Any]) -> None:
         if not np.isfinite(values).all():

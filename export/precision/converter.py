@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -16,6 +16,7 @@ from runtime import records
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+    from export.graph.check import Feeds, Overflow
     from export.precision.audit import LayerAudit
     from export.precision.calibration import Calibration
     from export.precision.plan import PrecisionPlan
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Progress = Callable[[int, int], None]
+_MOST_ADVICE = 24  # nodes; a network that needs more of them in fp32 is better exported in bf16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,9 +108,13 @@ class PrecisionConverter:
         *,
         preprocessing: Preprocessing | None = None,
         dataset: dict[str, Any] | None = None,
+        samples: Sequence[Feeds] = (),
         progress: Progress | None = None,
     ) -> None:
-        """`model` is not changed. `preprocessing` and `dataset` are the manifest's; they say how to calibrate."""
+        """`model` is not changed. `preprocessing` and `dataset` are the manifest's; they say how to calibrate.
+
+        `samples`: real inputs, batches by input name; no tensor may overflow on them.
+        """
         import onnx
 
         from export.graph.read import constants_to_initializers, effective_weights, name_nodes, refuse_unless_fp32
@@ -119,6 +125,7 @@ class PrecisionConverter:
         name_nodes(self.model)
         constants_to_initializers(self.model)
         self.options, self.preprocessing, self.dataset, self.progress = options, preprocessing, dataset, progress
+        self.samples = samples
         self.weights = effective_weights(self.model)
         self._calibration: Calibration | None = None
 
@@ -142,8 +149,25 @@ class PrecisionConverter:
         converted, audit = self._convert(precision, keep, half)
         if options.plan is not None:
             options.plan.refuse_other_calibration(audit.calibration)
-        check_and_run(converted, precision)
+        if overflow := check_and_run(converted, precision, self.samples, self.preprocessing):
+            raise RefusedError(f"{precision}: {overflow}; {self._advice(overflow, precision, keep, half)}")
         return converted, audit
+
+    def _advice(self, overflow: Overflow, precision: Precision, keep: set[str], half: set[str]) -> str:
+        """Which `--keep-fp32` mend an overflow, found by trying: what one node no longer loses, the next one may."""
+        from export.graph.check import check_and_run
+        from export.graph.read import layers
+
+        more: dict[str, None] = {}
+        found: Overflow | None = overflow
+        while found is not None and set(found.nodes) - keep - set(more) and len(more) < _MOST_ADVICE:
+            more |= dict.fromkeys(node for node in found.nodes if node not in keep)
+            converted, _ = self._convert(precision, keep | set(more), half)
+            found = check_and_run(converted, precision, self.samples, self.preprocessing)
+        if found is not None:
+            return "keeping layers in fp32 does not mend it: check the checkpoint's weights, or take another precision"
+        names = {layer.node: layer.name for layer in layers(self.model)}
+        return " ".join(f"--keep-fp32 {names.get(node, node)}" for node in more) + " keeps what overflows in fp32"
 
     def _convert(self, precision: Precision, keep: set[str], half: set[str]) -> tuple[ModelProto, PrecisionAudit]:
         if precision == "fp32":
@@ -180,6 +204,7 @@ class PrecisionConverter:
             activations=("u8" if options.target == "cpu" else "s8") if precision == "int8" else "e4m3fn",
             weights="s8" if precision == "int8" else "e4m3fn",
             quantized_bias=options.target == "cpu",
+            reduced_range=options.target == "cpu",
         )
         audit = self._audit(precision, graph, kept)
         return graph, replace(

@@ -2,7 +2,9 @@
 
 `tensorrt`: symmetric S8/S8 (or E4M3/E4M3), per-channel weights stored in 8 bits behind a DequantizeLinear, biases in
 fp32, Q/DQ only on the inputs of convolutions and matrix products, as TensorRT's explicit quantization asks.
-`cpu`: U8 activations, S8 weights, int32 biases, Q/DQ around every op ONNX Runtime has an 8-bit kernel for.
+`cpu`: U8 activations, S8 weights of 7 bits, int32 biases, Q/DQ around every op ONNX Runtime has an 8-bit kernel for.
+7 bits, because x86 processors without VNNI add pairs of products of U8 and S8 in 16 bits, which saturate: 2 * 255 * 64
+is the most that fits. Any session on any x86 is right, whatever its options.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ QuantTarget = Literal["tensorrt", "cpu"]
 FP8_MAX = 448.0  # largest finite E4M3FN value
 FP8_MAX_TAPS = 32
 _MIN_OPSET = {"int8": 13, "fp8": 19}
+_MERGES = ("Concat", "Where", "Pad")
+_ALIKE = 0.25  # a tensor of a smaller share of the common range would keep less than 6 of its 8 bits
 
 
 def tensors_to_calibrate(model: ModelProto, target: QuantTarget) -> tuple[str, ...]:
@@ -83,14 +87,14 @@ def quantize_graph(
     if not chosen:
         raise RefusedError("no layer is left to quantize; keep fewer layers or ask for fp16")
     # ONNX Runtime's quantizer derives new names from tensor names; a weight without values is refused before it.
-    result = _run_quantizer(copy, ranges, target, chosen if target == "tensorrt" else None, exclude)
+    nodes = chosen if target == "tensorrt" else []
+    result = _run_quantizer(copy, ranges, target, nodes, {*exclude, *_unlike_merges(copy, ranges)})
     if target == "tensorrt":
         _read_unquantized(result, {node.name for node in copy.graph.node} - set(chosen), set(exclude))
     if to == "fp8":
         _retype_to_fp8(result, model)
     if target == "tensorrt":
         _share_zero_points(result)
-    _shorten_names(result)
     strip_notes(result)
     return result
 
@@ -109,11 +113,62 @@ def without_fp8_kernel(model: ModelProto) -> set[str]:
     }
 
 
+def _unlike_merges(model: ModelProto, ranges: Mapping[str, tuple[float, float]]) -> set[str]:
+    """Nodes that put values of unlike ranges into one tensor as they are: one scale for all would flatten the small.
+
+    Boxes in pixels beside scores in 0..1, or a mask of -1e9. Left in fp32, each side keeps the scale it came with.
+    """
+    spans = {name: high - low for name, (low, high) in ranges.items()}
+    return {
+        node.name
+        for node in model.graph.node
+        if node.op_type in _MERGES
+        and any(spans[name] < _ALIKE * spans.get(node.output[0], 0.0) for name in node.input if name in spans)
+    }
+
+
+def _per_tensor_weights(model: ModelProto) -> dict[str, list[dict[str, Any]]]:
+    """Overrides of the quantizer for grouped ConvTranspose, whose weights (in, out / groups, ...) have no axis of
+    output channels to be quantized along."""
+    from onnxruntime.quantization.quant_utils import QuantType as OrtType
+
+    grouped = (
+        node
+        for node in model.graph.node
+        if node.op_type == "ConvTranspose" and any(a.name == "group" and a.i > 1 for a in node.attribute)
+    )
+    return {node.input[1]: [{"quant_type": OrtType.QInt8, "symmetric": True}] for node in grouped}
+
+
 def _run_quantizer(
     model: ModelProto,
     ranges: Mapping[str, tuple[float, float]],
     target: QuantTarget,
-    nodes: list[str] | None,
+    nodes: list[str],
+    exclude: Collection[str],
+) -> ModelProto:
+    """ONNX Runtime's quantizer; what it cannot do is refused with the name of the node."""
+    try:
+        return _quantizer(model, ranges, target, nodes, exclude)
+    except Exception as error:  # of any type: it asserts, unpacks and broadcasts
+        for node in model.graph.node:
+            if node.name not in exclude:
+                try:
+                    _quantizer(model, ranges, target, [node.name], exclude)
+                except Exception as reason:
+                    raise RefusedError(
+                        f"node {node.name!r} ({node.op_type}) cannot be quantized for {target} "
+                        f"({str(reason).splitlines()[0] if str(reason) else type(reason).__name__}); "
+                        f"--keep-fp32 {node.name} leaves it in fp32"
+                    ) from error
+        raise
+
+
+def _quantizer(
+    model: ModelProto,
+    ranges: Mapping[str, tuple[float, float]],
+    target: QuantTarget,
+    nodes: list[str],
     exclude: Collection[str],
 ) -> ModelProto:
     from onnx import shape_inference
@@ -134,6 +189,7 @@ def _run_quantizer(
         # False stores the weights in 8 bits; True would store them in fp32 and quantize them at every start.
         "AddQDQPairToWeight": False,
         "OpTypesToExcludeOutputQuantization": [] if cpu else list(WEIGHTED_OPS),
+        "TensorQuantOverrides": _per_tensor_weights(model),
     }
     op_types = sorted({*QLinearOpsRegistry, *QDQRegistry} - {"Softmax"}) if cpu else list(WEIGHTED_OPS)
     inferred = shape_inference.infer_shapes(model)
@@ -144,11 +200,11 @@ def _run_quantizer(
         quantizer = QDQQuantizer(
             inferred,
             per_channel=True,
-            reduce_range=False,
+            reduce_range=cpu,
             weight_qType=OrtType.QInt8,
             activation_qType=OrtType.QUInt8 if cpu else OrtType.QInt8,
             tensors_range=data,
-            nodes_to_quantize=nodes or [],
+            nodes_to_quantize=nodes,
             nodes_to_exclude=list(exclude),
             op_types_to_quantize=op_types,
             extra_options=options,
@@ -233,31 +289,6 @@ def _share_zero_points(model: ModelProto) -> None:
     kept = [tensor for tensor in model.graph.initializer if tensor.name not in replaced]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
-
-
-def _shorten_names(model: ModelProto) -> None:
-    """Give Q, DQ and the tensors around them short names, in place: in a small file they weigh as much as a layer."""
-    endings = (("_QuantizeLinear_Output", "_q"), ("_DequantizeLinear_Output", "_dq"), ("_zero_point", "_zp"))
-    taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
-    short: dict[str, str] = {}
-    for name in taken:
-        for long, brief in endings:
-            if name.endswith(long) and name.removesuffix(long) + brief not in taken:
-                short[name] = name.removesuffix(long) + brief
-    for node in model.graph.node:
-        for names in (node.input, node.output):
-            for index, name in enumerate(names):
-                if name in short:
-                    names[index] = short[name]
-    for tensor in model.graph.initializer:
-        tensor.name = short.get(tensor.name, tensor.name)
-    names_of_nodes = {node.name for node in model.graph.node}
-    for node in model.graph.node:
-        brief = {"QuantizeLinear": "_q", "DequantizeLinear": "_dq"}.get(node.op_type, "")
-        name = node.name.removesuffix(f"_{node.op_type}") + brief
-        if brief and node.name.endswith(f"_{node.op_type}") and name not in names_of_nodes:
-            names_of_nodes.add(name)
-            node.name = name
 
 
 def _as_fp8(tensor: TensorProto, values: Any) -> None:

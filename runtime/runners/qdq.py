@@ -60,12 +60,15 @@ def graph_options(precision: str, quantization: Quantization | None) -> SessionO
     A graph laid out for TensorRT runs as it is written, which is what TensorRT computes: ONNX Runtime's Q/DQ rewrites
     compute in integers with other roundings, and lose a Clip before a tiny scale. Beyond "basic" come rewrites that no
     session entry turns off. fp8: the optimizer fuses Q/DQ into operators that ONNX Runtime has no kernels for. A graph
-    laid out for the CPU is meant for those rewrites, and is proven with them.
+    laid out for the CPU is meant for those rewrites, and is proven with them; the first of them used all 8 bits of the
+    weights, which saturate on x86 without VNNI unless the session is told to compute them as U8 (no-op elsewhere).
     """
     if precision == "fp8":
         return SessionOptions("disable", as_written=True)
-    if quantization is None or quantization.target == "cpu":
+    if quantization is None:
         return SessionOptions()
+    if quantization.target == "cpu":
+        return SessionOptions(config={} if quantization.reduced_range else {"session.x64quantprecision": "1"})
     return SessionOptions("basic", as_written=True)
 
 

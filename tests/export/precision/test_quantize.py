@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export.graph.read import effective_weights, precision_by_layer, weight_bytes
+from export.precision import quantize
 from export.precision.calibration import calibrate
 from export.precision.calibration_images import open_images
 from export.precision.quantize import quantize_graph, tensors_to_calibrate
@@ -139,6 +140,93 @@ def test_the_cpu_layout_has_unsigned_activations_and_int32_biases(
     assert sum(kind == TensorProto.INT32 for kind in types.values()) >= 3
     expected = run(model, images)
     assert np.abs(run(graph, images) - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def test_no_pair_of_products_saturates_sixteen_bits_in_the_cpu_layout(
+    network: Network, ranges: Callable[..., Ranges]
+) -> None:
+    """x86 without VNNI adds u8 * s8 + u8 * s8 in int16."""
+    graph = quantize_graph(network(), ranges("cpu"), target="cpu")
+    weights = [numpy_helper.to_array(t).astype(int) for t in graph.graph.initializer if t.data_type == TensorProto.INT8]
+    largest = max(int(np.abs(weight).max()) for weight in weights)
+    assert largest == 64, "7 bits, all of them used"
+    assert 2 * 255 * largest <= np.iinfo(np.int16).max
+
+
+def two_branches(scale: float) -> onnx.ModelProto:
+    """Two convolutions whose outputs meet in a Concat, the first `scale` times as large."""
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((4, 3, 1, 1)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["input", "box.weight"], ["box"], name="node_box"),
+        helper.make_node("Conv", ["input", "score.weight"], ["score"], name="node_score"),
+        helper.make_node("Concat", ["box", "score"], ["y"], name="node_cat", axis=1),
+    ]
+    values = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", c, 16, 16]) for n, c in (("input", 3), ("y", 8))
+    ]
+    tensors = [numpy_helper.from_array(weight * scale, "box.weight"), numpy_helper.from_array(weight, "score.weight")]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.parametrize(("scale", "shared"), [(1.0, True), (2.0, True), (300.0, False)])
+def test_branches_of_unlike_ranges_that_meet_in_a_concat_keep_their_own_scales(
+    npz: Path, run: Run, images: NDArray[np.float32], scale: float, shared: bool
+) -> None:
+    model = two_branches(scale)
+    ranges = calibrate(model, open_images(npz, (3, 16, 16)), tensors_to_calibrate(model, "cpu")).ranges("minmax")
+    graph = quantize_graph(model, ranges, target="cpu")
+    assert ("y" in {n.input[0].removesuffix("_QuantizeLinear_Input") for n in graph.graph.node}) is shared
+    expected, found = (run(m, images)[:, 4:] for m in (model, graph))
+    assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "cpu"])
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_transposed_convolution_in_groups_is_quantized(
+    npz: Path, run: Run, images: NDArray[np.float32], target: Any, group: int
+) -> None:
+    random = np.random.default_rng(0)
+    tensors = {
+        "first.weight": random.standard_normal((8, 3, 1, 1)),
+        "up.weight": random.standard_normal((8, 8 // group, 4, 4)),
+        "up.bias": random.standard_normal(8),
+    }
+    up = {"name": "node_up", "group": group, "strides": [2, 2], "pads": [1] * 4}
+    nodes = [
+        helper.make_node("Conv", ["input", "first.weight"], ["a"], name="node_first"),
+        helper.make_node("ConvTranspose", ["a", "up.weight", "up.bias"], ["y"], **up),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", 3, 16, 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 8, 32, 32])],
+        [numpy_helper.from_array(array.astype(np.float32), name) for name, array in tensors.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    ranges = calibrate(model, open_images(npz, (3, 16, 16)), tensors_to_calibrate(model, target)).ranges("minmax")
+    quantized = quantize_graph(model, ranges, target=target)
+    assert set(precision_by_layer(quantized).values()) == {"int8"}
+    expected = run(model, images)
+    assert np.abs(run(quantized, images, disable=True) - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_what_the_quantizer_cannot_do_is_one_sentence_with_the_node(
+    network: Network, ranges: Callable[..., Ranges], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = quantize._quantizer
+
+    def fails(model: Any, ranges: Any, target: Any, nodes: list[str], exclude: Any) -> Any:
+        if "node_down" in nodes:
+            raise ValueError("operands could not be\nbroadcast")
+        return real(model, ranges, target, nodes, exclude)
+
+    monkeypatch.setattr(quantize, "_quantizer", fails)
+    with pytest.raises(RefusedError, match=r"node 'node_down' \(Conv\) cannot be quantized.*--keep-fp32 node_down"):
+        quantize_graph(network(), ranges())
+    quantize_graph(network(), ranges(), exclude={"node_down"})
 
 
 def test_fp8_does_not_go_with_the_cpu_layout(network: Network, ranges: Callable[..., Ranges]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from runtime.manifest import FileDigest, Manifest
 from runtime.records import Quantization
-from runtime.runners.qdq import Purpose, SessionOptions, layout_warning, session_options
+from runtime.runners.qdq import Purpose, SessionOptions, graph_options, layout_warning, session_options
 
 
 def manifest(precision: str, target: str | None, kind: Any = "onnx") -> Manifest:
@@ -55,7 +55,7 @@ USES: tuple[Purpose, ...] = ("proof", "evaluate", "benchmark", "serve")
     ("precision", "target", "options"),
     [
         ("fp16", None, SessionOptions()),
-        ("int8", "cpu", SessionOptions()),
+        ("int8", "cpu", SessionOptions(config={"session.x64quantprecision": "1"})),
         ("int8", "tensorrt", SessionOptions("basic", as_written=True)),
         ("fp8", "tensorrt", SessionOptions("disable", as_written=True)),
     ],
@@ -68,3 +68,8 @@ def test_what_is_proven_is_what_is_served(
 
 def test_looking_at_single_tensors_rewrites_nothing() -> None:
     assert session_options(manifest("int8", "cpu"), "layers") == SessionOptions("disable", as_written=True)
+
+
+def test_weights_of_seven_bits_are_right_on_every_processor_as_they_are() -> None:
+    reduced = Quantization(target="cpu", weights="s8", reduced_range=True)
+    assert graph_options("int8", reduced) == SessionOptions()
