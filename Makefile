@@ -8,7 +8,7 @@ export PYTHONPATH :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types fast slow gpu docker bench lock clean
-.PHONY: test-slow test-gpu test-docker bench-export bench-benchmark bench-engine bench-precision bench-crop bench-serve
+.PHONY: test-slow test-gpu proof-gpu test-docker bench-export bench-benchmark bench-engine bench-precision bench-crop bench-serve
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -57,6 +57,9 @@ test-slow: $(BIN)/.installed  ## minutes and gigabytes
 
 test-gpu: $(GPU)/bin/.installed  ## on a machine with an NVIDIA card
 	$(GPU)/bin/python -m pytest -m gpu $(ARGS)
+
+proof-gpu: $(GPU)/bin/.installed  ## minutes on a card: what is right and how fast, into proof/ (tests/gpu/README.md)
+	$(GPU)/bin/python -m tests.gpu.proof $(ARGS)
 
 test-docker: $(BIN)/.installed  ## build and run the serving image (root, Debian)
 	$(BIN)/python -m pytest -m docker $(ARGS)

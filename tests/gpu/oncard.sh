@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# oncard.sh 1|2 CARRIED OUT [ARGUMENTS]: on the card's machine, the first or the second half of the proof.
+# CARRIED: the folder of carry.sh, or its half. What the first call leaves in KEPT is used by the second.
+set -euo pipefail
+half=$1 carried=$2 out=$3
+shift 3
+kept=${KEPT:-/tmp/kept}
+cd "$(dirname "$0")/../.."
+mkdir -p "$kept"/{wheels,site}
+cp -r "$carried/$half/." "$kept/"
+if [ "$half" = 1 ]; then
+  steps=driver,parity,latency budget=330
+else
+  steps=engines,comparison,serving,providers,accuracy budget=480
+  for part in "$kept"/*.whl.1; do # the two parts of the large library
+    whole=$kept/wheels/$(basename "${part%.1}")
+    cat "$part" "${part%.1}.2" >"$whole"
+  done
+fi
+python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$kept/site" "$kept"/wheels/*.whl
+if [ -f "$kept/photographs.tar" ]; then
+  mkdir -p "$kept/photographs"
+  tar xf "$kept/photographs.tar" -C "$kept/photographs"
+  set -- --images "$kept/photographs" "$@"
+fi
+PYTHONPATH=$kept/site PYTHONUNBUFFERED=1 exec python3 -m tests.gpu.proof \
+  --steps "$steps" --budget "$budget" --artefacts "$kept/artefacts" --work "$kept/work" --out "$out" "$@"

@@ -1,0 +1,1 @@
+"""`python -m tests.gpu.proof`: everything that needs an NVIDIA card, in one command of minutes, most telling first."""
