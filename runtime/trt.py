@@ -241,7 +241,10 @@ def deserialize(
     if hasattr(api, "EngineValidity") and not force:  # TensorRT-RTX's alone
         problem = rtx_problem(api, log, runtime, plan)
         if problem:
-            raise InvalidEngineError(f"{name}: {TITLES['rtx']} {version(api)} {problem}; --force tries it all the same")
+            raise InvalidEngineError(
+                f"{name}: {TITLES['rtx']} {version(api)} {problem}; --force of runtime.parity or export.tensorrt "
+                f"tries it all the same"
+            )
     if version_compatible:
         runtime.engine_host_code_allowed = True
     engine: ICudaEngine | None = runtime.deserialize_cuda_engine(plan)

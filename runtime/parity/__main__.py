@@ -38,6 +38,7 @@ _PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")
 @click.option("--bisect", is_flag=True, help="On failure, name the first layer that is out of tolerance.")
 @click.option("--yardstick/--no-yardstick", default=True, help="Measure fp32 candidates against a float64 run too.")
 @click.option("--classes/--no-classes", default=True, help="Whether outputs of shape (N, K) are class scores.")
+@click.option("--force", is_flag=True, help="Try an engine that TensorRT-RTX calls invalid on this machine.")
 @foreign_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Also write an HTML report.")

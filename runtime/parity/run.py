@@ -33,7 +33,8 @@ _YARDSTICK_ELEMENTS = 2**22
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityOptions:
     """How to compare. `tolerance` is a relative RMS error that replaces the table's; `precision` replaces what the
-    candidate's manifest (or its graph) says. `foreign` is about checkpoints on either side."""
+    candidate's manifest (or its graph) says. `foreign` is about checkpoints on either side. `force` tries engines that
+    TensorRT-RTX calls invalid on this machine."""
 
     images: str | Path | None = None
     inputs: Path | None = None
@@ -46,6 +47,7 @@ class ParityOptions:
     bisect: bool = False
     yardstick: bool = True
     classes: bool = True
+    force: bool = False
     foreign: Foreign = NOTHING
 
 
@@ -278,6 +280,8 @@ def open_candidate(artefact: Artefact, asked: ParityOptions, precision: str, not
     if artefact.kind == "onnx" and artefact.manifest is None and tolerance_for(precision).calibrated:
         notes.append("no manifest beside it: Q/DQ pairs run as written, with ONNX Runtime's rewrites of them off")
         options |= {"quantized_as_written": True, "optimization": "disable" if "fp8" in precision else None}
+    if artefact.kind == "engine":
+        options["force"] = asked.force
     return open_runner(artefact.path, _device(artefact.path, asked.device), **options)
 
 
