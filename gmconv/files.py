@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from gmconv.errors import RefusedError
 
@@ -20,16 +21,50 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def replace_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that a reader finds the old content or the new one. Raises OSError."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A stream whose bytes become the file at `path` when the block ends well; until then the old file stands.
+
+    Raises OSError.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        Path(temporary).replace(path)
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that a reader finds the old content or the new one. Raises OSError."""
+    with replacing(path) as stream:
+        stream.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A result on its way to the user, whole or not at all; a device or a pipe is written to directly.
+
+    Raises RefusedError, e.g. for a full disk.
+    """
+    try:
+        if path.exists() and not path.is_file():  # /dev/stdout: nothing to rename onto
+            path.write_text(text)
+        else:
+            replace_bytes(path, text.encode())
+    except OSError as error:
+        raise RefusedError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def require_writable(path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from gmconv.errors import RefusedError
+from gmconv.files import write_text
 from runtime.records import Calibration
 
 SCHEMA = "gmconv-deploy.precision-plan/v1"
@@ -61,14 +62,5 @@ def read_plan(path: Path) -> PrecisionPlan:
 
 def write_plan(path: Path, plan: PrecisionPlan) -> None:
     """Write `plan` as JSON, whole or not at all."""
-    import os
-    import tempfile
-
     text = msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n"
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(text)
-        Path(name).replace(path)
-    except OSError as error:
-        raise RefusedError(f"{path}: cannot be written ({error.strerror})") from error
+    write_text(path, text.decode())

@@ -6,7 +6,6 @@ Always `weights_only=True`: nothing in a file may run code. Architecture factori
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import os
@@ -23,6 +22,7 @@ from gmconv.checkpoint.file import read_file
 from gmconv.checkpoint.fill import fill, put_masks, require_same_keys
 from gmconv.checkpoint.names import plain_values
 from gmconv.errors import CheckpointError, printable
+from gmconv.files import replacing
 from gmconv.surgery import masked_layers
 
 SCHEMA = "gmconv-deploy.checkpoint/v1"
@@ -103,18 +103,11 @@ def save_checkpoint(
     rebuilt = build(arch, kwargs, str(path), trusted=True)
     put_masks(rebuilt, masked, str(path), arch)
     require_same_keys(rebuilt, state, f"{path}: {arch} with {kwargs} does not rebuild this model")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("xb") as stream:
+        with replacing(path) as stream:
             torch.save(record, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be written ({error})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(

@@ -14,6 +14,7 @@ import click
 
 from gmconv.cli import Command, print_json, result_console
 from gmconv.errors import Interrupted, UnavailableError
+from gmconv.files import write_text
 from gmconv.foreign import Foreign, foreign_options
 from runtime.benchmark import exports
 from runtime.benchmark.comparison import Comparison, against_first, compare, require_same_inputs, with_twins
@@ -98,13 +99,13 @@ def _single(artefact: Artefact, asked: Options, values: dict[str, Any], log: Log
                 log.info(f"{name}: ({'x'.join(map(str, array.shape))})")
                 log.info(" ".join(f"{float(v):g}" for v in array.reshape(-1)))
         if values["export_times"] and len(measured.trace):
-            exports.write(values["export_times"], exports.times(measured.trace))
+            write_text(values["export_times"], exports.times(measured.trace))
         if values["export_output"] and outputs is not None:
-            exports.write(values["export_output"], exports.outputs(outputs))
+            write_text(values["export_output"], exports.outputs(outputs))
         if values["export_profile"] and layers is not None:
-            exports.write(values["export_profile"], exports.profile(layers))
+            write_text(values["export_profile"], exports.profile(layers))
         if values["export_layer_info"] and info is not None:
-            exports.write(values["export_layer_info"], exports.layer_info(info))
+            write_text(values["export_layer_info"], exports.layer_info(info))
         if values["report"] and len(measured.trace):
             from runtime.benchmark.report import write_run
 

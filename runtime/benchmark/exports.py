@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,30 +82,6 @@ def check_writable(path: Path) -> None:
         raise RefusedError(f"{path}: cannot be written (permission denied)")
 
 
-def write(path: Path, text: str) -> None:
-    """Write `text` whole or not at all. Raises RefusedError, e.g. for a full disk; the old file then stands."""
-    temporary: Path | None = None
-    try:
-        if path.exists() and not path.is_file():  # /dev/stdout, a pipe: nothing to rename onto
-            path.write_text(text)
-            return
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-        ) as stream:
-            temporary = Path(stream.name)
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-        temporary = None
-    except OSError as error:
-        raise RefusedError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
 def _array(rows: Sequence[Mapping[str, Any]]) -> str:
     """One row per line, as trtexec lays its arrays out."""
     return "[\n  " + "\n, ".join(json.dumps(row) for row in rows) + "\n]\n" if rows else "[\n]\n"
@@ -114,9 +89,3 @@ def _array(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _short(value: float) -> float:
     return float(f"{value:.9g}")
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmconv.cli import require
+from gmconv.files import write_text
 from runtime import records
-from runtime.benchmark.exports import write
 from runtime.manifest import Manifest, utc_now
 from runtime.report import plots
 from runtime.report.sections import (
@@ -50,7 +50,7 @@ def write_report(path: Path, title: str, sections: Iterable[Section]) -> None:
         UnavailableError: jinja2 or matplotlib is not installed.
         RefusedError: the file cannot be written.
     """
-    write(path, render(title, sections))
+    write_text(path, render(title, sections))
 
 
 def render(title: str, sections: Iterable[Section]) -> str:
