@@ -264,11 +264,12 @@ def configure(api: ModuleType, config: trt.IBuilderConfig, request: Mapping[str,
 
 def rtx_targets(api: ModuleType, config: trt.IBuilderConfig, capabilities: list[str]) -> None:
     """Build for these compute capabilities ("8.9", "current"): TensorRT-RTX alone has them."""
-    known = {"current": api.ComputeCapability.CURRENT} | {
+    known = {
         f"{name[2:-1]}.{name[-1]}": value
         for name, value in api.ComputeCapability.__members__.items()
         if name.startswith("SM")
     }
+    known["current"] = api.ComputeCapability.CURRENT
     unknown = [c for c in capabilities if c not in known]
     if unknown:
         raise BuildError(

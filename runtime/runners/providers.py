@@ -20,8 +20,9 @@ PROVIDERS = {
     "rtx": "NvTensorRTRTXExecutionProvider",
 }
 _PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
-#: Read by TensorRT and cuBLAS when they load; the providers of TensorRT have no option for it.
+#: Read by TensorRT and cuBLAS when they load: 0 forbids TF32. The providers of TensorRT have no option for it.
 _TF32 = "NVIDIA_TF32_OVERRIDE"
+_decided: dict[str, bool] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +80,14 @@ def _settings(request: Request) -> dict[str, str]:
 
 def _choose_tf32(tf32: bool) -> None:
     """For TensorRT's providers, of the whole process. Raises UnavailableError where it was decided otherwise before."""
-    wanted = "1" if tf32 else "0"
-    if os.environ.setdefault(_TF32, wanted) != wanted:
+    decided = _decided.setdefault("tf32", tf32 and os.environ.get(_TF32) != "0")
+    if decided != tf32:
         raise UnavailableError(
-            f"TensorRT's providers take TF32 from {_TF32} for a whole process, which has {os.environ[_TF32]}: use "
-            f"another process for tf32={tf32}"
+            f"TensorRT's providers use TF32 in the whole process or nowhere in it ({_TF32}): tf32={decided} holds, "
+            f"use another process for tf32={tf32}"
         )
+    if not tf32:
+        os.environ[_TF32] = "0"
 
 
 def _cache(request: Request) -> str:

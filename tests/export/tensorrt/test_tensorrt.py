@@ -18,6 +18,7 @@ import pytest
 from onnx import helper
 
 from export.tensorrt.build import BuildOptions, build_engine
+from export.tensorrt.layers import EngineLayer
 from export.tensorrt.process import BuilderFailedError, BuilderProcess
 from export.tensorrt.profiles import shapes_request
 from gmconv.errors import BuildError, RefusedError, UnavailableError
@@ -135,6 +136,19 @@ def test_asked_for_fp16_that_came_out_fp32_is_a_failed_build(onnx_file: Path, tm
     with pytest.raises(BuildError, match="fp16 was asked for and no layer computes in it"):
         build_engine(onnx_file, tmp_path / "model.plan", RTX)
     assert not (tmp_path / "model.plan").exists()
+
+
+def test_a_precision_that_nobody_tells_is_a_warning_and_no_failed_build(
+    onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a dynamic batch, where inspector and log tell no type; the graph's own types are what was built."""
+    manifest = build_engine(onnx_file, tmp_path / "first.plan", RTX)
+    half = dataclasses.replace(manifest, artefact=digest(onnx_file, "onnx"), precision="fp16")
+    sidecar(onnx_file).write_text(half.to_json())
+    untold = EngineLayer("conv1", "CaskConvolution", (), (), (), ("conv1",))
+    monkeypatch.setattr("export.tensorrt.build.read_layers", lambda texts: (untold,))
+    warnings = build_engine(onnx_file, tmp_path / "model.plan", RTX).build.warnings  # type: ignore[union-attr]
+    assert "TensorRT does not tell in which precision the layers compute" in warnings
 
 
 def test_a_mask_multiplication_left_in_the_graph_is_counted(classifier: Make, tmp_path: Path) -> None:

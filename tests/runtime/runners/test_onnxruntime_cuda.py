@@ -160,6 +160,7 @@ def ort(fake_device: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv(providers._TF32, "")  # so that what a runner sets is undone
     monkeypatch.delenv(providers._TF32)
+    monkeypatch.setattr(providers, "_decided", {})
     yield fake
     assert +fake_device.open == {}, "everything was given back"
 
@@ -203,7 +204,7 @@ def test_tensorrts_provider_takes_tf32_keeps_its_engines_and_leaves_the_rest_to_
         assert Path(chosen["trt_engine_cache_path"]).is_relative_to(tmp_path / "cache")
         assert chosen["trt_cuda_graph_enable"] == "True"
         assert (rest["use_tf32"], rest["enable_cuda_graph"]) == (str(int(tf32)), "0")
-        assert os.environ[providers._TF32] == str(int(tf32))
+        assert os.environ.get(providers._TF32) == (None if tf32 else "0")
     with pytest.raises(UnavailableError, match="use another process for tf32"):
         open_runner(model, "cuda", provider="tensorrt", tf32=not tf32)
     (model.parent / "other").mkdir()
@@ -213,6 +214,14 @@ def test_tensorrts_provider_takes_tf32_keeps_its_engines_and_leaves_the_rest_to_
     onnx.save(proto, other)
     with open_runner(other, "cuda", provider="tensorrt", tf32=tf32):
         assert ort.asked[-1][0][0][1]["trt_engine_cache_path"] != chosen["trt_engine_cache_path"], "another network"
+
+
+def test_tf32_that_the_environment_forbids_is_refused(
+    ort: FakeOrt, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(providers._TF32, "0")
+    with pytest.raises(UnavailableError, match=r"tf32=False holds"):
+        open_runner(model, "cuda", provider="tensorrt", tf32=True)
 
 
 class FakePlugin:
