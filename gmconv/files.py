@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -61,6 +62,36 @@ def write_text(path: Path, text: str) -> None:
         raise RefusedError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
+def sync(path: Path) -> None:
+    """Have the bytes of a file, or the entries of a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], None] = lambda: None, *, wait: bool = True) -> Iterator[IO[str]]:
+    """Hold an exclusive lock on the file `path`, made if need be, across processes and containers that share it.
+
+    It ends with its holder, however that ends. Another one's is waited for, after a call of `on_wait`. Yields the open
+    file. Raises OSError; BlockingIOError while another has the lock, unless `wait`.
+    """
+    with path.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            on_wait()
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield stream
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
@@ -101,8 +132,7 @@ def staged(artefact: Path) -> Iterator[Path]:
         files = sorted(folder.iterdir(), key=lambda f: (last.get(f.name, 0), f.name))
         for file in files:
             require_writable(parent / file.name)
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+            sync(file)
         for file in files:
             file.replace(parent / file.name)
     except OSError as error:

@@ -1,7 +1,10 @@
 """Activation ranges for int8 and fp8: real images through the fp32 graph, one batch in memory at a time.
 
-ONNX Runtime's own calibrators keep every intermediate output of every image until the end. Here each batch is reduced
-at once to a minimum, a maximum and a histogram per tensor, so 10,000 images need the memory of one batch.
+Each batch is reduced at once to a minimum, a maximum and a histogram per tensor, so 10,000 images need the memory of
+one batch. ONNX Runtime's calibrators (1.31), fed one batch at a time, do not keep that bound: their bins have the width
+that the first batch gave them, and a first image that is nearly black makes 19 million bins of one tensor, 76 s and
+900 MB where this takes 0.05 s. On well-behaved data the percentiles are the same within a bin, at a third of the speed;
+entropy is left with one candidate at their 128 bins, and takes 4 s per tensor at 2048.
 """
 
 from __future__ import annotations

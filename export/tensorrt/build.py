@@ -126,7 +126,6 @@ def _request(onnx_path: Path, plan: Path, output: Path, flavor: trt.Flavor, opti
     return {
         "onnx": absolute(onnx_path),
         "plan": absolute(plan),
-        "replaces": absolute(output),
         "flavor": flavor,
         "profiles": to_json(options.profiles),
         "workspace": options.workspace,

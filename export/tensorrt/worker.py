@@ -162,7 +162,7 @@ def _build(api: ModuleType, log: trt.Log, request: Mapping[str, Any], emit: Emit
         timing_cache.save(config, cache)
         warnings += cache.warnings
     emit({"phase": "write", "done": 0, "of": 0})
-    sha256 = write.write(serialized, Path(request["plan"]), Path(request["replaces"]))
+    sha256 = write.write(serialized, Path(request["plan"]))
     outputs = [network.get_output(i) for i in range(network.num_outputs)]
     return {
         "network": described,

@@ -9,9 +9,9 @@ from typing import Any
 
 from export.triton.config import BACKEND_FILE, check_config, from_text, to_text
 from export.triton.interface import Interface, interface_of
-from export.triton.staging import Staging, fill, link_tree, staging, sync
+from export.triton.staging import Staging, fill, link_tree, staging
 from gmconv.errors import RefusedError
-from gmconv.files import sha256_file
+from gmconv.files import sha256_file, sync
 from runtime.manifest import Manifest, find_manifest, sidecar
 
 _CONFIG, _LABELS = "config.pbtxt", "labels.txt"

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from gmconv.errors import RefusedError
+from gmconv.files import locked, sync
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
@@ -117,10 +117,10 @@ def staging(repository: Path, name: str) -> Iterator[Staging]:
     Raises RefusedError while another run writes the same model, OSError when the repository cannot be written to.
     """
     stage = Staging(repository, name)
-    with stage.lock.open("a") as stream:
+    with ExitStack() as held:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.fstat(stream.fileno()), stage.lock.stat())
+            lock = held.enter_context(locked(stage.lock, wait=False))
+            ours = os.path.samestat(os.fstat(lock.fileno()), stage.lock.stat())
         except (BlockingIOError, FileNotFoundError):  # held, or removed by its holder since we opened it
             ours = False
         if not ours:
@@ -154,18 +154,6 @@ def link_tree(source: Path, target: Path, without: frozenset[str]) -> None:
     )
     for folder in target.rglob("*/"):
         sync(folder)
-
-
-def sync(path: Path) -> None:
-    """Have the bytes of a file, or the entries of a folder, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot sync a folder
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _link(source: str, target: str) -> None:

@@ -9,7 +9,6 @@ data) and batch profile; change one and another entry is built.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -21,7 +20,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -32,7 +31,7 @@ import msgspec
 
 from gmconv.child import child_command, child_environment
 from gmconv.errors import BuildError, Interrupted, ParityError, RefusedError, UnavailableError
-from gmconv.files import sha256_file
+from gmconv.files import locked, sha256_file
 from runtime.manifest import external_files, find_manifest, read_manifest, sidecar, utc_now
 from runtime.records import Parity
 
@@ -283,15 +282,3 @@ def _version() -> str:
         return importlib.metadata.version("gmconv-deploy")
     except importlib.metadata.PackageNotFoundError:  # run from the sources
         return "not installed"
-
-
-@contextlib.contextmanager
-def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold an exclusive lock on `path`, across processes and containers that share the volume; it ends with them."""
-    with path.open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

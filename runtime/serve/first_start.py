@@ -26,7 +26,8 @@ import click
 
 from gmconv.cli import Command
 from gmconv.errors import RefusedError
-from runtime.serve.engine_cache import Note, Profile, locked, prepare_engine
+from gmconv.files import locked
+from runtime.serve.engine_cache import Note, Profile, prepare_engine
 
 KINDS = ("cpu", "gpu", "tensorrt", "rtx")
 

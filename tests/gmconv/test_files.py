@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gmconv.errors import RefusedError
-from gmconv.files import require_writable, staged
+from gmconv.files import locked, replace_bytes, replacing, require_writable, staged
 
 
 @pytest.mark.parametrize("special", ["net.onnx", "net.onnx.json"])
@@ -49,6 +49,38 @@ def test_an_error_that_is_not_about_writing_is_not_called_one(tmp_path: Path) ->
     with pytest.raises(RefusedError, match="No space left on device"), staged(tmp_path / "net.onnx"):
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_replaced_file_is_the_old_one_until_it_is_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    replace_bytes(path, b"old")
+
+    def fails() -> None:
+        with replacing(path) as stream:
+            stream.write(b"ne")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        fails()
+    assert path.read_bytes() == b"old"
+    with replacing(path) as stream:
+        stream.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+    mask = os.umask(0o022)
+    os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_lock_is_held_by_one_and_ends_with_its_block(tmp_path: Path) -> None:
+    waits: list[str] = []
+    with locked(tmp_path / "lock", lambda: waits.append("waited")):
+        with pytest.raises(BlockingIOError), locked(tmp_path / "lock", wait=False):
+            pytest.fail("two holders")
+        assert waits == []
+    with locked(tmp_path / "lock", wait=False):
+        pass
 
 
 def test_a_missing_folder_is_said_before_any_work(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_random_bytes_that_parse_into_nothing_are_refused(tmp_path: Path) -> Non
     path.write_bytes(b"")
     with pytest.raises(BuildFailure) as failed:
         worker.build(
-            {**REQUEST, "onnx": str(path), "plan": str(tmp_path / "p"), "replaces": str(tmp_path / "p")},
+            {**REQUEST, "onnx": str(path), "plan": str(tmp_path / "p")},
             lambda message: None,
         )
     assert isinstance(failed.value.error, RefusedError)
@@ -126,7 +126,7 @@ def test_none_where_an_object_should_be_is_an_error_in_words(
     api = module(**{"Builder": builder, **changes})
     with pytest.raises(BuildFailure) as failed:
         worker.build(
-            {**REQUEST, "onnx": str(path), "plan": str(tmp_path / "p"), "replaces": str(tmp_path / "p")},
+            {**REQUEST, "onnx": str(path), "plan": str(tmp_path / "p")},
             lambda message: None,
             api,
         )
@@ -147,9 +147,7 @@ def test_tf32_is_set_or_cleared_never_left_at_the_default(classifier: Make, tmp_
 def test_progress_is_reported_while_it_builds(classifier: Make, tmp_path: Path) -> None:
     messages: list[dict[str, Any]] = []
     path = classifier(tmp_path / "m.onnx")
-    worker.build(
-        {**REQUEST, "onnx": str(path), "plan": str(tmp_path / "p"), "replaces": str(tmp_path / "p")}, messages.append
-    )
+    worker.build({**REQUEST, "onnx": str(path), "plan": str(tmp_path / "p")}, messages.append)
     phases = [message["phase"] for message in messages]
     assert phases[0] == "parse"
     assert phases[-1] == "write"

@@ -239,7 +239,7 @@ def slow(source, target):
     print("copied", flush=True)
     time.sleep(60)
 shutil.copyfile = slow
-from export.triton import main
+from export.triton.__main__ import main
 main(sys.argv[1:])
 """
 

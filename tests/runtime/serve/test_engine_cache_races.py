@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from gmconv.errors import BuildError
+from gmconv.files import locked
 from runtime.manifest import sidecar
-from runtime.serve.engine_cache import locked, prepare_engine
+from runtime.serve.engine_cache import prepare_engine
 
 from .engines import DEVICE, Children, make_external, make_onnx, network, prepare, write_engine
 
