@@ -29,10 +29,11 @@ OLDEST_OPSET = 18  # the dynamo exporter writes no older one: asked for 17 it si
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """The graph, and the names of the network's parameters that an output depends on."""
+    """The graph, the names of the network's parameters that an output depends on, and the program it was made from."""
 
     model: ir.Model
     parameters: frozenset[str]
+    program: torch.export.ExportedProgram | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +97,10 @@ def to_onnx(
         )
     strip_metadata(graph_model)
     if program.exported_program is None:
-        return Exported(graph_model, frozenset(name for name, _ in model.named_parameters()))
+        return Exported(graph_model, frozenset(name for name, _ in model.named_parameters()), None)
     needed, parameters = _needed(program.exported_program)
     require_convolutions(graph_model, _kernels(program.exported_program, needed, parameters))
-    return Exported(graph_model, frozenset(parameters.values()))
+    return Exported(graph_model, frozenset(parameters.values()), program.exported_program)
 
 
 def _why_not(error: Exception, axes: Axes) -> str:
@@ -142,27 +143,6 @@ def operator_histogram(model: ir.Model) -> dict[str, int]:
     """How many nodes of each operator, sorted by name."""
     counts = Counter(node.op_type for node in model.graph.all_nodes())
     return dict(sorted(counts.items()))
-
-
-def require_no_mask(model: ir.Model) -> None:
-    """Prove by structure that nothing of a mask is left in the graph.
-
-    Every Conv reads its kernel from an initializer, and no node computes from constants alone (an unbaked mask is such
-    a chain: Pow, Div, Exp, Mul).
-
-    Raises:
-        RuntimeError: it is not so; a bug here, not in the user's network.
-    """
-    constant = {value.name for value in model.graph.initializers.values()}
-    for node in model.graph:
-        names = [value.name for value in node.inputs if value is not None]
-        if node.op_type == "Conv" and (node.inputs[1] is None or node.inputs[1].name not in constant):
-            raise RuntimeError(f"the kernel of {node.name} is computed in the graph, not stored")
-        masks = node.op_type in ("Exp", "Mul", "Div", "Pow", "Neg", "Sqrt", "Reciprocal")
-        if masks and names and all(name in constant for name in names):
-            raise RuntimeError(f"{node.op_type} node {node.name} computes from constants alone: a mask was not baked")
-        if node.op_type == "Constant":
-            constant.add(node.outputs[0].name)
 
 
 def require_convolutions(model: ir.Model, kernels: Mapping[str, torch.Tensor]) -> None:

@@ -39,6 +39,7 @@ class ExportOptions:
     dynamic; `dynamic_hw` frees height and width too. `samples` real images are compared besides seeded noise. `crop` is
     a tolerance or "lossless" (see `gmconv.crop`), `crop_budget` what `export.crop.budget.parse_budget` reads and
     `crop_gain` what it buys.
+    `keep_dynamic` leaves kernels that depend on the input in the graph as they are; without it they are refused.
     `precisions`: the first is written to the output's name, further ones beside it as `NAME.PRECISION.onnx`.
     """
 
@@ -56,8 +57,15 @@ class ExportOptions:
     crop: float | Literal["lossless"] | None = None
     crop_budget: str | None = None
     crop_gain: Literal["macs", "latency"] = "macs"
+    keep_dynamic: bool = False
     precisions: tuple[Precision, ...] = ("fp32",)
     precision: PrecisionOptions | None = None
+
+    @property
+    def bake_options(self) -> dict[str, Any]:
+        """Keyword arguments of `gmconv.constants.bake_image_network`."""
+        dynamic = "keep" if self.keep_dynamic else "refuse"
+        return {"batch": self.batch or 2, "dynamic_hw": self.dynamic_hw, "dynamic": dynamic}
 
     def outputs(self, output: Path) -> list[Path]:
         """The files that an export to `output` writes, manifests and external data aside."""
@@ -116,7 +124,9 @@ def export_onnx(
 
         loaded = gmconv.load_checkpoint(checkpoint, **options.foreign.given())
         cases = comparison_cases(loaded, options)
-        start = partial(reference.start, checkpoint, options.foreign.given(), options.output_names, cases)
+        start = partial(
+            reference.start, checkpoint, options.foreign.given(), options.output_names, cases, options.bake_options
+        )
         crops = options.crop is not None or options.crop_budget is not None
         beside = not is_large(loaded.model) and not crops  # a crop times layers, which wants the processor for itself
         if beside:
@@ -138,15 +148,16 @@ def export_onnx(
 
 
 def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: ExportOptions, note: Note) -> _Exported:
-    import gmconv
     from export.graph import capture
+    from export.graph.kernels import require_stored_kernels
     from export.onnx.reference import run_torch
-    from gmconv.certificate import tensor_sha256
+    from gmconv.constants import bake_image_network
 
     names = _output_names(loaded, options)
-    note(f"baking {len(loaded.masked)} masks")
-    model = gmconv.bake(loaded.model, inplace=True)
-    baked = {name: tensor_sha256(model.get_submodule(name).weight) for name in loaded.masked}  # type: ignore[arg-type]
+    note("baking masks and other constant kernels")
+    model, certificate = bake_image_network(loaded.model, loaded.input_shape, **options.bake_options)
+    baked = certificate.sha256()
+    kept = {kernel.name: kernel.reason for kernel in certificate.kernels if kernel.kind == "kept"}
     model, crop = _crop(model, loaded, options, note)
     cropped = run_torch(model, cases, names) if crop and crop.cropped else None
     note("exporting to ONNX")
@@ -171,12 +182,14 @@ def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: Expo
             note(f"{said} {chatter}")
     log.unlink(missing_ok=True)
     exported = written.model
-    capture.require_no_mask(exported)
-    unused = capture.unused_layers(written, model, loaded.masked)
+    require_stored_kernels(written.program, kept)
+    notes = [f"layer {name!r} keeps computing its kernel: {reason}" for name, reason in kept.items()]
+    unused = capture.unused_layers(written, model, baked)
     if unused:
-        text = f"not in the graph, as no output needs them: {', '.join(unused)}"
+        notes.append(f"not in the graph, as no output needs them: {', '.join(unused)}")
+    for text in notes:
         note(text)
-        loaded = replace(loaded, notes=(*loaded.notes, text))
+    loaded = replace(loaded, notes=(*loaded.notes, *notes))
     inputs, outputs = capture.specs(exported)
     operators = capture.operator_histogram(exported)
     _save(exported, file, options)
@@ -277,11 +290,10 @@ def _prove(exported: _Exported, cases: list[Case], reference: Any, options: Expo
     from export.onnx.proof import Proof
     from runtime.parity.tolerances import crop_cost
 
-    for layer in reference.certificate["layers"]:
-        if layer["baked_sha256"] != exported.baked_sha256[layer["name"]]:
-            raise ParityError(
-                f"layer {layer['name']!r}: two processes baked different weights; refusing to ship either"
-            )
+    other = reference.certificate.sha256()
+    for name in sorted(other.keys() | exported.baked_sha256.keys()):
+        if other.get(name) != exported.baked_sha256.get(name):
+            raise ParityError(f"layer {name!r}: two processes baked different weights; refusing to ship either")
     outputs = run_onnx(exported.file, options.input_name, cases)
     proof = Proof(cases, reference, outputs, exported.classifies)
     if exported.crop is None:
@@ -331,7 +343,7 @@ def _manifest(
         dataset=facts.dataset,
         arch=facts.arch,
         precision_found={"fp32": exported.operators.get("Conv", 0) + exported.operators.get("Gemm", 0)},
-        certificate=proof.reference.certificate,
+        certificate=proof.reference.certificate.to_dict(),
         crop=crop_record(exported.crop),
         parity=verdict.record(checkpoint.name, "onnxruntime cpu"),
         export=Export(
@@ -340,7 +352,7 @@ def _manifest(
             dynamic_hw=options.dynamic_hw,
             simplify=options.simplify,
             operators=exported.operators,
-            notes=tuple(facts.notes),
+            notes=(*facts.notes, *proof.reference.notes),
         ),
         versions=versions("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "gmconv-deploy"),
     )

@@ -21,8 +21,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import click
+import msgspec
 import numpy as np
 
+from gmconv.certificate import BakeCertificate
 from gmconv.child import child_command, child_environment
 from gmconv.errors import RefusedError
 from runtime.runners.base import Array
@@ -43,12 +45,22 @@ def is_large(model: nn.Module) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What the network computed as trained (`live`), once baked (`baked`), in float64 (`yardstick`), case by case."""
+    """What the network computed as trained (`live`), once baked (`baked`), in float64 (`yardstick`), case by case.
+
+    `notes`: what a reader of the proof should know.
+    """
 
     live: tuple[Outputs, ...]
     baked: tuple[Outputs, ...]
     yardstick: tuple[Outputs, ...]
-    certificate: dict[str, Any]
+    certificate: BakeCertificate
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    certificate: BakeCertificate
+    notes: tuple[str, ...]
 
 
 class ReferenceProcess:
@@ -81,9 +93,17 @@ class ReferenceProcess:
         self._folder.cleanup()
 
     def start(
-        self, checkpoint: Path, load_options: Mapping[str, Any], names: Sequence[str], cases: Sequence[Case]
+        self,
+        checkpoint: Path,
+        load_options: Mapping[str, Any],
+        names: Sequence[str],
+        cases: Sequence[Case],
+        bake_options: Mapping[str, Any],
     ) -> None:
-        """Hand over the work: `gmconv.load_checkpoint(checkpoint, **load_options)` on every case."""
+        """Hand over the work: `gmconv.load_checkpoint(checkpoint, **load_options)` on every case.
+
+        `bake_options`: keyword arguments of `gmconv.constants.bake_image_network`.
+        """
         self._count = len(cases)
         for index, case in enumerate(cases):
             np.save(self._path / f"input.{index}.npy", case.batch)
@@ -91,6 +111,7 @@ class ReferenceProcess:
             "checkpoint": str(checkpoint.resolve()),
             "load_options": dict(load_options),
             "names": list(names),
+            "bake_options": dict(bake_options),
             "yardstick": [index for index, case in enumerate(cases) if case.yardstick],
             "noise": [index for index, case in enumerate(cases) if case.noise],
         }
@@ -113,7 +134,8 @@ class ReferenceProcess:
             hop: tuple(_load(folder / f"{hop}.{index}.npz") for index in range(self._count))
             for hop in ("live", "baked", "yardstick")
         }
-        return Reference(**hops, certificate=json.loads((folder / "certificate.json").read_text()))
+        said = msgspec.json.decode((folder / "said.json").read_bytes(), type=_Said)
+        return Reference(**hops, certificate=said.certificate, notes=said.notes)
 
 
 def _save(path: Path, outputs: Outputs) -> None:
@@ -160,6 +182,7 @@ def compute_reference(folder: Path) -> None:
     import torch
 
     import gmconv
+    from gmconv.constants import bake_image_network
 
     task = json.load(sys.stdin)
     cores = os.cpu_count() or 1
@@ -170,22 +193,33 @@ def compute_reference(folder: Path) -> None:
         torch.set_num_threads(max(1, cores // 2) if index in task["noise"] else cores)
         return _run(model, inputs[index], names, dtype)
 
+    def run_double() -> None:
+        torch.set_num_threads(max(1, cores // 2))
+        for index in task["yardstick"]:
+            _save(folder / f"yardstick.{index}.npz", _run_double(model, inputs[index], names))
+
     checkpoint = gmconv.load_checkpoint(task["checkpoint"], **task["load_options"])
-    model, names = checkpoint.model, task["names"]
+    model, names, notes = checkpoint.model, task["names"], []
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     inputs = [np.load(path) for path in sorted(folder.glob("input.*.npy"), key=lambda p: int(p.name.split(".")[1]))]
-    (folder / "certificate.json").write_text(json.dumps(gmconv.bake_certificate(model).to_dict()))
     for index in range(len(inputs)):
         _save(folder / f"live.{index}.npz", run(index))
-    torch.set_num_threads(max(1, cores // 2))
-    for index in task["yardstick"]:
-        _save(folder / f"yardstick.{index}.npz", _run_double(model, inputs[index], names))
-    gmconv.bake(model, inplace=True)
+    try:
+        run_double()
+        widened = True
+    except Exception as error:  # whatever a forward does that only knows float32
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        notes.append(f"the float64 yardstick is the baked network, as the live one does not run in float64 ({reason})")
+        widened = False
+    model, certificate = bake_image_network(model, checkpoint.input_shape, **task["bake_options"])
+    if not widened:
+        run_double()
     if is_large(model):
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()  # a checkpoint stays mapped as a whole while one tensor lives in it
     for index in range(len(inputs)):
         _save(folder / f"baked.{index}.npz", run(index))
+    (folder / "said.json").write_bytes(msgspec.json.encode(_Said(certificate, tuple(notes))))
 
 
 class double_precision:  # noqa: N801 (reads as a context manager)

@@ -35,7 +35,24 @@ def bake_network(
     return baked.model, replace(certificate, kernels=baked.certificates)
 
 
-def example_image(model: nn.Module, shape: Sequence[int], batch: int = 2) -> torch.Tensor:
-    """Seeded noise `(batch, *shape)` in the network's dtype: what to show `bake_network` of a network for images."""
+def bake_image_network(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    batch: int = 2,
+    dynamic_hw: bool = False,
+    dynamic: Dynamic = "refuse",
+) -> tuple[nn.Module, BakeCertificate]:
+    """`bake_network` for a network of one image `(N, C, H, W)`: it is shown seeded noise of `input_shape` (C, H, W).
+
+    With `dynamic_hw` also noise of another height and width.
+    """
+    channels, height, width = input_shape
+    sizes = [(height, width), (height + height // 4 + 8, width + width // 2 + 8)]
+    example, *larger = (_noise(model, (batch, channels, *size)) for size in sizes[: 1 + dynamic_hw])
+    return bake_network(model, example, dynamic=dynamic, sizes=[(image,) for image in larger])
+
+
+def _noise(model: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return torch.randn((batch, *shape), generator=torch.Generator().manual_seed(0)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -87,7 +87,8 @@ class TorchRunner(Runner):
         self.artefact = Artefact(path=Path(path), kind="checkpoint", facts=facts, sha256=found.sha256)
         model: nn.Module = self.checkpoint.model
         if form == "baked":
-            model = gmconv.bake(model, inplace=True)
+            constants = require("gmconv.constants", "export")
+            model, _ = constants.bake_image_network(model, self.checkpoint.input_shape)
         self._dtype = getattr(torch, dtype)
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         model = model.to(device=self._device, dtype=self._dtype).eval()
