@@ -21,7 +21,7 @@ from export.crop.latency import Latencies
 from gmconv.cropping.choose import crop_to, croppable
 from gmconv.cropping.macs import count_macs
 from gmconv.cropping.measure import Outputs, output_error, run
-from gmconv.cropping.window import Window, nested_windows
+from gmconv.cropping.window import Window, energy_shift, nested_windows
 
 _COST_SAMPLES = 32  # enough for one option's cost, which is an estimate anyway; the final check runs on all
 _EXTRAS = 4  # single layers tried on top of the best price
@@ -128,9 +128,9 @@ def spend(
 
 
 def windows_to_try(conv: nn.Conv2d, free: Window) -> list[Window]:
-    """A layer's nested windows, without the taps that are free to go (outside of `free`), from the largest on."""
-    kernel = (int(conv.kernel_size[0]), int(conv.kernel_size[1]))
-    return list(dict.fromkeys(window.intersection(free) for window in nested_windows(kernel)))
+    """A layer's windows, nested around its energy, without the taps outside of `free`, from the largest on."""
+    windows = nested_windows((int(conv.kernel_size[0]), int(conv.kernel_size[1])), energy_shift(conv.weight))
+    return list(dict.fromkeys(window.intersection(free) for window in windows))
 
 
 class _Spending:

@@ -96,6 +96,7 @@ def to_onnx(
             f"asked for opset {opset}, the installed torch writes {written} instead; say --opset {written}"
         )
     strip_metadata(graph_model)
+    keep_pads_apart(graph_model)
     if program.exported_program is None:
         return Exported(graph_model, frozenset(name for name, _ in model.named_parameters()), None)
     needed, parameters = _needed(program.exported_program)
@@ -139,6 +140,42 @@ def strip_metadata(model: ir.Model) -> None:
     model.producer_version = ""
 
 
+def keep_pads_apart(model: ir.Model) -> None:
+    """Have each Pad with zeros before a pooling node pad with -0.0, which is the same number.
+
+    ONNX Runtime (up to 1.31) merges such a Pad into the pooling node, whose own padding is minus infinity for MaxPool
+    and left out of the mean by AveragePool: another result. It only merges a Pad whose value has no bit set.
+    """
+    import numpy as np
+    import onnx_ir
+
+    for node in model.graph.all_nodes():
+        if node.op_type != "Pad" or not _pooled(node) or node.attributes.get_string("mode", "constant") != "constant":
+            continue
+        value = node.inputs[2] if len(node.inputs) > 2 else None
+        if value is not None:
+            constant = onnx_ir.convenience.get_const_tensor(value)
+            if constant is None or constant.numpy().any():
+                continue
+        dtype = next((v.dtype for v in (value, node.outputs[0], node.inputs[0]) if v is not None and v.dtype), None)
+        if dtype is None or not dtype.is_floating_point():
+            continue
+        name = f"{node.outputs[0].name}_minus_zero"
+        tensor = onnx_ir.tensor(np.array(-0.0, dtype=dtype.numpy()), name=name)
+        minus = onnx_ir.Value(name=name, shape=onnx_ir.Shape([]), type=onnx_ir.TensorType(dtype), const_value=tensor)
+        assert node.graph is not None
+        node.graph.register_initializer(minus)
+        node.resize_inputs(max(3, len(node.inputs)))
+        node.replace_input_with(2, minus)
+
+
+def _pooled(node: ir.Node) -> bool:
+    """Whether a pooling node reads what `node` makes, perhaps through a cast."""
+    users = [user for value in node.outputs for user, _ in value.uses()]
+    users += [user for cast in users if cast.op_type == "Cast" for value in cast.outputs for user, _ in value.uses()]
+    return any(user.op_type in ("MaxPool", "AveragePool") for user in users)
+
+
 def operator_histogram(model: ir.Model) -> dict[str, int]:
     """How many nodes of each operator, sorted by name."""
     counts = Counter(node.op_type for node in model.graph.all_nodes())
@@ -163,7 +200,12 @@ def unused_layers(exported: Exported, network: nn.Module, names: Iterable[str]) 
     """Of the named layers of `network` those of which no output needs a parameter: most never run."""
     parameters = dict(network.named_parameters(remove_duplicate=False))  # shared ones appear under one of their names
     used = {id(parameters[name]) for name in exported.parameters if name in parameters}
-    return [name for name in names if all(id(p) not in used for p in network.get_submodule(name).parameters())]
+    known = {name for name, _ in network.named_modules()}
+    return [
+        name
+        for name in names
+        if name in known and all(id(p) not in used for p in network.get_submodule(name).parameters())
+    ]
 
 
 def _needed(program: torch.export.ExportedProgram) -> tuple[set[fx.Node], dict[str, str]]:

@@ -216,7 +216,7 @@ def _rewritten(
     for whole in (True, False):  # a parent may read what a plain layer no longer has: then the module keeps its forward
         undo = _Undo([memo.get(id(layer.module), layer.module) for layer in layers])
         try:
-            names = _rewrite(layers, undo.modules, whole=whole)
+            names = _rewrite(layers, undo.modules, seen.values, whole=whole)
             problem = _difference(watch(target, runs), seen, {layer.name for layer in kept})
         except Exception as error:
             problem = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -228,7 +228,9 @@ def _rewritten(
     )
 
 
-def _rewrite(layers: list[_Layer], modules: list[nn.Module], *, whole: bool) -> list[list[str]]:
+def _rewrite(
+    layers: list[_Layer], modules: list[nn.Module], values: dict[nn.Module, list[Any]], *, whole: bool
+) -> list[list[str]]:
     shared: dict[tuple[str, frozenset[str]], nn.Parameter] = {}
     names = []
 
@@ -246,7 +248,7 @@ def _rewrite(layers: list[_Layer], modules: list[nn.Module], *, whole: bool) -> 
             continue
         for use in uses:
             use.pads = None  # the module's forward goes on padding
-        children = redirect(module, {use.index: plain(use) for use in uses})
+        children = redirect(module, {use.index: plain(use) for use in uses}, values.get(layer.module, []))
         names.append([f"{layer.name}.{children[use.index]}".lstrip(".") for use in uses])
     return names
 

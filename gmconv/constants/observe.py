@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import threading
@@ -40,6 +41,10 @@ _FUNCTIONS: dict[Any, str] = {
     **{getattr(torch, name): name for name in _LAYERS if name != "linear"},
     **{getattr(torch.ops.aten, name): name for name in (*_LAYERS, "convolution")},
 }
+
+
+#: Methods of a tensor that give Python its values.
+VALUES = frozenset({"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__bool__", "__index__"})
 
 
 class Call(NamedTuple):
@@ -105,10 +110,14 @@ class Use:
 
 @dataclass
 class Watched:
-    """What runs of one network showed: per run its uses and its outputs; where values reached Python."""
+    """What runs of one network showed: per run its uses and its outputs; where values that vary reached Python.
+
+    `values`: what tensors gave Python inside each module's forward, its children's included, in order.
+    """
 
     uses: list[list[Use]] = field(default_factory=list)
     outputs: list[list[Tensor]] = field(default_factory=list)
+    values: dict[nn.Module, list[Any]] = field(default_factory=dict)
     escapes: list[str] = field(default_factory=list)
 
 
@@ -118,6 +127,7 @@ class _Frame:
     def __init__(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.name, self.module, self.args = name, module, args
         self.count = 0
+        self.values: list[Any] = []
         self.calls: list[tuple[Use, Any]] = []
         self.padded: dict[int, tuple[Tensor, Tensor, tuple[int, ...], str]] = {}
 
@@ -157,6 +167,9 @@ class _Kernels(TorchFunctionMode):
             self._note_padding(out, *args, **(kwargs or {}))
         elif (call := kernel_call(func, args, kwargs)) is not None:
             self._note(call, out)
+        elif getattr(func, "__name__", "") in VALUES:
+            for outer in self.frames:
+                outer.values.append(copy.copy(out))
         elif not leaves:
             self.plain.add(func)
         return out
@@ -216,6 +229,8 @@ class _Kernels(TorchFunctionMode):
     def leave(self, module: nn.Module, args: Any, out: Any) -> None:
         """A global hook: a module's forward is over."""
         frame = self.frames.pop()
+        if frame.values:
+            self.watched.values.setdefault(module, frame.values)
         for use, made in frame.calls:
             use.whole &= len(frame.calls) == 1 and made is out
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gmconv.constants.observe import Use, kernel_call
+from gmconv.constants.observe import VALUES, Use, kernel_call
 from gmconv.errors import BakeError
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
@@ -69,10 +70,11 @@ def become(module: nn.Module, plain: nn.Module) -> None:
     module.__class__ = type(plain)
 
 
-def redirect(module: nn.Module, layers: Mapping[int, nn.Module]) -> dict[int, str]:
+def redirect(module: nn.Module, layers: Mapping[int, nn.Module], values: Sequence[Any]) -> dict[int, str]:
     """Keep the forward of `module`, but have its calls numbered in `layers` made by those layers, its new children.
 
-    Returns their names in `module`, by number.
+    `values` are what tensors, all of them constants, give Python in a forward: it is told them again, since where a
+    forward is traced tensors have no values. Returns the children's names in `module`, by number.
     """
     names: dict[int, str] = {}
     for number, layer in layers.items():
@@ -87,7 +89,7 @@ def redirect(module: nn.Module, layers: Mapping[int, nn.Module]) -> dict[int, st
 
     @functools.wraps(kept)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _Redirect(self, names):
+        with _Redirect(self, names, values):
             return kept(*args, **kwargs) if original is not None else kept(self, *args, **kwargs)
 
     body = {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
@@ -98,11 +100,30 @@ def redirect(module: nn.Module, layers: Mapping[int, nn.Module]) -> dict[int, st
 class _Redirect(TorchFunctionMode):
     """Counts the kernel operators that run inside a forward, and has the chosen ones made by a child layer."""
 
-    def __init__(self, module: nn.Module, names: Mapping[int, str]) -> None:
+    active: list[_Redirect] = []  # noqa: RUF012 (one stack, as torch keeps one of modes)
+
+    def __init__(self, module: nn.Module, names: Mapping[int, str], values: Sequence[Any]) -> None:
         super().__init__()
         self.module, self.names, self.count = module, names, -1
+        self.values, self.told = values, 0
+
+    def __enter__(self) -> Any:
+        self.active.append(self)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *exc: Any) -> None:
+        self.active.remove(self)
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+
+    def _tell(self) -> Any:
+        told = self.told
+        for mode in self.active:  # those around it do not see the call
+            mode.told += 1
+        return copy.copy(self.values[told])
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in VALUES and self.told < len(self.values):
+            return self._tell()
         call = kernel_call(func, args, kwargs)
         if call is None:
             return func(*args, **(kwargs or {}))

@@ -1,7 +1,7 @@
 """`crop`: keep of each baked kernel only the taps that matter.
 
 A trained sigma says how large a kernel really is. After `bake`, the outer taps of a narrow mask are almost zero, or
-exactly zero, and a convolution still pays for them. `crop` cuts every kernel to the smallest centred window that
+exactly zero, and a convolution still pays for them. `crop` cuts every kernel to the smallest window that
 loses no more than a tolerance, and moves the padding with it, so that output shape and alignment stay.
 
 The tolerance is per layer and relative: the largest share, over the layer's output channels, of a channel's L1 norm

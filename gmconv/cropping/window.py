@@ -7,11 +7,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16", "int8", "fp8")
 
 _INT8_MAX = 127
+_ROUNDING = 1e-12  # of differences of sums
 # Half of the smallest E4M3 subnormal over its largest value: what rounds to zero when the layer's *deviation* is
 # mapped to 448. No calibration in use maps less than that to 448, so a tap below it is zero under all of them.
 _FP8_ZERO = 2.0**-10 / 448
@@ -74,14 +76,35 @@ def centred_windows(kernel_size: tuple[int, int]) -> list[Window]:
     return sorted(windows, key=lambda w: (w.taps, w))
 
 
-def nested_windows(kernel_size: tuple[int, int]) -> list[Window]:
-    """The kernel itself, then ever smaller centred windows of it: what lies within so many taps of the centre.
+def nested_windows(kernel_size: tuple[int, int], centre: tuple[int, int] = (0, 0)) -> list[Window]:
+    """The kernel itself, then ever smaller windows of it: what lies within so many taps of `centre`.
 
-    7x7 -> 5x5, 3x3, 1x1; 3x7 -> 3x5, 3x3, 1x1; 4x4 -> 2x2.
+    `centre` is in taps from the kernel's own: 7x7 -> 5x5, 3x3, 1x1; 3x7 -> 3x5, 3x3, 1x1; 4x4 -> 2x2.
     """
-    half = [(k - 1) // 2 for k in kernel_size]
-    cuts = [[max(0, h - reach) for h in half] for reach in range(max(half), -1, -1)]
-    return [Window(rows, columns, kernel_size[0] - 2 * rows, kernel_size[1] - 2 * columns) for rows, columns in cuts]
+    halves = [(k - 1) // 2 for k in kernel_size]
+    furthest = max(half + abs(shift) for half, shift in zip(halves, centre, strict=True))
+    windows = []
+    for reach in range(furthest, -1, -1):
+        sides = []
+        for k, half, shift in zip(kernel_size, halves, centre, strict=True):
+            start = half - reach
+            sides.append((max(0, start + shift), min(k, k - start + shift)))
+        (top, bottom), (left, right) = sides
+        windows.append(Window(top, left, bottom - top, right - left))
+    return list(dict.fromkeys(windows))
+
+
+def energy_shift(weight: Tensor) -> tuple[int, int]:
+    """Where the energy of `weight` (out, in, kh, kw) lies, in whole taps from the kernel's centre."""
+    energy = weight.detach().double().square().sum((0, 1))
+    total = float(energy.sum())
+    if not total:
+        return (0, 0)
+    rows, columns = (torch.arange(k, dtype=torch.float64, device=energy.device) - (k - 1) / 2 for k in energy.shape)
+    return (
+        round(float((energy.sum(1) * rows).sum()) / total),
+        round(float((energy.sum(0) * columns).sum()) / total),
+    )
 
 
 def removed_share(weight: Tensor, window: Window) -> float:
@@ -97,14 +120,36 @@ def removed_share(weight: Tensor, window: Window) -> float:
 
 
 def smallest_window(weight: Tensor, tolerance: float) -> Window:
-    """The smallest centred window with `removed_share(weight, window) <= tolerance`; the least lossy of equals."""
+    """The smallest window with `removed_share(weight, window) <= tolerance`, of a centred window's size.
+
+    Off the kernel's centre only where that leaves fewer taps, as where a mask has a centre of its own. The least lossy
+    of equals.
+    """
     taps = weight.detach().double().abs().sum(1, keepdim=True)
-    shares = {w: removed_share(taps, w) for w in centred_windows((int(taps.shape[-2]), int(taps.shape[-1])))}
-    return min((w for w, share in shares.items() if share <= tolerance), key=lambda w: (w.taps, shares[w], w))
+    height, width = int(taps.shape[-2]), int(taps.shape[-1])
+    norm = taps.sum((-3, -2, -1))
+    norm = norm.where(norm > 0, torch.ones_like(norm))[:, None, None]
+    sums = F.pad(taps[:, 0].cumsum(-1).cumsum(-2), (1, 0, 1, 0))  # what lies above and left of each corner
+    whole = sums[:, -1:, -1:]
+    best: tuple[int, bool, float, Window] | None = None
+    for size in centred_windows((height, width)):
+        h, w = size.height, size.width
+        if best is not None and size.taps > best[0]:
+            break
+        kept = sums[:, h:, w:] - sums[:, :-h, w:] - sums[:, h:, :-w] + sums[:, :-h, :-w]
+        lost = ((whole - kept) / norm).amax(0)
+        for top, left in (lost <= tolerance + _ROUNDING).nonzero().tolist():
+            window = Window(top, left, h, w)
+            share = removed_share(taps, window)
+            if share <= tolerance:
+                found = (window.taps, window != size, share, window)
+                best = found if best is None else min(best, found)
+    assert best is not None  # the whole kernel loses nothing
+    return best[3]
 
 
 def smallest_lossless_window(weight: Tensor, precision: Precision = "fp32", scale: Tensor | None = None) -> Window:
-    """The smallest centred window outside of which every tap is zero in `precision` (see `zero_taps`)."""
+    """The smallest window outside of which every tap is zero in `precision` (see `zero_taps`)."""
     return smallest_window((~zero_taps(weight, precision, scale)).double(), 0.0)
 
 

@@ -111,3 +111,28 @@ def test_what_the_exporter_prints_goes_to_the_log(tmp_path: Path, capfd: pytest.
     os.write(1, b"afterwards\n")
     assert (tmp_path / "log").read_text() == "chatter\n"
     assert capfd.readouterr().out == "afterwards\n"
+
+
+class PadsBeforePooling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x) - 2  # below zero almost everywhere, so that zeros win
+        most = nn.functional.max_pool2d(nn.functional.pad(x, (1, 1, 1, 1)), 3, 2)
+        mean = nn.functional.avg_pool2d(nn.functional.pad(x, (1, 1, 1, 1)), 3, 2)
+        return torch.cat([most, mean], 1).mean((2, 3))
+
+
+def test_onnx_runtime_merges_no_pad_into_a_pooling_that_pads_otherwise(tmp_path: Path) -> None:
+    import onnx_ir
+    import onnxruntime
+
+    network = PadsBeforePooling().eval()
+    model = exported(network, (3, 9, 9), tmp_path / "log")
+    assert capture.operator_histogram(model)["Pad"] >= 1
+    session = onnxruntime.InferenceSession(onnx_ir.to_proto(model).SerializeToString())
+    image = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(session.run(None, {"input": image.numpy()})[0]), network(image))

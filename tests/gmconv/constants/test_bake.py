@@ -180,3 +180,10 @@ def test_several_and_nested_inputs_and_whole_numbers() -> None:
     baked, certificates = bake_constants(Two().eval(), {"left": image()}, torch.tensor([1, 6]))
     assert [c.name for c in certificates] == ["conv"]
     assert type(baked.conv) is nn.Conv2d
+
+
+def test_a_forward_that_asks_a_constant_for_its_value_can_be_traced() -> None:
+    baked, _ = bake_constants(net(calls.ItemBlock), image())
+    traced = torch.export.export(baked, (image(),)).module()
+    with torch.no_grad():
+        assert torch.equal(traced(image()), baked(image()))

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from gmconv import models
 from gmconv.cropping.choose import choose_windows, crop, crop_to, parse_tolerance
 from gmconv.cropping.layers import CroppedConv2d
-from gmconv.cropping.window import Window, centred_windows, removed_share, smallest_window, zero_taps
+from gmconv.cropping.window import Window, centred_windows, nested_windows, removed_share, smallest_window, zero_taps
 from gmconv.errors import SurgeryError
 from gmconv.layer import GMConv2d
 from gmconv.surgery import bake, convert
@@ -129,16 +130,48 @@ def test_crop_after_bake_is_bake_with_the_removed_taps_zero(
 
 
 @given(kernel=st.tuples(SIZES, SIZES), tolerance=st.floats(0, 0.6), seed=st.integers(0, 50))
-def test_the_window_is_the_smallest_centred_one_that_holds(
-    kernel: tuple[int, int], tolerance: float, seed: int
-) -> None:
+def test_the_window_is_the_smallest_one_that_holds(kernel: tuple[int, int], tolerance: float, seed: int) -> None:
     weight = torch.rand(3, 2, *kernel, generator=torch.Generator().manual_seed(seed)) ** 8
     chosen = smallest_window(weight, tolerance)
-    assert 2 * chosen.top + chosen.height == kernel[0]
-    assert 2 * chosen.left + chosen.width == kernel[1]
     assert removed_share(weight, chosen) <= tolerance
-    for window in centred_windows(kernel):
-        assert window.taps >= chosen.taps or removed_share(weight, window) > tolerance
+    sizes = centred_windows(kernel)
+    assert chosen.size in [window.size for window in sizes]
+    centred = chosen in sizes
+    for window in sizes:
+        places = [
+            Window(top, left, *window.size)
+            for top in range(kernel[0] - window.height + 1)
+            for left in range(kernel[1] - window.width + 1)
+        ]
+        for place in places:
+            assert place.taps >= chosen.taps or removed_share(weight, place) > tolerance
+        assert centred or window.taps > chosen.taps or removed_share(weight, window) > tolerance
+
+
+def test_a_mask_with_a_centre_of_its_own_is_cropped_around_it() -> None:
+    weight = torch.randn(4, 3, 15, 15, generator=torch.Generator().manual_seed(0))
+    axis = torch.arange(15.0) - 7
+    weight *= torch.exp(-((axis[:, None] - 2) ** 2 + (axis[None] + 1) ** 2) / 2)
+    window = smallest_window(weight, 1e-3)
+    assert window == Window(6, 3, 7, 7)
+    conv = nn.Conv2d(3, 4, 15, padding=7)
+    conv.weight = nn.Parameter(weight)
+    cropped = crop(nn.Sequential(conv), 1e-3)
+    image = torch.randn(1, 3, 20, 20)
+    torch.testing.assert_close(cropped(image), conv(image), atol=1e-2, rtol=0)
+    assert cropped[0].kernel_size == (7, 7)
+
+
+@given(kernel=st.tuples(SIZES, SIZES), shift=st.tuples(st.integers(-3, 3), st.integers(-3, 3)))
+def test_nested_windows_close_in_on_their_centre(kernel: tuple[int, int], shift: tuple[int, int]) -> None:
+    shift = tuple(max(-((k - 1) // 2), min((k - 1) // 2, s)) for k, s in zip(kernel, shift, strict=True))  # type: ignore[assignment]
+    windows = nested_windows(kernel, shift)
+    assert windows[0] == Window.whole(kernel)
+    for outer, inner in pairwise(windows):
+        assert outer.intersection(inner) == inner != outer
+    last = windows[-1]
+    assert (last.height, last.width) == tuple(2 - k % 2 for k in kernel)
+    assert (last.top - (kernel[0] - 1) // 2, last.left - (kernel[1] - 1) // 2) == shift
 
 
 def test_the_share_is_the_worst_channel_of_l1() -> None:
