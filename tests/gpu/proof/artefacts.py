@@ -6,15 +6,17 @@ minutes go into exporting; `--artefacts DIR` then carries them.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 
+from gmconv.errors import BuildError, RefusedError, UnavailableError
 from runtime import trt
-from runtime.manifest import find_manifest
+from runtime.manifest import read_manifest, sidecar
+from runtime.runners import open_runner
 from tests.gpu.proof.rows import NotRunError
 from tests.gpu.proof.steps import Context
 
@@ -80,30 +82,60 @@ def engine_name(flavor: trt.Flavor, precision: str) -> str:
 
 
 def engine(context: Context, flavor: trt.Flavor, precision: str) -> tuple[Path, str]:
-    """An engine and how it came to be here. A carried one of another TensorRT is left where it is."""
-    name = engine_name(flavor, precision)
+    """An engine that opens here, and how it came to be here: the carried one, else one that is built now.
+
+    Raises NotRunError with TensorRT's reason where neither opens.
+    """
+    name, said = engine_name(flavor, precision), []
     carried = _carried(context, name)
     if carried is not None:
-        manifest = find_manifest(carried)
-        running = trt.version(trt.api(flavor))
-        misfit = trt.version_fits(manifest, flavor, running) if manifest else "it has no manifest"
-        if misfit is None:
+        _try_it_all_the_same(carried)
+        problem = _problem(carried)
+        if problem is None:
             return carried, "carried"
+        said.append(f"the carried one: {problem}")
     made = context.work / name
     began = time.monotonic()
     if not made.exists():
-        build(onnx_file(context, precision), made, flavor, precision, current=not context.rehearse)
-    return made, f"built in {time.monotonic() - began:.1f} s"
+        source = onnx_file(context, precision)
+        try:
+            build(source, made, flavor, precision, current=not context.rehearse)
+        except BuildError as error:
+            said.append(f"for this GPU alone: {error.message}")
+            build(source, made, flavor, precision, current=False)
+    problem = _problem(made)
+    if problem is not None:
+        raise NotRunError("; ".join([*said, f"the one built here: {problem}"]))
+    return made, "; ".join([*said, f"built in {time.monotonic() - began:.1f} s"])
 
 
 def build(source: Path, target: Path, flavor: trt.Flavor, precision: str, *, current: bool) -> None:
-    """Without the builder's own verification: the steps do it, row by row. `current`: for the GPU that is here."""
+    """Without the builder's own verification: the steps do it, row by row. `current`: for the GPU that is here.
+
+    Forced: what TensorRT-RTX calls invalid is tried, since engines that it called so have been seen to run.
+    """
     from export.tensorrt import BuildOptions, build_engine
 
-    options: dict[str, Any] = {"flavor": flavor, "tf32": precision == "tf32", "verify": False}
+    options = BuildOptions(flavor=flavor, tf32=precision == "tf32", verify=False, force=True)
     if flavor == "rtx" and current:
-        options["compute_capabilities"] = ("current",)
-    build_engine(source, target, BuildOptions(**options))
+        options = dataclasses.replace(options, compute_capabilities=("current",))
+    build_engine(source, target, options)
+
+
+def _problem(plan: Path) -> str | None:
+    """Why an engine does not open here, or None."""
+    try:
+        with open_runner(plan, "cuda:0"):
+            return None
+    except (UnavailableError, RefusedError) as error:
+        return error.message
+
+
+def _try_it_all_the_same(plan: Path) -> None:
+    manifest = read_manifest(plan)
+    if manifest.build is not None and not manifest.build.forced:
+        forced = dataclasses.replace(manifest, build=dataclasses.replace(manifest.build, forced=True))
+        sidecar(plan).write_text(forced.to_json())
 
 
 def require_capability(precision: str, compute_capability: str) -> None:

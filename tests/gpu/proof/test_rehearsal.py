@@ -12,17 +12,19 @@ from pathlib import Path
 import pytest
 
 from tests.gpu.proof import __main__ as proof
+from tests.gpu.proof.artefacts import build, engine_name
 from tests.gpu.proof.rows import Recorder, read
 from tests.gpu.proof.steps import STEPS, Context, Step
 
 
 @pytest.fixture
 def artefacts(digits_checkpoint: Path, digits_onnx: Path, tmp_path: Path) -> Path:
-    """What a run carries: a trained network and its ONNX file."""
+    """What a run carries: a trained network, its ONNX file and an engine."""
     folder = tmp_path / "artefacts"
     folder.mkdir()
     for file in (digits_checkpoint, digits_onnx, digits_onnx.with_name(digits_onnx.name + ".json")):
         shutil.copyfile(file, folder / file.name)
+    build(digits_onnx, folder / engine_name("rtx", "fp32"), "rtx", "fp32", current=False)
     return folder
 
 
@@ -39,7 +41,9 @@ def test_every_step_is_rehearsed(artefacts: Path, tmp_path: Path) -> None:
     assert skipped == set(), "a rehearsal has time for everything"
     missing = [row.what for row in rows if row.status == "missing" and row.step != "machine"]
     assert all("pycuda" in what for what in missing), missing
-    assert {row.precision for row in rows if row.flavor == "rtx"} == {"fp32", "tf32"}
+    built = {row.precision: row.detail for row in rows if row.flavor == "rtx" and row.what == "built"}
+    assert built["fp32"].startswith("carried, 19 fp32")
+    assert built["tf32"].startswith("built in")
     assert "A rehearsal on the CPU" in done.stdout
 
 
