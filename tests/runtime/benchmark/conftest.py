@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime.artefact import open_artefact
 from runtime.manifest import ShapeRange, TensorSpec
 from runtime.runners.base import Array, LayerTime, Query, QueryTimes, Runner, validate_feeds
 
@@ -111,6 +112,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str]:
     def register(runner: Runner, name: str | None = None) -> str:
         path = tmp_path / (name or ("fake.plan" if runner.device != "cpu" else "fake.engine"))
         path.write_bytes(b"fake")
+        runner.artefact = open_artefact(path)
         opened[path] = runner
         return str(path)
 
