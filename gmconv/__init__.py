@@ -31,6 +31,7 @@ __all__ = [
     "convert",
     "crop",
     "crop_model",
+    "deploy",
     "gaussian_mask",
     "load_checkpoint",
     "models",
@@ -59,6 +60,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name == "models":
         return importlib.import_module("gmconv.models")
+    if name == "deploy":  # the one name from above this room: for a user, the network and its way out are one thing
+        return importlib.import_module("export.deploy").deploy
     if name not in _HOME:
         raise AttributeError(f"module 'gmconv' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"gmconv.{_HOME[name]}"), name)

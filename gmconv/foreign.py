@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ class Foreign:
     """Keyword arguments of `gmconv.load_checkpoint`; None: the file says it itself.
 
     `arch` is a factory, `"package.module:factory"`, looked for on the import path and in the working directory.
-    `input_shape` is `(C, H, W)` of one sample. `preprocessing` has fields of `gmconv.images.Preprocessing`.
+    `input_shape` is `(C, H, W)` of one sample; a network of several inputs has `inputs` instead, `(name, shape of one
+    sample, dtype)` of each. `preprocessing` has fields of `gmconv.images.Preprocessing`.
     """
 
     arch: str | None = None
@@ -32,6 +33,7 @@ class Foreign:
     input_shape: tuple[int, int, int] | None = None
     preprocessing: dict[str, Any] | None = None
     labels: tuple[str, ...] | None = None
+    inputs: tuple[tuple[str, tuple[int, ...], str], ...] | None = None
 
     def given(self) -> dict[str, Any]:
         """Those that are not None."""
@@ -50,7 +52,7 @@ def foreign_options(command: Callable[..., Any]) -> Callable[..., Any]:
         mean, std, file = (values.pop(name) for name in ("mean", "std", "preprocessing"))
         preprocessing = dict(file or {})
         preprocessing |= {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
-        own = {name: values.pop(name) for name in ("arch", "num_classes", "input_shape", "labels")}
+        own = {name: values.pop(name) for name in ("arch", "num_classes", "input_shape", "labels", "inputs")}
         return command(*args, foreign=Foreign(**own, preprocessing=preprocessing or None), **values)
 
     for option in reversed(_OPTIONS):
@@ -64,6 +66,21 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"{text!r} is not C,H,W, for example 3,224,224")
     return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def parse_inputs(texts: Sequence[str]) -> tuple[tuple[str, tuple[int, ...], str], ...] | None:
+    """`image:3,224,224` and `age:1:int64` as name, shape of one sample, dtype. Raises ValueError."""
+    found = []
+    for text in texts:
+        name, colon, rest = text.partition(":")
+        sizes, _, dtype = rest.partition(":")
+        parts = [part.strip() for part in sizes.replace("x", ",").split(",") if part.strip()]
+        if not name or not colon or not all(part.isdecimal() and 0 < int(part) < 2**24 for part in parts):
+            raise ValueError(f"{text!r} is not NAME:SHAPE[:DTYPE], for example mask:1,224,224 or age:1:int64")
+        if dtype not in ("", *_DTYPES):
+            raise ValueError(f"{text!r}: {dtype!r} is none of {', '.join(_DTYPES)}")
+        found.append((name, tuple(int(part) for part in parts), dtype or "float32"))
+    return tuple(found) or None
 
 
 def parse_numbers(text: str) -> tuple[float, ...]:
@@ -127,11 +144,20 @@ def _parsed(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Param
     return callback
 
 
+_DTYPES = ("float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _FILE = click.Path(path_type=Path)
 _OPTIONS: list[Callable[[Any], Any]] = [
     click.option("--arch", help="Of a foreign checkpoint: package.module:factory, timm:NAME, torchvision.models:NAME."),
     click.option("--num-classes", type=click.IntRange(1), help="Passed to that factory."),
     click.option("--input-shape", callback=_parsed(parse_shape), metavar="C,H,W", help="Of a foreign checkpoint."),
+    click.option(
+        "--input",
+        "inputs",
+        multiple=True,
+        callback=_parsed(parse_inputs),
+        metavar="NAME:SHAPE[:DTYPE]",
+        help="One of several inputs, by its forward's name (repeat).",
+    ),
     click.option("--mean", callback=_parsed(parse_numbers), metavar="M,M,M", help="Of its images, 0..1 per channel."),
     click.option("--std", callback=_parsed(parse_numbers), metavar="S,S,S", help="Of its images, 0..1 per channel."),
     click.option(

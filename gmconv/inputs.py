@@ -5,59 +5,140 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gmconv.errors import RefusedError
 
+Array = NDArray[Any]
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 @dataclass(frozen=True, slots=True)
+class Input:
+    """One input: its name, the shape of one sample (without the batch), its numpy dtype.
+
+    `between`: the smallest and largest value of an integer input, e.g. the classes that an embedding knows.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    between: tuple[int, int] = (0, 1)
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it may be one: `(C, H, W)` of floating point."""
+        return len(self.shape) == 3 and "float" in self.dtype
+
+
+@dataclass(frozen=True, slots=True)
 class Arguments:
-    """Tensors by name, in the order of the forward's arguments; those named in `keywords` go by keyword."""
+    """Inputs in the order of the forward's arguments, and one batch of each by name."""
 
+    inputs: tuple[Input, ...]
     tensors: dict[str, Tensor]
-    keywords: tuple[str, ...] = ()
 
-    def call(self, model: nn.Module, device: torch.device | None = None) -> Any:
+    def call(self, model: nn.Module, device: torch.device) -> Any:
         """What `model` returns for them."""
-        moved = {name: tensor if device is None else tensor.to(device) for name, tensor in self.tensors.items()}
-        positional = [tensor for name, tensor in moved.items() if name not in self.keywords]
-        return model(*positional, **{name: moved[name] for name in self.keywords})
+        return model(*(self.tensors[given.name].to(device) for given in self.inputs))
 
 
 def arguments_of(model: nn.Module, examples: Any) -> Arguments:
     """Examples as `Arguments`: a tensor (named "input"), a list or tuple of tensors, or a dict of arguments.
 
-    Raises RefusedError when they are no tensors, or not arguments of the forward.
+    Raises RefusedError when they are no tensors, have no batch axis, differ in it, or are no arguments of the forward.
     """
-    parameters = list(inspect.signature(model.forward).parameters.values())
     if isinstance(examples, Mapping):
-        known = [parameter.name for parameter in parameters]
-        unknown = [str(name) for name in examples if name not in known]
-        if unknown and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-            raise RefusedError(f"the network's forward takes {', '.join(known)}; there is no {unknown[0]!r}")
-        order = [name for name in known if name in examples] + unknown
-        tensors = {name: _tensor(name, examples[name]) for name in order}
-        pairs = zip(parameters, order, strict=False)
-        positional = len(list(takewhile(lambda pair: pair[0].name == pair[1] and pair[0].kind in _POSITIONAL, pairs)))
-        return Arguments(tensors, tuple(order[positional:]))
-    given: Sequence[Any] = examples if isinstance(examples, list | tuple) else [examples]
-    if not given:
+        named = {str(name): value for name, value in examples.items()}
+    else:
+        given: Sequence[Any] = examples if isinstance(examples, list | tuple) else [examples]
+        names = _positional(model)
+        names += [f"input_{index}" for index in range(len(names), len(given))]
+        named = dict(zip(["input"] if len(given) == 1 else names, given, strict=False))
+    if not named:
         raise RefusedError("no example was given; pass a tensor, or a tuple with one for each argument")
-    names = [parameter.name for parameter in parameters if parameter.kind in _POSITIONAL]
-    names += [f"input_{index}" for index in range(len(names), len(given))]
-    chosen = ["input"] if len(given) == 1 else names[: len(given)]
-    return Arguments({name: _tensor(name, value) for name, value in zip(chosen, given, strict=True)})
+    tensors = {name: _tensor(name, value) for name, value in named.items()}
+    if len({len(tensor) for tensor in tensors.values()}) > 1:
+        said = ", ".join(f"{name} {len(tensor)}" for name, tensor in tensors.items())
+        raise RefusedError(f"the examples hold different numbers of samples along axis 0: {said}")
+    inputs = in_order(model, [_described(name, tensor) for name, tensor in tensors.items()])
+    return Arguments(inputs, {given.name: tensors[given.name] for given in inputs})
+
+
+def in_order(model: nn.Module, inputs: Sequence[Input]) -> tuple[Input, ...]:
+    """Inputs in the order of `model`'s forward; one alone may have any name.
+
+    Raises RefusedError when the forward has arguments of other names, or others before one of these.
+    """
+    known, names = _positional(model), [given.name for given in inputs]
+    if len(inputs) == 1 or not known:
+        return tuple(inputs)
+    if unknown := [name for name in names if name not in known and not name.startswith("input_")]:
+        raise RefusedError(
+            f"the network's forward takes by position {', '.join(known)}; there is no {unknown[0]!r} among them"
+        )
+    order = [name for name in known if name in names] + [name for name in names if name not in known]
+    if gap := [name for name, place in zip(order, known, strict=False) if name != place]:
+        missing = next(name for name in known if name not in names)
+        raise RefusedError(f"the network's forward takes {missing!r} before {gap[0]!r}; give it too")
+    by_name = {given.name: given for given in inputs}
+    return tuple(by_name[name] for name in order)
+
+
+def noise(
+    inputs: Sequence[Input], samples: int, seed: int | Sequence[int] = 0, *, grown: bool = False
+) -> dict[str, Array]:
+    """A batch of every input: standard normal, integers between what the input says, bools of both kinds.
+
+    `grown`: images of another height and width.
+    """
+    generator = np.random.default_rng(seed)
+    feeds = {}
+    for given in inputs:
+        shape = (samples, *given.shape)
+        if grown and given.is_image:
+            shape = (samples, given.shape[0], _larger(given.shape[1]), _larger(given.shape[2]) + 32)
+        if "float" in given.dtype:
+            values: Array = generator.standard_normal(shape, dtype=np.float32)
+        else:
+            low, high = (0, 1) if given.dtype == "bool" else given.between
+            values = generator.integers(low, high, shape, endpoint=True)
+        feeds[given.name] = values.astype("float32" if given.dtype == "bfloat16" else given.dtype)
+    return feeds
+
+
+def tensors_of(model: nn.Module, inputs: Sequence[Input], feeds: Mapping[str, Array]) -> tuple[Tensor, ...]:
+    """Arrays as the arguments of `model`'s forward, those of floating point in its dtype."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    tensors = (torch.from_numpy(feeds[given.name].copy()) for given in inputs)  # a forward may write into them
+    return tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
+
+
+def _positional(model: nn.Module) -> list[str]:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind in _POSITIONAL]
+
+
+def _described(name: str, tensor: Tensor) -> Input:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    whole = not tensor.is_floating_point() and tensor.dtype != torch.bool and tensor.numel() > 0
+    between = (int(tensor.min()), int(tensor.max())) if whole else (0, 1)
+    return Input(name, tuple(tensor.shape[1:]), dtype, between)
+
+
+def _larger(pixels: int) -> int:
+    return (pixels + pixels // 4 + 7) // 8 * 8
 
 
 def _tensor(name: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    if hasattr(value, "__array__"):
-        return torch.as_tensor(value)
-    raise RefusedError(f"example {name!r} is a {type(value).__name__}; pass tensors, one batch of each input")
+    tensor = value if isinstance(value, Tensor) else torch.as_tensor(value) if hasattr(value, "__array__") else None
+    if tensor is None:
+        raise RefusedError(f"example {name!r} is a {type(value).__name__}; pass tensors, one batch of each input")
+    if not tensor.ndim or not len(tensor):
+        raise RefusedError(f"example {name!r} holds no samples along axis 0; pass a tensor with one row per sample")
+    return tensor

@@ -71,8 +71,7 @@ def run_as_exported(model: nn.Module, batch: Tensor) -> Outputs:
     with tempfile.TemporaryDirectory() as folder:
         exported = capture.to_onnx(
             copy.deepcopy(model).cpu().float().eval(),
-            torch.zeros(batch.shape),
-            input_name="x",
+            {"x": torch.zeros(batch.shape)},
             output_names=[f"y{i}" for i in range(count)],
             axes=capture.Axes(batch=False),
             opset=20,

@@ -46,9 +46,8 @@ class Axes:
 
 def to_onnx(
     model: nn.Module,
-    example: torch.Tensor,
+    examples: Mapping[str, torch.Tensor],
     *,
-    input_name: str,
     output_names: Sequence[str],
     axes: Axes,
     opset: int,
@@ -57,9 +56,9 @@ def to_onnx(
     """Export `model` (baked, eval mode) with `torch.onnx.export(dynamo=True)`; the result is cleaned and checked.
 
     Args:
-        model: any module that maps one image tensor to tensors.
-        example: float32 `(N, C, H, W)`; N >= 2 where the batch is dynamic (1 would be specialised).
-        input_name: of the graph's input.
+        model: any module that maps tensors, or one, to tensors.
+        examples: a batch of each argument of its forward, in order, by the name that the graph's input gets; two
+            samples at least where the batch is dynamic (one would be specialised).
         output_names: of its outputs, in the order of `gmconv.outputs.named_outputs`.
         axes: the dynamic ones, named batch, height, width.
         opset: of the default domain.
@@ -71,19 +70,18 @@ def to_onnx(
     """
     import torch
 
-    free = {0: "batch"} if axes.batch else {}
-    free |= {2: "height", 3: "width"} if axes.hw else {}
+    free = [_free(name, example, axes, alone=len(examples) == 1) for name, example in examples.items()]
     try:
         with captured(log):
             program = torch.onnx.export(
                 model,
-                (example,),
+                tuple(examples.values()),
                 dynamo=True,
                 verbose=False,
                 opset_version=opset,
-                input_names=[input_name],
+                input_names=list(examples),
                 output_names=list(output_names),
-                dynamic_shapes=(free,) if free else None,
+                dynamic_shapes=tuple(free) if any(free) else None,
             )
     except Exception as error:  # the exporter raises its own types, torch.export's and plain ones
         raise RefusedError(_why_not(error, axes)) from error
@@ -102,6 +100,14 @@ def to_onnx(
     needed, parameters = _needed(program.exported_program)
     require_convolutions(graph_model, _kernels(program.exported_program, needed, parameters))
     return Exported(graph_model, frozenset(parameters.values()), program.exported_program)
+
+
+def _free(name: str, example: torch.Tensor, axes: Axes, *, alone: bool) -> dict[int, str]:
+    """The names of an input's free axes: one batch for all, a height and width for each image."""
+    free = {0: "batch"} if axes.batch else {}
+    if axes.hw and example.ndim == 4 and example.is_floating_point():
+        free |= {2: "height", 3: "width"} if alone else {2: f"{name}_height", 3: f"{name}_width"}
+    return free
 
 
 def _why_not(error: Exception, axes: Axes) -> str:

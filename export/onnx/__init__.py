@@ -6,11 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from export.onnx.pipeline import ExportOptions as ExportOptions
+    from export.onnx.options import ExportOptions as ExportOptions
     from export.onnx.pipeline import export_onnx as export_onnx
 
 __all__ = ["ExportOptions", "export_onnx"]
-_HOME = {"ExportOptions": "pipeline", "export_onnx": "pipeline"}
+_HOME = {"ExportOptions": "options", "export_onnx": "pipeline"}
 
 
 def __getattr__(name: str) -> Any:

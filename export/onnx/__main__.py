@@ -12,7 +12,8 @@ from typing import Any, cast
 import click
 
 from export.graph.capture import OLDEST_OPSET
-from export.onnx.pipeline import DEFAULT_OPSET, ExportOptions, export_onnx
+from export.onnx.options import DEFAULT_OPSET, ExportOptions
+from export.onnx.pipeline import export_onnx
 from export.precision.__main__ import options_from_flags, precision_flags
 from export.precision.converter import PRECISIONS, Precision
 from gmconv.cli import Command
@@ -62,11 +63,12 @@ def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Prec
 @click.option("--batch", type=click.IntRange(1), help="Fix the batch size; default: a dynamic batch axis.")
 @click.option("--dynamic-hw", is_flag=True, help="Leave height and width dynamic too.")
 @click.option("--opset", type=click.IntRange(OLDEST_OPSET), default=DEFAULT_OPSET, show_default=True)
-@click.option("--input-names", "input_names", default="input", show_default=True, callback=_names)
+@click.option("--input-names", callback=_names, help="Comma-separated; default: input, or the forward's names.")
 @click.option("--output-names", callback=_names, help="Comma-separated; default: logits.")
 @click.option("--simplify", is_flag=True, help="Rewrite the graph with onnxslim; parity is checked after it.")
 @click.option("--external-data", is_flag=True, help="Weights in model.onnx.data (always so above 2 GiB).")
 @click.option("--images", type=click.Path(path_type=Path), help="Images to compare on, and to crop by.")
+@click.option("--golden", type=click.Path(path_type=Path), metavar="FILE.npz", help="Pairs that your program recorded.")
 @click.option("--samples", type=click.IntRange(3), default=64, show_default=True, help="How many images.")
 @click.option("--seed", "noise_seed", type=int, default=0, show_default=True, help="Of the noise.")
 @click.option(
@@ -107,16 +109,13 @@ def main(
     from export.onnx.tables import print_export
     from gmconv.cli import print_json, progress_console
 
-    names = flags.pop("input_names")
-    if len(names) != 1:
-        raise click.UsageError("a network exported here has one input: give --input-names one name")
     if flags["crop"] is not None and flags["crop_budget"] is not None:
         raise click.UsageError("--crop and --crop-budget exclude each other")
     if flags["crop_gain"] is not None and flags["crop_budget"] is None:
         raise click.UsageError("--crop-gain says what a --crop-budget buys; give a budget, or leave it out")
     flags["crop_gain"] = flags["crop_gain"] or "macs"
     fields = {name: value for name, value in flags.items() if name in ExportOptions.__dataclass_fields__}
-    fields |= {"input_name": names[0], "seed": flags["noise_seed"], "precision": options_from_flags(flags)}
+    fields |= {"seed": flags["noise_seed"], "precision": options_from_flags(flags)}
     fields["foreign"] = foreign
     options = ExportOptions(**fields)
     output = output or checkpoint.with_suffix(".onnx")

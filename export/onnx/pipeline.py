@@ -2,74 +2,33 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from export.onnx.interface import examples, input_names, output_names
+from export.onnx.options import ExportOptions, Note
 from gmconv.errors import ParityError, RefusedError
-from gmconv.foreign import NOTHING, Foreign
+from gmconv.golden import read_golden
+from runtime.runners.base import numpy_dtype
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import nn
 
+    from export.graph.capture import Exported as Captured
     from export.onnx.cases import Case
     from export.onnx.proof import Proof
     from export.onnx.reference import Outputs
-    from export.precision.converter import Precision, PrecisionOptions
+    from export.onnx.trained import FromFile, InMemory, Live
     from gmconv import Checkpoint
     from gmconv.cropping.certificate import CropCertificate
     from runtime.manifest import FileDigest, Manifest
     from runtime.records import Crop
 
-DEFAULT_OPSET = 20
+IN_MEMORY = "the network in memory"
 _EXTERNAL_ABOVE = 2**31 - 2**20  # protobuf cannot hold 2 GiB; the graph itself needs a little
-Note = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportOptions:
-    """How to export. The defaults are those of the command line.
-
-    `foreign` says what a foreign checkpoint does not say of itself. `batch` None leaves the batch axis
-    dynamic; `dynamic_hw` frees height and width too. `samples` real images are compared besides seeded noise. `crop` is
-    a tolerance or "lossless" (see `gmconv.crop`), `crop_budget` what `export.crop.budget.parse_budget` reads and
-    `crop_gain` what it buys.
-    `keep_dynamic` leaves kernels that depend on the input in the graph as they are; without it they are refused.
-    `precisions`: the first is written to the output's name, further ones beside it as `NAME.PRECISION.onnx`.
-    """
-
-    foreign: Foreign = NOTHING
-    batch: int | None = None
-    dynamic_hw: bool = False
-    opset: int = DEFAULT_OPSET
-    input_name: str = "input"
-    output_names: tuple[str, ...] = ()
-    simplify: bool = False
-    external_data: bool = False
-    images: Path | None = None
-    samples: int = 64
-    seed: int = 0
-    crop: float | Literal["lossless"] | None = None
-    crop_budget: str | None = None
-    crop_gain: Literal["macs", "latency"] = "macs"
-    keep_dynamic: bool = False
-    precisions: tuple[Precision, ...] = ("fp32",)
-    precision: PrecisionOptions | None = None
-
-    @property
-    def bake_options(self) -> dict[str, Any]:
-        """Keyword arguments of `gmconv.constants.bake_image_network`."""
-        dynamic = "keep" if self.keep_dynamic else "refuse"
-        return {"batch": self.batch or 2, "dynamic_hw": self.dynamic_hw, "dynamic": dynamic}
-
-    def outputs(self, output: Path) -> list[Path]:
-        """The files that an export to `output` writes, manifests and external data aside."""
-        return [output, *(output.with_name(f"{output.stem}.{p}.onnx") for p in self.precisions[1:])]
 
 
 @dataclass(slots=True)
@@ -91,12 +50,16 @@ class _Exported:
 
 
 def export_onnx(
-    checkpoint: Path, output: Path, options: ExportOptions | None = None, *, note: Note = lambda text: None
+    source: str | Path | Live,
+    output: str | Path,
+    options: ExportOptions | None = None,
+    *,
+    note: Note = lambda text: None,
 ) -> Manifest:
-    """Export `checkpoint` to `output` and prove the result.
+    """Export a checkpoint, or a network in memory, to `output` and prove the result.
 
     Args:
-        checkpoint: `.pt`, `.pth` or `.safetensors`, ours or foreign.
+        source: `.pt`, `.pth` or `.safetensors`, ours or foreign; or a `Live` network.
         output: the `.onnx` file; its manifest is written beside it. Nothing appears under any name on failure.
         options: see `ExportOptions`.
         note: called with a few words when a step begins.
@@ -110,64 +73,87 @@ def export_onnx(
         ParityError: ONNX Runtime does not compute what the network as trained computes.
     """
     from export.onnx.cases import comparison_cases
-    from export.onnx.reference import ReferenceProcess, is_large
+    from export.onnx.reference import work_on
     from gmconv.files import require_writable, staged
     from runtime.manifest import read_manifest, sidecar
 
-    options = options or ExportOptions()
+    options, output = options or ExportOptions(), Path(output)
     for file in options.outputs(output):
         require_writable(file)
         require_writable(sidecar(file))
-    with staged(output) as folder, ReferenceProcess() as reference:
-        note(f"loading {checkpoint}")
-        import gmconv
-
-        loaded = gmconv.load_checkpoint(checkpoint, **options.foreign.given())
-        cases = comparison_cases(loaded, options)
-        start = partial(
-            reference.start, checkpoint, options.foreign.given(), options.output_names, cases, options.bake_options
-        )
-        crops = options.crop is not None or options.crop_budget is not None
-        beside = not is_large(loaded.model) and not crops  # a crop times layers, which wants the processor for itself
-        if beside:
-            start()
+    with staged(output) as folder, _opened(source, options, note) as trained:
+        loaded, names = trained.loaded, output_names(trained.loaded, options)
+        golden = None
+        if options.golden is not None:
+            golden = read_golden(options.golden, [given.name for given in loaded.inputs], names)
+        cases = comparison_cases(loaded, options, examples=trained.examples, golden=golden)
+        work = work_on(cases, names, options.bake_options)
+        crops = options.crop is not None or options.crop_budget is not None  # it times layers, which wants all cores
+        trained.start(work, beside=not crops)
         name = output.name if options.precisions[0] == "fp32" else f".fp32.{output.name}"
         exported = _write_fp32(loaded, cases, folder / name, options, note)
         del loaded  # ONNX Runtime is about to need as much memory again
-        if not beside:
-            gc.collect()  # the exporter leaves cycles
-            note("running the network as trained")
-            start()
         note("running ONNX Runtime and comparing")
         with ThreadPoolExecutor(1) as beside_it:
             files = beside_it.submit(_check_and_digest, exported.file)
-            proof = _prove(exported, cases, reference.result(), options)
-            manifest = _manifest(checkpoint, exported, proof, options, files.result())
+            proof = _prove(exported, cases, trained.result(note), options)
+            manifest = _manifest(trained.chain, exported, proof, options, files.result())
         _write_variants(exported, manifest, proof, output, options, note)
     return read_manifest(output, verify=False)
+
+
+def _opened(source: str | Path | Live, options: ExportOptions, note: Note) -> FromFile | InMemory:
+    from export.onnx.trained import FromFile, InMemory, Live
+
+    return InMemory(source) if isinstance(source, Live) else FromFile(Path(source), options.foreign, note)
 
 
 def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: ExportOptions, note: Note) -> _Exported:
     from export.graph import capture
     from export.graph.kernels import require_stored_kernels
     from export.onnx.reference import run_torch
-    from gmconv.constants import bake_image_network
+    from gmconv.constants import bake_for_inputs
 
-    names = _output_names(loaded, options)
+    names = output_names(loaded, options)
     note("baking masks and other constant kernels")
-    model, certificate = bake_image_network(loaded.model, loaded.input_shape, **options.bake_options)
+    model, certificate = bake_for_inputs(loaded.model, loaded.inputs, **options.bake_options)
     baked = certificate.sha256()
     kept = {kernel.name: kernel.reason for kernel in certificate.kernels if kernel.kind == "kept"}
     model, crop = _crop(model, loaded, options, note)
-    cropped = run_torch(model, cases, names) if crop and crop.cropped else None
+    cropped = run_torch(model, loaded.inputs, cases, names) if crop and crop.cropped else None
     note("exporting to ONNX")
+    written = _to_onnx(model, loaded, names, file, options, note)
+    exported = written.model
+    require_stored_kernels(written.program, kept)
+    notes = [f"layer {name!r} keeps computing its kernel: {reason}" for name, reason in kept.items()]
+    unused = capture.unused_layers(written, model, baked)
+    if unused:
+        notes.append(f"not in the graph, as no output needs them: {', '.join(unused)}")
+    for text in notes:
+        note(text)
+    inputs, outputs = capture.specs(exported)
+    operators = capture.operator_histogram(exported)
+    _save(exported, file, options)
+    for value in exported.graph.initializers.values():
+        value.const_value = None  # onnxscript's rewrite rules are globals that keep the last graph they saw
+    import torch
+
+    facts = replace(loaded, model=torch.nn.Identity(), notes=(*loaded.notes, *notes))
+    return _Exported(file, facts, inputs, outputs, operators, baked, crop, cropped)
+
+
+def _to_onnx(
+    model: nn.Module, loaded: Checkpoint, names: list[str], file: Path, options: ExportOptions, note: Note
+) -> Captured:
+    """The captured graph; what the exporter printed meanwhile is noted."""
+    from export.graph import capture
+
     log = file.with_name("exporter.log")
     said = "[exporter]"
     try:
-        written = capture.to_onnx(
+        return capture.to_onnx(
             model,
-            _example(loaded, options),
-            input_name=options.input_name,
+            dict(zip(input_names(loaded, options), examples(loaded, options), strict=True)),
             output_names=names,
             axes=capture.Axes(batch=options.batch is None, hw=options.dynamic_hw),
             opset=options.opset,
@@ -180,25 +166,7 @@ def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: Expo
         chatter = log.read_text(errors="replace").strip() if log.exists() else ""
         if chatter:
             note(f"{said} {chatter}")
-    log.unlink(missing_ok=True)
-    exported = written.model
-    require_stored_kernels(written.program, kept)
-    notes = [f"layer {name!r} keeps computing its kernel: {reason}" for name, reason in kept.items()]
-    unused = capture.unused_layers(written, model, baked)
-    if unused:
-        notes.append(f"not in the graph, as no output needs them: {', '.join(unused)}")
-    for text in notes:
-        note(text)
-    loaded = replace(loaded, notes=(*loaded.notes, *notes))
-    inputs, outputs = capture.specs(exported)
-    operators = capture.operator_histogram(exported)
-    _save(exported, file, options)
-    for value in exported.graph.initializers.values():
-        value.const_value = None  # onnxscript's rewrite rules are globals that keep the last graph they saw
-    import torch
-
-    facts = replace(loaded, model=torch.nn.Identity())
-    return _Exported(file, facts, inputs, outputs, operators, baked, crop, cropped)
+        log.unlink(missing_ok=True)
 
 
 def _crop(
@@ -207,6 +175,8 @@ def _crop(
     """The model with smaller kernels, where that was asked for; chosen on training images, never on held-out ones."""
     if options.crop is None and options.crop_budget is None:
         return model, None
+    if len(loaded.inputs) != 1 or not loaded.inputs[0].is_image:
+        raise RefusedError("cropping knows networks of one image, and this one takes something else; leave --crop out")
     from export.crop.budget import parse_budget
     from export.crop.request import CropRequest, crop_for_export, stored_as
     from gmconv.images import read_preprocessing
@@ -231,31 +201,6 @@ def _crop(
     )
 
 
-def _output_names(loaded: Checkpoint, options: ExportOptions) -> list[str]:
-    import torch
-
-    from gmconv.outputs import named_outputs
-
-    example = _example(loaded, options)
-    try:
-        with torch.no_grad():
-            outputs = loaded.model(example[:1] if options.batch is None else example)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        shape = tuple(example.shape)
-        raise RefusedError(
-            f"the network does not run on an input of {shape} ({reason}); check --input-shape"
-        ) from error
-    return list(named_outputs(outputs, options.output_names))
-
-
-def _example(loaded: Checkpoint, options: ExportOptions) -> Any:
-    import torch
-
-    dtype = next((p.dtype for p in loaded.model.parameters()), torch.float32)
-    return torch.zeros((options.batch or 2, *loaded.input_shape), dtype=dtype)
-
-
 def _save(exported: ir.Model, file: Path, options: ExportOptions) -> None:
     import onnx_ir
 
@@ -278,12 +223,18 @@ def _check_and_digest(file: Path) -> tuple[FileDigest, ...]:
     return digest_onnx(file)
 
 
-def run_onnx(file: Path, input_name: str, cases: list[Case]) -> list[Outputs]:
-    """Every case through ONNX Runtime on the CPU."""
+def run_onnx(file: Path, cases: list[Case]) -> list[Outputs]:
+    """Every case through ONNX Runtime on the CPU, in the dtypes of the graph's inputs."""
     from runtime.runners import open_runner
 
     with open_runner(file, device="cpu") as runner:
-        return [runner.run({input_name: case.batch}) for case in cases]
+        specs = runner.inputs
+        return [
+            runner.run(
+                {s.name: a.astype(numpy_dtype(s.dtype)) for s, a in zip(specs, case.feeds.values(), strict=True)}
+            )
+            for case in cases
+        ]
 
 
 def _prove(exported: _Exported, cases: list[Case], reference: Any, options: ExportOptions) -> Proof:
@@ -294,7 +245,7 @@ def _prove(exported: _Exported, cases: list[Case], reference: Any, options: Expo
     for name in sorted(other.keys() | exported.baked_sha256.keys()):
         if other.get(name) != exported.baked_sha256.get(name):
             raise ParityError(f"layer {name!r}: two processes baked different weights; refusing to ship either")
-    outputs = run_onnx(exported.file, options.input_name, cases)
+    outputs = run_onnx(exported.file, cases)
     proof = Proof(cases, reference, outputs, exported.classifies)
     if exported.crop is None:
         return proof
@@ -320,11 +271,15 @@ def crop_record(certificate: CropCertificate | None) -> Crop | None:
 
 
 def _manifest(
-    checkpoint: Path, exported: _Exported, proof: Proof, options: ExportOptions, files: tuple[FileDigest, ...]
+    chain: tuple[FileDigest, ...],
+    exported: _Exported,
+    proof: Proof,
+    options: ExportOptions,
+    files: tuple[FileDigest, ...],
 ) -> Manifest:
     """Judge the fp32 file and describe it. Raises ParityError when it does not hold."""
     from gmconv.images import read_preprocessing
-    from runtime.manifest import FileDigest, Manifest, sidecar, utc_now
+    from runtime.manifest import Manifest, sidecar, utc_now
     from runtime.records import Export
 
     facts, file = exported.facts, exported.file
@@ -337,7 +292,7 @@ def _manifest(
         inputs=exported.inputs,
         outputs=exported.outputs,
         created=utc_now(),
-        chain=(FileDigest("checkpoint", checkpoint.name, facts.sha256, checkpoint.stat().st_size),),
+        chain=chain,
         preprocessing=read_preprocessing(facts.preprocessing),
         labels=facts.labels,
         dataset=facts.dataset,
@@ -345,7 +300,7 @@ def _manifest(
         precision_found={"fp32": exported.operators.get("Conv", 0) + exported.operators.get("Gemm", 0)},
         certificate=proof.reference.certificate.to_dict(),
         crop=crop_record(exported.crop),
-        parity=verdict.record(checkpoint.name, "onnxruntime cpu"),
+        parity=verdict.record(chain[0].file if chain else IN_MEMORY, "onnxruntime cpu"),
         export=Export(
             opset=options.opset,
             batch=options.batch or "dynamic",
@@ -391,16 +346,15 @@ def _write_variants(
         written = save_graph(graph, folder / name, described, external=bool(manifest.external))
         quantized = precision in ("int8", "fp8")
         checked = proof.on_images() if quantized else proof
-        outputs = run_onnx(
-            folder / name,
-            options.input_name,
-            checked.cases_in(written.inputs[0].dtype),
-        )
+        outputs = run_onnx(folder / name, list(checked.cases))
         verdict = replace(checked, shipped=outputs).judge(precision)
         if not verdict.passed:
             raise ParityError(f"{name}: nothing was written, parity failed: {verdict.summary()}")
         sidecar(folder / name).write_text(
-            replace(written, parity=verdict.record(manifest.chain[0].file, "onnxruntime cpu")).to_json()
+            replace(
+                written,
+                parity=verdict.record(manifest.chain[0].file if manifest.chain else IN_MEMORY, "onnxruntime cpu"),
+            ).to_json()
         )
     if "fp32" not in options.precisions:
         for file in folder.glob(f"{exported.file.name}*"):

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
 
 from export.onnx.cases import Case
 from export.onnx.reference import Outputs, Reference
+from runtime.parity.tolerances import tolerance_for, widen
 from runtime.parity.verdict import Verdict
-from runtime.records import BAKING, Hop
-from runtime.runners.base import numpy_dtype
+from runtime.records import BAKING, Hop, Tolerance
 
-if TYPE_CHECKING:
-    from runtime.records import Tolerance
+#: The hop from what the user's own program recorded to the network as it was loaded.
+RECORDED = "recorded -> live"
 
 
 def _bitwise(left: Outputs, right: Outputs) -> bool:
@@ -26,8 +25,9 @@ class Proof:
 
     `shipped` are the outputs of the artefact, case by case; `cropped` those of the cropped torch network, if kernels
     were cropped, `crop_cost` the relative RMS error that the crop may cost (`runtime.parity.tolerances.crop_cost`),
-    `crop_precision` the one in which zeros went for nothing, `lossy` whether it removed more than fp32's zeros, and
-    `crop_on_data` whether a budget chose it, whose promise holds for images and not for noise.
+    `crop_precision` the one in which zeros went for nothing, `lossy` whether it removed more than fp32's zeros,
+    `crop_on_data` whether a budget chose it, whose promise holds for images and not for noise, and `recorded_limit`
+    what the live network may be off the outputs that the user's own program recorded.
     """
 
     cases: Sequence[Case]
@@ -39,10 +39,7 @@ class Proof:
     crop_precision: str = "fp32"
     lossy: bool = False
     crop_on_data: bool = False
-
-    def cases_in(self, dtype: str) -> list[Case]:
-        """The cases with their batches in another input dtype."""
-        return [replace(case, batch=case.batch.astype(numpy_dtype(dtype))) for case in self.cases]
+    recorded_limit: Tolerance = field(default_factory=lambda: tolerance_for("fp32"))
 
     def on_images(self) -> Proof:
         """The same proof without noise, if there is anything else: a quantized network was calibrated on images."""
@@ -67,7 +64,6 @@ class Proof:
         An fp32 artefact must also hold against the float64 yardstick, unless taps other than zeros were removed.
         """
         from runtime.parity.compare import Yardstick
-        from runtime.parity.tolerances import tolerance_for, widen
 
         limit, last = tolerance_for(precision), "ORT" if precision == "fp32" else f"ORT {precision}"
         arrows: list[tuple[str, Sequence[Outputs], Sequence[Outputs], Tolerance]] = [
@@ -91,6 +87,12 @@ class Proof:
             for case, a, b in zip(self.cases, left, right, strict=True)
             if not (case.noise and images and left is self.reference.baked)
         )
+        recorded = tuple(
+            self._hop(RECORDED, case, case.recorded, live, self.recorded_limit)
+            for case, live in zip(self.cases, self.reference.live, strict=True)
+            if case.recorded is not None
+        )
+        hops = recorded + hops
         strict = precision == "fp32" and not self.lossy
         measure = Yardstick()
         for wide, live, shipped in zip(self.reference.yardstick, self.reference.live, self.shipped, strict=True):
@@ -110,7 +112,7 @@ class Proof:
             reference=reference,
             candidate=candidate,
             inputs=case.label,
-            shapes={"input": case.batch.shape},
+            shapes=case.shapes,
             bitwise=_bitwise(left, right),
             outputs=compare_outputs(left, right, limit, classes=self.classes),
             tolerance=limit,

@@ -26,15 +26,17 @@ import numpy as np
 
 from gmconv.certificate import BakeCertificate
 from gmconv.child import child_command, child_environment
-from gmconv.errors import RefusedError
+from gmconv.errors import RefusedError, UnavailableError
 from runtime.runners.base import Array
 
 if TYPE_CHECKING:
     from torch import nn
 
     from export.onnx.cases import Case
+    from gmconv.inputs import Input
 
 Outputs = dict[str, Array]
+Feeds = dict[str, Array]
 _LARGE = 2**30  # bytes of weights from which memory matters more than the seconds that two processes save
 
 
@@ -92,28 +94,19 @@ class ReferenceProcess:
         self._log.close()
         self._folder.cleanup()
 
-    def start(
-        self,
-        checkpoint: Path,
-        load_options: Mapping[str, Any],
-        names: Sequence[str],
-        cases: Sequence[Case],
-        bake_options: Mapping[str, Any],
-    ) -> None:
-        """Hand over the work: `gmconv.load_checkpoint(checkpoint, **load_options)` on every case.
-
-        `bake_options`: keyword arguments of `gmconv.constants.bake_image_network`.
-        """
-        self._count = len(cases)
-        for index, case in enumerate(cases):
-            np.save(self._path / f"input.{index}.npy", case.batch)
+    def start(self, checkpoint: Path, load_options: Mapping[str, Any], work: Work) -> None:
+        """Hand over the work, on `gmconv.load_checkpoint(checkpoint, **load_options)`."""
+        self._count = len(work.feeds)
+        for index, feeds in enumerate(work.feeds):
+            _save(self._path / f"input.{index}.npz", feeds)
         task = {
             "checkpoint": str(checkpoint.resolve()),
             "load_options": dict(load_options),
-            "names": list(names),
-            "bake_options": dict(bake_options),
-            "yardstick": [index for index, case in enumerate(cases) if case.yardstick],
-            "noise": [index for index, case in enumerate(cases) if case.noise],
+            "count": self._count,
+            "names": work.names,
+            "bake_options": work.bake_options,
+            "yardstick": sorted(work.yardstick),
+            "noise": sorted(work.noise),
         }
         assert self._child.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # a child that died says why in result()
@@ -127,8 +120,9 @@ class ReferenceProcess:
         if status:
             self._log.seek(0)
             lines = self._log.read().strip()
-            if status == RefusedError.exit_code:
-                raise RefusedError(lines.splitlines()[-1].removeprefix("Error: "))
+            if status in (RefusedError.exit_code, UnavailableError.exit_code):
+                kind = RefusedError if status == RefusedError.exit_code else UnavailableError
+                raise kind(lines.splitlines()[-1].removeprefix("Error: "))
             raise RuntimeError(f"the reference process failed with status {status}:\n{lines}")
         hops = {
             hop: tuple(_load(folder / f"{hop}.{index}.npz") for index in range(self._count))
@@ -149,77 +143,111 @@ def _load(path: Path) -> Outputs:
         return {str(name): archive[f"arr_{index}"] for index, name in enumerate(archive["names"])}
 
 
-def run_torch(model: nn.Module, cases: Sequence[Case], names: Sequence[str]) -> list[Outputs]:
+def run_torch(model: nn.Module, inputs: Sequence[Input], cases: Sequence[Case], names: Sequence[str]) -> list[Outputs]:
     """Every case through a torch network, in its own precision."""
+    return [_run(model, inputs, case.feeds, names) for case in cases]
+
+
+def _run(model: nn.Module, inputs: Sequence[Input], feeds: Feeds, names: Sequence[str]) -> Outputs:
     import torch
 
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    return [_run(model, case.batch, names, dtype) for case in cases]
-
-
-def _run(model: nn.Module, batch: Array, names: Sequence[str], dtype: Any) -> Outputs:
-    import torch
-
+    from gmconv.inputs import tensors_of
     from gmconv.outputs import named_outputs
 
     with torch.no_grad():
-        outputs = model(torch.from_numpy(batch).to(dtype))
+        outputs = model(*tensors_of(model, inputs, feeds))
     return {name: tensor.numpy() for name, tensor in named_outputs(outputs, names).items()}
 
 
-def _run_double(model: nn.Module, batch: Array, names: Sequence[str]) -> Outputs:
-    import torch
-
+def _run_double(model: nn.Module, inputs: Sequence[Input], feeds: Feeds, names: Sequence[str]) -> Outputs:
+    wide = {name: array.astype(np.float64) if array.dtype.kind == "f" else array for name, array in feeds.items()}
     try:
         with double_precision(model):
-            return _run(model, batch, names, torch.float64)
+            return _run(model, inputs, wide, names)
     except RuntimeError:  # a parent that uses its child's weight without calling the child: widen everything at once
-        return _run(copy.deepcopy(model).double(), batch, names, torch.float64)
+        return _run(copy.deepcopy(model).double(), inputs, wide, names)
 
 
-def compute_reference(folder: Path) -> None:
-    """The child's work: a task on stdin, `input.*.npy` in `folder`; writes `live.*`, `baked.*`, `yardstick.*` there."""
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What to run: batches of every input, the names of the outputs, which batches are noise or for the yardstick.
+
+    `bake_options`: keyword arguments of `gmconv.constants.bake_for_inputs`.
+    """
+
+    feeds: tuple[Feeds, ...]
+    names: tuple[str, ...]
+    noise: frozenset[int]
+    yardstick: frozenset[int]
+    bake_options: dict[str, Any]
+
+
+def work_on(cases: Sequence[Case], names: Sequence[str], bake_options: Mapping[str, Any]) -> Work:
+    """The cases as `Work`."""
+    return Work(
+        feeds=tuple(case.feeds for case in cases),
+        names=tuple(names),
+        noise=frozenset(index for index, case in enumerate(cases) if case.noise),
+        yardstick=frozenset(index for index, case in enumerate(cases) if case.yardstick),
+        bake_options=dict(bake_options),
+    )
+
+
+def compute_reference(model: nn.Module, inputs: Sequence[Input], work: Work) -> Reference:
+    """Run the live network on every batch, in float64 too, bake it in place, and run it again."""
     import torch
 
-    import gmconv
-    from gmconv.constants import bake_image_network
+    from gmconv.constants import bake_for_inputs
 
-    task = json.load(sys.stdin)
-    cores = os.cpu_count() or 1
+    cores, before, notes = os.cpu_count() or 1, torch.get_num_threads(), []
 
     def run(index: int) -> Outputs:
         # Noise is few samples, done while the exporter needs the other half; the images are what the export waits for.
         # One case has as many threads live as baked: bits may depend on them.
-        torch.set_num_threads(max(1, cores // 2) if index in task["noise"] else cores)
-        return _run(model, inputs[index], names, dtype)
+        torch.set_num_threads(max(1, cores // 2) if index in work.noise else cores)
+        return _run(model, inputs, work.feeds[index], work.names)
 
-    def run_double() -> None:
+    def run_double() -> tuple[Outputs, ...]:
         torch.set_num_threads(max(1, cores // 2))
-        for index in task["yardstick"]:
-            _save(folder / f"yardstick.{index}.npz", _run_double(model, inputs[index], names))
+        return tuple(
+            _run_double(model, inputs, feeds, work.names) if index in work.yardstick else {}
+            for index, feeds in enumerate(work.feeds)
+        )
 
-    checkpoint = gmconv.load_checkpoint(task["checkpoint"], **task["load_options"])
-    model, names, notes = checkpoint.model, task["names"], []
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    inputs = [np.load(path) for path in sorted(folder.glob("input.*.npy"), key=lambda p: int(p.name.split(".")[1]))]
-    for index in range(len(inputs)):
-        _save(folder / f"live.{index}.npz", run(index))
     try:
-        run_double()
-        widened = True
-    except Exception as error:  # whatever a forward does that only knows float32
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        notes.append(f"the float64 yardstick is the baked network, as the live one does not run in float64 ({reason})")
-        widened = False
-    model, certificate = bake_image_network(model, checkpoint.input_shape, **task["bake_options"])
-    if not widened:
-        run_double()
-    if is_large(model):
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.clone()  # a checkpoint stays mapped as a whole while one tensor lives in it
-    for index in range(len(inputs)):
-        _save(folder / f"baked.{index}.npz", run(index))
-    (folder / "said.json").write_bytes(msgspec.json.encode(_Said(certificate, tuple(notes))))
+        live = tuple(run(index) for index in range(len(work.feeds)))
+        yardstick: tuple[Outputs, ...] | None = None
+        try:
+            yardstick = run_double()
+        except Exception as error:  # whatever a forward does that only knows float32
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            notes.append(
+                f"the float64 yardstick is the baked network, as the live one does not run in float64 ({reason})"
+            )
+        model, certificate = bake_for_inputs(model, inputs, **work.bake_options)
+        yardstick = run_double() if yardstick is None else yardstick
+        baked = tuple(run(index) for index in range(len(work.feeds)))
+    finally:
+        torch.set_num_threads(before)
+    return Reference(live, baked, yardstick, certificate, tuple(notes))
+
+
+def _serve(folder: Path) -> None:
+    """The child's work: a task on stdin, `input.*.npz` in `folder`; writes `live.*`, `baked.*`, `yardstick.*` there."""
+    import gmconv
+
+    task = json.load(sys.stdin)
+    feeds = tuple(_load(folder / f"input.{index}.npz") for index in range(task["count"]))
+    loaded = gmconv.load_checkpoint(task["checkpoint"], **task["load_options"])
+    work = Work(
+        feeds, tuple(task["names"]), frozenset(task["noise"]), frozenset(task["yardstick"]), task["bake_options"]
+    )
+    found = compute_reference(loaded.model, loaded.inputs, work)
+    for hop in ("live", "baked", "yardstick"):
+        for index, outputs in enumerate(getattr(found, hop)):
+            if outputs:
+                _save(folder / f"{hop}.{index}.npz", outputs)
+    (folder / "said.json").write_bytes(msgspec.json.encode(_Said(found.certificate, found.notes)))
 
 
 class double_precision:  # noqa: N801 (reads as a context manager)
@@ -262,7 +290,7 @@ class double_precision:  # noqa: N801 (reads as a context manager)
 @click.argument("folder", type=click.Path(path_type=Path))
 def main(folder: Path) -> None:
     """Compute a reference (internal: run by `ReferenceProcess`)."""
-    compute_reference(folder)
+    _serve(folder)
 
 
 if __name__ == "__main__":

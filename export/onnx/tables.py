@@ -8,23 +8,27 @@ from typing import TYPE_CHECKING
 import msgspec
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from runtime.manifest import Manifest
     from runtime.records import Parity, YardstickComparison
 
 
-def print_export(output: Path, *, first: bool = True) -> None:
+def print_export(
+    output: Path, *, first: bool = True, console: Console | None = None, manifest: Manifest | None = None
+) -> None:
     """Print what the manifest of `output` says: certificate, crop, parity and a closing line, on stdout.
 
     `first` False leaves out what the first file of the same export has shown: what was baked, and cropped.
+    `console` and `manifest`: in place of stdout's and the sidecar's.
     """
     from gmconv.certificate import certificate_table
     from gmconv.cli import result_console
     from runtime.manifest import read_manifest
 
-    manifest = read_manifest(output, verify=False)
-    console = result_console()
+    manifest = manifest or read_manifest(output, verify=False)
+    console = console or result_console()
     if manifest.certificate and manifest.certificate["layers"] and first:
         console.print(certificate_table(manifest.certificate))
     if manifest.crop and first:

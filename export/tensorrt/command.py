@@ -39,7 +39,8 @@ def prepare(
     """
     onnx_path = model
     if artefact_kind(model) == "checkpoint":
-        from export.onnx.pipeline import ExportOptions, export_onnx
+        from export.onnx.options import ExportOptions
+        from export.onnx.pipeline import export_onnx
 
         onnx_path = output.with_suffix(".onnx")
         if precision is not None:

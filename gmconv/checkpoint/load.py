@@ -23,6 +23,7 @@ from gmconv.checkpoint.fill import fill, put_masks, require_same_keys
 from gmconv.checkpoint.names import plain_values
 from gmconv.errors import CheckpointError, printable
 from gmconv.files import replacing
+from gmconv.inputs import Input, in_order
 from gmconv.surgery import masked_layers
 
 SCHEMA = "gmconv-deploy.checkpoint/v1"
@@ -34,7 +35,8 @@ class Checkpoint:
     """A trained network and what is known of it.
 
     `model` is live (masks computed in forward), in eval mode, on the CPU, float32 (float64 where all weights were
-    stored so). `input_shape` is `(C, H, W)`. `preprocessing` has the fields of `gmconv.images.Preprocessing`. `notes`
+    stored so). `inputs` are what its forward takes, `input_shape` the `(C, H, W)` of the
+    first image among them. `preprocessing` has the fields of `gmconv.images.Preprocessing`. `notes`
     says what was read between the lines of a foreign file. `sha256` is of the file's bytes.
     """
 
@@ -42,6 +44,7 @@ class Checkpoint:
     arch: str
     arch_kwargs: dict[str, Any]
     input_shape: tuple[int, int, int]
+    inputs: tuple[Input, ...]
     masked: dict[str, str]
     sha256: str
     preprocessing: dict[str, Any] | None = None
@@ -118,6 +121,7 @@ def load_checkpoint(
     input_shape: tuple[int, int, int] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     labels: Sequence[str] | None = None,
+    inputs: Sequence[Sequence[Any]] | None = None,
 ) -> Checkpoint:
     """Read a checkpoint of ours, or a foreign state_dict when `arch` says what it belongs to.
 
@@ -133,6 +137,7 @@ def load_checkpoint(
         input_shape: `(C, H, W)`, for files that do not know it.
         preprocessing: fields of `gmconv.images.Preprocessing`, for files that do not know them.
         labels: class names, for files that do not know them.
+        inputs: of a network that takes several: `(name, shape of one sample, dtype)` of each, by its forward's names.
 
     Raises:
         CheckpointError: the file is missing, damaged, holds code, NaN or Inf, or does not fit its architecture.
@@ -154,9 +159,12 @@ def load_checkpoint(
         raise CheckpointError(
             f"{path}: does not say its architecture; give --arch NAME (and --num-classes, --input-shape)"
         )
+    if inputs:
+        shape = next((size for _, size, dtype in inputs if len(size) == 3 and "float" in dtype), shape)
     if shape is None:
         raise CheckpointError(f"{path}: does not say its input shape; give --input-shape C,H,W")
     shape = _input_shape(shape, str(path))
+    given = [Input(str(one), tuple(size), str(dtype)) for one, size, dtype in inputs or (("input", shape, "float32"),)]
     if ours:
         _require_small(raw, name, kwargs, path, trusted=arch is not None)
     model = build(name, kwargs, str(path), trusted=arch is not None).cpu()
@@ -166,6 +174,7 @@ def load_checkpoint(
         arch=name,
         arch_kwargs=kwargs,
         input_shape=shape,
+        inputs=in_order(model, given),
         masked=masked,
         sha256=_sha256(path),
         preprocessing=_preprocessing(preprocessing, shape) if preprocessing else facts["preprocessing"],

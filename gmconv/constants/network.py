@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from gmconv.certificate import BakeCertificate, bake_certificate
 from gmconv.constants.bake import Dynamic, bake_constants
+from gmconv.inputs import Input, noise, tensors_of
 from gmconv.surgery import bake
 
 
@@ -35,24 +35,17 @@ def bake_network(
     return baked.model, replace(certificate, kernels=baked.certificates)
 
 
-def bake_image_network(
+def bake_for_inputs(
     model: nn.Module,
-    input_shape: Sequence[int],
+    inputs: Sequence[Input],
     *,
     batch: int = 2,
     dynamic_hw: bool = False,
     dynamic: Dynamic = "refuse",
 ) -> tuple[nn.Module, BakeCertificate]:
-    """`bake_network` for a network of one image `(N, C, H, W)`: it is shown seeded noise of `input_shape` (C, H, W).
-
-    With `dynamic_hw` also noise of another height and width.
-    """
-    channels, height, width = input_shape
-    sizes = [(height, width), (height + height // 4 + 8, width + width // 2 + 8)]
-    example, *larger = (_noise(model, (batch, channels, *size)) for size in sizes[: 1 + dynamic_hw])
-    return bake_network(model, example, dynamic=dynamic, sizes=[(image,) for image in larger])
-
-
-def _noise(model: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    """`bake_network` for a network of these inputs: it is shown seeded noise, `dynamic_hw` of two sizes."""
+    shown = [
+        tensors_of(model, inputs, noise(inputs, batch, grown=grown))
+        for grown in ((False, True) if dynamic_hw else (False,))
+    ]
+    return bake_network(model, *shown[0], dynamic=dynamic, sizes=shown[1:])

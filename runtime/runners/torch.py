@@ -88,7 +88,7 @@ class TorchRunner(Runner):
         model: nn.Module = self.checkpoint.model
         if form == "baked":
             constants = require("gmconv.constants", "export")
-            model, _ = constants.bake_image_network(model, self.checkpoint.input_shape)
+            model, _ = constants.bake_for_inputs(model, self.checkpoint.inputs)
         self._dtype = getattr(torch, dtype)
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         model = model.to(device=self._device, dtype=self._dtype).eval()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import gmconv
 from gmconv.errors import RefusedError
 from gmconv.golden import read_golden
-from gmconv.inputs import arguments_of
+from gmconv.inputs import arguments_of, noise
 
 
 class Two(nn.Module):
@@ -21,7 +21,7 @@ class Two(nn.Module):
         super().__init__()
         self.drop = nn.Dropout(0.5)
 
-    def forward(self, image: Tensor, scale: Tensor | None = None, *, mask: Tensor) -> dict[str, Tensor]:
+    def forward(self, image: Tensor, mask: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
         image = image if scale is None else image * scale
         return {"sum": self.drop(image + mask), "mask": mask}
 
@@ -75,18 +75,26 @@ def test_no_batches_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("given", [{"mask": 0, "image": 1}, {"image": 0, "scale": 1, "mask": 2}])
-def test_examples_by_name_reach_the_forward_by_name(given: dict[str, int]) -> None:
-    tensors = {name: torch.full((1, 1), float(value)) for name, value in given.items()}
+def test_examples_by_name_reach_the_forward_by_name() -> None:
+    tensors = {"mask": torch.full((1, 1), 2.0), "image": torch.ones(1, 1), "scale": torch.full((1, 1), 3.0)}
     arguments = arguments_of(Two().eval(), tensors)
-    assert list(arguments.tensors) == [name for name in ("image", "scale", "mask") if name in given]
-    expected = Two().eval()(**tensors)
-    assert torch.equal(arguments.call(Two().eval())["sum"], expected["sum"])
+    assert list(arguments.tensors) == ["image", "mask", "scale"]
+    assert float(arguments.call(Two().eval(), torch.device("cpu"))["sum"]) == 5
+
+
+def test_noise_keeps_to_the_integers_of_the_examples() -> None:
+    arguments = arguments_of(nn.Identity(), torch.tensor([[3], [5]]))
+    assert set(noise(arguments.inputs, 100)["input"].ravel().tolist()) == {3, 4, 5}
 
 
 @pytest.mark.parametrize(
     ("examples", "message"),
-    [({"nothing": torch.ones(1)}, "there is no 'nothing'"), ([], "no example"), (["a"], "is a str")],
+    [
+        ({"nothing": torch.ones(1), "image": torch.ones(1)}, "there is no 'nothing'"),
+        ({"scale": torch.ones(1), "image": torch.ones(1)}, "takes 'mask' before 'scale'"),
+        ([], "no example"),
+        (["a"], "is a str"),
+    ],
 )
 def test_examples_that_are_none_are_refused(examples: Any, message: str) -> None:
     with pytest.raises(RefusedError, match=message):

@@ -357,9 +357,9 @@ def test_the_exporters_own_words_appear_when_it_fails_and_only_then(
 
 def test_the_reference_says_why_it_refused(tmp_path: Path) -> None:
     (tmp_path / "net.pt").write_bytes(b"not a checkpoint")
-    case = cases.Case("noise", np.zeros((1, 3, 8, 8), np.float32))
+    case = cases.Case("noise", {"input": np.zeros((1, 3, 8, 8), np.float32)})
     with reference.ReferenceProcess() as process:
-        process.start(tmp_path / "net.pt", {}, (), [case])
+        process.start(tmp_path / "net.pt", {}, reference.work_on([case], (), {}))
         with pytest.raises(Exception, match="not a readable PyTorch checkpoint"):
             process.result()
 

@@ -1,0 +1,130 @@
+"""`gmconv.deploy`: a network in memory becomes a proven artefact, as a checkpoint does by the command line."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.onnx.options import ExportOptions, Note
+from gmconv.errors import RefusedError
+from gmconv.foreign import Foreign
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+    from runtime.manifest import Manifest
+
+_ENGINES = (".plan", ".engine")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Deployed:
+    """What `deploy` wrote, and how it was proven; prints as the command's tables, in a notebook as HTML.
+
+    `manifests` holds what each file's sidecar says, in the order of `files`.
+    """
+
+    files: tuple[Path, ...]
+    manifests: tuple[Manifest, ...]
+
+    @property
+    def path(self) -> Path:
+        """The artefact that was asked for."""
+        return self.files[-1] if self.files[-1].suffix in _ENGINES else self.files[0]
+
+    @property
+    def passed(self) -> bool:
+        """Whether each file's parity holds; an engine that could not run on this machine has none yet."""
+        return all(manifest.parity is None or manifest.parity.passed for manifest in self.manifests)
+
+    def __repr__(self) -> str:
+        stream = io.StringIO()
+        self._print(_console(stream))
+        return stream.getvalue().rstrip()
+
+    def _repr_html_(self) -> str:
+        console = _console(io.StringIO(), record=True)
+        self._print(console)
+        style = "font-family: monospace; white-space: pre; line-height: 1.2; overflow-x: auto"
+        html: str = console.export_html(inline_styles=True, code_format=f'<div style="{style}">{{code}}</div>')
+        return html
+
+    def _print(self, console: Console) -> None:
+        from export.onnx.tables import print_export
+        from export.tensorrt.command import parity_line, summary
+
+        for index, (file, manifest) in enumerate(zip(self.files, self.manifests, strict=True)):
+            if file.suffix in _ENGINES:
+                for line in (*summary(file, manifest), parity_line(manifest)):
+                    console.print(line, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print_export(file, first=index == 0, console=console, manifest=manifest)
+
+
+def deploy(
+    model: nn.Module,
+    examples: Any,
+    output: str | Path = "model.onnx",
+    *,
+    note: Note = lambda text: None,
+    preprocessing: dict[str, Any] | None = None,
+    labels: tuple[str, ...] | None = None,
+    **options: Any,
+) -> Deployed:
+    """Bake, export and prove a live network, of any class, also one defined in a notebook; it stays as it is.
+
+    Args:
+        model: the network as your program has it.
+        examples: one batch of what its forward takes: a tensor, a tuple of tensors, or a dict by argument. The proof
+            runs on them too, so real data says more than noise.
+        output: the ONNX file; with the suffix .plan or .engine an engine, and the ONNX file beside it.
+        note: called with a few words when a step begins.
+        preprocessing: fields of `gmconv.images.Preprocessing`, for serving and evaluation.
+        labels: class names in the order of the logits.
+        options: fields of `export.onnx.ExportOptions`: precisions, golden, batch, dynamic_hw, crop, images, ...
+
+    Returns:
+        The files and their manifests; printed, the tables of the command.
+
+    Raises:
+        RefusedError, BakeError: the network cannot be exported like this; nothing was written.
+        ParityError: the artefact does not compute what the network computes; nothing was written.
+        BuildError, UnavailableError: the engine could not be built.
+        TypeError: an option that there is not.
+    """
+    from export.onnx.pipeline import export_onnx
+    from export.onnx.trained import Live
+    from runtime.manifest import read_manifest
+
+    output = Path(output)
+    known = {field.name for field in fields(ExportOptions)} - {"foreign"}
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"deploy takes no {unknown[0]!r}; it takes {', '.join(sorted(known))}")
+    live = Live(model, examples, Foreign(preprocessing=preprocessing, labels=tuple(labels) if labels else None))
+    asked = ExportOptions(**{name: _path(name, value) for name, value in options.items()})
+    engine = output.suffix in _ENGINES
+    written = output.with_suffix(".onnx") if engine else output
+    export_onnx(live, written, asked, note=note)
+    files = asked.outputs(written)
+    if engine:
+        from export.tensorrt import build_engine
+
+        if len(files) > 1:
+            raise RefusedError("an engine has one precision; deploy each with a call of its own")
+        note(f"building {output}")
+        build_engine(written, output)
+        files.append(output)
+    return Deployed(tuple(files), tuple(read_manifest(file, verify=False) for file in files))
+
+
+def _path(name: str, value: Any) -> Any:
+    return Path(value) if name in ("golden", "images") and isinstance(value, str) else value
+
+
+def _console(stream: io.StringIO, record: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(file=stream, width=120, record=record, force_jupyter=False)

@@ -1,0 +1,54 @@
+"""The graph's inputs and outputs by name, found by running the network once."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+from export.onnx.options import ExportOptions
+from gmconv.errors import RefusedError, printable
+
+if TYPE_CHECKING:
+    import torch
+
+    from gmconv import Checkpoint
+
+
+def input_names(loaded: Checkpoint, options: ExportOptions) -> list[str]:
+    """The graph's: those asked for, else the network's own ("input" where it has one)."""
+    own = [given.name for given in loaded.inputs]
+    if options.input_names and len(options.input_names) != len(own):
+        raise RefusedError(
+            f"the network takes {len(own)} inputs ({', '.join(own)}), {len(options.input_names)} names were given"
+        )
+    return list(options.input_names) or own
+
+
+def output_names(loaded: Checkpoint, options: ExportOptions) -> list[str]:
+    """The graph's, from one run. Raises RefusedError when the network does not run on its inputs."""
+    import torch
+
+    from gmconv.outputs import named_outputs
+
+    given = examples(loaded, options)
+    try:
+        with torch.no_grad():
+            outputs = loaded.model(*(example[:1] if options.batch is None else example for example in given))
+    except RefusedError:
+        raise
+    except Exception as error:  # a forward is somebody's own code: an assertion, a shape, an argument that is missing
+        reason = printable(" ".join(str(error).split()) or type(error).__name__, 300)
+        shapes = ", ".join("x".join(map(str, example.shape)) for example in given)
+        takes = ", ".join(inspect.signature(loaded.model.forward).parameters)
+        raise RefusedError(
+            f"the network, whose forward takes ({takes}), does not run on {shapes} ({reason}); check "
+            f"--input-shape, and give --input NAME:SHAPE for each of several inputs"
+        ) from error
+    return list(named_outputs(outputs, options.output_names))
+
+
+def examples(loaded: Checkpoint, options: ExportOptions) -> tuple[torch.Tensor, ...]:
+    """Noise for the exporter: two samples where the batch is free."""
+    from gmconv.inputs import noise, tensors_of
+
+    return tensors_of(loaded.model, loaded.inputs, noise(loaded.inputs, options.batch or 2))

@@ -1,0 +1,59 @@
+"""How to export: one object, whose defaults are those of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from gmconv.foreign import NOTHING, Foreign
+
+if TYPE_CHECKING:
+    from export.precision.converter import Precision, PrecisionOptions
+
+DEFAULT_OPSET = 20
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """How to export. The defaults are those of the command line.
+
+    `foreign` says what a foreign checkpoint does not say of itself. `batch` None leaves the batch axis
+    dynamic; `dynamic_hw` frees height and width too. `samples` real images are compared besides seeded noise. `crop` is
+    a tolerance or "lossless" (see `gmconv.crop`), `crop_budget` what `export.crop.budget.parse_budget` reads and
+    `crop_gain` what it buys.
+    `golden`: pairs that the user's own program recorded (`gmconv.save_golden`), to be compared with first.
+    `keep_dynamic` leaves kernels that depend on the input in the graph as they are; without it they are refused.
+    `precisions`: the first is written to the output's name, further ones beside it as `NAME.PRECISION.onnx`.
+    """
+
+    foreign: Foreign = NOTHING
+    batch: int | None = None
+    dynamic_hw: bool = False
+    opset: int = DEFAULT_OPSET
+    input_names: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ()
+    simplify: bool = False
+    external_data: bool = False
+    images: Path | None = None
+    golden: Path | None = None
+    samples: int = 64
+    seed: int = 0
+    crop: float | Literal["lossless"] | None = None
+    crop_budget: str | None = None
+    crop_gain: Literal["macs", "latency"] = "macs"
+    keep_dynamic: bool = False
+    precisions: tuple[Precision, ...] = ("fp32",)
+    precision: PrecisionOptions | None = None
+
+    @property
+    def bake_options(self) -> dict[str, Any]:
+        """Keyword arguments of `gmconv.constants.bake_for_inputs`."""
+        dynamic = "keep" if self.keep_dynamic else "refuse"
+        return {"batch": self.batch or 2, "dynamic_hw": self.dynamic_hw, "dynamic": dynamic}
+
+    def outputs(self, output: Path) -> list[Path]:
+        """The files that an export to `output` writes, manifests and external data aside."""
+        return [output, *(output.with_name(f"{output.stem}.{p}.onnx") for p in self.precisions[1:])]

@@ -1,0 +1,158 @@
+"""`gmconv.deploy`: a network in memory, of any class, becomes an artefact with the proof that a checkpoint gets."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gmconv
+from export.deploy import Deployed
+from gmconv.errors import ParityError, RefusedError
+from runtime.runners import open_runner
+
+
+class Soft(nn.Module):
+    """A GMConv layer of a user's own: the sigma is a softplus's argument, and the kernel is computed in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3, 3, 3) / 5)
+        self.rho = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = torch.arange(3.0) - 1
+        mask = torch.exp(-(grid[:, None] ** 2 + grid[None] ** 2) / (2 * F.softplus(self.rho) ** 2))
+        return F.conv2d(x, self.weight * mask, padding=1)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.soft = Soft()
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(F.relu(self.soft(x)).mean((2, 3)))
+        return found
+
+
+class Several(nn.Module):
+    """An image, a mask and an integer in; a dict with a list and a None out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.age = nn.Embedding(7, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, image: Tensor, mask: Tensor, age: Tensor) -> dict[str, object]:
+        maps = F.relu(self.conv(image)) * mask
+        joined = maps.mean((2, 3)) + self.age(age[:, 0])
+        return {"scores": self.head(joined), "aux": None, "maps": [maps, F.max_pool2d(maps, 2)]}
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture(scope="module")
+def deployed(net: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    return gmconv.deploy(net, torch.randn(5, 3, 16, 16), tmp_path_factory.mktemp("d") / "net.onnx")  # type: ignore[no-any-return]
+
+
+def test_it_computes_what_the_network_computes_and_leaves_it_alone(net: nn.Module, deployed: Deployed) -> None:
+    assert net.training
+    assert isinstance(net.get_submodule("soft"), Soft)
+    x = torch.randn(3, 3, 16, 16)
+    with open_runner(deployed.path) as runner, torch.no_grad():
+        found = runner.run({"input": x.numpy()})["logits"]
+        assert np.allclose(found, net.eval()(x).numpy(), atol=1e-5)
+    net.train()
+
+
+def test_the_proof_runs_on_the_examples_and_the_bake_is_bitwise(deployed: Deployed) -> None:
+    parity = deployed.manifests[0].parity
+    assert parity is not None
+    assert {hop.inputs for hop in parity.hops} == {"noise, seed 0", "examples"}
+    assert all(hop.bitwise for hop in parity.hops if hop.name == "live -> baked")
+    assert deployed.passed
+
+
+def test_the_result_prints_as_the_command_does_and_as_html(deployed: Deployed) -> None:
+    assert "Parity, hop by hop" in repr(deployed)
+    assert repr(deployed).splitlines()[-1].startswith(f"PASSED {deployed.path}")
+    html = deployed._repr_html_()
+    assert html.startswith("<div")
+    assert "Parity, hop by hop" in html
+    assert "<script" not in html
+
+
+def test_several_inputs_and_outputs_of_any_nesting(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Several().eval()
+    examples = {"mask": torch.rand(3, 1, 8, 8), "image": torch.randn(3, 3, 8, 8), "age": torch.tensor([[0], [3], [6]])}
+    gmconv.save_golden(net, examples, tmp_path / "golden.npz")
+    done = gmconv.deploy(net, examples, tmp_path / "net.onnx", golden=tmp_path / "golden.npz")
+    (manifest,) = done.manifests
+    assert [(i.name, i.dtype) for i in manifest.inputs] == [("image", "float32"), ("mask", "float32"), ("age", "int64")]
+    assert [output.name for output in manifest.outputs] == ["scores", "maps.0", "maps.1"]
+    with open_runner(done.path) as runner, torch.no_grad():
+        found = runner.run({name: tensor.numpy() for name, tensor in examples.items()})
+        expected = net(**examples)
+    assert np.allclose(found["scores"], expected["scores"].numpy(), atol=1e-5)
+    assert np.allclose(found["maps.1"], expected["maps"][1].numpy(), atol=1e-5)
+
+
+def test_a_golden_pair_of_another_network_is_refused_at_its_own_hop(net: nn.Module, tmp_path: Path) -> None:
+    other = Net()
+    other.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        other.soft.rho.add_(0.05)
+    gmconv.save_golden(other, torch.randn(4, 3, 16, 16), tmp_path / "golden.npz")
+    with pytest.raises(ParityError, match="recorded -> live"):
+        gmconv.deploy(net, torch.randn(2, 3, 16, 16), tmp_path / "net.onnx", golden=tmp_path / "golden.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["golden.npz"]
+
+
+def test_a_class_of_the_main_module_needs_no_file(tmp_path: Path) -> None:
+    script = (
+        "import torch, gmconv\n"
+        "class Mine(torch.nn.Conv2d):\n"
+        "    def forward(self, x): return self._conv_forward(x, self.weight * self.weight.abs().mean(), self.bias)\n"
+        f"print(gmconv.deploy(Mine(3, 4, 3), torch.randn(2, 3, 8, 8), {str(tmp_path / 'net.onnx')!r}))\n"
+    )
+    done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("PASSED ")
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        (torch.randn(2, 4, 16, 16), "does not run on"),
+        ("nothing", "is a str"),
+        (torch.tensor(1.0), "holds no samples"),
+        ((torch.randn(2, 3, 8, 8), torch.randn(3, 1)), "different numbers of samples"),
+    ],
+)
+def test_examples_that_do_not_fit_are_refused_in_a_sentence(
+    examples: object, message: str, net: nn.Module, tmp_path: Path
+) -> None:
+    with pytest.raises(RefusedError, match=message) as refusal:
+        gmconv.deploy(net, examples, tmp_path / "net.onnx")
+    assert "\n" not in refusal.value.message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_option_that_there_is_not_is_named(net: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="takes no 'precission'"):
+        gmconv.deploy(net, torch.randn(2, 3, 16, 16), tmp_path / "net.onnx", precission="fp16")
