@@ -26,8 +26,7 @@ def exported(model: nn.Module, shape: tuple[int, ...], log: Path, opset: int = 2
 def written(model: nn.Module, shape: tuple[int, ...], log: Path, opset: int = 20) -> capture.Exported:
     return capture.to_onnx(
         model.eval(),
-        torch.zeros(2, *shape),
-        input_name="input",
+        {"input": torch.zeros(2, *shape)},
         output_names=["logits"],
         axes=capture.Axes(),
         opset=opset,

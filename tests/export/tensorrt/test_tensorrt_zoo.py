@@ -36,7 +36,7 @@ model = gmconv.bake(model, inplace=True) if kind == "baked" else model
 axes = capture.Axes(batch=batch == "dynamic", hw=False)
 example = torch.zeros(2, 3, int(size), int(size))
 exported = capture.to_onnx(
-    model, example, input_name="input", output_names=["logits"], axes=axes, opset=20, log=Path(path + ".log")
+    model, {"input": example}, output_names=["logits"], axes=axes, opset=20, log=Path(path + ".log")
 )
 onnx_ir.save(exported.model, path)
 """
