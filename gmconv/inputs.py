@@ -112,9 +112,11 @@ def noise(
     return feeds
 
 
-def tensors_of(model: nn.Module, inputs: Sequence[Input], feeds: Mapping[str, Array]) -> tuple[Tensor, ...]:
-    """Arrays as the arguments of `model`'s forward, those of floating point in its dtype."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+def tensors_of(
+    model: nn.Module, inputs: Sequence[Input], feeds: Mapping[str, Array], dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """Arrays as the arguments of `model`'s forward, those of floating point in its dtype, or in `dtype`."""
+    dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     tensors = (torch.from_numpy(feeds[given.name].copy()) for given in inputs)  # a forward may write into them
     return tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
 

@@ -328,12 +328,13 @@ def _write_variants(
     from runtime.manifest import sidecar
 
     folder, settings = exported.file.parent, options.precision or PrecisionOptions()
+    names = [spec.name for spec in exported.inputs]
     converter = PrecisionConverter(
         onnx.load(exported.file),
         settings,
         preprocessing=manifest.preprocessing,
         dataset=manifest.dataset,
-        samples=[{options.input_name: case.batch} for case in proof.cases if not case.noise],
+        samples=[dict(zip(names, case.feeds.values(), strict=True)) for case in proof.cases if not case.noise],
     )
     for precision, final in zip(options.precisions, options.outputs(output), strict=True):
         name = final.name

@@ -30,6 +30,7 @@ from gmconv.errors import RefusedError, UnavailableError
 from runtime.runners.base import Array
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from export.onnx.cases import Case
@@ -148,24 +149,27 @@ def run_torch(model: nn.Module, inputs: Sequence[Input], cases: Sequence[Case], 
     return [_run(model, inputs, case.feeds, names) for case in cases]
 
 
-def _run(model: nn.Module, inputs: Sequence[Input], feeds: Feeds, names: Sequence[str]) -> Outputs:
+def _run(
+    model: nn.Module, inputs: Sequence[Input], feeds: Feeds, names: Sequence[str], dtype: torch.dtype | None = None
+) -> Outputs:
     import torch
 
     from gmconv.inputs import tensors_of
     from gmconv.outputs import named_outputs
 
     with torch.no_grad():
-        outputs = model(*tensors_of(model, inputs, feeds))
+        outputs = model(*tensors_of(model, inputs, feeds, dtype))
     return {name: tensor.numpy() for name, tensor in named_outputs(outputs, names).items()}
 
 
 def _run_double(model: nn.Module, inputs: Sequence[Input], feeds: Feeds, names: Sequence[str]) -> Outputs:
-    wide = {name: array.astype(np.float64) if array.dtype.kind == "f" else array for name, array in feeds.items()}
+    import torch
+
     try:
         with double_precision(model):
-            return _run(model, inputs, wide, names)
+            return _run(model, inputs, feeds, names, torch.float64)
     except RuntimeError:  # a parent that uses its child's weight without calling the child: widen everything at once
-        return _run(copy.deepcopy(model).double(), inputs, wide, names)
+        return _run(copy.deepcopy(model).double(), inputs, feeds, names, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +264,6 @@ class double_precision:  # noqa: N801 (reads as a context manager)
         self._model = model
 
     def __enter__(self) -> None:
-        import torch
 
         self._hooks: list[Any] = []
         self._kept: list[dict[str, torch.Tensor]] = []
