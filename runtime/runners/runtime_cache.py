@@ -18,9 +18,13 @@ log = logging.getLogger("gmconv.runners")
 
 
 class RuntimeCache:
-    """The cache of the engine `path`, shared by all of its contexts. Its methods need the CUDA context current."""
+    """The cache of the engine `path`, shared by all of its contexts. Its methods need the CUDA context current.
+
+    It lies beside the engine itself where `path` is a link to it: a folder of links may be gone at the next start.
+    """
 
     def __init__(self, path: Path) -> None:
+        path = path.resolve()
         self.path = path.with_name(path.name + ".kernels")
         self._digest = self.path.with_name(self.path.name + ".sha256")
         self._cache: trt.IRuntimeCache | None = None

@@ -133,6 +133,15 @@ def test_a_server_compiles_in_the_background_and_keeps_the_kernels_beside_the_en
         assert rtx.caches[-1].deserialize.call_args.args == (b"more kernels",)
 
 
+def test_the_kernels_of_a_linked_engine_lie_beside_the_engine(tmp_path: Path) -> None:
+    real, link = tmp_path / "cache" / "model.plan", tmp_path / "served" / "net.plan"
+    for path in (real, link):
+        path.parent.mkdir()
+    real.write_bytes(b"engine")
+    link.symlink_to(real)
+    assert RuntimeCache(link).path == real.with_name("model.plan.kernels")
+
+
 def test_parity_and_benchmark_compile_at_once_and_write_nothing(rtx: Any) -> None:
     with rtx.open() as runner:
         runner.warm_up()
