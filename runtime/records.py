@@ -243,7 +243,8 @@ class Tolerance:
 
     `rel_rms`: RMS(error) / RMS(reference). `max_rel_rms`: largest |error| / RMS(reference); never relative to a single
     value, which explodes near zero. `cosine`: at least this. `top1`: at least this share of the samples whose class the
-    reference decides by more than twice `rel_rms` keeps its class. `source`: where the numbers come from.
+    reference decides by more than twice `rel_rms` keeps its class. `agreement`: at least this share of the values of an
+    integer or boolean output. `source`: where the numbers come from.
     """
 
     precision: str
@@ -251,6 +252,7 @@ class Tolerance:
     max_rel_rms: float
     cosine: float
     top1: float
+    agreement: float = 1.0
     source: str = ""
     overridden: bool = False
 
@@ -268,7 +270,8 @@ class OutputComparison:
     `top1`, `top5`: share of samples whose classes agree (outputs of shape (N, K >= 2)); `top1_decided`: the same over
     the `decided` samples, whose reference margin (first minus second logit) exceeds 2 * tolerance * RMS(reference).
     `disagreement_margin`: largest reference margin among the samples that disagree. `variation`: RMS of the reference's
-    change from sample to sample over its RMS. `margin`: tolerance / found, the worst of the judged numbers; above 1
+    change from sample to sample over its RMS, over all cases. `agreement`: share of an integer or boolean output's
+    values that are equal. `margin`: tolerance / found, the worst of the judged numbers; above 1
     passes, None where the two are equal.
     """
 
@@ -290,6 +293,7 @@ class OutputComparison:
     top1_decided: float | None = None
     disagreement_margin: float | None = None
     variation: float | None = None
+    agreement: float | None = None
     margin: float | None = None
 
 

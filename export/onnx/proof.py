@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from export.onnx.cases import Case
@@ -63,7 +63,7 @@ class Proof:
         artefact in that precision is compared with the baked network, by the tolerance that parity applies to it too.
         An fp32 artefact must also hold against the float64 yardstick, unless taps other than zeros were removed.
         """
-        from runtime.parity.compare import Yardstick
+        from runtime.parity.yardstick import Yardstick
 
         limit, last = tolerance_for(precision), "ORT" if precision == "fp32" else f"ORT {precision}"
         arrows: list[tuple[str, Sequence[Outputs], Sequence[Outputs], Tolerance]] = [
@@ -81,18 +81,14 @@ class Proof:
         arrows.append((f"{name} -> {last}", before, self.shipped, limit))
         # Noise is left out of the hops across the crop: they start at the baked network.
         images = self.crop_on_data and not all(case.noise for case in self.cases)
-        hops = tuple(
-            self._hop(arrow, case, a, b, most)
-            for arrow, left, right, most in arrows
-            for case, a, b in zip(self.cases, left, right, strict=True)
-            if not (case.noise and images and left is self.reference.baked)
+        recorded = [(case, case.recorded, live) for case, live in zip(self.cases, self.reference.live, strict=True)]
+        hops = list(
+            self._hops(RECORDED, [(c, r, live) for c, r, live in recorded if r is not None], self.recorded_limit)
         )
-        recorded = tuple(
-            self._hop(RECORDED, case, case.recorded, live, self.recorded_limit)
-            for case, live in zip(self.cases, self.reference.live, strict=True)
-            if case.recorded is not None
-        )
-        hops = recorded + hops
+        for arrow, left, right, most in arrows:
+            across = images and left is self.reference.baked
+            compared = [t for t in zip(self.cases, left, right, strict=True) if not (t[0].noise and across)]
+            hops += self._hops(arrow, compared, most)
         strict = precision == "fp32" and not self.lossy
         measure = Yardstick()
         for wide, live, shipped in zip(self.reference.yardstick, self.reference.live, self.shipped, strict=True):
@@ -101,19 +97,24 @@ class Proof:
         found = measure.result()
         if not strict:
             found = tuple(replace(item, candidate_rel_rms=None) for item in found)
-        return Verdict(hops, found)
+        return Verdict(tuple(hops), found)
 
-    def _hop(self, arrow: str, case: Case, left: Outputs, right: Outputs, limit: Tolerance) -> Hop:
-        from runtime.parity.compare import compare_outputs
+    def _hops(self, arrow: str, compared: Sequence[tuple[Case, Outputs, Outputs]], limit: Tolerance) -> Iterator[Hop]:
+        """One arrow, case by case."""
+        from runtime.parity.compare import Comparator
 
+        comparator = Comparator(limit, classes=self.classes)
+        for index, (case, left, right) in enumerate(compared):
+            comparator.add(left, right, index, real=not case.noise)
         reference, _, candidate = arrow.partition(" -> ")
-        return Hop(
-            name=arrow,
-            reference=reference,
-            candidate=candidate,
-            inputs=case.label,
-            shapes=case.shapes,
-            bitwise=_bitwise(left, right),
-            outputs=compare_outputs(left, right, limit, classes=self.classes),
-            tolerance=limit,
-        )
+        for index, (case, left, right) in enumerate(compared):
+            yield Hop(
+                name=arrow,
+                reference=reference,
+                candidate=candidate,
+                inputs=case.label,
+                shapes=case.shapes,
+                bitwise=_bitwise(left, right),
+                outputs=comparator.result(index),
+                tolerance=limit,
+            )

@@ -13,12 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from runtime.records import OutputComparison, Tolerance, YardstickComparison
+from runtime.parity.pool import Pool
+from runtime.records import OutputComparison, Tolerance
 from runtime.runners.base import Array
-
-#: Unit roundoff of fp32, 2^-24: outputs that vary by less than a few of it over the samples are constant.
-FP32_ROUNDOFF = 2.0**-24
-_CONSTANT = 4 * FP32_ROUNDOFF
 
 
 def compare_outputs(
@@ -30,110 +27,84 @@ def compare_outputs(
     return comparator.result()
 
 
-def judge_yardstick(
-    yardstick: Mapping[str, Array], reference: Mapping[str, Array], candidate: Mapping[str, Array], factor: float = 4.0
-) -> tuple[YardstickComparison, ...]:
-    """Is the candidate about as close to the float64 run as torch fp32 is?
-
-    Its RMS error may be `factor` times the reference's, plus a floor of 4 u (u = 2^-24) for networks so shallow that
-    the reference is exact. 4 is 12 dB or two bits: what another order of summation, a folded BatchNorm and
-    Winograd transforms are seen to cost; a wrong constant costs far more.
-    """
-    judge = Yardstick(factor)
-    judge.add(yardstick, reference, candidate)
-    return judge.result()
-
-
 class Comparator:
-    """Accumulates comparisons batch by batch; keeps 9 bytes per sample and nothing per batch."""
+    """Compares the cases of one hop, batch by batch; what varies is judged over all cases of a kind together."""
 
     def __init__(self, tolerance: Tolerance, *, classes: bool = True) -> None:
         self._tolerance = tolerance
         self._classes = classes
-        self._outputs: dict[str, _Sums] = {}
+        self._cases: dict[int, dict[str, _Sums]] = {}
+        self._real: dict[int, bool] = {}
+        self._pools: dict[str, dict[bool, Pool]] = {}
 
-    def add(self, reference: Mapping[str, Array], candidate: Mapping[str, Array]) -> None:
-        """Account for one batch of both sides' outputs by name; axis 0 is the samples."""
+    def add(
+        self, reference: Mapping[str, Array], candidate: Mapping[str, Array], case: int = 0, *, real: bool = False
+    ) -> None:
+        """Account for one batch of both sides' outputs by name; axis 0 is the samples. `real`: not noise."""
+        outputs = self._cases.setdefault(case, {})
+        self._real[case] = real
         for name in [*reference, *(name for name in candidate if name not in reference)]:
-            sums = self._outputs.setdefault(name, _Sums())
+            sums = outputs.setdefault(name, _Sums())
             if name not in reference:
                 sums.fail(f"output {name!r} is missing in the reference")
             elif name not in candidate:
                 sums.fail(f"output {name!r} is missing in the candidate")
             else:
-                sums.add(reference[name], candidate[name], self._tolerance, classes=self._classes)
+                pool = self._pools.setdefault(name, {}).setdefault(real, Pool())
+                sums.add(reference[name], candidate[name], pool, classes=self._classes)
 
-    def refused(self, reference: Mapping[str, Array], why: str) -> tuple[OutputComparison, ...]:
-        """The verdict when the candidate would not run on inputs that the reference ran on."""
+    def refused(self, reference: Mapping[str, Array], why: str, case: int = 0) -> None:
+        """The candidate would not run on inputs that the reference ran on."""
         for name in reference:
-            self._outputs.setdefault(name, _Sums()).fail(f"the candidate does not run on this input: {why}")
-        return self.result()
+            sums = self._cases.setdefault(case, {}).setdefault(name, _Sums())
+            sums.fail(f"the candidate does not run on this input: {why}")
 
-    def result(self) -> tuple[OutputComparison, ...]:
-        """One verdict per output seen; one failure when there was none."""
-        if not self._outputs:
+    def result(self, case: int = 0) -> tuple[OutputComparison, ...]:
+        """One verdict per output seen in a case; one failure when there was none. After the last `add` of all cases."""
+        if not self._cases.get(case):
             return (_failure("(none)", 0, "nothing was compared: no outputs, no samples", self._tolerance),)
-        return tuple(sums.judge(name, self._tolerance) for name, sums in self._outputs.items())
+        return tuple(
+            sums.judge(name, self._tolerance, self._scale(name), self._over_all(name, case), self._pool(name, case))
+            for name, sums in self._cases[case].items()
+        )
+
+    def notes(self) -> list[str]:
+        """Outputs that are the same for every sample, where another one tells them apart."""
+        constant = [name for name, pools in self._pools.items() if not any(p.varies for p in pools.values())]
+        if len(constant) == len(self._pools):
+            return []
+        return [f"output {name!r} is the same for every sample; its values were compared" for name in constant]
+
+    def _pool(self, name: str, case: int) -> Pool | None:
+        return self._pools.get(name, {}).get(self._real.get(case, False))
+
+    def _scale(self, name: str) -> float:
+        """RMS to measure errors by where a case alone says nothing (a heat map that is zero on noise)."""
+        return max((pool.scale for pool in self._pools.get(name, {}).values()), default=0.0)
+
+    def _over_all(self, name: str, case: int) -> list[str]:
+        """What is wrong over all cases of the kind: told once, with the case that has most samples."""
+        pool = self._pool(name, case)
+        if pool is None:
+            return []
+        if not any(p.varies for other in self._pools.values() for p in other.values()):
+            return [_constant(pool)]
+        alike = [c for c, real in self._real.items() if real == self._real[case] and name in self._cases[c]]
+        carrier = max(alike, key=lambda c: (self._cases[c][name].samples, c))
+        return pool.failures(self._tolerance) if case == carrier else []
 
 
-class Yardstick:
-    """`judge_yardstick` over many batches."""
-
-    def __init__(self, factor: float = 4.0) -> None:
-        self._factor = factor
-        self._outputs: dict[str, list[float]] = {}
-        self._failed: dict[str, str] = {}
-
-    def add(
-        self, yardstick: Mapping[str, Array], reference: Mapping[str, Array], candidate: Mapping[str, Array]
-    ) -> None:
-        """Account for one batch of the three sides' outputs."""
-        for name in dict.fromkeys([*yardstick, *reference, *candidate]):
-            sums = self._outputs.setdefault(name, [0, 0.0, 0.0, 0.0])
-            sides = [side.get(name) for side in (yardstick, reference, candidate)]
-            arrays = [np.asarray(side, dtype=np.float64) for side in sides if side is not None]
-            if len(arrays) < 3:
-                self._failed.setdefault(name, f"output {name!r} is missing on one side of the float64 yardstick")
-            elif len({array.shape for array in arrays}) > 1:
-                shapes = ", ".join(str(array.shape) for array in arrays)
-                self._failed.setdefault(name, f"output {name!r} has different shapes on the three sides: {shapes}")
-            elif not all(np.isfinite(array).all() for array in arrays):
-                self._failed.setdefault(name, f"output {name!r} holds NaN or Inf in the float64 comparison")
-            else:
-                exact = arrays[0]
-                sums[0] += len(exact) if exact.ndim else 1
-                sums[1] += float(np.vdot(exact, exact))
-                sums[2] += float(np.square(arrays[1] - exact).sum())
-                sums[3] += float(np.square(arrays[2] - exact).sum())
-
-    def result(self) -> tuple[YardstickComparison, ...]:
-        """One verdict per output seen; one failure when there was none."""
-        verdicts = []
-        for name, (samples, power, reference, candidate) in (self._outputs or {"(none)": [0, 0, 0, 0]}).items():
-            reason = self._failed.get(name)
-            if reason is None and (samples == 0 or power == 0):
-                reason = f"output {name!r}: the float64 run gave nothing to compare (no samples, or all zero)"
-            near = math.sqrt(reference / power) if power else math.nan
-            found = math.sqrt(candidate / power) if power else math.nan
-            limit = self._factor * near + _CONSTANT
-            if reason is None and not found <= limit:
-                reason = (
-                    f"output {name!r} is {found:.1e} from the float64 run, torch fp32 {near:.1e}; "
-                    f"at most {self._factor:g} times that is allowed"
-                )
-            verdicts.append(
-                YardstickComparison(
-                    output=name,
-                    samples=int(samples),
-                    passed=reason is None,
-                    reason=reason or "",
-                    reference_rel_rms=_finite(near),
-                    candidate_rel_rms=_finite(found),
-                    factor=self._factor,
-                    limit=_finite(limit),
-                )
-            )
-        return tuple(verdicts)
+def _constant(pool: Pool) -> str:
+    if pool.elements <= 1:
+        return "one number was compared, which cannot tell a network from a constant; give more samples"
+    said = "the network is constant on these inputs"
+    if pool.scale == 0:
+        return f"the reference is zero everywhere: {said}"
+    if pool.variation is None:
+        return f"the reference gives one value everywhere: {said}"
+    return (
+        f"the reference gives the same output for every sample (it varies by {pool.variation:.0e} of its RMS): {said}"
+    )
 
 
 @dataclass(slots=True)
@@ -153,20 +124,21 @@ class _Sums:
     #: per sample: the reference's margin and whether the classes agree; 9 bytes a sample, judged at the end
     margins: list[Array] = field(default_factory=list)
     agrees: list[Array] = field(default_factory=list)
-    #: by row shape: first row, sum and sum of squares of the differences to it, rows
-    rows: dict[tuple[int, ...], list[Any]] = field(default_factory=dict)
+    integral: bool = False
+    agreeing: int = 0
     failure: str = ""
 
     def fail(self, reason: str) -> None:
         self.failure = self.failure or reason
 
-    def add(self, reference: Array, candidate: Array, tolerance: Tolerance, *, classes: bool) -> None:
+    def add(self, reference: Array, candidate: Array, pool: Pool, *, classes: bool) -> None:
         reference, candidate = np.asarray(reference), np.asarray(candidate)
         if reference.shape != candidate.shape:
             return self.fail(
                 f"shapes differ: the reference's is {reference.shape}, the candidate's {candidate.shape}; "
                 f"nothing is broadcast"
             )
+        self.integral = reference.dtype.kind in "iub"
         ref, can = (np.atleast_1d(side).astype(np.float64) for side in (reference, candidate))
         bad_ref, bad_can = (int(side.size - np.isfinite(side).sum()) for side in (ref, can))
         if bad_ref or bad_can:
@@ -184,20 +156,11 @@ class _Sums:
         magnitude = np.abs(error)
         self.error_sum += float(magnitude.sum())
         self.max_abs = max(self.max_abs, float(magnitude.max()))
-        self._add_rows(ref)
-        if classes and ref.ndim == 2 and ref.shape[1] >= 2:
+        self.agreeing += int((ref == can).sum()) if self.integral else 0
+        pool.add(ref, can, integral=self.integral)
+        if classes and not self.integral and ref.ndim == 2 and ref.shape[1] >= 2:
             self._add_ranks(ref, can)
         return None
-
-    def _add_rows(self, ref: Array) -> None:
-        first, total, squares, count = self.rows.get(ref.shape[1:], (ref[0].copy(), 0.0, 0.0, 0))
-        change = ref - first
-        self.rows[ref.shape[1:]] = [
-            first,
-            total + change.sum(axis=0),
-            squares + np.square(change).sum(axis=0),
-            count + len(ref),
-        ]
 
     def _add_ranks(self, ref: Array, can: Array) -> None:
         best, found = ref.argmax(axis=1), can.argmax(axis=1)
@@ -209,56 +172,23 @@ class _Sums:
         five = np.argpartition(can, -k, axis=1)[:, -k:]
         self.top5 += float((five == best[:, None]).any(axis=1).sum())
 
-    def _variation(self) -> float:
-        """RMS change of the reference over samples of one shape, over its RMS; NaN with a single sample."""
-        change, elements = 0.0, 0
-        for _, total, squares, count in self.rows.values():
-            if count > 1:
-                change += float(np.maximum(squares - np.square(total) / count, 0).sum())
-                elements += count * np.size(total)
-        if not elements or not self.power:
-            return math.nan
-        return math.sqrt(change / elements) / math.sqrt(self.power / self.elements)
-
-    def _constant(self, variation: float) -> str:
-        if self.power == 0:
-            return "the reference is zero everywhere: the network is constant on these inputs"
-        if not math.isnan(variation):
-            if variation <= _CONSTANT:
-                return "the reference gives the same output for every sample: the network is constant on these inputs"
-        elif self.elements == 1:
-            return "one number was compared, which cannot tell a network from a constant; give more samples"
-        elif all(np.ptp(first) == 0 for first, *_ in self.rows.values()):
-            return "the reference gives one value everywhere: the network is constant on these inputs"
-        return ""
-
-    def judge(self, name: str, tolerance: Tolerance) -> OutputComparison:
+    def judge(
+        self, name: str, tolerance: Tolerance, scale: float, over_all: list[str], pool: Pool | None
+    ) -> OutputComparison:
+        """`scale`: RMS of the output over all cases; `over_all`: what is wrong over those of its kind, its `pool`."""
         if self.failure:
             return _failure(name, self.samples, self.failure, tolerance)
         if self.samples == 0:
             return _failure(name, 0, "nothing was compared: no samples", tolerance)
-        variation = self._variation()
-        if constant := self._constant(variation):
-            return _failure(name, self.samples, constant, tolerance)
-        scale = math.sqrt(self.power / self.elements)
-        rel_rms = math.sqrt(self.error_power / self.power)
-        max_rel = self.max_abs / scale
-        candidate_norm = math.sqrt(self.candidate_power)
-        cosine = self.dot / (math.sqrt(self.power) * candidate_norm) if candidate_norm else 0.0
-        cosine = min(1.0, cosine)
+        scale = math.sqrt(self.power / self.elements) or scale
+        rms = math.sqrt(self.error_power / self.elements)
+        rel_rms, max_rel = (found / scale if scale else found for found in (rms, self.max_abs))
+        norms = math.sqrt(self.power) * math.sqrt(self.candidate_power)
+        cosine = min(1.0, self.dot / norms) if norms else float(self.error_power == 0)
         ranks = self._ranks(2 * tolerance.rel_rms * scale)
-        decided = ranks.get("top1_decided")
-        decided = math.nan if decided is None else decided
-        reasons = [
-            f"{what} {found:.3g}, {limit} {bound:.3g}"
-            for what, found, limit, bound, bad in (
-                ("relative RMS error", rel_rms, "tolerance", tolerance.rel_rms, rel_rms > tolerance.rel_rms),
-                ("largest error / RMS", max_rel, "tolerance", tolerance.max_rel_rms, max_rel > tolerance.max_rel_rms),
-                ("1 - cosine", 1 - cosine, "tolerance", 1 - tolerance.cosine, cosine < tolerance.cosine - 1e-12),
-                ("top-1 agreement", decided, "at least", tolerance.top1, decided < tolerance.top1),
-            )
-            if bad
-        ]  # fmt: skip
+        reasons = [] if self.integral else _over(rel_rms, max_rel, cosine, ranks.get("top1_decided"), tolerance)
+        reasons += over_all
+        margin = min(_ratio(tolerance.rel_rms, rel_rms), _ratio(tolerance.max_rel_rms, max_rel))
         return OutputComparison(
             output=name,
             samples=self.samples,
@@ -268,12 +198,13 @@ class _Sums:
             tolerance=tolerance.rel_rms,
             max_abs=self.max_abs,
             mean_abs=self.error_sum / self.elements,
-            rel_rms=rel_rms,
-            max_rel_rms=max_rel,
-            snr_db=-20 * math.log10(rel_rms) if rel_rms else None,
+            rel_rms=rel_rms if scale or not rms else None,
+            max_rel_rms=max_rel if scale or not rms else None,
+            snr_db=-20 * math.log10(rel_rms) if rel_rms and scale else None,
             cosine=cosine,
-            variation=_finite(variation),
-            margin=_finite(min(_ratio(tolerance.rel_rms, rel_rms), _ratio(tolerance.max_rel_rms, max_rel))),
+            variation=pool.variation if pool else None,
+            agreement=self.agreeing / self.elements if self.integral else None,
+            margin=None if self.integral else _finite(margin),
             **ranks,
         )
 
@@ -308,3 +239,19 @@ def _ratio(limit: float, found: float) -> float:
 
 def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
+
+
+def _over(rel_rms: float, max_rel: float, cosine: float, decided: float | None, tolerance: Tolerance) -> list[str]:
+    """The limits that one case's numbers break, one clause each."""
+    return [
+        f"{what} {found:.3g}, {limit} {bound:.3g}"
+        for what, found, limit, bound, bad in (
+            ("relative RMS error", rel_rms, "tolerance", tolerance.rel_rms, rel_rms > tolerance.rel_rms),
+            ("largest error / RMS", max_rel, "tolerance", tolerance.max_rel_rms, max_rel > tolerance.max_rel_rms),
+            ("1 - cosine", 1 - cosine, "tolerance", 1 - tolerance.cosine,
+             cosine < tolerance.cosine - 1e-12),
+            ("top-1 agreement", decided or 0, "at least", tolerance.top1,
+             decided is not None and decided < tolerance.top1),
+        )
+        if bad
+    ]  # fmt: skip

@@ -15,9 +15,10 @@ from gmconv.foreign import NOTHING, Foreign
 from runtime.artefact import Artefact, artefact_kind, open_artefact
 from runtime.manifest import Manifest
 from runtime.parity.cases import Case, Feeds, make_cases
-from runtime.parity.compare import Comparator, Yardstick
+from runtime.parity.compare import Comparator
 from runtime.parity.tolerances import MAX_CROP_COST, crop_cost, judged_as, override, tolerance_for, widen
 from runtime.parity.verdict import Verdict
+from runtime.parity.yardstick import Yardstick
 from runtime.records import Hop, OutputComparison, Parity, Tolerance
 from runtime.runners import open_runner
 from runtime.runners.base import Array, Runner, numpy_dtype
@@ -175,10 +176,11 @@ def _compare(
         pair = _Pair(reference, candidate)
         judge = exact is not None and tolerance == tolerance_for("fp32")
         yardstick = Yardstick()
-        results = []
-        for case in cases:
+        comparator = Comparator(tolerance, classes=options.classes)
+        for index, case in enumerate(cases):
             note(f"comparing {path.name} on {case.label} {case.shape}")
-            results.append(_run_case(pair, case, tolerance, options, exact if judge else None, yardstick))
+            _run_case(pair, (index, case), comparator, exact if judge else None, yardstick)
+        results = [pair.hop(case, comparator.result(i), tolerance) for i, case in enumerate(cases)]
         report = CandidateReport(
             path=path,
             engine=candidate.name,
@@ -186,7 +188,7 @@ def _compare(
             tolerance=tolerance,
             verdict=Verdict(tuple(results), yardstick.result() if judge else ()),
             bisection=None,
-            notes=(*notes, *more),
+            notes=(*notes, *more, *comparator.notes()),
             seconds=time.perf_counter() - started,
         )
     if options.bisect and not report.passed:
@@ -199,25 +201,19 @@ def _compare(
 
 
 def _run_case(
-    pair: _Pair,
-    case: Case,
-    tolerance: Tolerance,
-    options: ParityOptions,
-    exact: Runner | None,
-    yardstick: Yardstick,
-) -> Hop:
-    comparator = Comparator(tolerance, classes=options.classes)
+    pair: _Pair, numbered: tuple[int, Case], comparator: Comparator, exact: Runner | None, yardstick: Yardstick
+) -> None:
+    number, case = numbered
     for index, feeds in enumerate(case):
         expected = pair.run_reference(feeds)
         try:
             found = pair.candidate.run(feeds)
         except RefusedError as error:
-            failed = comparator.refused(expected, error.message)
-            return pair.hop(case, failed, tolerance)
-        comparator.add(expected, found)
+            comparator.refused(expected, error.message, number)
+            return
+        comparator.add(expected, found, number, real=case.real)
         if exact is not None and index == 0 and sum(f.size for f in feeds.values()) <= _YARDSTICK_ELEMENTS:
             yardstick.add(pair.run_reference(feeds, exact), expected, found)
-    return pair.hop(case, comparator.result(), tolerance)
 
 
 class _Pair:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gmconv.errors import RefusedError
-from runtime.parity.compare import Comparator, Yardstick, compare_outputs, judge_yardstick
+from runtime.parity.compare import Comparator, compare_outputs
 from runtime.parity.tolerances import TOLERANCES, override, tolerance_for
+from runtime.parity.yardstick import Yardstick, judge_yardstick
 from runtime.records import OutputComparison, Tolerance
 from runtime.runners.base import Array
 

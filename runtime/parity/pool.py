@@ -1,0 +1,226 @@
+"""An output over all the cases of a hop: how the reference varies from sample to sample, and whether the other follows.
+
+A relative RMS error alone says too little. Where an offset carries the RMS, a network that answers every sample alike
+is within tolerance; where channels differ in scale (boxes in pixels beside scores below one), the large ones hide the
+small ones. So what changes between samples is judged apart, and so are channels of another scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from runtime.records import Tolerance
+from runtime.runners.base import Array
+
+#: Unit roundoff of fp32, 2^-24: outputs that vary by less than a few of it over the samples are constant.
+FP32_ROUNDOFF = 2.0**-24
+CONSTANT = 4 * FP32_ROUNDOFF
+#: Channels whose variation differs by this factor from the next larger one's are of another scale.
+SCALE_GAP = 4.0
+#: A channel with more zeros than this is a ReLU's that rarely fires: too few values to tell its scale by.
+SPARSE = 0.8
+#: How far the candidate's change from sample to sample may be from the reference's: slope and correlation.
+SLOPE, CORRELATION = (1 / 3, 3.0), 0.25
+#: Up to this tolerance (that of fp16) an error is held to the variation as well; int8 may be as large as it is.
+FINE = 1e-2
+#: Values counted one by one, to tell agreement from chance.
+COUNTED = 256
+
+
+@dataclass(slots=True)
+class _Positions:
+    """Sums over the samples of one row shape, position by position; all relative to the first row of the reference."""
+
+    first: Array
+    count: int = 0
+    change: Array | float = 0.0
+    change2: Array | float = 0.0
+    error: Array | float = 0.0
+    error2: Array | float = 0.0
+    cross: Array | float = 0.0
+    zeros: Array | float = 0.0
+
+    def add(self, ref: Array, can: Array) -> None:
+        change, error = ref - self.first, can - ref
+        self.count += len(ref)
+        self.change = self.change + change.sum(axis=0)
+        self.change2 = self.change2 + np.square(change).sum(axis=0)
+        self.error = self.error + error.sum(axis=0)
+        self.error2 = self.error2 + np.square(error).sum(axis=0)
+        self.cross = self.cross + (change * error).sum(axis=0)
+        self.zeros = self.zeros + (ref == 0).sum(axis=0)
+
+    def maps(self) -> dict[str, Array]:
+        """Per position, summed over samples: the reference's power and variation, the error's, and how they covary."""
+        n = self.count
+        change, error = np.asarray(self.change), np.asarray(self.error)
+        return {
+            "power": np.asarray(self.change2) + 2 * self.first * change + n * np.square(self.first),
+            "variation": np.maximum(np.asarray(self.change2) - np.square(change) / n, 0),
+            "error": np.asarray(self.error2),
+            "spread": np.maximum(np.asarray(self.error2) - np.square(error) / n, 0),
+            "covariance": np.asarray(self.cross) - change * error / n,
+            "zeros": np.asarray(self.zeros),
+        }
+
+
+@dataclass(slots=True)
+class Pool:
+    """One output over the cases of one kind (noise, or real samples)."""
+
+    shapes: dict[tuple[int, ...], _Positions] = field(default_factory=dict)
+    elements: int = 0
+    agreeing: int = 0
+    integral: bool = False
+    _values: dict[str, Counter[float]] | None = field(
+        default_factory=lambda: {"reference": Counter[float](), "candidate": Counter[float]()}
+    )
+
+    def add(self, ref: Array, can: Array, *, integral: bool) -> None:
+        """Account for one batch, float64, axis 0 the samples; both finite and of one shape."""
+        self.elements += ref.size
+        self.integral = integral
+        self.shapes.setdefault(ref.shape[1:], _Positions(ref[0].copy())).add(ref, can)
+        if integral:
+            self.agreeing += int((ref == can).sum())
+            self._count(ref, can)
+
+    def _count(self, ref: Array, can: Array) -> None:
+        if self._values is None:
+            return
+        for side, array in (("reference", ref), ("candidate", can)):
+            values, counts = np.unique(array, return_counts=True)
+            self._values[side].update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        if max(len(found) for found in self._values.values()) > COUNTED:
+            self._values = None
+
+    @property
+    def samples(self) -> int:
+        """How many rows were added."""
+        return sum(found.count for found in self.shapes.values())
+
+    @property
+    def scale(self) -> float:
+        """RMS of the reference."""
+        return math.sqrt(self._total("power") / self.elements) if self.elements else 0.0
+
+    @property
+    def variation(self) -> float | None:
+        """RMS change of the reference over samples of one shape, over its RMS; None with a single sample of each."""
+        several = [found for found in self.shapes.values() if found.count > 1]
+        elements = sum(found.count * found.first.size for found in several)
+        power = self._total("power")
+        if not elements or not power:
+            return None
+        change = sum(float(found.maps()["variation"].sum()) for found in several)
+        return math.sqrt(change / elements) / math.sqrt(power / self.elements)
+
+    @property
+    def varies(self) -> bool:
+        """Whether the reference tells its samples apart; of a single sample, whether it has more than one value."""
+        if self.variation is None:
+            return any(found.first.size > 1 and float(np.ptp(found.first)) > 0 for found in self.shapes.values())
+        return self.variation > CONSTANT
+
+    def _total(self, name: str) -> float:
+        return sum(float(found.maps()[name].sum()) for found in self.shapes.values())
+
+    def agreement(self) -> tuple[float, float | None]:
+        """The share of values that agree, and how far above chance that is (Cohen's kappa; None: cannot be told)."""
+        share = self.agreeing / self.elements if self.elements else 0.0
+        if self._values is None:
+            return share, None
+        reference, candidate = self._values["reference"], self._values["candidate"]
+        if self.elements - max(reference.values(), default=0) < 20:  # too few of any other value
+            return share, None
+        chance = sum(count * candidate[value] for value, count in reference.items()) / self.elements**2
+        return share, (share - chance) / (1 - chance)
+
+    def failures(self, tolerance: Tolerance) -> list[str]:
+        """What does not hold over all these samples: one clause each."""
+        if self.integral:
+            return self._disagreements(tolerance)
+        found = []
+        for shape, positions in self.shapes.items():
+            if positions.count < 2:
+                continue
+            maps = positions.maps()
+            for axis in _channel_axes(shape):
+                for name, group in _scale_groups(maps, positions.count, axis):
+                    if reason := _judge_group(group, tolerance):
+                        found.append(f"{name}{reason}")
+        return list(dict.fromkeys(found))[:3]
+
+    def _disagreements(self, tolerance: Tolerance) -> list[str]:
+        share, kappa = self.agreement()
+        reasons = []
+        if share < tolerance.agreement - 1 / max(self.elements, 1):
+            reasons.append(f"agreement of integers {share:.4g}, at least {tolerance.agreement:.4g}")
+        least = max(0.5, 1 - 8 * (1 - tolerance.agreement))
+        if kappa is not None and kappa < least:
+            reasons.append(f"agreement above chance {kappa:.3g}, at least {least:.3g}")
+        return reasons
+
+
+def _channel_axes(shape: tuple[int, ...]) -> list[int | None]:
+    """The axes of a row that may be its channels: the first and the last; None is the row as a whole."""
+    axes = [axis for axis in dict.fromkeys((0, len(shape) - 1)) if len(shape) > 0 and shape[axis] > 1]
+    return [None, *axes]
+
+
+def _scale_groups(maps: dict[str, Array], count: int, axis: int | None) -> Iterator[tuple[str, dict[str, float]]]:
+    """The channels along `axis` by the scale of their variation, as sums; nothing where all are of one scale."""
+    if axis is None:
+        yield (
+            "",
+            {**{name: float(values.sum()) for name, values in maps.items()}, "elements": maps["power"].size * count},
+        )
+        return
+    other = tuple(a for a in range(maps["power"].ndim) if a != axis)
+    sums = {name: np.asarray(values.sum(axis=other)) for name, values in maps.items()}
+    each = maps["power"].size * count / len(sums["power"])
+    told = (sums["variation"] > CONSTANT**2 * sums["power"]) & (sums["zeros"] <= SPARSE * each)
+    order = np.flatnonzero(told)[np.argsort(sums["variation"][told], kind="stable")]
+    if len(order) < 2:
+        return
+    scales = np.sqrt(sums["variation"][order])
+    cuts = np.flatnonzero(scales[1:] > SCALE_GAP * scales[:-1]) + 1
+    if not len(cuts):
+        return
+    for members in np.split(order, cuts):
+        group = {name: float(values[members].sum()) for name, values in sums.items()}
+        some = ", ".join(map(str, sorted(members.tolist())[:4])) + (", …" if len(members) > 4 else "")
+        yield f"channels {some} of axis {axis + 1}, of another scale: ", {**group, "elements": each * len(members)}
+
+
+def _judge_group(group: dict[str, float], tolerance: Tolerance) -> str:
+    """What is wrong with a group of channels, in a clause; "" where nothing is."""
+    if group["power"] == 0 or group["variation"] <= CONSTANT**2 * group["power"]:
+        return ""
+    error = math.sqrt(group["error"] / group["power"])
+    if error > tolerance.rel_rms:
+        return f"relative RMS error {error:.3g}, tolerance {tolerance.rel_rms:.3g}"
+    beside = math.sqrt(group["error"] / group["variation"])
+    change = math.sqrt(group["variation"] / group["power"])
+    most = math.sqrt(tolerance.rel_rms)
+    if tolerance.rel_rms <= FINE and beside > most:
+        return (
+            f"the error is {beside:.2g} of what the outputs change from sample to sample (which is {change:.1g} of "
+            f"their RMS), tolerance {most:.2g}"
+        )
+    own = group["variation"] + 2 * group["covariance"] + group["spread"]
+    if own <= CONSTANT**2 * group["power"]:
+        return "the candidate gives the same output for every sample"
+    slope = 1 + group["covariance"] / group["variation"]
+    correlation = (group["variation"] + group["covariance"]) / math.sqrt(group["variation"] * own)
+    if correlation < CORRELATION or not SLOPE[0] <= slope <= SLOPE[1]:
+        return (
+            f"the candidate does not follow the reference from sample to sample (slope {slope:.2f}, correlation "
+            f"{correlation:.2f})"
+        )
+    return ""

@@ -1,0 +1,114 @@
+"""What one relative error hides: offsets, channels of another scale, integers, outputs that do not change."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from runtime.parity.compare import Comparator, compare_outputs
+from runtime.parity.tolerances import TOLERANCES
+from runtime.records import OutputComparison
+from runtime.runners.base import Array
+
+RNG = np.random.default_rng(0)
+PRECISIONS = list(TOLERANCES)
+
+
+def one(reference: Array, candidate: Array, precision: str) -> OutputComparison:
+    (found,) = compare_outputs({"o": reference}, {"o": candidate}, TOLERANCES[precision])
+    return found
+
+
+def noisy(reference: Array, precision: str) -> Array:
+    """A clean artefact's outputs: off by a twentieth of the tolerance, in each channel of its own scale."""
+    scale = np.sqrt(np.square(reference).mean(axis=(0, *range(2, reference.ndim)), keepdims=True))
+    return reference + 0.05 * TOLERANCES[precision].rel_rms * scale * RNG.standard_normal(reference.shape)
+
+
+def detections(last: bool) -> Array:
+    """Boxes in pixels beside scores below one, 32 samples of 50 anchors, channels second or last."""
+    boxes, scores = RNG.uniform(0, 640, (32, 4, 50)), RNG.uniform(0, 1, (32, 10, 50))
+    both = np.concatenate([boxes, scores], axis=1)
+    return both.transpose(0, 2, 1) if last else both
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("last", [False, True])
+def test_scores_are_not_hidden_by_the_boxes_beside_them(precision: str, last: bool) -> None:
+    found = detections(last)
+    scores = (slice(None), slice(None), slice(4, None)) if last else (slice(None), slice(4, None))
+    flat = found.copy()
+    flat[scores] = flat[scores].round()
+    verdict = one(found, flat, precision)
+    assert not verdict.passed
+    assert precision == "fp32" or "of another scale" in verdict.reason
+    clean = found + 0.01 * TOLERANCES[precision].rel_rms * found * RNG.standard_normal(found.shape)
+    assert one(found, clean, precision).passed
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_offset_does_not_hide_a_network_that_answers_every_sample_alike(precision: str) -> None:
+    reference = 170 + 0.2 * RNG.standard_normal((64, 5))
+    verdict = one(reference, np.full_like(reference, 170.0), precision)
+    assert not verdict.passed
+    nearly = 170 + 0.01 * (reference - 170)
+    assert not one(reference, nearly, precision).passed
+    assert not one(reference, 340 - reference, precision).passed, "the other way round"
+    if precision == "int8":
+        assert "the same output for every sample" in verdict.reason
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", [(64, 10), (64, 1), (16, 3, 8, 8), (16, 20, 6), (64,)])
+def test_a_clean_artefact_passes(precision: str, shape: tuple[int, ...]) -> None:
+    reference = RNG.standard_normal(shape)
+    assert one(
+        reference, reference + 0.05 * TOLERANCES[precision].rel_rms * RNG.standard_normal(shape), precision
+    ).passed
+
+
+def test_channels_that_rarely_fire_are_not_judged_apart() -> None:
+    reference = np.maximum(
+        RNG.standard_normal((32, 8, 6, 6)) - np.array([0, 0, 0, 0, 2.5, 3, 3.5, 9])[:, None, None], 0
+    )
+    assert one(reference, np.maximum(reference + 0.02 * RNG.standard_normal(reference.shape), 0), "int8").passed
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_integers_are_judged_by_how_many_agree(precision: str) -> None:
+    labels = RNG.integers(0, 1000, (64, 1))
+    assert one(labels, labels, precision).passed
+    assert not one(labels, labels + 1, precision).passed, "every class off by one"
+    pixels = RNG.random((4, 1, 64, 64)) < 0.3
+    few = pixels ^ (RNG.random(pixels.shape) < 7e-4)
+    assert one(pixels, few, precision).passed == (precision != "fp32")
+    assert not one(pixels, np.zeros_like(pixels), precision).passed, "the background alone"
+
+
+def test_one_number_per_sample_is_enough_over_several_batches() -> None:
+    comparator = Comparator(TOLERANCES["fp32"])
+    for case, value in enumerate((0.1, -0.4, 0.7)):
+        comparator.add({"o": np.array([[value]])}, {"o": np.array([[value]])}, case)
+    assert all(comparator.result(case)[0].passed for case in range(3))
+
+
+def test_a_constant_output_beside_one_that_varies_is_compared_by_its_values_and_noted() -> None:
+    logits, size = RNG.standard_normal((8, 5)), np.tile([[64, 64]], (8, 1))
+    comparator = Comparator(TOLERANCES["fp32"])
+    comparator.add({"logits": logits, "size": size}, {"logits": logits, "size": size})
+    assert [found.passed for found in comparator.result()] == [True, True]
+    assert comparator.notes() == ["output 'size' is the same for every sample; its values were compared"]
+    comparator.add({"logits": logits, "size": size}, {"logits": logits, "size": size + 1})
+    assert [found.passed for found in comparator.result()] == [True, False]
+
+
+def test_an_output_that_is_zero_on_noise_is_judged_on_the_images() -> None:
+    comparator = Comparator(TOLERANCES["fp32"])
+    heat, zero = np.abs(RNG.standard_normal((8, 1, 4, 4))), np.zeros((2, 1, 4, 4))
+    comparator.add({"heat": zero}, {"heat": zero}, 0)
+    comparator.add({"heat": heat}, {"heat": heat}, 1, real=True)
+    assert [comparator.result(case)[0].passed for case in (0, 1)] == [True, True]
+    worse = Comparator(TOLERANCES["fp32"])
+    worse.add({"heat": zero}, {"heat": zero + 0.1}, 0)
+    worse.add({"heat": heat}, {"heat": heat}, 1, real=True)
+    assert [worse.result(case)[0].passed for case in (0, 1)] == [False, True]
