@@ -106,7 +106,7 @@ def rtx_build(path: Path) -> str:
     done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         return f"FAILED ({done.stderr.strip().splitlines()[-1][:60]})"
-    found = read_manifest(plan).build["layers"]["convolution_precisions"]
+    found = read_manifest(plan).build.layers.convolution_precisions
     plan.unlink()
     return ", ".join(f"{count} {kind}" for kind, count in found.items())
 

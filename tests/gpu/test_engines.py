@@ -92,9 +92,9 @@ def test_the_zoo_builds_matches_the_live_checkpoint_and_is_timed(
 
 
 def test_the_inspector_and_the_build_log_count_the_same_convolutions(flavor: trt.Flavor, plan: Path) -> None:
-    layers = read_manifest(plan).build["layers"]
-    assert layers["convolutions"] == 20
-    assert layers["mask_multiplications"] == 0
+    layers = read_manifest(plan).build.layers
+    assert layers.convolutions == 20
+    assert layers.mask_multiplications == 0
 
 
 def test_cuda_graphs_on_and_off_agree_bitwise(plan: Path) -> None:

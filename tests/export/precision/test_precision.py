@@ -66,7 +66,7 @@ def test_tensorrt_rtx_builds_it_in_that_precision(fp32: Path, npz: Path, cli: An
     source = fp32.with_name(f"model.{precision}.onnx")
     cli("export.tensorrt", str(source), "-o", str(plan), "--flavor", "rtx", "--no-verify")
     layers = read_manifest(plan).build.layers
-    assert layers["convolution_precisions"] == {precision: 3}
+    assert layers.convolution_precisions == {precision: 3}
 
 
 @pytest.mark.skipif(not trt.installed("rtx"), reason="tensorrt_rtx is not installed")

@@ -25,7 +25,7 @@ from gmconv.errors import BuildError, RefusedError, UnavailableError
 from gmconv.files import sha256_file
 from runtime.cuda import driver_problem
 from runtime.manifest import Manifest, ShapeRange, digest, read_manifest, sidecar
-from runtime.records import Parity
+from runtime.records import Parity, TimingCache
 
 Make = Callable[..., Path]
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -153,8 +153,8 @@ def test_a_precision_that_nobody_tells_is_a_warning_and_no_failed_build(
 
 def test_a_mask_multiplication_left_in_the_graph_is_counted(classifier: Make, tmp_path: Path) -> None:
     facts = build_engine(classifier(tmp_path / "m.onnx", masked=True), tmp_path / "m.plan", RTX).build.layers
-    assert facts["convolutions"] == 2
-    assert facts["mask_multiplications"] == 1
+    assert facts.convolutions == 2
+    assert facts.mask_multiplications == 1
 
 
 def test_a_narrower_gpu_list_makes_another_engine(onnx_file: Path, tmp_path: Path) -> None:
@@ -169,13 +169,13 @@ def test_the_timing_cache_is_kept_and_a_corrupt_one_is_rebuilt_with_a_warning(on
     options = dataclasses.replace(RTX, timing_cache=folder)
     first = build_engine(onnx_file, tmp_path / "a.plan", options)
     (cache,) = folder.glob("*.timing")
-    assert first.build.timing_cache == {"file": cache.name, "bytes_before": 0}
+    assert first.build.timing_cache == TimingCache(file=cache.name, bytes_before=0)
     again = build_engine(onnx_file, tmp_path / "b.plan", options)
-    assert again.build.timing_cache["bytes_before"] == cache.stat().st_size
+    assert again.build.timing_cache.bytes_before == cache.stat().st_size
     cache.write_bytes(cache.read_bytes()[:-1] + b"?")
     third = build_engine(onnx_file, tmp_path / "c.plan", options)
     assert any("corrupt" in warning for warning in third.build.warnings)
-    assert third.build.timing_cache["bytes_before"] == 0
+    assert third.build.timing_cache.bytes_before == 0
     assert first.artefact.sha256 == third.artefact.sha256
     assert len(list(folder.iterdir())) == 2  # the cache and its sha256, no temporary files
 
