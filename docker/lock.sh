@@ -18,9 +18,9 @@ lock() {
 
 for name in ${LOCKS:-cpu gpu tensorrt rtx tools}; do
   case $name in
-    cpu) lock cpu pyproject.toml --extra serve --extra cpu ;;
-    gpu) lock gpu pyproject.toml docker/gpu.in --extra serve --extra gpu ;;
-    tensorrt | rtx) lock "$name" pyproject.toml docker/engines.in --extra serve --extra "$name" --extra cuda ;;
+    cpu) lock cpu pyproject.toml --extra serve --extra otel --extra cpu ;;
+    gpu) lock gpu pyproject.toml docker/gpu.in --extra serve --extra otel --extra gpu ;;
+    tensorrt | rtx) lock "$name" pyproject.toml docker/engines.in --extra serve --extra otel --extra "$name" --extra cuda ;;
     *) lock "$name" "docker/requirements-$name.in" ;;
   esac
 done

@@ -2,39 +2,75 @@
 
 from __future__ import annotations
 
-import json
 import os
+import signal
+
+if __name__ == "__main__":
+    # Before the imports that take time. Nothing is loaded yet, so a SIGHUP asks for nothing; and where a standard
+    # stream is closed, the first socket would take its number and get what a library prints.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for _descriptor in (0, 1, 2):
+        try:
+            os.fstat(_descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from gmconv.cli import Command, require
 from runtime.serve.settings import MIB, Settings
 
+Handler = TypeVar("Handler", bound=Callable[..., Any])
 DEFAULT = Settings(source=Path())
 PORT = click.IntRange(0, 65535)
 FILE = click.Path(path_type=Path, dir_okay=False)
 TOKEN_VARIABLE = "GMCONV_SERVE_TOKEN"
+DAY = 86_400.0
+MODULES = ("httptools", "h2", "prometheus_client", "tritonclient.grpc", "grpc_health.v1", "grpc_reflection.v1alpha")
+
+
+def _setting(name: str, kind: Any, text: str) -> Callable[[Handler], Handler]:
+    """An option for the field of `Settings` of that name, with its default."""
+    default = getattr(DEFAULT, name)
+    return click.option(f"--{name.replace('_', '-')}", type=kind, default=default, show_default=True, help=text)
+
+
+def _seconds(low: float = 0.0, *, least_open: bool = False) -> click.FloatRange:
+    """A time of at most a day; a limit that is infinite or not a number limits nothing."""
+    return _Finite(low, DAY, min_open=least_open)
+
+
+class _Finite(click.FloatRange):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """As FloatRange, without NaN, which compares with nothing."""
+        number = float(super().convert(value, param, ctx))
+        if number != number:
+            self.fail(f"{value} is not a number", param, ctx)
+        return number
 
 
 @click.command(cls=Command, example="gmconv serve net.onnx --model-name net")
 @click.argument("artefact", type=click.Path(path_type=Path))
 @click.option("--model-name", help="Name it is served under [default: the file's or folder's].")
-@click.option("--host", default=DEFAULT.host, show_default=True, help="Address to listen on.")
-@click.option(
-    "--http-port", type=PORT, default=8000, show_default=True, help="REST; 0 takes a free port and prints it."
-)
-@click.option("--grpc-port", type=PORT, default=8001, show_default=True, help="gRPC; 0 takes a free port.")
-@click.option("--metrics-port", type=PORT, default=8002, show_default=True, help="Prometheus; 0 takes a free port.")
+@_setting("host", str, "Address to listen on.")
+@_setting("http_port", PORT, "REST; 0 takes a free port and prints it.")
+@_setting("grpc_port", PORT, "gRPC; 0 takes a free port.")
+@_setting("metrics_port", PORT, "Prometheus, without token or TLS; 0 takes a free port.")
 @click.option("--http/--no-http", default=True, help="Serve REST.")
 @click.option("--grpc/--no-grpc", default=True, help="Serve gRPC.")
 @click.option("--metrics/--no-metrics", default=True, help="Serve metrics.")
-@click.option("--device", default=DEFAULT.device, show_default=True, help="cpu, cuda, cuda:N; auto: cuda for engines.")
+@_setting("device", str, "cpu, cuda, cuda:N; auto: cuda for engines.")
 @click.option(
     "--threads", type=click.IntRange(0), default=0, help="CPU threads per instance [default: cores/instances]."
 )
-@click.option("--instances", type=click.IntRange(1, 64), default=1, show_default=True, help="Engines per model.")
+@_setting("instances", click.IntRange(1, 64), "Engines per model.")
 @click.option(
     "--solo-threads",
     type=click.IntRange(0),
@@ -42,83 +78,33 @@ TOKEN_VARIABLE = "GMCONV_SERVE_TOKEN"
     "[default: those of all instances, if there are several].",
 )
 @click.option("--spinning/--no-spinning", default=False, help="Let idle ONNX Runtime threads spin for long.")
-@click.option(
-    "--max-batch",
-    type=click.IntRange(1, 4096),
-    default=32,
-    show_default=True,
-    help="Rows per execution, where no profile says.",
+@_setting("max_batch", click.IntRange(1, 4096), "Rows per execution, where no profile says.")
+@_setting("max_queue_delay", _Finite(0, 10), "Seconds to wait for a fuller batch.")
+@_setting("queue_size", click.IntRange(1, 1 << 20), "Requests that may wait per model.")
+@_setting("queue_timeout", _seconds(), "Seconds a request may wait; 0 for ever.")
+@_setting("burst_window", _seconds(least_open=True), "Seconds of work that may pile up before it counts as overload.")
+@_setting(
+    "shed_target",
+    _seconds(least_open=True),
+    "Under overload, seconds of work that may wait (at least three executions); the rest gets 503.",
 )
-@click.option(
-    "--max-queue-delay",
-    type=click.FloatRange(0, 10),
-    default=0.0,
-    show_default=True,
-    help="Seconds to wait for a fuller batch.",
-)
-@click.option(
-    "--queue-size",
-    type=click.IntRange(1),
-    default=DEFAULT.queue_size,
-    show_default=True,
-    help="Requests that may wait per model.",
-)
-@click.option(
-    "--queue-timeout",
-    type=click.FloatRange(0),
-    default=DEFAULT.queue_timeout,
-    show_default=True,
-    help="Seconds a request may wait; 0 for ever.",
-)
-@click.option(
-    "--burst-window",
-    type=click.FloatRange(0, min_open=True),
-    default=DEFAULT.burst_window,
-    show_default=True,
-    help="Seconds of work that may pile up, and stay, before it counts as overload.",
-)
-@click.option(
-    "--shed-target",
-    type=click.FloatRange(0, min_open=True),
-    default=DEFAULT.shed_target,
-    show_default=True,
-    help="Under overload, seconds of work that may wait (at least three executions); the rest gets 503.",
-)
-@click.option(
-    "--priority-levels",
-    type=click.IntRange(0, 100),
-    default=0,
-    show_default=True,
-    help="Levels of the priority parameter.",
-)
+@_setting("priority_levels", click.IntRange(0, 100), "Levels of the priority parameter.")
 @click.option(
     "--max-request-mib", type=click.IntRange(1, 1024), default=64, show_default=True, help="Largest request body."
 )
 @click.option(
-    "--max-inflight-mib", type=click.IntRange(1), default=512, show_default=True, help="Request bytes held at once."
-)
-@click.option(
-    "--header-timeout",
-    type=click.FloatRange(0.1),
-    default=DEFAULT.header_timeout,
+    "--max-inflight-mib",
+    type=click.IntRange(1, 1 << 20),
+    default=512,
     show_default=True,
-    help="Seconds for a request's header to arrive.",
+    help="Bytes of requests and answers held at once.",
 )
-@click.option(
-    "--body-timeout",
-    type=click.FloatRange(0.1),
-    default=DEFAULT.body_timeout,
-    show_default=True,
-    help="Seconds for a request's body to arrive.",
-)
-@click.option("--max-connections", type=click.IntRange(1), default=DEFAULT.max_connections, show_default=True)
-@click.option(
-    "--drain-timeout",
-    type=click.FloatRange(0),
-    default=DEFAULT.drain_timeout,
-    show_default=True,
-    help="Seconds to finish requests on SIGTERM.",
-)
+@_setting("header_timeout", _seconds(0.1), "Seconds for a TLS handshake and a request's header to arrive.")
+@_setting("body_timeout", _seconds(0.1), "Seconds for a request's body to arrive, and for its answer to be taken.")
+@_setting("keep_alive", _seconds(0.1), "Seconds that an idle connection is kept.")
+@_setting("max_connection_age", _seconds(), "Seconds after which a client is told to connect anew; 0: never.")
+@_setting("max_connections", click.IntRange(1, 1 << 20), "Connections per port; some more are kept for probes.")
+@_setting("drain_timeout", _seconds(), "Seconds to finish requests on SIGTERM; the process ends 2 s later at most.")
 @click.option("--require-manifest/--no-require-manifest", default=True, help="Refuse artefacts without a manifest.")
 @click.option("--access-log/--no-access-log", default=True, help="One JSON line per request on stderr.")
 @click.option("--otel", type=click.Choice(["console", "otlp"]), help="Export OpenTelemetry spans.")
@@ -134,9 +120,10 @@ TOKEN_VARIABLE = "GMCONV_SERVE_TOKEN"
 def main(**options: Any) -> None:
     """Serve ARTEFACT (model.onnx, model.plan) or a folder of them: Open Inference Protocol, REST and gRPC.
 
-    SIGTERM finishes what was sent, then exits 0. SIGHUP looks for new or changed artefacts and swaps them in.
+    SIGTERM finishes what was sent, then exits 0. SIGHUP looks for new or changed artefacts and swaps them in; it also
+    reads the token file and the certificate again.
     """
-    for module in ("uvicorn", "starlette", "prometheus_client", "tritonclient.grpc"):
+    for module in MODULES:
         require(module, "serve")
     code = run(make_settings(options), as_json=options["as_json"])
     raise click.exceptions.Exit(code)
@@ -144,17 +131,21 @@ def main(**options: Any) -> None:
 
 def make_settings(options: dict[str, Any]) -> Settings:
     """Options as Settings; prepares the engine where a cache is given. Raises RefusedError, UnavailableError."""
-    from runtime.serve.auth import read_token
+    from runtime.serve.auth import check_token, read_token
 
     source: Path = options["artefact"]
     if cache := options["engine_cache"]:
         if source.suffix != ".onnx":
             raise click.UsageError("--engine-cache goes with an .onnx file: it builds the engine from it")
-        from runtime.serve.engine_cache import prepare_engine
+        from runtime.serve.models.engine_cache import prepare_engine
 
         options["model_name"] = options["model_name"] or source.stem
         source = prepare_engine(source, cache, device=options["device"], require_manifest=options["require_manifest"])
-    token = read_token(options["token_file"]) if options["token_file"] else os.environ.get(TOKEN_VARIABLE) or None
+    given, token = os.environ.get(TOKEN_VARIABLE), None
+    if options["token_file"]:
+        token = read_token(options["token_file"])
+    elif given:
+        token = check_token(given, TOKEN_VARIABLE)
     plain = set(Settings.__dataclass_fields__) & set(options)
     return Settings(
         source=source,
@@ -169,19 +160,18 @@ def run(settings: Settings, *, as_json: bool = False) -> int:
     """Serve until stopped; the exit code."""
     import asyncio
     import logging
-    import sys
 
     from runtime.serve.server import check, serve
 
     logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("gmconv.serve").setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a full or closed stderr is no reason to print about it there
     check(settings)
     # How long a thread may hold the interpreter while another waits: the default 5 ms is longer than an inference.
     sys.setswitchinterval(0.0001)
 
     def announce(event: dict[str, Any]) -> None:
-        click.echo(json.dumps(event) if as_json else _sentence(event))
-        sys.stdout.flush()
+        _say(json.dumps(event) if as_json else _sentence(event))
 
     try:
         import uvloop
@@ -190,7 +180,22 @@ def run(settings: Settings, *, as_json: bool = False) -> int:
     except ImportError:
         factory = None
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(serve(settings, announce))
+        code = runner.run(serve(settings, announce))
+    _say(None)
+    return code
+
+
+def _say(line: str | None) -> None:
+    """Print, as long as there is somebody to print to; a closed or full stdout is no reason to stop serving."""
+    try:
+        if line is not None:
+            print(line, flush=True)  # noqa: T201
+        elif sys.stdout:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.close()  # with what could not be written, which the interpreter would try again at its end
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
 
 
 def _sentence(event: dict[str, Any]) -> str:

@@ -11,9 +11,11 @@ class Code(Enum):
     INVALID = (400, "INVALID_ARGUMENT", "OTHER")
     UNAUTHENTICATED = (401, "UNAUTHENTICATED", "OTHER")
     NOT_FOUND = (404, "NOT_FOUND", "OTHER")
+    METHOD = (405, "UNIMPLEMENTED", "OTHER")
     TIMEOUT_BODY = (408, "DEADLINE_EXCEEDED", "OTHER")
     TOO_LARGE = (413, "RESOURCE_EXHAUSTED", "OTHER")
     UNSUPPORTED_TYPE = (415, "INVALID_ARGUMENT", "OTHER")
+    HEADER = (431, "RESOURCE_EXHAUSTED", "OTHER")
     CANCELLED = (499, "CANCELLED", "CANCELED")
     INTERNAL = (500, "INTERNAL", "BACKEND")
     UNSUPPORTED = (501, "UNIMPLEMENTED", "OTHER")
@@ -41,7 +43,9 @@ class Code(Enum):
 class RequestError(Exception):
     """A request that cannot be answered; the message goes to the client, so it never holds a path or a trace."""
 
-    def __init__(self, message: str, code: Code = Code.INVALID) -> None:
+    def __init__(self, message: str, code: Code = Code.INVALID, *, allow: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.code = code
+        self.allow = allow
+        """Methods that a path takes, where the request's was another."""

@@ -13,6 +13,7 @@ if __name__ == "__main__":
     # that take time; 130 as in gmconv.errors.Interrupted. There is nothing to clean up yet, and an exception could
     # surface inside any import. The server sets its own handler later.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(130))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nothing is loaded yet that could be loaded again
 
 import contextlib
 import fcntl
@@ -27,7 +28,7 @@ import click
 from gmconv.cli import Command
 from gmconv.errors import RefusedError
 from gmconv.files import locked
-from runtime.serve.engine_cache import Note, Profile, prepare_engine
+from runtime.serve.models.engine_cache import Note, Profile, prepare_engine
 
 KINDS = ("cpu", "gpu", "tensorrt", "rtx")
 
@@ -96,7 +97,7 @@ def prepare_folder(
 
     Raises RefusedError (the folder, or nowhere to write to) and what `prepare` raises.
     """
-    from runtime.serve.models import find_sources
+    from runtime.serve.models.source import find_sources
     from runtime.serve.settings import Settings
 
     engines = []

@@ -7,220 +7,220 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import ssl
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import uvicorn
+import click
 
-from gmconv.errors import RefusedError, UnavailableError
-from runtime.serve.access_log import logging_to
-from runtime.serve.fast_path import FastPath
-from runtime.serve.http_app import App
-from runtime.serve.http_protocol import BoundedProtocol
-from runtime.serve.metrics import MetricsApp
-from runtime.serve.models import find_sources, read_source
+from gmconv.errors import RefusedError
+from runtime.serve.connection import Listener, bind
+from runtime.serve.models.source import find_sources, read_source
+from runtime.serve.observe.access_log import logging_to
 from runtime.serve.service import Service
 from runtime.serve.settings import Settings
+from runtime.serve.tls import make_tls
 
 log = logging.getLogger("gmconv.serve")
 QUIET = 0.25
 """Seconds without a request under way before a draining server takes it that all that was sent has been answered."""
 LAME_DUCK = 2.0
 """Longest time that a draining server goes on taking new connections."""
+GRACE = 1.5
+"""Seconds after --drain-timeout at which the process ends, whatever still runs in it."""
+FAREWELL = 0.5
+"""Seconds for the answers to what the time limit cut off."""
 ENGINE_FAILED = 6
-
-
-class _Uvicorn(uvicorn.Server):
-    """Signals belong to `serve`, which drains first."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
-        yield
-
-
-def bind(host: str, port: int, option: str) -> socket.socket:
-    """A listening socket; raises UnavailableError naming the option that chooses another port."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-    except OSError as error:
-        sock.close()
-        raise UnavailableError(
-            f"{host}:{port} cannot be listened on ({error.strerror}); choose with {option}"
-        ) from error
-    sock.setblocking(False)
-    return sock
+METRICS_CONNECTIONS = 64
+ED25519 = bytes.fromhex("06032b6570")
+"""The object identifier of its public keys, as a certificate has it."""
 
 
 def check(settings: Settings) -> None:
-    """Everything that can be refused before a port is opened. Raises RefusedError or UnavailableError."""
+    """Everything that can be refused before a port is opened. Raises UsageError, RefusedError or UnavailableError."""
+    ports = {"--http-port": settings.http_port, "--grpc-port": settings.grpc_port}
+    ports["--metrics-port"] = settings.metrics_port
+    served = [o for o, on in zip(ports, (settings.http, settings.grpc, settings.metrics), strict=True) if on]
+    if not (settings.http or settings.grpc):
+        raise click.UsageError("--no-http and --no-grpc: nothing would be served")
+    fixed = [ports[option] for option in served if ports[option]]
+    for option in served:
+        if fixed.count(ports[option]) > 1:
+            raise click.UsageError(f"{option} {ports[option]}: two services cannot share a port")
     for source in find_sources(settings):
         read_source(source, settings)
     if bool(settings.tls_cert) != bool(settings.tls_key):
         raise RefusedError("--tls-cert and --tls-key go together: give both")
-    if settings.tls_cert and settings.tls_key:
-        try:
-            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(settings.tls_cert, settings.tls_key)
-        except (OSError, ssl.SSLError) as error:
-            raise RefusedError(f"{settings.tls_cert}: the TLS pair cannot be used ({error})") from error
+    make_tls(settings)
+    if settings.grpc and settings.tls_cert:
+        certificates = settings.tls_cert.read_text("latin-1").partition("-----END CERTIFICATE-----")
+        with contextlib.suppress(ValueError):
+            if ED25519 in ssl.PEM_cert_to_DER_cert(
+                certificates[0][certificates[0].find("-----BEGIN C") :] + certificates[1]
+            ):
+                log.warning("%s: gRPC clients refuse Ed25519 certificates; use RSA or ECDSA", settings.tls_cert)
 
 
 async def serve(settings: Settings, announce: Callable[[dict[str, Any]], None]) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. `announce` gets the ports when bound, then when ready."""
     service = Service(settings)
     with logging_to(service.log):
-        return await _serve(service, announce)
+        return await _Life(service, announce).run()
 
 
-async def _serve(service: Service, announce: Callable[[dict[str, Any]], None]) -> int:
-    began = time.monotonic()
-    settings = service.settings
-    servers: list[tuple[_Uvicorn, socket.socket]] = []
-    ports: dict[str, Any] = {}
-    grpc_server = None
-    if settings.http:
-        sock = bind(settings.host, settings.http_port, "--http-port")
-        app = App(service)
-        protocol = type("Protocol", (BoundedProtocol,), {"settings": settings, "fast": FastPath(app)})
-        servers.append((_Uvicorn(_config(app, settings, protocol, tls=True)), sock))
-        ports["http_port"] = sock.getsockname()[1]
-    if settings.metrics:
-        sock = bind(settings.host, settings.metrics_port, "--metrics-port")
-        servers.append((_Uvicorn(_config(MetricsApp(service), settings, BoundedMetrics, tls=False)), sock))
-        ports["metrics_port"] = sock.getsockname()[1]
-    if settings.grpc:
-        from runtime.serve.grpc_server import make_server
+class _Life:
+    """What happens to one server, in order."""
 
-        grpc_server, ports["grpc_port"] = make_server(service)
-    BoundedMetrics.settings = settings
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, service.stop.set)
-    reloads: set[asyncio.Task[bool]] = set()
+    def __init__(self, service: Service, announce: Callable[[dict[str, Any]], None]) -> None:
+        self.service, self.settings, self.announce = service, service.settings, announce
+        self.began = time.monotonic()
+        self.loop = asyncio.get_running_loop()
+        self.listeners: list[Listener] = []
+        self.hangups = asyncio.Event()
 
-    def on_hangup() -> None:
-        task = loop.create_task(service.repository.reload())
-        reloads.add(task)
-        task.add_done_callback(reloads.discard)
-
-    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # one that comes before there is anything to reload
-    tasks = [asyncio.create_task(server.serve([sock])) for server, sock in servers]
-    while not all(server.started for server, _ in servers) and not any(t.done() for t in tasks):
-        await asyncio.sleep(0.005)
-    if grpc_server:
-        await grpc_server.start()
-    announce({"event": "listening", "host": settings.host, "tls": bool(settings.tls_cert), **ports})
-    loading = asyncio.create_task(service.repository.load())
-    stopping = asyncio.create_task(service.stop.wait())
-    try:
-        await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if loading.done():
-            await loading
-            loop.add_signal_handler(signal.SIGHUP, on_hangup)
-            names = {m.source.name: service.repository.versions(m.source.name) for m in service.repository.all()}
-            announce({"event": "ready", "seconds": round(time.monotonic() - began, 3), "models": names})
-            await stopping
-    finally:
-        loading.cancel()
-        service.begin_drain()
-        lost = await drain(service, [server for server, _ in servers], grpc_server) if not _failed(loading) else 0
-        await _end(servers, tasks, grpc_server)
-        released = await service.repository.close(1.0)
+    async def run(self) -> int:
+        """Until the process is to end; the exit code."""
+        service = self.service
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.add_signal_handler(number, self._stop)
+        self.loop.add_signal_handler(signal.SIGHUP, self.hangups.set)
+        ports = self._bind()
+        for listener in self.listeners:
+            await listener.start()
+        self.announce({"event": "listening", "host": self.settings.host, "tls": bool(self.settings.tls_cert), **ports})
+        work = asyncio.create_task(self._load_and_reload())
+        stopping = asyncio.create_task(service.stop.wait())
+        await asyncio.wait((work, stopping), return_when=asyncio.FIRST_COMPLETED)
+        failed = work.done()
+        work.cancel()
+        lost = 0 if failed else await self._drain()
+        service.decoders.close()
+        released = await service.repository.close(0.5)
+        for listener in self.listeners:
+            listener.abort()
         if service.tracer:
-            await asyncio.to_thread(service.tracer.close)
-    if lost:
-        log.error("drain: %d requests were not finished within %g s", lost, settings.drain_timeout)
-    code = ENGINE_FAILED if service.failure else 0
-    for number in (signal.SIGTERM, signal.SIGINT):  # an impatient second signal must not change the exit code
-        loop.remove_signal_handler(number)
-        signal.signal(number, signal.SIG_IGN)
-    if not released:
-        # A thread is still inside the engine, perhaps for ever. Running the destructors under it could hang or crash.
-        log.error("an engine is still busy; leaving it")
-        service.log.close()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+            await asyncio.wait({asyncio.ensure_future(asyncio.to_thread(service.tracer.close))}, timeout=0.5)
+        if lost:
+            log.error("drain: %d requests were not finished within %g s", lost, self.settings.drain_timeout)
+        if failed:
+            await work
+        return self._code(released)
 
+    def _bind(self) -> dict[str, int]:
+        """Take the ports, all of them before anything is loaded. Raises UnavailableError."""
+        from runtime.serve.grpc.connection import GrpcConnection
+        from runtime.serve.grpc.methods import Methods
+        from runtime.serve.http.app import App, MetricsApp
+        from runtime.serve.http.connection import HttpConnection
 
-def _failed(task: asyncio.Task[None]) -> bool:
-    return task.done() and not task.cancelled() and task.exception() is not None
+        service, settings, ports = self.service, self.settings, {}
 
+        def listen(name: str, port: int, make: Any, limit: int, tls: ssl.SSLContext | None) -> None:
+            sock = bind(settings.host, port, f"--{name}-port")
+            ports[f"{name}_port"] = sock.getsockname()[1]
+            self.listeners.append(Listener(service, name, sock, make, limit=limit, tls=tls))
 
-async def drain(service: Service, servers: list[_Uvicorn], grpc_server: Any) -> int:
-    """Answer what was sent, then stop listening; how many requests the time limit cut off.
+        limit = settings.max_connections
+        if settings.http:
+            app = App(service)
+            tls = make_tls(settings, "http/1.1")
+            listen("http", settings.http_port, lambda listener: HttpConnection(listener, app), limit, tls)
+        if settings.grpc:
+            methods = Methods(service)
+            make: Any = lambda listener: GrpcConnection(listener, methods)  # noqa: E731
+            listen("grpc", settings.grpc_port, make, limit, make_tls(settings, "h2"))
+            grpc = self.listeners[-1]
+            methods.connections = lambda: [c for c in grpc.connections if isinstance(c, GrpcConnection)]
+        if settings.metrics:
+            metrics = MetricsApp(service)
+            make = lambda listener: HttpConnection(listener, metrics)  # noqa: E731
+            listen("metrics", settings.metrics_port, make, METRICS_CONNECTIONS, None)
+        return ports
 
-    A request counts as sent although its connection may still be in the kernel's backlog and its bytes on the way, so
-    listening goes on until nothing has been under way for `QUIET` seconds, and connections are closed only after
-    another such pause.
-    """
-    limit = time.monotonic() + service.settings.drain_timeout
-    await _quiet(service, min(limit, time.monotonic() + LAME_DUCK))
-    for server in servers:
-        for listener in server.servers:
-            listener.close()
-    # Tells gRPC clients to go elsewhere, as "connection: close" does on HTTP; what they have sent is still answered.
-    stopping = asyncio.create_task(grpc_server.stop(max(0.1, limit - time.monotonic()))) if grpc_server else None
-    await _quiet(service, limit)
-    lost = service.inflight
-    if lost:
-        service.repository.abort()
-        await asyncio.sleep(0.2)
-    if stopping:
-        await asyncio.wait((stopping,), timeout=1.0)
-    return lost
+    async def _load_and_reload(self) -> None:
+        """The first load, then one look at the files for any number of SIGHUPs that came since the last."""
+        service = self.service
+        await service.repository.load()
+        if service.repository.classifies:
+            await service.decoders.warm_up()
+        names = {m.source.name: service.repository.versions(m.source.name) for m in service.repository.all()}
+        self.announce({"event": "ready", "seconds": round(time.monotonic() - self.began, 3), "models": names})
+        while True:
+            await self.hangups.wait()
+            self.hangups.clear()
+            service.renew_token()
+            self._renew_certificates()
+            await service.repository.reload()
 
+    def _renew_certificates(self) -> None:
+        """New connections get the certificate that is in the files now; a pair that does not fit changes nothing."""
+        try:
+            for listener in self.listeners:
+                if listener.tls:
+                    listener.tls = make_tls(self.settings, "h2" if listener.protocol == "grpc" else "http/1.1")
+        except RefusedError as error:
+            log.error("reload: %s; the certificate stays as it was", error)
 
-async def _quiet(service: Service, limit: float) -> None:
-    entered = time.monotonic()
-    while (now := time.monotonic()) < limit:
-        if service.inflight == 0 and now - max(service.last_active, entered) >= QUIET:
-            return
-        await asyncio.sleep(0.01)
+    def _stop(self) -> None:
+        """SIGTERM or SIGINT: from now on the end is certain, whatever else hangs or is loaded."""
+        if not self.service.stop.is_set():
+            self.service.stop.set()
+            watchdog = threading.Timer(self.settings.drain_timeout + GRACE, self._give_up)
+            watchdog.daemon = True
+            watchdog.start()
 
+    def _give_up(self) -> None:
+        log.error("not finished within --drain-timeout; leaving")
+        self.service.decoders.close()
+        self.service.log.close()
+        os._exit(ENGINE_FAILED if self.service.failure else 0)
 
-async def _end(
-    servers: list[tuple[_Uvicorn, socket.socket]], tasks: list[asyncio.Task[None]], grpc_server: Any
-) -> None:
-    for server, _ in servers:
-        server.should_exit = True
-    if tasks:
-        await asyncio.wait(tasks, timeout=3.0)
-    if grpc_server:
-        await grpc_server.stop(0)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    async def _drain(self) -> int:
+        """Answer what was sent, then stop listening; how many requests the time limit cut off.
 
+        A request counts as sent although its connection may still be in the kernel's backlog and its bytes on the way,
+        so listening goes on until nothing has been under way for `QUIET` seconds, and connections are closed only after
+        another such pause.
+        """
+        service = self.service
+        limit = time.monotonic() + self.settings.drain_timeout
+        service.begin_drain()
+        await self._quiet(min(limit, time.monotonic() + LAME_DUCK))
+        for listener in self.listeners:
+            listener.stop()
+            if listener.protocol == "grpc":  # as "connection: close" does on HTTP; what was sent is still answered
+                listener.retire()
+        await self._quiet(limit)
+        lost = service.inflight
+        if lost:
+            service.repository.abort()
+        for listener in self.listeners:
+            listener.retire()
+        end = time.monotonic() + FAREWELL
+        while service.inflight and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        return lost
 
-class BoundedMetrics(BoundedProtocol):
-    """The metrics port has the same bounds."""
+    async def _quiet(self, limit: float) -> None:
+        entered = time.monotonic()
+        while (now := time.monotonic()) < limit:
+            if self.service.inflight == 0 and now - max(self.service.last_active, entered) >= QUIET:
+                return
+            await asyncio.sleep(0.01)
 
-
-def _config(app: Any, settings: Settings, protocol: type[BoundedProtocol], *, tls: bool) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http=protocol,
-        loop="none",
-        ws="none",
-        lifespan="off",
-        interface="asgi3",
-        access_log=False,
-        log_config=None,
-        proxy_headers=False,
-        server_header=False,
-        date_header=False,
-        backlog=4096,
-        timeout_keep_alive=int(settings.keep_alive),
-        timeout_graceful_shutdown=1,
-        ssl_certfile=settings.tls_cert if tls else None,
-        ssl_keyfile=settings.tls_key if tls else None,
-    )
+    def _code(self, released: bool) -> int:
+        code = ENGINE_FAILED if self.service.failure else 0
+        # An impatient second signal changes no exit code, not even while the loop takes its handlers away.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+        if not released:
+            # A thread is still inside an engine, perhaps for ever. Destructors under it could hang or crash.
+            log.error("an engine is still busy; leaving it")
+            self.service.log.close()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError, AttributeError):
+                    stream.flush()
+            os._exit(code)
+        return code

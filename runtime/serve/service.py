@@ -1,4 +1,4 @@
-"""What HTTP and gRPC share: admission, the way of one inference, accounting, the state of the process."""
+"""The state of a server process, and the accounting of each of its requests, over HTTP and gRPC alike."""
 
 from __future__ import annotations
 
@@ -8,24 +8,34 @@ import logging
 import re
 import secrets
 import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from time import monotonic_ns
 from typing import Any
 
-import msgspec
-
+from gmconv.errors import RefusedError
 from runtime.runners.base import Array
-from runtime.serve.access_log import AccessLog
-from runtime.serve.auth import Gate
-from runtime.serve.codec import Decoded
+from runtime.serve.auth import Gate, read_token
+from runtime.serve.batching.fair_queue import Item
 from runtime.serve.errors import Code, RequestError
-from runtime.serve.fair_queue import Item
-from runtime.serve.models import ModelVersion, Repository
-from runtime.serve.protocol import LogSettings
+from runtime.serve.http.images import Decoders
+from runtime.serve.models.repository import Repository
+from runtime.serve.models.version import ModelVersion
+from runtime.serve.observe.access_log import AccessLog
+from runtime.serve.observe.tracing import Tracer
+from runtime.serve.protocol.codec import Decoded
+from runtime.serve.protocol.documents import LogSettings
 from runtime.serve.settings import Settings, available_cores
-from runtime.serve.tracing import Tracer
 
 log = logging.getLogger("gmconv.serve")
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+MAX_DECODERS = 2
+"""Whatever the cores: a decoder of a large image takes 300 MiB."""
+
+
+MAX_TEXT = 256
+"""Characters of a path or an error in the access log."""
 
 
 class Service:
@@ -38,15 +48,25 @@ class Service:
         self.log = AccessLog()
         self.log_settings = LogSettings(settings.access_log)
         self.tracer = Tracer(settings.otel) if settings.otel else None
-        self.decoders = asyncio.Semaphore(max(1, available_cores() // 2))
-        """Images decoded at a time: a decoded image is much larger than its file."""
+        self.decoders = Decoders(min(MAX_DECODERS, max(1, available_cores() // 2)), settings.queue_timeout)
         self.inflight = 0
         self.inflight_bytes = 0
+        self.responses: Counter[tuple[str, str]] = Counter()
+        """Answers by (protocol, status)."""
+        self.refusals: Counter[tuple[str, str]] = Counter()
+        """What was turned away before it had a model, by (protocol, reason): no autoscaler sees it otherwise."""
+        self.rejected = 0
+        """Requests turned away for want of room before a model was chosen: the autoscaler has to see them too."""
+        self.connections: Counter[str] = Counter()
+        """Open connections by protocol."""
+        self.accepted: Counter[str] = Counter()
+        """Connections ever accepted, by protocol."""
         self.last_active = time.monotonic()
         self.draining = False
         self.stop = asyncio.Event()
         self.failure: BaseException | None = None
-        self.encode_json = msgspec.json.Encoder().encode
+        self._worker = ThreadPoolExecutor(1, "codec")
+        """Reads and writes what is too large for the event loop; one at a time, so that its copies are bounded."""
         self._prefix = secrets.token_hex(6)
         self._ids = itertools.count(1)
 
@@ -73,14 +93,18 @@ class Service:
         self.draining = True
         self.repository.drain()
 
-    def enter(self) -> None:
-        """A request began."""
-        self.inflight += 1
+    def renew_token(self) -> None:
+        """Read the token file again; the old token stays where it cannot be read."""
+        if self.settings.token_file:
+            try:
+                self.gate.change(read_token(self.settings.token_file))
+            except RefusedError as error:
+                log.error("reload: %s; the token stays as it was", error)
 
-    def leave(self) -> None:
-        """A request ended."""
-        self.inflight -= 1
-        self.last_active = time.monotonic()
+    def admit(self, authorization: bytes | None) -> None:
+        """Raise RequestError unless the caller has the token."""
+        if not self.gate.allows(authorization):
+            raise RequestError("a valid bearer token is needed", Code.UNAUTHENTICATED)
 
     def check_size(self, size: int) -> None:
         """Raise RequestError where a request body of `size` bytes is more than one may have."""
@@ -89,69 +113,148 @@ class Service:
                 f"the request body is larger than {self.settings.max_request_bytes} bytes", Code.TOO_LARGE
             )
 
-    def reserve(self, size: int) -> None:
-        """Account for `size` bytes of request body; raises RequestError."""
-        self.check_size(size)
-        if self.inflight_bytes + size > self.settings.max_inflight_bytes:
-            raise RequestError("the server holds as many request bytes as it may", Code.OVERLOADED)
-        self.inflight_bytes += size
-
-    async def infer(
-        self, model: ModelVersion, decoded: Decoded, *, client: object, connection: Any = None
-    ) -> tuple[dict[str, Array], Item]:
-        """Run one request through the model's batcher. Raises RequestError."""
-        item = self.item(decoded, client=client, connection=connection)
-        alone = self.inflight == 1 and connection is not None and len(connection.tasks) == 1
-        return await model.batcher.submit(item, alone=alone), item
-
-    def item(
-        self,
-        decoded: Decoded,
-        *,
-        client: object,
-        connection: Any = None,
-        future: asyncio.Future[dict[str, Array]] | None = None,
-    ) -> Item:
-        """`decoded` as the batcher takes it: its time in the queue and its priority within the server's bounds."""
-        settings = self.settings
+    async def infer(self, call: Call, decoded: Decoded, client: object) -> tuple[dict[str, Array], Item]:
+        """Run one request through its model's batcher. Raises RequestError."""
+        model = call.model
+        assert model is not None
+        settings = model.settings
         timeout = int(settings.queue_timeout * 1e9)
-        if decoded.timeout_us:
+        if decoded.timeout_us and settings.timeout_override:
             timeout = min(decoded.timeout_us * 1000, timeout) if timeout else decoded.timeout_us * 1000
         levels = settings.priority_levels
-        return Item(
+        item = Item(
             decoded.feeds,
             decoded.rows,
             client=client,
-            connection=connection,
             timeout_ns=timeout,
-            priority=decoded.priority if 0 < decoded.priority <= levels else (levels + 1) // 2,
-            future=future,
+            priority=decoded.priority
+            if 0 < decoded.priority <= levels
+            else settings.default_priority or (levels + 1) // 2,
         )
+        return await model.batcher.submit(item, alone=call.alone), item
 
-    def record(
-        self, entry: dict[str, Any], client: tuple[str, int] | None, started: int, trace: dict[str, str] | None = None
-    ) -> None:
+    async def apart(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a function beside the event loop, after those that came before it."""
+        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
+
+    def record(self, entry: dict[str, Any], trace: dict[str, str]) -> None:
         """Write a finished request to the access log and, where asked for, to the trace."""
-        entry["time"] = time.time()
-        entry["client"] = client[0] if client else None
-        entry["total_us"] = (monotonic_ns() - started) // 1000
         if self.tracer:
-            self.tracer.span(trace or {}, entry)
+            self.tracer.span(trace, entry)
         if self.log_settings.values["log_info"]:
             self.log.add(entry)
 
-    def succeeded(self, model: ModelVersion, item: Item, started: int) -> dict[str, Any]:
-        """Count an answered request; its times in microseconds, for the access log."""
-        batch = item.batch
-        assert batch is not None
-        total = monotonic_ns() - started
-        queue = batch.taken - item.queued
-        model.stats.succeeded(
-            total, queue, batch.fed - batch.taken, batch.inferred - batch.fed, batch.done - batch.inferred
-        )
-        return {
-            "rows": item.rows,
-            "batch": batch.rows,
-            "queue_us": queue // 1000,
-            "compute_us": (batch.done - batch.taken) // 1000,
+
+class Call:
+    """What one request holds (bytes, a model, its place among those under way) and what became of it.
+
+    Whatever happens, `end` gives all of it back, once, and leaves a line in the access log and a count in the metrics.
+    """
+
+    __slots__ = ("client", "counted", "entry", "held", "model", "open", "request_id", "service", "started", "trace")
+
+    def __init__(self, service: Service, protocol: str, client: str | None, method: str, path: str) -> None:
+        self.service = service
+        self.started = monotonic_ns()
+        self.client = client
+        self.request_id = ""
+        self.trace: dict[str, str] = {}
+        self.model: ModelVersion | None = None
+        self.held = 0
+        self.open = True
+        self.counted = protocol != "metrics"
+        """Whoever looks at the metrics is no part of them, nor of the access log."""
+        self.entry: dict[str, Any] = {
+            "time": 0.0,
+            "request_id": "",
+            "protocol": protocol,
+            "method": method[:32],
+            "path": path[:MAX_TEXT],
+            "status": 0,
         }
+        service.inflight += self.counted
+
+    @property
+    def alone(self) -> bool:
+        """Nothing else is under way in the process."""
+        return self.service.inflight == 1
+
+    def identify(self, given: bytes | None) -> None:
+        """Take the caller's request id if it is sane, else a new one."""
+        self.request_id = self.entry["request_id"] = self.service.request_id(given)
+
+    def take(self, size: int) -> None:
+        """Account for `size` more bytes that arrived; raises RequestError where there is no room for them."""
+        service = self.service
+        if self.held + size > service.settings.max_request_bytes + service.settings.max_header_bytes:
+            service.check_size(self.held + size)
+        if service.inflight_bytes + size > service.settings.max_inflight_bytes:
+            raise RequestError("the server holds as many request bytes as it may", Code.OVERLOADED)
+        self.hold(size)
+
+    def hold(self, size: int) -> None:
+        """Account for `size` bytes that cannot be refused any more: those of an answer (negative: given back)."""
+        self.held += size
+        self.service.inflight_bytes += size
+
+    def release(self) -> None:
+        """Give back all bytes."""
+        self.hold(-self.held)
+
+    def use(self, model: ModelVersion) -> ModelVersion:
+        """Keep `model` from being closed until the call ends. Raises RequestError if it takes no more."""
+        self.model = model
+        model.users += 1
+        model.batcher.check()
+        return model
+
+    def succeeded(self, item: Item) -> None:
+        """Count an inference that was answered."""
+        batch, model = item.batch, self.model
+        assert batch is not None
+        assert model is not None
+        queue = batch.taken - item.queued
+        fed, inferred, split = batch.fed - batch.taken, batch.inferred - batch.fed, batch.done - batch.inferred
+        model.stats.succeeded(monotonic_ns() - self.started, queue, fed, inferred, split)
+        self.entry.update(
+            model=model.source.name,
+            version=model.source.version,
+            rows=item.rows,
+            batch=batch.rows,
+            queue_us=queue // 1000,
+            compute_us=(batch.done - batch.taken) // 1000,
+        )
+
+    def failed(self, error: BaseException) -> RequestError:
+        """Count a failure; the error as the client may see it. One that nobody foresaw is logged."""
+        if not isinstance(error, RequestError):
+            log.error("request %s", self.request_id, exc_info=error)
+            error = RequestError("internal error", Code.INTERNAL)
+        if self.model is not None:
+            self.model.stats.failed(monotonic_ns() - self.started, error.code)
+        elif error.code is Code.OVERLOADED:
+            self.service.rejected += 1
+        self.entry["error"] = error.message[:MAX_TEXT]
+        if error.code is Code.INTERNAL:
+            return RequestError(f"{error.message} (request id {self.request_id})", Code.INTERNAL)
+        return error
+
+    def end(self, status: int | str | None = None) -> None:
+        """The answer is on its way (or nobody is left to take it): give everything back, count and log."""
+        if not self.open:
+            return
+        self.open = False
+        service, entry = self.service, self.entry
+        self.release()
+        if self.model is not None:
+            self.model.users -= 1
+        if status is not None:
+            entry["status"] = status
+        service.inflight -= self.counted
+        service.last_active = time.monotonic()
+        service.responses[entry["protocol"], str(entry["status"])] += 1
+        if self.counted and (service.tracer or service.log_settings.values["log_info"]):
+            entry["time"] = time.time()
+            entry["client"] = self.client
+            entry["total_us"] = (monotonic_ns() - self.started) // 1000
+            service.record(entry, self.trace)

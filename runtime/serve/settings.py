@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 MIB = 1 << 20
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,10 @@ class Settings:
     burst_window: float = 0.1
     """Seconds of work that may pile up, and for how long, before it counts as overload rather than as a burst."""
     priority_levels: int = 0
+    default_priority: int = 0
+    """Of a request that names none; 0: the middle of the levels."""
+    timeout_override: bool = True
+    """Whether a request may shorten its time in the queue."""
 
     max_request_bytes: int = 64 * MIB
     max_inflight_bytes: int = 512 * MIB
@@ -52,13 +58,18 @@ class Settings:
     max_image_bytes: int = 16 * MIB
     max_connections: int = 2048
     header_timeout: float = 10.0
+    """For a TLS handshake and a request's header to arrive."""
     body_timeout: float = 30.0
+    """For a request's body to arrive, and for its answer to be taken."""
     keep_alive: float = 75.0
+    max_connection_age: float = 0.0
+    """Age at which a client is told to connect anew; 0: never."""
     drain_timeout: float = 30.0
 
     access_log: bool = True
     otel: str | None = None
     token: str | None = None
+    token_file: Path | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
 
@@ -76,5 +87,34 @@ class Settings:
 
 
 def available_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may run on: its affinity, and no more than the CPU quota of its control groups grants."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, cpu_quota(CGROUPS))))
+
+
+def cpu_quota(root: Path, membership: Path = Path("/proc/self/cgroup")) -> float:
+    """Cores that `docker --cpus` or a Kubernetes limit grants, infinity without one; version 1 and 2 of cgroups."""
+    quota = math.inf
+    try:
+        groups = [line.split(":", 2) for line in membership.read_text().splitlines()]
+    except OSError:
+        groups = []
+    for _, controllers, path in groups:
+        base = root / "cpu" if "cpu" in controllers.split(",") else root
+        folder = base / path.lstrip("/")
+        for place in (folder, *folder.parents):
+            quota = min(quota, _read_quota(place))
+            if place == base:
+                break
+    return min(quota, _read_quota(root), _read_quota(root / "cpu"))
+
+
+def _read_quota(folder: Path) -> float:
+    try:
+        if (file := folder / "cpu.max").exists():
+            share, period = file.read_text().split()
+        else:
+            share, period = ((folder / f"cpu.cfs_{n}_us").read_text() for n in ("quota", "period"))
+        return int(share) / int(period) if int(share) > 0 else math.inf
+    except (OSError, ValueError):  # "max", or no such limit
+        return math.inf

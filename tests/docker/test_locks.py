@@ -48,7 +48,7 @@ def wanted(variant: str) -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras, files = VARIANTS[variant]
     lines = list(project["dependencies"])
-    for extra in ["serve", *extras]:
+    for extra in ["serve", "otel", *extras]:
         lines += project["optional-dependencies"][extra]
     for file in files:
         lines += (DOCKER / file).read_text().splitlines()

@@ -34,7 +34,7 @@ def adapter_rules() -> dict[str, dict[str, Any]]:
 
 
 def served_metrics() -> set[str]:
-    source = (ROOT / "runtime" / "serve" / "metrics.py").read_text()
+    source = (ROOT / "runtime" / "serve" / "observe" / "metrics.py").read_text()
     names = set(re.findall(r'"((?:nv|gmconv)_\w+)"', source))
     return names | {f"{n}{s}" for n in names for s in ("_bucket", "_sum", "_count")}
 

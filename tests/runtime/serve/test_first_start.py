@@ -20,10 +20,10 @@ from gmconv.errors import RefusedError
 from runtime.manifest import read_manifest
 from runtime.serve import first_start
 from runtime.serve.first_start import batch_profile, make_mirror, prepare_folder
-from runtime.serve.models import find_sources
+from runtime.serve.models.source import find_sources
 from runtime.serve.settings import Settings
 
-from .engines import Children, make_onnx, prepare, write_engine
+from .models.engines import Children, make_onnx, prepare, write_engine
 
 
 @pytest.fixture

@@ -251,7 +251,7 @@ import asyncio, json, sys
 from pathlib import Path
 import numpy as np
 from runtime.manifest import TensorSpec
-from runtime.serve import models
+from runtime.serve.models import version
 from runtime.serve.server import serve
 from runtime.serve.settings import Settings
 
@@ -265,7 +265,7 @@ class Failing:
         return {"y": feeds["input"]}
     def close(self): pass
 
-models.open_runners = lambda path, settings: ([Failing()], None)
+version.open_runners = lambda source, settings: ([Failing()], None)
 settings = Settings(source=Path(sys.argv[1]), http_port=0, grpc_port=0, metrics_port=0)
 sys.exit(asyncio.run(serve(settings, lambda e: print(json.dumps(e), flush=True))))
 """
@@ -328,8 +328,8 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
 
 def test_no_torch_and_a_quick_help() -> None:
     code = (
-        "import sys, runtime.serve.server, runtime.serve.grpc_server, runtime.runners.onnxruntime, onnxruntime;"
-        "sys.exit(any(m.split('.')[0] in ('torch', 'onnx', 'gmconv', 'export') for m in sys.modules))"
+        "import sys, runtime.serve.server, runtime.serve.grpc.methods, runtime.runners.onnxruntime, onnxruntime;"
+        "sys.exit(any(m.split('.')[0] in ('torch', 'onnx', 'export') for m in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

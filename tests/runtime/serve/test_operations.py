@@ -7,6 +7,7 @@ import io
 import json
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import time
@@ -26,9 +27,9 @@ from tritonclient.utils import InferenceServerException
 
 from gmconv.images import load_image
 from runtime.serve.auth import Gate
-from runtime.serve.classify import softmax
 from runtime.serve.errors import Code
-from runtime.serve.metrics import gpu_metrics
+from runtime.serve.http.classify import softmax
+from runtime.serve.observe.metrics import gpu_metrics
 
 from .conftest import IMAGE, LABELS, Server, classifier, write_model
 
@@ -81,8 +82,7 @@ def test_gate() -> None:
     assert Gate(None).allows(None)
     gate = Gate("s3cret")
     assert gate.allows(b"Bearer s3cret")
-    assert gate.allows("Bearer s3cret")
-    for wrong in (None, b"", b"s3cret", b"Bearer s3cre", b"Basic s3cret", "Bearer \udcff"):
+    for wrong in (None, b"", b"s3cret", b"Bearer s3cre", b"Basic s3cret", b"Bearer \xff"):
         assert not gate.allows(wrong)
 
 
@@ -178,7 +178,7 @@ def test_a_reader_that_stops_reading_the_log_does_not_stop_the_server(tmp_path: 
         connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=10)
         for _ in range(1500):  # some 250 kB of lines into a pipe of 64 kB
             connection.request("GET", "/v2/health/live", headers={"X-Request-Id": "x" * 100})
-            assert connection.getresponse().read() == b""
+            assert connection.getresponse().read() == b'{"live":true}'
         connection.close()
         for _ in range(3):
             with socket.create_connection(("127.0.0.1", server.http_port), 10) as bad:
@@ -288,6 +288,8 @@ def test_an_image_whose_sender_is_gone_is_not_decoded(start: Start, tmp_path: Pa
     for _ in range(12):
         with socket.create_connection(("127.0.0.1", server.http_port), 10) as connection:
             connection.sendall(head + body)
+            time.sleep(0.05)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     Image.new("RGB", (8, 8)).save(small := io.BytesIO(), "PNG")
     assert server.request("POST", "/v2/models/m/classify", small.getvalue())[0] == 200
     server.stop()

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from runtime.serve import settings as module
-from runtime.serve.models import open_runners
+from runtime.serve.models.source import Source
+from runtime.serve.models.version import open_runners
 from runtime.serve.settings import Settings
 
 from .conftest import classifier
@@ -33,10 +34,33 @@ def test_threads_share_the_cores_and_a_lone_request_gets_them_all(
     assert (settings.intra_op_threads, settings.solo_intra_op_threads) == (threads, solo)
 
 
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, float("inf")),
+        ({"cpu.max": "max 100000"}, float("inf")),
+        ({"cpu.max": "150000 100000"}, 1.5),
+        ({"a/b/cpu.max": "400000 100000", "a/cpu.max": "200000 100000"}, 2),
+        ({"cpu/a/b/cpu.cfs_quota_us": "50000", "cpu/a/b/cpu.cfs_period_us": "100000"}, 0.5),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, float("inf")),
+    ],
+)
+def test_the_cpu_quota_of_either_version_of_control_groups(tmp_path: Path, files: dict[str, str], cores: float) -> None:
+    for name, text in files.items():
+        file = tmp_path / "root" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    membership = tmp_path / "cgroup"
+    membership.write_text("4:cpu,cpuacct:/a/b\n0::/a/b\n")
+    assert module.cpu_quota(tmp_path / "root", membership) == cores
+
+
 @pytest.mark.parametrize(("solo_threads", "extra"), [(0, False), (2, True)])
 def test_one_engine_per_instance_and_one_for_a_lone_request(tmp_path: Path, solo_threads: int, extra: bool) -> None:
     path = classifier(tmp_path / "m.onnx")
-    runners, solo = open_runners(path, Settings(source=path, instances=2, threads=1, solo_threads=solo_threads))
+    runners, solo = open_runners(
+        Source("m", "1", path), Settings(source=path, instances=2, threads=1, solo_threads=solo_threads)
+    )
     assert len(runners) == 2
     assert (solo is not None) is extra
     for runner in [*runners, *([solo] if solo else [])]:

@@ -1,0 +1,71 @@
+"""One engine of a batcher: its wake-up lock, the buffer its batches are gathered in, its thread's priority."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from runtime.runners.base import Array
+from runtime.serve.batching.fair_queue import Item
+
+NICENESS = 5
+
+
+class RunsFeeds(Protocol):
+    """The part of `runtime.runners.base.Runner` that serving needs."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once."""
+
+
+class Instance:
+    """One engine, its thread's wake-up lock and the buffer its batches are gathered in."""
+
+    def __init__(self, runner: RunsFeeds) -> None:
+        self.runner = runner
+        self.wake = threading.Lock()
+        self.wake.acquire()
+        self.staging: dict[str, Array] = {}
+        self.items: list[Item] = []
+        """What is being executed."""
+
+    def gather(self, items: list[Item], capacity: int) -> dict[str, Array]:
+        """The items' rows in one array per input. A lone request is passed on as it lies, if it lies aligned."""
+        first = items[0].feeds
+        if len(items) == 1:
+            return {name: a if a.flags.aligned else a.copy() for name, a in first.items()}
+        feeds = {}
+        rows = sum(item.rows for item in items)
+        for name, array in first.items():
+            buffer = self.staging.get(name)
+            if buffer is None or buffer.shape[1:] != array.shape[1:] or len(buffer) < rows:
+                buffer = self.staging[name] = np.empty((max(capacity, rows), *array.shape[1:]), array.dtype)
+            # Slices of memory, not of arrays: NumPy gives up the interpreter lock around every copy, and to get it back
+            # under load takes longer than the copy.
+            target, start = _octets(buffer), 0
+            for item in items:
+                source = _octets(item.feeds[name])
+                target[start : start + len(source)] = source
+                start += len(source)
+            feeds[name] = buffer[:rows]
+        return feeds
+
+
+def give_way() -> None:
+    """Let the event loop run before the calling thread and those it starts: an answer or a request's arrival costs
+    microseconds, and while it waits for a thread that computes for milliseconds the engines run dry."""
+    if sys.platform == "linux":  # where a niceness belongs to a thread, not to its process
+        with contextlib.suppress(OSError):
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
+
+
+def _octets(array: Array) -> memoryview:
+    octets: Any = array.reshape(-1).view(np.uint8)
+    return memoryview(octets)

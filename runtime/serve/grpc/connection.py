@@ -1,0 +1,251 @@
+"""gRPC on HTTP/2 by h2, which leaves the windows to its user: a byte is accounted for when it arrives, before any
+message is whole, and no task of a call outlives it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from typing import Protocol
+
+import h2.config
+import h2.connection
+import h2.errors
+import h2.events
+import h2.exceptions
+import h2.settings
+from hyperframe.frame import GoAwayFrame
+
+from runtime.serve.connection import LINGER, Listener
+from runtime.serve.errors import Code, RequestError
+from runtime.serve.grpc.stream import STATUS, Carrier, Method, Stream
+
+SLICE = 64 * 1024
+"""Bytes that are worked on before others get their turn of the event loop."""
+READ_AHEAD = 256 * 1024
+STREAM_WINDOW = 1 << 20
+CONNECTION_WINDOW = 16 << 20
+MAX_STREAMS = 256
+MAX_NOISE = 500
+"""Pings, resets and settings that a client may send between two sweeps (0.1 s); a flood of them is all work for us."""
+
+
+class Methods(Protocol):
+    """What a connection asks about calls that begin."""
+
+    places: int
+
+    def find(self, path: str) -> Method | None:
+        """The method of a path."""
+
+    def take_place(self, connection: GrpcConnection) -> None:
+        """Count a call that begins. Raises RequestError where there are too many."""
+
+
+class GrpcConnection(Carrier):
+    """One client over HTTP/2."""
+
+    def __init__(self, listener: Listener, methods: Methods) -> None:
+        super().__init__(listener)
+        self._methods = methods
+        self._input = bytearray()
+        self._working = self._retiring = False
+        self._noise = 0
+        age = self.settings.max_connection_age  # a tenth more or less, so that clients do not all come back at once
+        self._retire_at = listener.loop.time() + age * random.uniform(0.9, 1.1) if age else math.inf
+
+    def made(self) -> None:
+        """Say what we take."""
+        config = h2.config.H2Configuration(client_side=False, header_encoding=None)
+        self.h2 = h2.connection.H2Connection(config)
+        codes = h2.settings.SettingCodes
+        values = {
+            codes.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
+            codes.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
+            codes.MAX_HEADER_LIST_SIZE: self.settings.max_header_bytes,
+        }
+        self.h2.local_settings = h2.settings.Settings(client=False, initial_values=values)
+        self.h2.initiate_connection()
+        self.h2.increment_flow_control_window(CONNECTION_WINDOW - 65_535)
+        self.flush()
+
+    def received(self, data: bytes) -> None:
+        """Work on what came, a slice at a time."""
+        self._input += data
+        if not self._working:
+            self._work()
+
+    def _work(self) -> None:
+        self._working = False
+        if self.closing:
+            return
+        data = bytes(self._input[:SLICE])
+        del self._input[:SLICE]
+        try:
+            for event in self.h2.receive_data(data):
+                self._handle(event)
+        except (h2.exceptions.ProtocolError, ValueError, KeyError, IndexError) as error:  # h2 says so in its last frame
+            self.service.refusals["grpc", "malformed"] += 1
+            call = self.begin({}, "")
+            call.failed(RequestError(f"malformed HTTP/2: {type(error).__name__}: {error}"))
+            call.end(Code.INVALID.grpc)
+            self.flush()
+            self.transport.close()
+            return
+        self.flush()
+        if self._input:
+            self._working = True
+            self.listener.loop.call_soon(self._work)
+            if len(self._input) > READ_AHEAD:
+                self.transport.pause_reading()
+        elif not self.stuck:
+            self.transport.resume_reading()
+
+    def _handle(self, event: h2.events.Event) -> None:
+        number = getattr(event, "stream_id", None) or 0
+        stream = self.streams.get(number)
+        match event:
+            case h2.events.RequestReceived():
+                self._open(number, dict(event.headers or ()))
+            case h2.events.DataReceived():
+                if stream is None:
+                    self.acknowledge(number, event.flow_controlled_length)
+                    return
+                try:
+                    stream.received(event.data or b"", event.flow_controlled_length or 0)
+                except RequestError as error:
+                    self.acknowledge(number, event.flow_controlled_length)
+                    stream.refuse(error)
+            case h2.events.StreamEnded():
+                if stream is not None:
+                    stream.ended()
+            case h2.events.StreamReset():
+                self._noise += 1
+                if stream is not None:
+                    self.forget(stream)
+            case h2.events.WindowUpdated():
+                for waiting in [stream] if stream else [] if number else list(self.streams.values()):
+                    waiting.pump()
+            case h2.events.RemoteSettingsChanged():
+                self._noise += 1
+                if not self.streams:
+                    self.wait(self.settings.keep_alive)
+                for waiting in list(self.streams.values()):
+                    waiting.pump()
+            case h2.events.PingReceived() | h2.events.PriorityUpdated() | h2.events.UnknownFrameReceived():
+                self._noise += 1
+            case h2.events.ConnectionTerminated():
+                if not self.streams:
+                    self.transport.close()
+
+    def _open(self, number: int, headers: dict[bytes, bytes]) -> None:
+        """A call begins: refused before any of its bytes are kept, or run."""
+        path = headers.get(b":path", b"").decode("latin-1")
+        method = self._methods.find(path)
+        try:
+            if not headers.get(b"content-type", b"").startswith(b"application/grpc"):
+                raise RequestError("the content type must be application/grpc", Code.INVALID)
+            if not (method and method.open):
+                self.service.admit(headers.get(b"authorization"))
+            if method is None:
+                raise RequestError("this server has no such method", Code.UNSUPPORTED)
+            if self.crowded and not method.open:
+                raise RequestError("too many connections", Code.OVERLOADED)
+            self._methods.take_place(self)
+        except RequestError as error:
+            self.service.refusals["grpc", error.code.grpc] += 1
+            call = self.begin(headers, path)
+            call.failed(error)
+            call.end(error.code.grpc)
+            trailers = [(b":status", b"200"), (b"content-type", b"application/grpc")]
+            trailers += [(b"grpc-status", b"%d" % STATUS[error.code.grpc]), (b"grpc-message", error.message.encode())]
+            with contextlib.suppress(h2.exceptions.NoSuchStreamError):
+                self.h2.send_headers(number, trailers, end_stream=True)
+                self.h2.reset_stream(number, h2.errors.ErrorCodes.NO_ERROR)
+            return
+        self.deadline = math.inf
+        stream = self.streams[number] = Stream(self, number, headers, method)
+        stream.deadline = math.inf if method.streaming else self.listener.loop.time() + self.settings.body_timeout
+        stream.task = self.listener.loop.create_task(self._run(stream))
+
+    async def _run(self, stream: Stream) -> None:
+        """From the first message to the last word; a cancelled call says none."""
+        status, text = "OK", ""
+        try:
+            await stream.method.run(stream)
+        except RequestError as error:
+            status, text = error.code.grpc, error.message
+        except Exception as error:
+            refusal = self.begin(stream.headers, stream.method.name)
+            hidden = stream.fail(refusal, error)
+            status, text = hidden.code.grpc, hidden.message
+        stream.task = None
+        if stream.number in self.streams and not self.closing:
+            stream.finish(status, text)
+            self.flush()
+
+    def idle_streams(self) -> list[Stream]:
+        """Those that wait for their client."""
+        return [s for s in self.streams.values() if s.idle]
+
+    def forget(self, stream: Stream) -> None:
+        """A call is over."""
+        if self.streams.pop(stream.number, None) is not None:
+            self._methods.places -= 1
+            stream.close()
+            if not self.streams:
+                self.wait(LINGER if self._retiring else self.settings.keep_alive)
+
+    def sweep(self, now: float) -> None:
+        """Look at the deadlines of the calls too."""
+        super().sweep(now)
+        if not self._established or self.closing:
+            return
+        if self._noise > MAX_NOISE:
+            self.service.refusals["grpc", "flood"] += 1
+            self.abort()
+            return
+        self._noise = 0
+        for stream in [s for s in self.streams.values() if now >= s.deadline]:
+            late = RequestError("the message took too long to arrive or to be taken", Code.TIMEOUT_BODY)
+            stream.refuse(late)
+            if stream.number in self.streams:  # its answer cannot be sent either
+                with contextlib.suppress(h2.exceptions.NoSuchStreamError):
+                    self.h2.reset_stream(stream.number, h2.errors.ErrorCodes.CANCEL)
+                self.forget(stream)
+        if now >= self._retire_at:
+            self.retire()
+        self.flush()
+
+    def retire(self) -> None:
+        """Tell the client to connect anew; what it has sent, or sends until it knows, is still answered."""
+        if self._retiring or self.closing or not self._established:
+            return
+        self._retiring = True
+        self.transport.write(GoAwayFrame(0, last_stream_id=2**31 - 1).serialize())
+        if not self.streams:
+            self.wait(LINGER)
+
+    def expired(self) -> None:
+        """No preface in time, or idle for long enough."""
+        self.transport.close()
+
+    def pause_writing(self) -> None:
+        """Read no more of a client that does not read."""
+        super().pause_writing()
+        self.transport.pause_reading()
+
+    def writable(self) -> None:
+        """Send what waited."""
+        for stream in list(self.streams.values()):
+            stream.pump()
+        self.flush()
+        if not self.stuck and not self.closing:
+            self.transport.resume_reading()
+
+    def lost(self) -> None:
+        """The client is gone, and with it all of its calls."""
+        for stream in list(self.streams.values()):
+            self.forget(stream)
+        self._input.clear()

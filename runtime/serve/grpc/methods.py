@@ -1,0 +1,255 @@
+"""The methods: `inference.GRPCInferenceService` on tritonclient's generated messages, health, reflection.
+
+Shared memory, loading models over the network and CUDA memory are absent by design: they answer UNIMPLEMENTED.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health_pb2
+from tritonclient.grpc import service_pb2
+
+from runtime.serve.errors import Code, RequestError
+from runtime.serve.grpc import codec
+from runtime.serve.grpc.connection import GrpcConnection
+from runtime.serve.grpc.reflection import reflect
+from runtime.serve.grpc.stream import MAX_UNREAD, Method, Stream
+from runtime.serve.protocol import documents
+from runtime.serve.service import Call, Service
+
+INFERENCE = "inference.GRPCInferenceService"
+HEALTH = "grpc.health.v1.Health"
+REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
+WATCH_PERIOD = 0.2
+"""Seconds between two looks of a watched health state."""
+SMALL_MESSAGE = 64 * 1024
+RESERVE = 256
+"""Calls beyond the queue's size that may be under way or idle, in the whole process."""
+
+
+class Methods:
+    """All methods by path, and the places that their calls take."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.places = 0
+        self.connections: Callable[[], list[GrpcConnection]] = list
+        unary: dict[str, Callable[[Any], Any]] = {
+            "ServerLive": lambda request: service_pb2.ServerLiveResponse(live=True),
+            "ServerReady": lambda request: service_pb2.ServerReadyResponse(ready=service.ready),
+            "ModelReady": self._model_ready,
+            "ServerMetadata": lambda request: documents.server_metadata(),
+            "ModelMetadata": lambda request: documents.model_metadata(self._model(request), service.repository),
+            "ModelConfig": lambda request: service_pb2.ModelConfigResponse(
+                config=documents.model_config(self._model(request))
+            ),
+            "ModelStatistics": self._statistics,
+            "RepositoryIndex": self._index,
+            "TraceSetting": self._trace,
+            "LogSettings": self._logging,
+        }
+        inputs = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name
+        self._methods = {
+            f"/{INFERENCE}/{name}": Method(
+                name,
+                self._unary(inputs[name].input_type._concrete_class, answer),
+                open=name in ("ServerLive", "ServerReady"),
+            )
+            for name, answer in unary.items()
+        }
+        self._methods |= {
+            f"/{INFERENCE}/ModelInfer": Method("ModelInfer", self._infer),
+            f"/{INFERENCE}/ModelStreamInfer": Method("ModelInfer", self._stream_infer, streaming=True),
+            f"/{HEALTH}/Check": Method(
+                "Health.Check", self._unary(health_pb2.HealthCheckRequest, self._health), open=True
+            ),
+            f"/{HEALTH}/Watch": Method("Health.Watch", self._watch, streaming=True),
+        }
+        services = [INFERENCE, HEALTH, *REFLECTION]
+        for name in REFLECTION:
+            self._methods[f"/{name}/ServerReflectionInfo"] = Method(
+                "ServerReflectionInfo", lambda stream: reflect(stream, services), streaming=True
+            )
+
+    def find(self, path: str) -> Method | None:
+        """The method of a path."""
+        return self._methods.get(path)
+
+    def take_place(self, connection: GrpcConnection) -> None:
+        """Count a call that begins; where there are too many the longest idle stream gives way. Raises RequestError."""
+        if self.places >= self.service.settings.queue_size + RESERVE:
+            idle = [stream for other in self.connections() for stream in other.idle_streams()]
+            if not idle:
+                raise RequestError("the server has as many calls as it may", Code.OVERLOADED)
+            longest = min(idle, key=lambda stream: stream.idle_since)
+            longest.refuse(RequestError("the stream was idle and the server is full", Code.UNAVAILABLE))
+            longest.connection.flush()
+        self.places += 1
+
+    def _unary(self, kind: Any, answer: Callable[[Any], Any]) -> Callable[[Stream], Awaitable[None]]:
+        """A method that answers one small message with another."""
+
+        async def run(stream: Stream) -> None:
+            message, call = await _only(stream)
+            try:
+                if len(message) > SMALL_MESSAGE:
+                    raise RequestError("the message is too large for this method", Code.TOO_LARGE)
+                reply = answer(_parse(kind, bytes(message))).SerializeToString()
+            except Exception as error:
+                raise stream.fail(call, error) from None
+            await stream.write(reply, call)
+
+        return run
+
+    async def _infer(self, stream: Stream) -> None:
+        message, call = await _only(stream)
+        try:
+            answer = await self._run(stream, *self._split(message), call)
+        except Exception as error:
+            raise stream.fail(call, error) from None
+        del message
+        await stream.write(answer.SerializeToString(), call)
+
+    async def _stream_infer(self, stream: Stream) -> None:
+        """Inferences on one stream, answered in order; an error is a message and the stream goes on."""
+        answers: asyncio.Queue[asyncio.Task[tuple[bytes, Call]] | None] = asyncio.Queue(MAX_UNREAD)
+        refused: list[RequestError] = []
+        async with asyncio.TaskGroup() as tasks:  # none of them outlives the call
+
+            async def read() -> None:
+                try:
+                    while (message := await stream.read()) is not None:
+                        await answers.put(tasks.create_task(self._stream_one(stream, *message)))
+                except RequestError as error:
+                    refused.append(error)
+                await answers.put(None)
+
+            tasks.create_task(read())
+            while (task := await answers.get()) is not None:
+                await stream.write(*await task)
+        if refused:
+            raise refused[0]
+
+    async def _stream_one(self, stream: Stream, message: bytes | memoryview, call: Call) -> tuple[bytes, Call]:
+        answer = service_pb2.ModelStreamInferResponse()
+        request = None
+        try:
+            request, raw = self._split(message)
+            answer.infer_response.CopyFrom(await self._run(stream, request, raw, call))
+            key = "triton_enable_empty_final_response"
+            if key in request.parameters and request.parameters[key].bool_param:
+                answer.infer_response.parameters["triton_final_response"].bool_param = True
+        except Exception as error:
+            refusal = call.failed(error)
+            answer.error_message = refusal.message
+            call.entry["status"] = refusal.code.grpc
+            if request is not None:
+                answer.infer_response.id = request.id
+                answer.infer_response.model_name = request.model_name
+        return answer.SerializeToString(), call
+
+    def _split(self, message: bytes | memoryview) -> tuple[Any, list[memoryview]]:
+        most = max((m.signature.max_elements for m in self.service.repository.all()), default=0)
+        return codec.split(memoryview(message), most)
+
+    async def _run(self, stream: Stream, request: Any, raw: list[memoryview], call: Call) -> Any:
+        """One inference. Raises RequestError."""
+        service = self.service
+        call.entry["path"] = request.model_name[:128]
+        model = call.use(service.repository.get(request.model_name, request.model_version))
+        if request.ByteSize() > SMALL_MESSAGE:
+            decoded = await service.apart(codec.decode, request, raw, model.signature)
+        else:
+            decoded = codec.decode(request, raw, model.signature)
+        if deadline := stream.timeout_us:
+            decoded.timeout_us = min(decoded.timeout_us or deadline, deadline)
+        outputs, item = await service.infer(call, decoded, stream.client)
+        answer = codec.encode(model, decoded, outputs)
+        call.succeeded(item)
+        return answer
+
+    def _model(self, request: Any) -> Any:
+        return self.service.repository.get(request.name, request.version)
+
+    def _model_ready(self, request: Any) -> Any:
+        try:
+            self._model(request)
+        except RequestError:
+            return service_pb2.ModelReadyResponse(ready=False)
+        return service_pb2.ModelReadyResponse(ready=self.service.ready)
+
+    def _statistics(self, request: Any) -> Any:
+        repository = self.service.repository
+        if not request.name:
+            return documents.statistics(repository.all())
+        model = self._model(request)
+        versions = [] if request.version else repository.versions(request.name)
+        return documents.statistics([repository.get(request.name, v) for v in versions] or [model])
+
+    def _index(self, request: Any) -> Any:
+        answer = service_pb2.RepositoryIndexResponse()
+        for entry in self.service.repository.index():
+            if entry["state"] == "READY" or not request.ready:
+                answer.models.add(**entry)
+        return answer
+
+    def _trace(self, request: Any) -> Any:
+        if request.model_name:
+            self.service.repository.get(request.model_name)
+        traced = self.service.tracer is not None
+        documents.check_trace_update({k: list(v.value) for k, v in request.settings.items()}, traced)
+        answer = service_pb2.TraceSettingResponse()
+        for key, values in documents.trace_settings(traced).items():
+            answer.settings[key].value.extend(values)
+        return answer
+
+    def _logging(self, request: Any) -> Any:
+        fields = ("bool_param", "uint32_param", "string_param")
+        changes = {k: getattr(v, f) for k, v in request.settings.items() for f in fields if v.HasField(f)}
+        self.service.log_settings.update(changes)
+        answer = service_pb2.LogSettingsResponse()
+        for key, value in self.service.log_settings.values.items():
+            field = fields[0] if isinstance(value, bool) else fields[1] if isinstance(value, int) else fields[2]
+            setattr(answer.settings[key], field, value)
+        return answer
+
+    def _health(self, request: Any) -> Any:
+        """Readiness of the server (no name, or a service's), of one model by its name, or liveness (`live`)."""
+        states = health_pb2.HealthCheckResponse
+        serving = True if request.service == "live" else self.service.ready
+        if request.service not in ("", "live", INFERENCE, HEALTH, *REFLECTION):
+            self.service.repository.get(request.service)
+        return states(status=states.SERVING if serving else states.NOT_SERVING)
+
+    async def _watch(self, stream: Stream) -> None:
+        message, call = await _only(stream)
+        request = _parse(health_pb2.HealthCheckRequest, bytes(message))
+        last: bytes | None = None
+        while True:
+            try:
+                state = self._health(request)
+            except RequestError:
+                state = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+            if (now := state.SerializeToString()) != last:
+                last = now
+                await stream.write(now, call)
+            await asyncio.sleep(WATCH_PERIOD)
+
+
+async def _only(stream: Stream) -> tuple[bytes | memoryview, Call]:
+    """The one message of a call."""
+    message = await stream.read()
+    if message is None:
+        raise RequestError("the call has no message", Code.INVALID)
+    return message
+
+
+def _parse(kind: Any, data: bytes) -> Any:
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise RequestError("the message is not a protobuf of this method") from None

@@ -1,0 +1,88 @@
+"""An image file in, the most probable classes out: the manifest's preprocessing, the batcher, a softmax."""
+
+from __future__ import annotations
+
+from time import monotonic_ns
+from typing import Any
+from urllib.parse import parse_qs
+
+import numpy as np
+
+from runtime.runners.base import Array
+from runtime.serve.errors import RequestError
+from runtime.serve.http.messages import Request
+from runtime.serve.models.version import ModelVersion
+from runtime.serve.protocol.codec import Decoded
+from runtime.serve.service import Service
+
+
+def check_classifiable(model: ModelVersion) -> None:
+    """Raise RequestError unless the model takes one image and gives classes."""
+    name = model.source.name
+    if model.manifest is None or model.manifest.preprocessing is None:
+        raise RequestError(f"model '{name}' has no preprocessing in its manifest: send tensors to infer")
+    if len(model.signature.inputs) != 1:
+        raise RequestError(f"model '{name}' has several inputs: send tensors to infer")
+    if len(next(iter(model.signature.outputs.values())).shape) != 2:
+        raise RequestError(f"the first output of model '{name}' is not (batch, classes): send tensors to infer")
+
+
+async def classify_image(service: Service, request: Request) -> dict[str, Any]:
+    """Answer POST .../classify; `?k=` classes, 5 by default. Raises RequestError."""
+    call = request.call
+    model = call.model
+    assert model is not None
+    assert model.manifest is not None
+    k = _count(parse_qs(request.query).get("k", ["5"])[-1])
+    began = monotonic_ns()
+    pixels = await service.decoders.decode(bytes(request.body()), model.manifest.preprocessing)
+    prepared = monotonic_ns()
+    port = next(iter(model.signature.inputs.values()))
+    feeds = {port.name: np.ascontiguousarray(pixels[None], port.dtype)}
+    call.release()
+    model.signature.check_shape(port, feeds[port.name].shape)
+    outputs, item = await service.infer(call, Decoded(feeds, 1, []), request.client)
+    call.succeeded(item)
+    scores = np.asarray(next(iter(outputs.values())))[0].astype(np.float64).ravel()
+    probabilities = softmax(scores)
+    order = np.argsort(-probabilities, kind="stable")[:k]
+    labels = model.signature.labels or ()
+    batch = item.batch
+    assert batch is not None
+    return {
+        "model_name": model.source.name,
+        "model_version": model.source.version,
+        "id": call.request_id,
+        "classes": [
+            {
+                "index": int(i),
+                "label": labels[i] if i < len(labels) else str(i),
+                "probability": float(probabilities[i]),
+                "score": float(scores[i]) if np.isfinite(scores[i]) else None,
+            }
+            for i in order
+        ],
+        "times_ms": {
+            "decode": (prepared - began) / 1e6,
+            "queue": (batch.taken - item.queued) / 1e6,
+            "compute": (batch.done - batch.taken) / 1e6,
+            "total": (monotonic_ns() - call.started) / 1e6,
+        },
+        "batch": batch.rows,
+    }
+
+
+def softmax(scores: Array) -> Array:
+    """Probabilities of a vector of scores, float64; zeros where the network returned NaN only."""
+    finite = np.nan_to_num(scores, nan=-np.inf, posinf=np.finfo(np.float64).max)
+    top = finite.max(initial=-np.inf)
+    if not np.isfinite(top):
+        return np.zeros_like(finite)
+    powers = np.exp(finite - top)
+    return np.asarray(powers / powers.sum())
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= 1000 or len(text) > 4:
+        raise RequestError("k must be a whole number from 1 to 1000")
+    return int(text)

@@ -1,0 +1,353 @@
+"""HTTP/1.1 on httptools (llhttp, the parser of Node.js), with the bounds that a parser leaves to its user.
+
+What is decided here: where a request ends (an offer to upgrade changes nothing about it), that one request of a
+connection is answered at a time and the bytes behind it wait, and that a client which shut its writing side still gets
+its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+
+import httptools
+
+from runtime.serve.connection import LINGER, Connection, Listener
+from runtime.serve.errors import Code, RequestError
+from runtime.serve.http.app import App
+from runtime.serve.http.messages import STATUS_LINES, Answer, Request, error_answer
+from runtime.serve.service import Call
+
+SLICE = 1024
+"""Bytes that are parsed at a time outside of a body, so that few requests are read ahead of the one being answered."""
+READ_AHEAD = 64 * 1024
+MAX_HEADERS = 128
+DISCARD = 1 << 20
+"""Bytes of a refused request's body that are read and dropped to keep the connection."""
+
+
+class HttpConnection(Connection):
+    """One client over HTTP/1.1."""
+
+    def __init__(self, listener: Listener, app: App) -> None:
+        super().__init__(listener)
+        self._app = app
+        self._parser = httptools.HttpRequestParser(self)
+        self._reading: Request | None = None
+        """The request whose body is arriving."""
+        self._bare = 0
+        """Bytes read since there last was some body among them: a head, chunk headers, trailers."""
+        self._left = 0
+        """Bytes of body that are certain to follow."""
+        self._offered = False
+        self._offer = False
+        """The head offers an upgrade, which is not taken: it is read again without the offer."""
+        self._waiting: deque[Request] = deque()
+        self._current: Request | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._rest = bytearray()
+        """What came behind the request that is being answered."""
+        self._half_closed = False
+        self._malformed = False
+        """What was read last is no HTTP: said once the requests before it are answered."""
+        self._lingering = False
+        self._method, self._url, self._header_bytes = "", b"", 0
+        self._headers: list[tuple[bytes, bytes]] = []
+
+    # What the client sends
+
+    def received(self, data: bytes) -> None:
+        """Read on, or keep the bytes while a request is being answered."""
+        if self._lingering or self.closing:
+            return
+        if self._busy:
+            self._rest += data
+            if len(self._rest) > READ_AHEAD:
+                self.transport.pause_reading()
+        else:
+            self._feed(memoryview(data))
+
+    @property
+    def _busy(self) -> bool:
+        return self._current is not None or self.stuck
+
+    def _feed(self, data: memoryview) -> None:
+        if self._reading is None and not self._bare:
+            self.wait(self.settings.header_timeout)
+        while len(data) and not self.closing and not self._lingering:
+            if self._busy:
+                self._rest += data
+                return
+            step = max(self._left, SLICE)
+            self._bare += min(step, len(data))
+            try:
+                self._parser.feed_data(data[:step])
+            except httptools.HttpParserUpgrade as offer:
+                data = data[offer.args[0] :]
+                self._read_without_offer()
+                continue
+            except httptools.HttpParserError:
+                self._malformed = True
+                if self._current is None:
+                    self._next()
+                return
+            if self._bare > self.settings.max_header_bytes:
+                self._refuse(RequestError("the request header is too large", Code.HEADER))
+                return
+            data = data[step:]
+
+    def _read_without_offer(self) -> None:
+        """RFC 9110, 7.8: an offer may be ignored. The parser would take the body for another protocol's."""
+        self._parser = httptools.HttpRequestParser(self)
+        if not self._offer:  # CONNECT
+            self._refuse(RequestError("Method Not Allowed", Code.METHOD))
+            return
+        lines = [b"%b: %b\r\n" % (name, value) for name, value in self._headers if name != b"upgrade"]
+        method = self._method
+        self._offer, self._offered = False, True
+        self._parser.feed_data(b"%b %b HTTP/1.1\r\n%b\r\n" % (method.encode(), self._url, b"".join(lines)))
+
+    def eof_received(self) -> bool:
+        """The client writes no more. It still gets the answer to what it sent in full."""
+        if self._lingering or self.closing or self.listener.tls is not None:
+            return False
+        self._half_closed = True
+        if self._current is None and not self.stuck:
+            self._give_up()
+            return False
+        return True
+
+    def _give_up(self) -> None:
+        """Nobody will complete the request that is being read."""
+        request, self._reading = self._reading, None
+        if request is not None and not request.answered:
+            _abandon(request)
+
+    # What the parser says
+
+    def on_message_begin(self) -> None:
+        """A request line begins."""
+        self._url, self._headers, self._header_bytes = b"", [], 0
+
+    def on_url(self, url: bytes) -> None:
+        """Part of the target."""
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or a trailer, which is not used."""
+        if self._reading is None:
+            self._headers.append((name.lower(), value))
+            self._header_bytes += len(name) + len(value) + 4
+
+    def on_headers_complete(self) -> None:
+        """The head is in: whatever can be refused is refused before the body is read."""
+        self._method = self._parser.get_method().decode("latin-1")
+        if self._parser.should_upgrade():
+            self._offer = self._method != "CONNECT"
+            return
+        self._bare = 0
+        headers: dict[bytes, bytes] = {}
+        for name, value in self._headers:
+            headers[name] = headers[name] + b", " + value if name in headers else value
+        target, _, query = self._url.partition(b"#")[0].partition(b"?")
+        path = target.decode("latin-1")
+        call = Call(self.service, self.listener.protocol, self.client[0] if self.client else None, self._method, path)
+        call.identify(headers.get(b"x-request-id"))
+        request = self._reading = Request(call, self._method, path, query.decode("latin-1"), headers)
+        request.client = self.client
+        request.keep_alive = self._parser.should_keep_alive()
+        request.old = self._parser.get_http_version() == "1.0"
+        declared = headers.get(b"content-length", b"")
+        self._left = min(int(declared), self.settings.max_request_bytes) if declared.isdigit() else 0
+        request.offered, self._offered = self._offered, False
+        try:
+            self._check_head(request)
+            self._app.admit(request, crowded=self.crowded, declared=int(declared) if declared.isdigit() else 0)
+        except Exception as error:
+            self._reject(request, error)
+        self.wait(self.settings.body_timeout)
+        if headers.get(b"expect", b"").lower() == b"100-continue" and not request.error and not self._busy:
+            self.transport.write(STATUS_LINES[100] + b"\r\n")
+
+    def _check_head(self, request: Request) -> None:
+        """Raise RequestError for a head that others on the way may have read otherwise; the connection then ends."""
+        keep, request.keep_alive = request.keep_alive, False
+        version = self._parser.get_http_version()
+        if len(self._headers) > MAX_HEADERS or self._header_bytes > self.settings.max_header_bytes:
+            raise RequestError("the request header is too large", Code.HEADER)
+        if version not in ("1.0", "1.1"):
+            raise RequestError("the protocol is HTTP/1.1 or HTTP/1.0")
+        if version == "1.1" and sum(name == b"host" for name, _ in self._headers) != 1:
+            raise RequestError("a request has exactly one Host header")
+        request.keep_alive = keep
+
+    def on_body(self, body: bytes) -> None:
+        """Part of a body."""
+        self._bare = 0
+        self._left = max(0, self._left - len(body))
+        request = self._reading
+        if request is None or request.error:
+            return
+        try:
+            request.add(body)
+        except RequestError as error:
+            self._reject(request, error)
+
+    def on_message_complete(self) -> None:
+        """The request is in: answer it now, or after those that came before it."""
+        if self._offer:
+            return
+        request, self._reading = self._reading, None
+        self._bare = self._left = 0
+        if request is not None and not request.answered:
+            self._waiting.append(request)
+            if self._current is None:
+                self._next()
+        elif not self._lingering:
+            self.wait(self.settings.keep_alive)
+
+    # What is answered
+
+    def _reject(self, request: Request, error: BaseException) -> None:
+        """Answer at once that a request is refused; a short rest of its body is read and dropped."""
+        request.error = error
+        request.drop()
+        if self._current is None and not self._waiting:
+            unclear = b"transfer-encoding" in request.headers or b"expect" in request.headers
+            request.keep_alive &= not unclear and self._left <= DISCARD
+            request.answered = True
+            self._write(request, error_answer(request.call, error))
+
+    def _refuse(self, refusal: RequestError) -> None:
+        """The connection itself is at fault: say so and close it."""
+        request, self._reading = self._reading, None
+        if request is None:
+            call = Call(self.service, self.listener.protocol, self.client[0] if self.client else None, "", "")
+            call.identify(None)
+            request = Request(call, "", "", "", {})
+        else:
+            request.drop()
+        if request.answered:
+            self._linger()
+            return
+        request.keep_alive = False
+        self._write(request, error_answer(request.call, refusal))
+
+    def _next(self) -> None:
+        """Begin with the next request, or wait for one."""
+        while self._waiting and not (self._busy or self.closing or self._lingering):
+            request = self._waiting.popleft()
+            self._current = request
+            self.deadline = math.inf
+            if request.error:
+                self._write(request, error_answer(request.call, request.error))
+            else:
+                self._task = self.listener.loop.create_task(self._answer(request))
+        if self._busy or self.closing or self._lingering:
+            return
+        if self._malformed:
+            self._refuse(RequestError("malformed HTTP request"))
+            return
+        if self._rest:
+            rest, self._rest = self._rest, bytearray()
+            self._feed(memoryview(rest))
+        if not self._busy and not self.closing:
+            self.transport.resume_reading()
+            if self._half_closed:
+                self._give_up()
+                self.transport.close()
+            elif self._reading is None and not self._bare:
+                self.wait(self.settings.keep_alive)
+
+    async def _answer(self, request: Request) -> None:
+        answer = await self._app.answer(request)
+        self._task = None
+        self._write(request, answer)
+
+    def _write(self, request: Request, answer: Answer) -> None:
+        """Write an answer; the request's accounting ends when the client has taken it."""
+        call, body = request.call, answer.body
+        call.entry["status"] = answer.status
+        if self.closing:
+            call.end()
+            return
+        keep = request.keep_alive and not self.service.draining and answer.status != 408
+        keep &= not (request.offered and (self._rest or self._waiting))  # who offers waits for the answer
+        lines = [b"%b: %b\r\n" % header for header in answer.headers]
+        lines.append(b"x-request-id: %b\r\ncontent-length: %d\r\n" % (call.request_id.encode(), len(body)))
+        lines.append(b"connection: close\r\n" if not keep else b"connection: keep-alive\r\n" if request.old else b"")
+        head = b"".join((STATUS_LINES[answer.status], *lines, b"\r\n"))
+        if request.method == "HEAD":
+            body = b""
+        call.release()
+        call.hold(len(body))
+        if len(body) <= READ_AHEAD:
+            self.transport.write(head + body)
+        else:
+            self.transport.write(head)
+            self.transport.write(body)
+        if request is not self._current:
+            self._current = request
+        self._lingering |= not keep
+        if not self.stuck:
+            self._sent()
+
+    def _sent(self) -> None:
+        """The answer is with the client or the kernel."""
+        request, self._current = self._current, None
+        if request is not None:
+            request.call.end()
+        if self.closing:
+            return
+        if self._lingering:
+            self._linger()
+        else:
+            self._next()
+
+    def _linger(self) -> None:
+        """Close, after a while in which what the client still sends is read: a reset could destroy the answer."""
+        self._lingering = True
+        if self._half_closed or not self.transport.can_write_eof():
+            self.transport.close()
+            return
+        self.transport.write_eof()
+        self.transport.resume_reading()
+        self.wait(LINGER)
+
+    def writable(self) -> None:
+        """The client reads again."""
+        self._sent()
+
+    def expired(self) -> None:
+        """Too slow in the middle of a request; or idle for long enough."""
+        if self._lingering or (self._reading is None and not self._bare):
+            self.transport.close()
+        else:
+            self._refuse(RequestError("the request took too long to arrive", Code.TIMEOUT_BODY))
+
+    def retire(self) -> None:
+        """The end: close, or answer what did not arrive in time; what is being answered ends the connection itself."""
+        if self._current is None and not self.closing and not self._lingering:
+            if self._reading is None:
+                self.transport.close()
+            else:
+                self._refuse(RequestError("the server is stopping", Code.UNAVAILABLE))
+
+    def lost(self) -> None:
+        """The client is gone: what it asked for is dropped wherever it is."""
+        if self._task is not None:
+            self._task.cancel()
+        for request in filter(None, (self._current, self._reading, *self._waiting)):
+            _abandon(request)
+        self._waiting.clear()
+        self._rest.clear()
+
+
+def _abandon(request: Request) -> None:
+    """Nobody is left to take the answer."""
+    request.drop()
+    call = request.call
+    if call.open and not call.entry["status"]:
+        call.failed(RequestError("the client went away", Code.CANCELLED))
+    call.end(call.entry["status"] or Code.CANCELLED.http)

@@ -1,0 +1,107 @@
+"""Images become pixels in processes of their own, which can be stopped: a few kB of file may ask for minutes of work.
+
+A decoder has a limit on its processor time and on its memory, set by itself before it reads a stranger's bytes
+(`runtime.serve.http.image_worker`). One that dies is replaced when it is needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import struct
+import sys
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from gmconv.images import Preprocessing
+from runtime.runners.base import Array
+from runtime.serve.errors import Code, RequestError
+
+WALL_SECONDS = 30.0
+"""The longest that one image may take; its processor time is limited more closely by the worker."""
+START = "from runtime.serve.http.image_worker import main; main()"
+FRAME = struct.Struct("<II")
+encode = msgspec.json.Encoder().encode
+
+
+class Decoders:
+    """At most `count` decoder processes; requests wait for a free one, up to `patience` seconds (0: for ever)."""
+
+    def __init__(self, count: int, patience: float) -> None:
+        self.count = count
+        self._patience = patience or None
+        self._places = asyncio.Semaphore(count)
+        self._idle: list[asyncio.subprocess.Process] = []
+        self._all: set[asyncio.subprocess.Process] = set()
+
+    async def warm_up(self) -> None:
+        """Start a process, so that the first image does not wait for it."""
+        if not self._all:
+            self._idle.append(await self._start())
+
+    async def decode(self, file: bytes, preprocessing: Preprocessing | None) -> Array:
+        """The network's input, float32 (C, H, W).
+
+        Raises RequestError: not an image, too much work, or no decoder became free in time.
+        """
+        try:
+            async with asyncio.timeout(self._patience):
+                await self._places.acquire()
+        except TimeoutError:
+            raise RequestError("no image decoder became free in time", Code.OVERLOADED) from None
+        process: asyncio.subprocess.Process | None = None
+        try:
+            process = self._idle.pop() if self._idle else await self._start()
+            async with asyncio.timeout(WALL_SECONDS):
+                pixels = await _ask(process, file, preprocessing)
+            self._idle.append(process)
+            process = None
+            return pixels
+        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
+            raise RequestError("the image takes more time or memory to decode than one may", Code.INVALID) from None
+        finally:
+            if process is not None:
+                self._kill(process)
+            self._places.release()
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            START,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for the server, which ends its decoders itself
+        )
+        self._all.add(process)
+        return process
+
+    def _kill(self, process: asyncio.subprocess.Process) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        self._all.discard(process)
+
+    def close(self) -> None:
+        """End every process, whatever it is doing."""
+        for process in list(self._all):
+            self._kill(process)
+        self._idle.clear()
+
+
+async def _ask(process: asyncio.subprocess.Process, file: bytes, preprocessing: Any) -> Array:
+    assert process.stdin
+    assert process.stdout
+    head = encode(preprocessing)
+    process.stdin.write(FRAME.pack(len(head), len(file)) + head)
+    process.stdin.write(file)
+    await process.stdin.drain()
+    kind, size = FRAME.unpack(await process.stdout.readexactly(FRAME.size))
+    content = await process.stdout.readexactly(size)
+    if kind == 0:
+        raise RequestError(content.decode())
+    return np.frombuffer(content, np.float32).reshape(kind, *preprocessing.size)

@@ -1,0 +1,142 @@
+"""A request and an answer as handlers see them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from runtime.serve.errors import Code, RequestError
+from runtime.serve.service import Call
+
+Headers = list[tuple[bytes, bytes]]
+ALIGN = 64
+JSON = (b"content-type", b"application/json")
+encode_json = msgspec.json.Encoder().encode
+TEXTS = {
+    100: "Continue",
+    200: "OK",
+    400: "Bad Request",
+    401: "Unauthorized",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    413: "Content Too Large",
+    415: "Unsupported Media Type",
+    431: "Request Header Fields Too Large",
+    499: "Client Closed Request",
+    500: "Internal Server Error",
+    501: "Not Implemented",
+    503: "Service Unavailable",
+}
+STATUS_LINES = {status: f"HTTP/1.1 {status} {text}\r\n".encode() for status, text in TEXTS.items()}
+
+
+@dataclass(slots=True)
+class Answer:
+    """Status, body and headers; length and connection are the connection's business."""
+
+    body: bytes = b""
+    headers: Headers = field(default_factory=lambda: [JSON])
+    status: int = 200
+
+
+def json_answer(document: Any, status: int = 200) -> Answer:
+    """An answer of JSON."""
+    return Answer(encode_json(document), [JSON], status)
+
+
+class Request:
+    """One HTTP request and the bytes of its body as they arrive, all accounted for in `call`."""
+
+    __slots__ = (
+        "_first",
+        "_offset",
+        "_rest",
+        "answered",
+        "call",
+        "client",
+        "error",
+        "handler",
+        "header_length",
+        "headers",
+        "keep_alive",
+        "limit",
+        "method",
+        "offered",
+        "old",
+        "path",
+        "query",
+        "received",
+        "target",
+    )
+
+    def __init__(self, call: Call, method: str, path: str, query: str, headers: dict[bytes, bytes]) -> None:
+        self.call, self.method, self.path, self.query, self.headers = call, method, path, query, headers
+        self.client: object = None
+        self.keep_alive = True
+        self.old = False
+        """HTTP/1.0, where a connection that stays open must be told."""
+        self.offered = False
+        """Its head offered another protocol."""
+        self.answered = False
+        """The answer was written before the body was in, which is now read and dropped."""
+        self.error: BaseException | None = None
+        self.handler: Callable[[Request], Awaitable[Answer]] | None = None
+        self.target: tuple[str, str] = ("", "")
+        """Model and version that the path names."""
+        self.header_length: int | None = None
+        self.limit = 0
+        """Bytes of body that the handler takes."""
+        self.received = 0
+        self._first = b""
+        self._rest: bytearray | None = None
+        self._offset = 0
+
+    def add(self, data: bytes) -> None:
+        """Part of the body: memory is taken for what came, never for what was announced. Raises RequestError."""
+        self.received += len(data)
+        if self.received > self.limit:
+            raise too_large(self.limit)
+        self.call.take(len(data))
+        if self.received == len(data):
+            self._first = data
+            return
+        if self._rest is None:
+            # The bytes after the JSON part lie aligned, which saves the batcher a copy.
+            self._offset = -(self.header_length or 0) % ALIGN
+            self._rest = bytearray(self._offset)
+            self._rest += self._first
+            self._first = b""
+        self._rest += data
+
+    def body(self) -> bytes | memoryview:
+        """The body, which the request then holds no more; what came in one piece is not copied."""
+        rest, self._rest = self._rest, None
+        first, self._first = self._first, b""
+        return memoryview(rest)[self._offset :] if rest is not None else first
+
+    def drop(self) -> None:
+        """Forget the body: the request is refused."""
+        self.body()
+        self.call.release()
+
+
+def too_large(limit: int) -> RequestError:
+    """A body of more than `limit` bytes."""
+    return RequestError(f"the request body is larger than {limit:,} bytes, the most that is taken here", Code.TOO_LARGE)
+
+
+def error_answer(call: Call, error: BaseException) -> Answer:
+    """The answer to a request that failed."""
+    refusal = call.failed(error)
+    answer = json_answer({"error": refusal.message}, refusal.code.http)
+    if refusal.allow:
+        answer.headers.append((b"allow", refusal.allow.encode()))
+    if answer.status == 503:
+        answer.headers.append((b"retry-after", b"%d" % (call.model.batcher.retry_after if call.model else 1)))
+    elif answer.status == 401:
+        answer.headers.append((b"www-authenticate", b"Bearer"))
+    return answer

@@ -1,0 +1,141 @@
+"""Which artefacts a folder holds, under which names and versions."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gmconv.errors import RefusedError
+from runtime import trt
+from runtime.manifest import Manifest, find_manifest, read_manifest
+from runtime.serve.models.config import CONFIG, ModelConfig, read_config
+from runtime.serve.settings import Settings
+
+log = logging.getLogger("gmconv.serve")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+SUFFIXES = {".onnx": "onnxruntime", ".plan": "tensorrt", ".engine": "tensorrt"}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One artefact to serve, the name and version it is served under, and its Triton configuration if there is one."""
+
+    name: str
+    version: str
+    path: Path
+    config: ModelConfig | None = None
+
+    @property
+    def runtime(self) -> str:
+        """Which library runs it: "onnxruntime" or "tensorrt"."""
+        return SUFFIXES[self.path.suffix]
+
+
+def find_sources(settings: Settings) -> list[Source]:
+    """What `settings.source` holds: an artefact; or a folder of artefacts, of models, or of one model's versions.
+
+    NAME.onnx and NAME.plan (or NAME.engine) in one folder are one model: the engine is served where a GPU was asked for
+    and there is a TensorRT, else the ONNX file. A config.pbtxt in a model's folder says which of its versions.
+
+    Raises RefusedError when there is nothing to serve, two artefacts claim one version, a name cannot be part of a URL,
+    a configuration cannot be read, or a folder cannot.
+    """
+    root = settings.source
+    try:
+        if root.is_file():
+            if root.suffix not in SUFFIXES:
+                raise RefusedError(f"{root}: not a .onnx, .plan or .engine file; export or build one first")
+            sources = [Source(settings.model_name or root.stem, "1", root)]
+        elif root.is_dir():
+            sources = _scan(root, settings)
+            if not sources:
+                raise RefusedError(f"{root}: holds no .onnx, .plan or .engine file, nor NAME/VERSION/model.onnx")
+        else:
+            raise RefusedError(f"{root}: no such file or folder")
+    except OSError as error:
+        raise RefusedError(f"{error.filename or root}: cannot be read ({error.strerror or error})") from error
+    seen: set[tuple[str, str]] = set()
+    for source in sources:
+        if not NAME.fullmatch(source.name):
+            raise RefusedError(f"{source.path}: model name {source.name!r} must match {NAME.pattern}")
+        if (source.name, source.version) in seen:
+            raise RefusedError(f"{source.path}: a second artefact for model {source.name!r} version {source.version}")
+        seen.add((source.name, source.version))
+    return sources
+
+
+def _scan(root: Path, settings: Settings) -> list[Source]:
+    model_name = settings.model_name
+    engines = settings.device.startswith("cuda") and any(trt.installed(flavor) for flavor in trt.MODULES)
+    sources = [Source(p.stem, "1", p) for p in _artefacts(root, engines)]
+    # lost+found is what a volume's file system has at its root, for root alone.
+    folders = sorted(p for p in root.iterdir() if not p.name.startswith(".") and p.name != "lost+found" and p.is_dir())
+    own: list[Source] = []
+    for folder in folders:
+        config = _config(root if folder.name.isdigit() else folder)
+        if folder.name.isdigit():
+            name = model_name or root.resolve().name
+            own += [Source(name, _version(folder), p, config) for p in _artefacts(folder, engines)]
+            continue
+        versions = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
+        found = [Source(folder.name, "1", p, config) for p in _artefacts(folder, engines)]
+        found += [Source(folder.name, _version(v), p, config) for v in versions for p in _artefacts(v, engines)]
+        sources += _chosen(found)
+    sources += _chosen(own)
+    if model_name and len({s.name for s in sources}) == 1:
+        sources = [replace(s, name=model_name) for s in sources]
+    elif model_name:
+        raise RefusedError(f"{root}: --model-name names one model, this folder has {len({s.name for s in sources})}")
+    return sources
+
+
+def _config(folder: Path) -> ModelConfig | None:
+    return read_config(folder / CONFIG) if (folder / CONFIG).is_file() else None
+
+
+def _chosen(found: list[Source]) -> list[Source]:
+    """Those of one model's versions that its version policy serves."""
+    config = found[0].config if found else None
+    return [s for s in found if config is None or s.version in config.chosen([f.version for f in found])]
+
+
+def _version(folder: Path) -> str:
+    return str(int(folder.name))
+
+
+def _artefacts(folder: Path, engines: bool) -> list[Path]:
+    """The artefacts to serve. Of an ONNX file and an engine of one stem the engine if `engines`, else the ONNX file."""
+    stems: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in SUFFIXES and path.is_file() and not path.name.startswith("."):
+            stems.setdefault(path.stem, []).append(path)
+    for stem, found in stems.items():
+        kinds = {SUFFIXES[path.suffix]: path for path in found}
+        if len(kinds) == len(found) == 2:
+            served, other = kinds["tensorrt"], kinds["onnxruntime"]
+            if not engines:
+                served, other = other, served
+            _say(f"{other}: not served, {served.name} beside it is; --device cuda chooses engines, else ONNX files")
+            stems[stem] = [served]
+    return [path for found in stems.values() for path in found]
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """Log once what is found at each look at a folder."""
+    log.info(text)
+
+
+def read_source(source: Source, settings: Settings) -> Manifest | None:
+    """The verified manifest of a source (its sha256 is checked); None for a foreign file where that is allowed."""
+    return read_manifest(source.path) if settings.require_manifest else find_manifest(source.path)
+
+
+def device_for(source: Source, settings: Settings) -> str:
+    """The device an artefact runs on."""
+    if settings.device != "auto":
+        return settings.device
+    return "cuda" if source.runtime == "tensorrt" else "cpu"

@@ -1,0 +1,210 @@
+"""One loaded model version: opened, its signature read, warmed up; and closed once nobody holds it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gmconv.errors import RefusedError
+from runtime.manifest import Manifest
+from runtime.runners.base import Runner, numpy_dtype
+from runtime.runners.qdq import layout_warning
+from runtime.serve.batching.batcher import Batcher, Policy
+from runtime.serve.batching.fair_queue import Batch
+from runtime.serve.batching.instance import RunsFeeds
+from runtime.serve.models.source import Source, device_for, read_source
+from runtime.serve.observe.stats import Stats
+from runtime.serve.protocol.signature import ITEM_BYTES, Signature, make_port
+from runtime.serve.settings import Settings
+
+log = logging.getLogger("gmconv.serve")
+SPIN_US = "200"
+"""Long enough to wait for each other within a run and for the next request of a lone client, no longer."""
+
+
+@dataclass(slots=True, eq=False)
+class ModelVersion:
+    """A loaded, warmed-up artefact. `users` counts requests that hold it, so that closing waits for them."""
+
+    source: Source
+    settings: Settings
+    """The server's, with what the model's own configuration changes."""
+    manifest: Manifest | None
+    signature: Signature
+    runners: list[Runner]
+    solo: Runner | None
+    stats: Stats = field(default_factory=Stats)
+    batcher: Batcher = field(init=False)
+    users: int = 0
+
+    @property
+    def sha256(self) -> str:
+        """Of the artefact; empty without a manifest."""
+        return self.manifest.artefact.sha256 if self.manifest else ""
+
+    @property
+    def platform(self) -> str:
+        """Triton's platform string of the artefact."""
+        return "tensorrt_plan" if self.source.runtime == "tensorrt" else "onnxruntime_onnx"
+
+    def begin(self, stats: Stats, on_fatal: Callable[[BaseException], None]) -> None:
+        """Start the engines' threads; on the event loop."""
+        self.stats = stats
+        signature, settings = self.signature, self.settings
+        fixed = all(d >= 0 for p in signature.inputs.values() for d in p.shape[1:]) or bool(signature.limits)
+        policy = Policy(
+            max_rows=signature.max_rows,
+            on_cpu=device_for(self.source, settings) == "cpu",
+            probe=None if fixed else lambda runner: warm_up(runner, signature),
+            queue_size=settings.queue_size,
+            delay_ns=int(settings.max_queue_delay * 1e9),
+            shed_target_ns=int(settings.shed_target * 1e9),
+            burst_ns=int(settings.burst_window * 1e9),
+        )
+
+        def count(batch: Batch) -> None:
+            stats.executed(batch.rows, batch.fed - batch.taken, batch.inferred - batch.fed, batch.done - batch.inferred)
+
+        engines: list[RunsFeeds] = list(self.runners)
+        name = self.source.name
+        self.batcher = Batcher(engines, policy, on_batch=count, on_fatal=on_fatal, name=name, solo=self.solo)
+
+    async def close(self, timeout: float) -> bool:
+        """Let the requests that hold this version finish, then end its threads and release its engines.
+
+        False if an engine was still busy at the timeout; it is then not released.
+        """
+        end = time.monotonic() + timeout
+        while self.users and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        if not await self.batcher.close(max(0.1, end - time.monotonic())):
+            return False
+        release(self)
+        return True
+
+
+def release(model: ModelVersion) -> None:
+    """Close the engines of a version that serves nobody."""
+    for runner in (*model.runners, *([model.solo] if model.solo else [])):
+        with contextlib.suppress(Exception):
+            runner.close()
+
+
+def open_version(source: Source, settings: Settings) -> ModelVersion:
+    """Verify, open and warm up an artefact; blocks. Raises RefusedError, UnavailableError and what an engine raises."""
+    own = source.config.apply(settings) if source.config else settings
+    manifest = read_source(source, own)
+    if warning := layout_warning(manifest, device_for(source, own)):
+        log.warning(warning)
+    runners, solo = open_runners(source, own)
+    opened = [*runners, solo] if solo else runners
+    try:
+        signature = make_signature(runners[0], manifest, own, source.config.max_batch if source.config else None)
+        for runner in opened:
+            warm_up(runner, signature)
+    except BaseException:
+        for runner in opened:
+            with contextlib.suppress(Exception):
+                runner.close()
+        raise
+    return ModelVersion(source, own, manifest, signature, runners, solo)
+
+
+def open_runners(source: Source, settings: Settings) -> tuple[list[Runner], Runner | None]:
+    """One runner per instance, and the one for a lone request if there shall be one.
+
+    Raises RefusedError or UnavailableError.
+    """
+    from runtime.runners import open_runner
+
+    path, device = source.path, device_for(source, settings)
+    if source.runtime != "onnxruntime":
+        return [open_runner(path, device) for _ in range(settings.instances)], None
+    # Threads that never spin make a small network half as fast; ones that spin on starve the event loop.
+    config = {} if settings.spinning else {"session.intra_op.spin_duration_us": SPIN_US}
+    options: dict[str, Any] = {"config": config}
+    runners = [
+        open_runner(path, device, threads=settings.intra_op_threads, **options) for _ in range(settings.instances)
+    ]
+    threads = settings.solo_intra_op_threads if device == "cpu" else 0
+    return runners, open_runner(path, device, threads=threads, **options) if threads else None
+
+
+def make_signature(
+    runner: Runner, manifest: Manifest | None, settings: Settings, max_batch: int | None = None
+) -> Signature:
+    """What the runner takes, in the protocol's terms and within the settings' bounds.
+
+    `max_batch` is what a configuration says of it; 0: requests are not batched, and bring whatever rows they like.
+
+    Raises RefusedError for a tensor type that the protocol cannot carry.
+    """
+    profiles = runner.profiles or (manifest.profiles if manifest else ())
+    first = runner.inputs[0].shape[0] if runner.inputs and runner.inputs[0].shape else None
+    batched = isinstance(first, str) and all(s.shape and s.shape[0] == first for s in (*runner.inputs, *runner.outputs))
+    try:
+        inputs = {s.name: make_port(s) for s in runner.inputs}
+        outputs = {s.name: make_port(s) for s in runner.outputs}
+    except KeyError as error:
+        raise RefusedError(f"a tensor of type {error} cannot be served: the protocol has no name for it") from error
+    max_rows, min_rows = (settings.max_batch, 1) if batched else (0, 1)
+    limits: dict[str, tuple[tuple[int, int], ...]] = {}
+    if profiles:
+        limits = {
+            name: tuple(
+                (min(p[name].min[a] for p in profiles), max(p[name].max[a] for p in profiles))
+                for a in range(len(port.shape))
+            )
+            for name, port in inputs.items()
+            if all(name in p for p in profiles)
+        }
+        if batched and limits:
+            min_rows = max(r[0][0] for r in limits.values())
+            max_rows = min(r[0][1] for r in limits.values())
+    if max_batch is not None and batched:
+        max_rows = min(max_rows, max_batch) if limits else max_batch
+    elements = 0
+    for name, port in inputs.items():
+        most = [h for _, h in limits[name]] if name in limits else [max_rows if d < 0 else d for d in port.shape[:1]]
+        rest = [] if name in limits else list(port.shape[1:])
+        known = all(d >= 0 for d in rest)
+        cap = settings.max_request_bytes // ITEM_BYTES[port.datatype]
+        elements += min(cap, math.prod([*most, *rest])) if known else cap
+    return Signature(
+        inputs=inputs,
+        outputs=outputs,
+        max_rows=max_rows,
+        min_rows=min_rows,
+        max_tensor_bytes=settings.max_request_bytes,
+        max_elements=elements,
+        limits=limits,
+        labels=manifest.labels if manifest else None,
+    )
+
+
+def warm_up(runner: Any, signature: Signature) -> None:
+    """Run once per shape that serving meets first: every profile's opt shape, or 1 row and the largest batch."""
+    shapes: list[Mapping[str, tuple[int, ...]]] = [{n: r.opt for n, r in p.items()} for p in runner.profiles]
+    if not shapes:
+        batches = {1, signature.max_rows} if signature.max_rows else {1}
+        shapes = [
+            {
+                s.name: tuple(rows if a == 0 and signature.max_rows else _extent(d) for a, d in enumerate(s.shape))
+                for s in runner.inputs
+            }
+            for rows in sorted(batches)
+        ]
+    for shape in shapes:
+        runner.run({s.name: np.zeros(shape[s.name], numpy_dtype(s.dtype)) for s in runner.inputs})
+
+
+def _extent(dim: int | str) -> int:
+    return dim if isinstance(dim, int) else 32

@@ -1,0 +1,349 @@
+"""Tensors of the Open Inference Protocol: JSON and binary, in and out. Every bound is checked before memory is taken.
+
+Reference: KServe's "Open Inference Protocol" and Triton's binary tensor, classification and parameters extensions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+
+from runtime.runners.base import Array
+from runtime.serve.errors import Code, RequestError
+from runtime.serve.protocol.numbers import from_json
+from runtime.serve.protocol.signature import Parameter, Port, Signature, Wanted, clip, short
+
+MAX_RANK = 16
+MAX_NAME = 256
+MAX_HEADER = 1 << 20
+MAX_QUOTES = 4096
+MAX_PLANNED = 1024
+MAX_PLANS = 64
+MAX_DIGITS = 64
+"""Bytes of JSON that one number may take, with the white space around it."""
+_Parameters = Annotated[dict[Annotated[str, msgspec.Meta(max_length=MAX_NAME)], Parameter], msgspec.Meta(max_length=64)]
+_Shape = Annotated[list[int], msgspec.Meta(max_length=MAX_RANK)]
+_Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
+
+
+class _Input(msgspec.Struct):
+    name: _Name
+    shape: _Shape
+    datatype: _Name
+    parameters: _Parameters = {}
+    data: msgspec.Raw = msgspec.Raw()
+
+
+class _Output(msgspec.Struct):
+    name: _Name
+    parameters: _Parameters = {}
+
+
+class _Request(msgspec.Struct):
+    inputs: Annotated[list[_Input], msgspec.Meta(max_length=64)]
+    id: str | int | None = None
+    parameters: _Parameters = {}
+    outputs: Annotated[list[_Output], msgspec.Meta(max_length=64)] = []
+
+
+_NOT_FINITE = (b"NaN", b"Infinity")
+_decode_request = msgspec.json.Decoder(_Request).decode
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(slots=True)
+class Plan:
+    """What a JSON header that was accepted once asks for: clients repeat theirs, so it need not be parsed again."""
+
+    ports: list[tuple[Port, tuple[int, ...], int, int]]
+    """Input, shape, elements and bytes, in the order of the tail."""
+    size: int
+    """Bytes of the tail."""
+    rows: int
+    wanted: list[Wanted]
+    id: str
+    timeout_us: int
+    priority: int
+    answers: dict[tuple[tuple[int, ...], ...], bytes] = field(default_factory=dict)
+    """JSON headers of answers, by the shapes of their outputs."""
+
+
+@dataclass(slots=True)
+class Decoded:
+    """A request as the batcher needs it. Arrays are views of the body wherever they came as bytes."""
+
+    feeds: dict[str, Array]
+    rows: int
+    wanted: list[Wanted]
+    id: str = ""
+    timeout_us: int = 0
+    priority: int = 0
+    plan: Plan | None = None
+
+    def json_elements(self, outputs: Mapping[str, Array]) -> int:
+        """Numbers that the answer writes as JSON."""
+        return sum(outputs[want.name].size for want in self.wanted if not want.binary and not want.classes)
+
+
+def decode(body: bytes | bytearray | memoryview, header_length: int | None, signature: Signature) -> Decoded:
+    """The REST body `body`, whose first `header_length` bytes are JSON (None: all of it; 0: one raw tensor)."""
+    if header_length == 0:
+        return _decode_raw(body, signature)
+    view = memoryview(body)
+    key = bytes(view[:header_length]) if header_length is not None and header_length <= MAX_PLANNED else None
+    plan = signature.plans.get(key) if key is not None else None
+    if plan is not None and header_length is not None and len(view) - header_length == plan.size:
+        return _decode_planned(view[header_length:], plan)
+    if header_length is None:
+        _bound_json(body, signature)
+    elif header_length > len(view):
+        raise RequestError("Inference-Header-Content-Length is beyond the end of the body")
+    elif header_length > MAX_HEADER:
+        raise RequestError("the JSON header is larger than this server takes", Code.TOO_LARGE)
+    request, strict = _parse(view if header_length is None else view[:header_length])
+    tail = view[len(view) if header_length is None else header_length :]
+    feeds: dict[str, Array] = {}
+    ports: list[tuple[Port, tuple[int, ...], int, int]] = []
+    for tensor in request.inputs:
+        port = signature.port(tensor.name, tensor.datatype)
+        if tensor.name in feeds:
+            raise RequestError(f"input '{tensor.name}' is given twice")
+        elements = signature.check_shape(port, tensor.shape)
+        refuse_shared_memory(tensor.parameters)
+        size = tensor.parameters.get("binary_data_size")
+        if size is None:
+            feeds[port.name] = from_json(port, tensor.shape, elements, bytes(tensor.data), strict)
+            continue
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise RequestError(f"input '{port.name}': 'binary_data_size' must be a whole number of bytes")
+        if bytes(tensor.data):
+            raise RequestError(f"input '{port.name}' has both 'data' and 'binary_data_size'")
+        if size > len(tail):
+            raise RequestError(f"input '{port.name}': binary_data_size is beyond the end of the body")
+        feeds[port.name] = from_bytes(port, tensor.shape, elements, tail[:size])
+        ports.append((port, tuple(tensor.shape), elements, size))
+        tail = tail[size:]
+    if len(tail):
+        raise RequestError(f"{len(tail)} bytes follow the last binary tensor")
+    parameters = request.parameters
+    timeout_us, priority = scheduling(parameters)
+    binary = parameters.get("binary_data_output", False)
+    if not isinstance(binary, bool):
+        raise RequestError("'binary_data_output' must be true or false")
+    rows = signature.rows(feeds)
+    wanted = _wanted(request.outputs, binary, signature)
+    id_ = clean_id(request.id)
+    if key is not None and len(ports) == len(feeds):
+        size = sum(p[3] for p in ports)
+        plan = Plan(ports, size, rows, wanted, id_, timeout_us, priority)
+        if len(signature.plans) >= MAX_PLANS:
+            signature.plans.clear()
+        signature.plans[key] = plan
+    return Decoded(feeds, rows, wanted, id_, timeout_us, priority, plan)
+
+
+def _parse(text: memoryview) -> tuple[_Request, bool]:
+    """The JSON of a request, and whether it is JSON to the letter.
+
+    RFC 8259 has no NaN and no infinity. Triton takes them as bare words all the same, and perf_analyzer sends them:
+    such words are quoted here and read as numbers by `_from_json`.
+    """
+    try:
+        try:
+            return _decode_request(text), True
+        except msgspec.DecodeError:
+            data = bytes(text)
+            if not any(word in data for word in _NOT_FINITE):
+                raise
+            return _decode_request(_quote_not_finite(data)), False
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise RequestError(f"failed to parse the request JSON: {clip(str(error), 200)}") from None
+
+
+def _quote_not_finite(text: bytes) -> bytes:
+    """Put every number that is none in quotes, at memory speed: a regular expression takes a second for a million."""
+    if sum(text.count(word) for word in _NOT_FINITE) > text.count(b",") + MAX_QUOTES:
+        raise ValueError("NaN or Infinity outside a list of numbers")
+    for word in _NOT_FINITE:
+        for sign in (b"", b"-") if word in text else ():
+            for before in (b"[", b",", b" ", b"\n", b"\r", b"\t"):
+                text = text.replace(before + sign + word, before + b'"' + sign + word + b'"')
+    return text
+
+
+def _decode_planned(tail: memoryview, plan: Plan) -> Decoded:
+    feeds: dict[str, Array] = {}
+    start = 0
+    for port, shape, elements, size in plan.ports:
+        feeds[port.name] = from_bytes(port, shape, elements, tail[start : start + size])
+        start += size
+    return Decoded(feeds, plan.rows, plan.wanted, plan.id, plan.timeout_us, plan.priority, plan)
+
+
+def _bound_json(body: bytes | bytearray | memoryview, signature: Signature) -> None:
+    """Refuse JSON that would decode to more objects than any request to this model holds.
+
+    Tensor data has commas and no quotes, everything else has quotes: counting both, at memory speed, bounds the lists
+    and dicts that decoding can build.
+    """
+    if len(body) > signature.max_elements * MAX_DIGITS + MAX_HEADER:
+        raise RequestError("the request JSON is longer than any request to this model", Code.TOO_LARGE)
+    data = bytes(body) if isinstance(body, memoryview) else body
+    if data.count(b'"') > MAX_QUOTES or data.count(b",") > signature.max_elements + MAX_QUOTES:
+        raise RequestError("the request JSON has more elements than this model takes")
+
+
+def _decode_raw(body: bytes | bytearray | memoryview, signature: Signature) -> Decoded:
+    """A body that is one input's bytes and nothing else (Triton's raw binary request)."""
+    if len(signature.inputs) != 1:
+        raise RequestError("a raw binary request needs a model with exactly one input")
+    port = next(iter(signature.inputs.values()))
+    shape = list(port.shape)
+    free = [axis for axis, dim in enumerate(shape) if dim < 0]
+    if len(free) > 1:
+        raise RequestError("a raw binary request needs a model with at most one dynamic dimension")
+    row = math.prod(d for d in shape if d >= 0) * port.dtype.itemsize
+    if free:
+        if not len(body) or len(body) % row:
+            raise RequestError(f"the raw body has {len(body)} bytes, expected a multiple of {row}")
+        shape[free[0]] = len(body) // row
+    elements = signature.check_shape(port, shape)
+    feeds = {port.name: from_bytes(port, shape, elements, memoryview(body))}
+    return Decoded(feeds, signature.rows(feeds), [Wanted(n, True) for n in signature.outputs])
+
+
+def from_bytes(port: Port, shape: Sequence[int], elements: int, data: memoryview | bytes) -> Array:
+    """A view of `data` (little-endian, C order) as `shape`; nothing is copied."""
+    expected = elements * port.dtype.itemsize
+    if len(data) != expected:
+        raise RequestError(
+            f"unexpected total byte size {len(data)} for input '{port.name}', expecting {expected} for {short(shape)}"
+        )
+    if port.datatype == "BOOL" and elements and np.frombuffer(data, np.uint8).max() > 1:
+        raise RequestError(f"input '{port.name}': a BOOL is one byte, 0 or 1")
+    return np.frombuffer(data, port.dtype).reshape(shape)
+
+
+def _wanted(outputs: list[_Output], binary: bool, signature: Signature) -> list[Wanted]:
+    if not outputs:
+        return [Wanted(name, binary) for name in signature.outputs]
+    wanted = []
+    for output in outputs:
+        refuse_shared_memory(output.parameters)
+        as_bytes = output.parameters.get("binary_data", binary)
+        if not isinstance(as_bytes, bool):
+            raise RequestError(f"output '{clip(output.name)}': 'binary_data' must be true or false")
+        wanted.append(signature.want(output.name, as_bytes, output.parameters.get("classification", 0)))
+    if len({w.name for w in wanted}) != len(wanted):
+        raise RequestError("an output is requested twice")
+    return wanted
+
+
+def refuse_shared_memory(parameters: Mapping[str, Any]) -> None:
+    """Raise for the shared-memory extension, which this server does not have by design."""
+    if any(key.startswith("shared_memory") for key in parameters):
+        raise RequestError("shared memory is not supported by this server", Code.UNSUPPORTED)
+
+
+def scheduling(parameters: Mapping[str, Any]) -> tuple[int, int]:
+    """(timeout in microseconds, priority) of a request's parameters; refuses sequences: the models are stateless."""
+    if parameters.get("sequence_id") not in (None, 0, "") or any(
+        parameters.get(key) for key in ("sequence_start", "sequence_end")
+    ):
+        raise RequestError("sequence parameters are not supported: the models served here keep no state")
+    values = []
+    for key in ("timeout", "priority"):
+        value = parameters.get(key) or 0
+        if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 64:
+            raise RequestError(f"'{key}' must be a whole number from 0")
+        values.append(value)
+    return values[0], values[1]
+
+
+def clean_id(value: str | int | None) -> str:
+    """The request's id as text, bounded."""
+    text = "" if value is None else str(value) if isinstance(value, str) or abs(value) < 1 << 64 else "?" * 257
+    if len(text) > 256:
+        raise RequestError("the request id is longer than 256 characters")
+    return text
+
+
+def encode(
+    model: str, version: str, decoded: Decoded, outputs: Mapping[str, Array], signature: Signature
+) -> tuple[bytes, int | None]:
+    """The REST body of the answer and the length of its JSON part (None: it is all JSON)."""
+    plan = decoded.plan
+    shapes = tuple(outputs[want.name].shape for want in decoded.wanted) if plan else ()
+    if plan and (known := plan.answers.get(shapes)):
+        return b"".join((known, *(outputs[want.name].tobytes() for want in decoded.wanted))), len(known)
+    entries: list[dict[str, Any]] = []
+    chunks: list[bytes] = []
+    for want in decoded.wanted:
+        array, port = outputs[want.name], signature.outputs[want.name]
+        entry: dict[str, Any]
+        if want.classes:
+            rows = classify(array, want.classes, signature)
+            entry = {"name": want.name, "datatype": "BYTES", "shape": class_shape(rows, signature)}
+            if want.binary:
+                chunk = pack_bytes(rows)
+                entry["parameters"] = {"binary_data_size": len(chunk)}
+                chunks.append(chunk)
+            else:
+                entry["data"] = [text for row in rows for text in row]
+        else:
+            entry = {"name": want.name, "datatype": port.datatype, "shape": array.shape}
+            if want.binary:
+                chunk = array.tobytes()
+                entry["parameters"] = {"binary_data_size": len(chunk)}
+                chunks.append(chunk)
+            else:
+                flat = array.astype(np.float32) if port.datatype in ("BF16", "FP16") else array
+                values = flat.ravel()
+                finite = values.dtype.kind != "f" or np.isfinite(values).all()
+                # As Triton writes them: bare NaN and Infinity, which msgspec would make null.
+                entry["data"] = values.tolist() if finite else msgspec.Raw(json.dumps(values.tolist()).encode())
+        entries.append(entry)
+    answer: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": entries}
+    if decoded.id:
+        answer["id"] = decoded.id
+    header = _encode(answer)
+    if not chunks:
+        return header, None
+    if plan and len(plan.answers) < MAX_PLANS and all(w.binary and not w.classes for w in decoded.wanted):
+        plan.answers[shapes] = header
+    return b"".join((header, *chunks)), len(header)
+
+
+def classify(array: Array, classes: int, signature: Signature) -> list[list[str]]:
+    """Per row the `classes` highest scores as Triton writes them: "score:index" or "score:index:label"."""
+    rows = array.reshape(len(array), -1) if signature.max_rows else array.reshape(1, -1)
+    labels = signature.labels or ()
+    answer = []
+    for row in rows:
+        order = np.argsort(-row.astype(np.float64), kind="stable")[:classes]
+        answer.append([f"{row[i]:f}:{i}" + (f":{labels[i]}" if i < len(labels) else "") for i in order.tolist()])
+    return answer
+
+
+def class_shape(rows: list[list[str]], signature: Signature) -> list[int]:
+    """The shape of a classification output."""
+    width = len(rows[0]) if rows else 0
+    return [len(rows), width] if signature.max_rows else [width]
+
+
+def pack_bytes(rows: list[list[str]]) -> bytes:
+    """BYTES tensors on the wire: each element's length as four little-endian bytes, then the element."""
+    packed = bytearray()
+    for row in rows:
+        for text in row:
+            data = text.encode()
+            packed += len(data).to_bytes(4, "little") + data
+    return bytes(packed)

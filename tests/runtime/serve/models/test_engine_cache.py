@@ -1,0 +1,371 @@
+"""Engines for the GPU found here: built once, compared before they serve, cached by what they were built for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from gmconv.errors import BuildError, Interrupted, ParityError, RefusedError, UnavailableError
+from gmconv.files import sha256_file
+from runtime.manifest import read_manifest, sidecar
+from runtime.serve.__main__ import main, make_settings
+from runtime.serve.models import engine_cache
+from runtime.serve.models.engine_cache import DeviceIdentity, prepare_engine, run_child, visible_device
+
+from ..conftest import write_model
+from .engines import COMPARED, DEVICE, Children, make_external, make_onnx, prepare, write_engine
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_onnx(tmp_path / "net.onnx")
+
+
+def test_the_first_start_builds_then_compares_and_the_second_does_neither(model: Path, tmp_path: Path) -> None:
+    children = Children()
+    engine = prepare(model, tmp_path / "cache", children)
+    assert [call[0] for call in children.calls] == ["export.tensorrt", "runtime.parity"]
+    source = read_manifest(engine).source("onnx")
+    assert source is not None
+    assert source.sha256 == sha256_file(model)
+    assert sorted(file.name for file in engine.parent.iterdir()) == ["model.plan", "model.plan.json", "verified.json"]
+
+    assert prepare(model, tmp_path / "cache", children) == engine
+    assert children.builds == 1
+
+
+def test_the_engine_that_was_compared_is_the_one_that_is_cached(model: Path, tmp_path: Path) -> None:
+    built: list[bytes] = []
+    children = Children(before=lambda name: built.extend(f.read_bytes() for f in tmp_path.rglob("model.plan")))
+    engine = prepare(model, tmp_path / "cache", children)
+    assert [engine.read_bytes()] == built
+    assert children.calls[1][2] == children.calls[0][3]
+
+
+@pytest.mark.parametrize("field", ["gpu", "compute_capability", "driver", "flavor", "tensorrt"])
+def test_another_card_driver_or_tensorrt_means_another_engine(field: str, model: Path, tmp_path: Path) -> None:
+    children = Children()
+    first = prepare(model, tmp_path / "cache", children)
+    other = replace(DEVICE, **{field: "other"})
+    second = prepare(model, tmp_path / "cache", children, other)
+    assert first != second
+    assert children.builds == 2
+    assert prepare(model, tmp_path / "cache", children) == first, "a shared cache keeps both cards' engines"
+    assert children.builds == 2
+
+
+def test_another_network_or_profile_means_another_engine(model: Path, tmp_path: Path) -> None:
+    children = Children()
+    engines = {
+        prepare(model, tmp_path / "cache", children),
+        prepare(model, tmp_path / "cache", children, profile=(1, 2, 4)),
+    }
+    assert children.calls[2][-3:] == ["--min=1", "--opt=2", "--max=4"]
+    make_onnx(model, size=9)
+    engines.add(prepare(model, tmp_path / "cache", children))
+    assert len(engines) == 3
+
+
+def test_another_manifest_or_version_of_this_package_means_another_engine(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's labels and preprocessing come from the ONNX file's manifest, its tolerances from the package."""
+    children = Children()
+    engines = {prepare(model, tmp_path / "cache", children)}
+    make_onnx(model, labels=("a", "b"))
+    engines.add(prepare(model, tmp_path / "cache", children))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} of tomorrow")
+    engines.add(prepare(model, tmp_path / "cache", children))
+    assert len(engines) == 3
+    assert children.builds == 3
+
+
+def test_external_data_is_part_of_the_identity(model: Path, tmp_path: Path) -> None:
+    weights = onnx.numpy_helper.from_array(np.ones((1, 3, 8, 8), "float32"), "w")
+    loaded = onnx.load(model)
+    loaded.graph.initializer.append(weights)
+    loaded.graph.node.append(helper.make_node("Identity", ["w"], ["unused"]))
+    onnx.save(loaded, model, save_as_external_data=True, location="net.bin", size_threshold=0)
+    sidecar(model).unlink()
+    children = Children()
+    first = prepare(model, tmp_path / "cache", children, require_manifest=False)
+    data = tmp_path / "net.bin"
+    data.write_bytes(bytes(len(data.read_bytes())))
+    assert prepare(model, tmp_path / "cache", children, require_manifest=False) != first
+    data.unlink()
+    with pytest.raises(RefusedError, match=r"net\.bin"):
+        prepare(model, tmp_path / "cache", children, require_manifest=False)
+
+
+def test_external_data_of_a_constant_is_part_of_it_too(tmp_path: Path) -> None:
+    model = make_external(tmp_path / "net.onnx")
+    children = Children()
+    first = prepare(model, tmp_path / "cache", children, require_manifest=False)
+    make_external(model, value=2)
+    assert prepare(model, tmp_path / "cache", children, require_manifest=False) != first
+    assert children.builds == 2
+
+
+def test_a_file_without_manifest_is_refused_unless_that_was_allowed(model: Path, tmp_path: Path) -> None:
+    """As the image without an engine does."""
+    sidecar(model).unlink()
+    children = Children()
+    with pytest.raises(RefusedError, match="its manifest net.onnx.json is missing"):
+        prepare(model, tmp_path / "cache", children)
+    assert not children.calls
+    assert prepare(model, tmp_path / "cache", children, require_manifest=False).is_file()
+
+
+def test_a_manifest_of_another_file_is_refused_even_where_none_is_asked_for(model: Path, tmp_path: Path) -> None:
+    make_external(model)
+    with pytest.raises(RefusedError, match="not from one export"):
+        prepare(model, tmp_path / "cache", Children(), require_manifest=False)
+
+
+def test_the_gpu_that_was_asked_for_is_identified_and_is_the_only_one_the_children_see(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    asked: list[int] = []
+
+    def identify(_flavor: str, index: int) -> DeviceIdentity:
+        asked.append(index)
+        return replace(DEVICE, gpu=f"Card {index}")
+
+    def start(device: str) -> tuple[Path, set[str]]:
+        children = Children()
+        engine = prepare_engine(
+            model, tmp_path / "cache", device=device, identify=identify, run=children, note=lambda _: None
+        )
+        return engine, {environment["CUDA_VISIBLE_DEVICES"] for environment in children.environments}
+
+    first, seen = start("auto")
+    assert (asked.pop(), seen) == (0, {"0"})
+    second, seen = start("cuda:1")
+    assert (asked.pop(), seen) == (1, {"1"})
+    assert first != second
+    assert start("cuda") == (first, set()), "the first card's engine is in the cache"
+    with pytest.raises(UnavailableError, match="not on 'cpu'"):
+        start("cpu")
+
+
+@pytest.mark.parametrize(("visible", "seen"), [(None, "1"), ("", "1"), ("4,2", "2"), ("GPU-a, GPU-b", "GPU-b")])
+def test_a_gpu_of_those_that_this_process_may_see_keeps_its_name_in_the_child(
+    visible: str | None, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_device(1) == seen
+
+
+def test_the_cached_manifest_says_that_the_engine_was_compared_and_with_what(model: Path, tmp_path: Path) -> None:
+    engine = prepare(model, tmp_path / "cache", Children())
+    manifest = read_manifest(engine)
+    assert manifest.parity is not None
+    assert manifest.parity.passed
+    assert manifest.parity.reference == "net.onnx"
+    assert msgspec.to_builtins(manifest.parity.hops[0])["shapes"] == COMPARED["hops"][0]["shapes"]
+    assert str(tmp_path) not in sidecar(engine).read_text(), "a manifest travels"
+
+
+def test_words_of_a_native_library_around_the_comparisons_result_do_no_harm(model: Path, tmp_path: Path) -> None:
+    said = "loading {kernels}\n" + Children().said + "\ndone\n"
+    engine = prepare(model, tmp_path / "cache", Children(said=said))
+    assert read_manifest(engine).parity.passed
+
+
+@pytest.mark.parametrize(
+    "said", ["", "{", "{\n}", '{\n"candidates": []}', '{\n"candidates": [{}]}', '{\n"candidates": 1}']
+)
+def test_a_comparison_that_leaves_no_result_is_none(said: str, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="left no result"):
+        prepare(model, tmp_path / "cache", Children(said=said))
+    assert not list((tmp_path / "cache").rglob("model.plan*"))
+
+
+def _truncate(entry: Path) -> None:
+    (entry / "model.plan").write_bytes(b"")
+
+
+def _flip(entry: Path) -> None:
+    data = bytearray((entry / "model.plan").read_bytes())
+    data[0] ^= 1
+    (entry / "model.plan").write_bytes(data)
+
+
+def _other_engine(entry: Path) -> None:
+    source = make_onnx(entry.parent / "x.onnx")
+    write_engine(source, entry / "model.plan", content="never compared")
+
+
+DAMAGES = {
+    "engine truncated": _truncate,
+    "one bit flipped": _flip,
+    "engine swapped with its manifest": _other_engine,
+    "engine gone": lambda entry: (entry / "model.plan").unlink(),
+    "manifest gone": lambda entry: (entry / "model.plan.json").unlink(),
+    "manifest garbled": lambda entry: (entry / "model.plan.json").write_bytes(b"\xff{"),
+    "record gone": lambda entry: (entry / "verified.json").unlink(),
+    "record garbled": lambda entry: (entry / "verified.json").write_bytes(b"\xff{"),
+    "record of another shape": lambda entry: (entry / "verified.json").write_text("[1]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_entry_is_built_again(damage: str, model: Path, tmp_path: Path) -> None:
+    children = Children()
+    engine = prepare(model, tmp_path / "cache", children)
+    DAMAGES[damage](engine.parent)
+    assert prepare(model, tmp_path / "cache", children) == engine
+    assert children.builds == 2
+    read_manifest(engine)
+    assert engine.read_text().startswith("engine 3 ")
+
+
+CODES = {3: RefusedError, 4: ParityError, 5: BuildError, 6: UnavailableError, 1: BuildError, -11: BuildError}
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("child", ["build", "parity"])
+def test_a_failed_build_or_comparison_is_not_served_and_not_cached(
+    code: int, child: str, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CODES[code]) as caught:
+        prepare(model, tmp_path / "cache", Children(**{child: code}))
+    assert type(caught.value) is CODES[code]
+    assert not list((tmp_path / "cache").rglob("model.plan*"))
+    assert prepare(model, tmp_path / "cache", Children()).is_file(), "the next start tries again"
+
+
+def test_failed_parity_has_exit_code_4(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ParityError) as caught:
+        prepare(model, tmp_path / "cache", Children(parity=4))
+    assert caught.value.exit_code == 4
+    assert "differs from ONNX Runtime" in caught.value.message
+
+
+def test_a_cache_that_cannot_be_written_is_refused_by_name(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(RefusedError, match="cache"):
+        prepare(model, tmp_path / "cache", Children())
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff" * 100])
+def test_a_damaged_onnx_file_is_refused_before_anything_is_built(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "bad.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    children = Children(build=3)
+    with pytest.raises(RefusedError):
+        prepare(path, tmp_path / "cache", children, require_manifest=False)
+    assert not list((tmp_path / "cache").rglob("model.plan"))
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    path.symlink_to("/proc/self/mem")  # a regular file whose bytes at 0 not even root may read
+    with pytest.raises(RefusedError, match=r"net\.onnx: cannot be read"):
+        prepare(path, tmp_path / "cache", Children(), require_manifest=False)
+
+
+def test_the_exit_code_of_a_child_comes_through(tmp_path: Path) -> None:
+    assert run_child(["export.triton", str(tmp_path / "none.onnx"), "-o", str(tmp_path / "r")]) == 3
+
+
+def test_a_child_has_the_environment_and_the_output_file_that_it_was_given(tmp_path: Path) -> None:
+    code = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['HERE'])"
+    os.environ["HERE"] = "too"
+    try:
+        done = run_child(["timeit", "-n1", "-r1", code], {"CUDA_VISIBLE_DEVICES": "3"}, tmp_path / "said")
+    finally:
+        del os.environ["HERE"]
+    assert done == 0
+    assert (tmp_path / "said").read_text().startswith("3 too\n")
+
+
+def test_sigterm_ends_the_child_and_then_the_start() -> None:
+    killer = threading.Timer(0.7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    killer.start()
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        run_child(["timeit", "-n", "1", "-r", "1", "import time; time.sleep(60)"])
+    assert time.monotonic() - began < 9
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_child_that_will_not_end_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(engine_cache, "STOP_SECONDS", 0.3)
+    ready = tmp_path / "ready"
+    code = f"import signal, time; signal.signal(15, signal.SIG_IGN); open({str(ready)!r}, 'w'); time.sleep(60)"
+
+    def terminate() -> None:
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        run_child(["timeit", "-n1", "-r1", code])
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
+def test_a_real_engine_is_built_and_cached(tmp_path: Path) -> None:
+    """TensorRT-RTX builds without a GPU; the ONNX file stands for the engine in the comparison, where it would run."""
+    weight = onnx.numpy_helper.from_array(np.full((4, 3, 3, 3), 0.5, "float32"), "w")
+    value = helper.make_tensor_value_info
+    path = write_model(
+        tmp_path / "net.onnx",
+        [helper.make_node("Conv", ["input", "w"], ["logits"])],
+        [value("input", TensorProto.FLOAT, ["batch", 3, 8, 8])],
+        [value("logits", TensorProto.FLOAT, ["batch", 4, 6, 6])],
+        [weight],
+    )
+
+    def run(arguments: Sequence[str], environment: Mapping[str, str] | None = None, output: Path | None = None) -> int:
+        if arguments[0] == "runtime.parity":
+            arguments = [*arguments[:2], arguments[1], "--no-yardstick", "--json"]
+        return run_child(arguments, environment, output)
+
+    engine = prepare_engine(
+        path, tmp_path / "cache", flavor="rtx", profile=(1, 2, 4), identify=lambda *_: DEVICE, run=run, note=print
+    )
+    manifest = read_manifest(engine)
+    assert manifest.build.flavor == "rtx"
+    assert manifest.profiles[0]["input"].max == (4, 3, 8, 8)
+    record = json.loads((engine.parent / engine_cache.VERIFIED).read_text())
+    assert record["engine"] == manifest.artefact.sha256
+    assert manifest.parity is not None
+    assert manifest.parity.passed
+    assert {output.precision for hop in manifest.parity.hops for output in hop.outputs} == {"fp32"}
+
+
+def test_the_servers_command_line_prepares_with_its_own_options(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Path, Path, dict[str, object]]] = []
+
+    def prepare(path: Path, cache: Path, **options: object) -> Path:
+        asked.append((path, cache, options))
+        return tmp_path / "model.plan"
+
+    monkeypatch.setattr(engine_cache, "prepare_engine", prepare)
+    flags = ["--engine-cache", str(tmp_path / "cache"), "--device", "cuda:1", "--no-require-manifest"]
+    settings = make_settings(main.make_context("serve", [str(model), *flags]).params)
+    assert asked == [(model, tmp_path / "cache", {"device": "cuda:1", "require_manifest": False})]
+    assert (settings.source, settings.model_name) == (tmp_path / "model.plan", "net")
