@@ -256,13 +256,6 @@ class PrecisionConverter:
         )
 
 
-def convert_graph(
-    model: ModelProto, precision: Precision, options: PrecisionOptions | None = None, **source: Any
-) -> tuple[ModelProto, PrecisionAudit]:
-    """One precision of an fp32 graph in memory; see `PrecisionConverter`, whose keyword arguments `source` are."""
-    return PrecisionConverter(model, options or PrecisionOptions(), **source).convert(precision)
-
-
 def with_precision(manifest: Manifest, model: ModelProto, audit: PrecisionAudit) -> Manifest:
     """`manifest` as it reads for the converted graph: precision, layers found, audit in the certificate, inputs.
 
