@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -166,3 +167,37 @@ def certificate_table(certificate: dict[str, Any]) -> Table:
             f"{layer['fp16_zero_taps']:,}",
         )
     return table
+
+
+def kernel_table(kernels: Sequence[dict[str, Any]]) -> Table:
+    """The rich table of kernel certificates (as dicts): kernels that other layers than GMConv2d computed."""
+    from rich.table import Table
+
+    table = Table(title="Kernels that were computed", title_justify="left", title_style="bold")
+    for column in ("layer", "kind", "made from"):
+        table.add_column(column, overflow="fold")
+    for column in ("kernel", "sigma [taps]", "centre", "misfit", "energy removed"):
+        table.add_column(column, justify="right")
+    for kernel in kernels:
+        if kernel["kind"] == "kept":
+            table.add_row(kernel["name"], "[yellow]kept as it is[/yellow]", kernel["reason"], *["-"] * 5)
+            continue
+        fit = kernel["gaussian"]
+        table.add_row(
+            kernel["name"],
+            kernel["kind"],
+            ", ".join(kernel["made_from"]) or "constants",
+            "x".join(map(str, kernel["shape"][2:])) or "linear",
+            " x ".join(_range(spread) for spread in fit["sigma"]) if fit else "-",
+            ", ".join(f"{spread['median']:+.2f}" for spread in fit["centre"]) if fit else "-",
+            f"{fit['misfit']:.1e}" if fit else "-",
+            "-" if kernel["energy_removed"] is None else f"{kernel['energy_removed']:.2%}",
+        )
+    return table
+
+
+def _range(spread: dict[str, float] | None) -> str:
+    if spread is None:
+        return "flat"
+    low, high = f"{spread['min']:.3f}", f"{spread['max']:.3f}"
+    return low if low == high else f"{spread['median']:.3f} ({low}..{high})"

@@ -41,6 +41,7 @@ class KernelCertificate:
     channel, perhaps); with some values zeroed; or otherwise. "generated": there is no such tensor. "zero": all zeros.
     `made_from` are the parameters and buffers it was computed from, `operators` the operators in between.
     `energy_removed` is `1 - sum(k^2) / sum(w^2)`, for masks and pruning. `gaussian` is fitted to masks.
+    `profile` is the root mean square of each tap of a 2-d kernel over its channels, relative to the largest one.
     `energy_centre` is where the kernel's energy lies, in taps from its middle, one value per axis. `sha256` is of the
     kernel's bytes (row-major, little-endian).
     """
@@ -55,6 +56,7 @@ class KernelCertificate:
     energy_removed: float | None = None
     gaussian: GaussianFit | None = None
     energy_centre: tuple[float, ...] | None = None
+    profile: tuple[tuple[float, ...], ...] | None = None
     sha256: str = ""
     reason: str | None = None
 

@@ -99,6 +99,7 @@ def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Prec
     help="What a budget buys: multiply-accumulates (the default), or time measured in ONNX Runtime.",
 )
 @click.option("--keep-dynamic", is_flag=True, help="Export kernels that depend on the input as they are.")
+@click.option("--fuse", is_flag=True, help="Let modules merge their branches by their own fuse or reparameterize.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no table.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what the exporter prints.")

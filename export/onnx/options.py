@@ -25,7 +25,8 @@ class ExportOptions:
     a tolerance or "lossless" (see `gmconv.crop`), `crop_budget` what `export.crop.budget.parse_budget` reads and
     `crop_gain` what it buys.
     `golden`: pairs that the user's own program recorded (`gmconv.save_golden`), to be compared with first.
-    `keep_dynamic` leaves kernels that depend on the input in the graph as they are; without it they are refused.
+    `keep_dynamic` leaves kernels that depend on the input in the graph as they are; without it they are refused. `fuse`
+    calls the methods by which modules merge their own branches, and measures the result.
     `precisions`: the first is written to the output's name, further ones beside it as `NAME.PRECISION.onnx`.
     """
 
@@ -45,6 +46,7 @@ class ExportOptions:
     crop_budget: str | None = None
     crop_gain: Literal["macs", "latency"] = "macs"
     keep_dynamic: bool = False
+    fuse: bool = False
     precisions: tuple[Precision, ...] = ("fp32",)
     precision: PrecisionOptions | None = None
 

@@ -41,6 +41,7 @@ class _Exported:
     outputs: tuple[Any, ...]
     operators: dict[str, int]
     baked_sha256: dict[str, str]
+    fused: list[Outputs] | None
     crop: CropCertificate | None
     cropped: list[Outputs] | None
 
@@ -119,13 +120,16 @@ def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: Expo
     model, certificate = bake_for_inputs(loaded.model, loaded.inputs, **options.bake_options)
     baked = certificate.sha256()
     kept = {kernel.name: kernel.reason for kernel in certificate.kernels if kernel.kind == "kept"}
+    model, merged = _fuse(model, loaded, options)
+    fused = run_torch(model, loaded.inputs, cases, names) if merged else None
     model, crop = _crop(model, loaded, options, note)
     cropped = run_torch(model, loaded.inputs, cases, names) if crop and crop.cropped else None
     note("exporting to ONNX")
     written = _to_onnx(model, loaded, names, file, options, note)
     exported = written.model
     require_stored_kernels(written.program, kept)
-    notes = [f"layer {name!r} keeps computing its kernel: {reason}" for name, reason in kept.items()]
+    notes = [f"merged by their own method: {', '.join(merged)}"] if merged else []
+    notes += [f"layer {name!r} keeps computing its kernel: {reason}" for name, reason in kept.items()]
     unused = capture.unused_layers(written, model, baked)
     if unused:
         notes.append(f"not in the graph, as no output needs them: {', '.join(unused)}")
@@ -139,7 +143,7 @@ def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: Expo
     import torch
 
     facts = replace(loaded, model=torch.nn.Identity(), notes=(*loaded.notes, *notes))
-    return _Exported(file, facts, inputs, outputs, operators, baked, crop, cropped)
+    return _Exported(file, facts, inputs, outputs, operators, baked, fused, crop, cropped)
 
 
 def _to_onnx(
@@ -167,6 +171,18 @@ def _to_onnx(
         if chatter:
             note(f"{said} {chatter}")
         log.unlink(missing_ok=True)
+
+
+def _fuse(model: nn.Module, loaded: Checkpoint, options: ExportOptions) -> tuple[nn.Module, tuple[str, ...]]:
+    """The network with branches merged, where that was asked for, and the modules that merged theirs."""
+    if not options.fuse:
+        return model, ()
+    from gmconv.fusing import fuse_modules
+    from gmconv.inputs import noise, tensors_of
+    from runtime.parity.tolerances import tolerance_for
+
+    examples = tensors_of(model, loaded.inputs, noise(loaded.inputs, options.batch or 2))
+    return fuse_modules(model, *examples, tolerance=tolerance_for("fp32").rel_rms)
 
 
 def _crop(
@@ -246,7 +262,7 @@ def _prove(exported: _Exported, cases: list[Case], reference: Any, options: Expo
         if other.get(name) != exported.baked_sha256.get(name):
             raise ParityError(f"layer {name!r}: two processes baked different weights; refusing to ship either")
     outputs = run_onnx(exported.file, cases)
-    proof = Proof(cases, reference, outputs, exported.classifies)
+    proof = Proof(cases, reference, outputs, exported.classifies, exported.fused)
     if exported.crop is None:
         return proof
     crop = crop_record(exported.crop)

@@ -23,7 +23,8 @@ def _bitwise(left: Outputs, right: Outputs) -> bool:
 class Proof:
     """Everything that was computed; `judge` turns it into a verdict.
 
-    `shipped` are the outputs of the artefact, case by case; `cropped` those of the cropped torch network, if kernels
+    `shipped` are the outputs of the artefact, case by case; `fused` those of the torch network whose modules merged
+    their own branches, if they did; `cropped` those of the cropped torch network, if kernels
     were cropped, `crop_cost` the relative RMS error that the crop may cost (`runtime.parity.tolerances.crop_cost`),
     `crop_precision` the one in which zeros went for nothing, `lossy` whether it removed more than fp32's zeros,
     `crop_on_data` whether a budget chose it, whose promise holds for images and not for noise, and `recorded_limit`
@@ -34,6 +35,7 @@ class Proof:
     reference: Reference
     shipped: Sequence[Outputs]
     classes: bool
+    fused: Sequence[Outputs] | None = None
     cropped: Sequence[Outputs] | None = None
     crop_cost: float = 0.0
     crop_precision: str = "fp32"
@@ -51,13 +53,14 @@ class Proof:
             for outputs in (self.reference.live, self.reference.baked, self.reference.yardstick)
         )
         reference = replace(self.reference, live=live, baked=baked, yardstick=wide)
+        fused = None if self.fused is None else [self.fused[index] for index in keep]
         cropped = None if self.cropped is None else [self.cropped[index] for index in keep]
         shipped = [self.shipped[index] for index in keep]
         cases = [self.cases[index] for index in keep]
-        return replace(self, cases=cases, reference=reference, shipped=shipped, cropped=cropped)
+        return replace(self, cases=cases, reference=reference, shipped=shipped, fused=fused, cropped=cropped)
 
     def judge(self, precision: str) -> Verdict:
-        """Live -> baked (bitwise) -> cropped, if so (by `crop_cost`) -> shipped (by the precision's tolerance).
+        """Live -> baked (bitwise) -> fused -> cropped, if so (by `crop_cost`) -> shipped (by the precision).
 
         A crop of what is zero in a lower precision is a part of what that precision costs, not added to it: the
         artefact in that precision is compared with the baked network, by the tolerance that parity applies to it too.
@@ -69,11 +72,15 @@ class Proof:
         arrows: list[tuple[str, Sequence[Outputs], Sequence[Outputs], Tolerance]] = [
             (BAKING, self.reference.live, self.reference.baked, tolerance_for("fp32"))
         ]
-        before, name = self.reference.baked, "baked"
+        start, name = self.reference.baked, "baked"
+        if self.fused is not None:
+            arrows.append(("baked -> fused", start, self.fused, tolerance_for("fp32")))
+            start, name = tuple(self.fused), "fused"
+        before = start
         if self.cropped is not None:
             stored = "fp32" if self.crop_on_data else self.crop_precision  # a budget has paid for its zeros
             zeros = tolerance_for(stored)
-            arrows.append(("baked -> cropped", before, self.cropped, widen(zeros, self.crop_cost)))
+            arrows.append((f"{name} -> cropped", before, self.cropped, widen(zeros, self.crop_cost)))
             if precision == "fp32" or stored == "fp32":
                 before, name = tuple(self.cropped), "cropped"
             else:
@@ -86,7 +93,7 @@ class Proof:
             self._hops(RECORDED, [(c, r, live) for c, r, live in recorded if r is not None], self.recorded_limit)
         )
         for arrow, left, right, most in arrows:
-            across = images and left is self.reference.baked
+            across = images and left is start
             compared = [t for t in zip(self.cases, left, right, strict=True) if not (t[0].noise and across)]
             hops += self._hops(arrow, compared, most)
         strict = precision == "fp32" and not self.lossy

@@ -23,7 +23,7 @@ def print_export(
     `first` False leaves out what the first file of the same export has shown: what was baked, and cropped.
     `console` and `manifest`: in place of stdout's and the sidecar's.
     """
-    from gmconv.certificate import certificate_table
+    from gmconv.certificate import certificate_table, kernel_table
     from gmconv.cli import result_console
     from runtime.manifest import read_manifest
 
@@ -31,6 +31,8 @@ def print_export(
     console = console or result_console()
     if manifest.certificate and manifest.certificate["layers"] and first:
         console.print(certificate_table(manifest.certificate))
+    if manifest.certificate and manifest.certificate.get("kernels") and first:
+        console.print(kernel_table(manifest.certificate["kernels"]))
     if manifest.crop and first:
         from gmconv.cropping.table import crop_summary, crop_table
 

@@ -31,6 +31,7 @@ def certify(use: Use, raw: Mapping[str, Tensor]) -> KernelCertificate:
         shape=tuple(kernel.shape),
         dtype=str(kernel.dtype).removeprefix("torch."),
         energy_centre=_energy_centre(kernel) if kernel.dim() > 2 else None,
+        profile=_profile(kernel) if kernel.dim() == 4 else None,
         sha256=use.digest.rsplit(" ", 1)[-1],
     )
     if not kernel.any():
@@ -140,10 +141,20 @@ def _fit(factor: Tensor, taps: Sequence[int]) -> GaussianFit | None:
     return fit_gaussian(factor.reshape(-1, *taps))
 
 
-def _energy_centre(kernel: Tensor) -> tuple[float, ...]:
+def _energy(kernel: Tensor) -> Tensor:
+    """The sum of squares of each tap over channels, float64 (*taps)."""
     magnitude = kernel.abs() if kernel.is_complex() else kernel
-    energy = sum(piece.double().square().sum((0, 1)) for piece in torch.split(magnitude, 16))
-    assert isinstance(energy, Tensor)
+    return torch.stack([piece.double().square().sum((0, 1)) for piece in torch.split(magnitude, 16)]).sum(0)
+
+
+def _profile(kernel: Tensor) -> tuple[tuple[float, ...], ...]:
+    size = _energy(kernel).sqrt()
+    relative = size / size.max() if bool(size.max() > 0) else size
+    return tuple(tuple(round(value, 4) for value in row) for row in relative.tolist())
+
+
+def _energy_centre(kernel: Tensor) -> tuple[float, ...]:
+    energy = _energy(kernel)
     total = float(energy.sum())
     centre = []
     for axis, size in enumerate(energy.shape):

@@ -4,6 +4,7 @@ from runtime.report.render import write_report
 from runtime.report.sections import (
     Crop,
     Facts,
+    Kernels,
     Latency,
     LatencyRun,
     LayerTimes,
@@ -25,6 +26,7 @@ from runtime.report.sections import (
 __all__ = [
     "Crop",
     "Facts",
+    "Kernels",
     "Latency",
     "LatencyRun",
     "LayerTimes",

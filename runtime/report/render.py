@@ -20,6 +20,7 @@ from runtime.report import plots
 from runtime.report.sections import (
     Crop,
     Facts,
+    Kernels,
     Latency,
     LayerTimes,
     ManifestText,
@@ -132,6 +133,25 @@ def _(section: Masks) -> Block:
     ]
     scale = plots.image(np.linspace(0, 1, 64)[np.newaxis], 0, 1)
     return Block("masks", section.title, {"sigma": plots.sigma(layers), "tiles": tiles, "scale": scale})
+
+
+@block.register
+def _(section: Kernels) -> Block:
+    tiles = []
+    for kernel in section.kernels:
+        profile, fit = kernel.get("profile"), kernel.get("gaussian")
+        facts = ["×".join(map(str, kernel["shape"])), kernel["kind"]] if kernel["kind"] != "kept" else []
+        if fit:
+            facts.append("σ " + " × ".join("flat" if s is None else _spread(s) for s in fit["sigma"]))
+            facts.append("centre " + ", ".join(f"{s['median']:+.2f}" for s in fit["centre"]))
+            facts.append(f"misfit {number(fit['misfit'], 2)}")
+        if kernel.get("energy_removed") is not None:
+            facts.append(f"{number(100 * kernel['energy_removed'], 3)} % energy gone")
+        facts.append(kernel["reason"] or "from " + (", ".join(kernel["made_from"]) or "constants"))
+        image = plots.image(np.asarray(profile), 0, 1) if profile else ""
+        ratio = len(profile[0]) / len(profile) if profile else 1
+        tiles.append({"name": kernel["name"], "image": image, "ratio": ratio, "facts": facts})
+    return Block("kernels", section.title, {"tiles": tiles})
 
 
 @block.register

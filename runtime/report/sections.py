@@ -42,6 +42,14 @@ class Masks:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """Kernels that other layers than GMConv2d computed: `KernelCertificate`s, as dicts."""
+
+    kernels: Sequence[Mapping[str, Any]]
+    title: str = "Kernels that were computed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReceptiveField:
     """Mean |d output centre / d input|, summed over channels, shape (H, W), without and with the masks."""
 
@@ -159,7 +167,18 @@ class Text:
 
 
 Section = (
-    Facts | Network | Masks | ReceptiveField | Parity | Latency | LayerTimes | Crop | TailAudit | ManifestText | Text
+    Facts
+    | Network
+    | Masks
+    | Kernels
+    | ReceptiveField
+    | Parity
+    | Latency
+    | LayerTimes
+    | Crop
+    | TailAudit
+    | ManifestText
+    | Text
 )
 
 
@@ -175,6 +194,8 @@ def manifest_sections(name: str, manifest: Manifest, *, alone: bool = True) -> l
     sections: list[Section] = [Network(name=name, manifest=manifest)]
     if (manifest.certificate or {}).get("layers"):
         sections.append(Masks(certificate=manifest.certificate or {}, title=title("Masks")))
+    if kernels := (manifest.certificate or {}).get("kernels"):
+        sections.append(Kernels(kernels=kernels, title=title("Kernels that were computed")))
     if manifest.crop and manifest.crop.layers:
         sections.append(Crop(crop=manifest.crop, title=title("Crop")))
     if audit := find_audit(manifest):
@@ -194,8 +215,8 @@ def without_repeated_masks(sections: Iterable[Section]) -> list[Section]:
     kept: list[Section] = []
     seen: list[Any] = []
     for section in sections:
-        if isinstance(section, Masks):
-            layers = section.certificate["layers"]
+        if isinstance(section, Masks | Kernels):
+            layers = section.certificate["layers"] if isinstance(section, Masks) else section.kernels
             if layers in seen:
                 continue
             seen.append(layers)

@@ -215,10 +215,16 @@ class TorchRunner(Runner):
         return {name for name, module in self.model.named_modules() if isinstance(module, kind)}
 
     def weighted_modules(self) -> set[str]:
-        """Names of the convolutions and linear layers."""
+        """Names of the convolutions and linear layers, also of those that a user wrote: parameters, and no norm."""
         nn = self._torch.nn
-        kinds = (nn.modules.conv._ConvNd, nn.Linear)
-        return {name for name, module in self.model.named_modules() if isinstance(module, kinds)}
+        layers = (nn.modules.conv._ConvNd, nn.Linear)
+        others = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
+
+        def weighted(name: str, module: Any) -> bool:
+            own = any(parameter is not None for parameter in module._parameters.values())
+            return own and not isinstance(module, others) and "parametrizations" not in name.split(".")
+
+        return {n for n, m in self.model.named_modules() if isinstance(m, layers) or weighted(n, m)}
 
     def layer_times(self, feeds: Mapping[str, Array], runs: int) -> list[LayerTime] | None:
         """Time of each leaf module over `runs` eager runs, by hooks; None for a compiled network, which has none."""

@@ -1,0 +1,113 @@
+"""Modules that bring a method to merge their own branches: it is called, and its result measured.
+
+RepVGG, MobileOne, FastViT, LeViT and others train with parallel branches and deploy with one convolution. Merging them
+rounds, so unlike baking it is not bitwise: it is accepted by tolerance.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from gmconv.errors import SurgeryError
+
+METHODS = ("switch_to_deploy", "reparameterize", "fuse")
+
+
+class Fused(NamedTuple):
+    """The network, and the modules whose own method merged their branches, by name."""
+
+    model: nn.Module
+    modules: tuple[str, ...]
+
+
+def fuse_modules(model: nn.Module, *examples: Any, tolerance: float) -> Fused:
+    """Call `switch_to_deploy`, `reparameterize` or `fuse` of every module that has one, in a copy of `model`.
+
+    Args:
+        model: in eval mode.
+        examples: the arguments of its forward that the result is measured on.
+        tolerance: the largest error of an output, relative RMS.
+
+    Raises:
+        SurgeryError: a module (named) whose method fails, or changes the network by more than `tolerance`.
+    """
+    before = _outputs(model, examples)
+    fused = _apply(copy.deepcopy(model))
+    error = _error(before, _outputs(fused.model, examples)) if fused.modules else 0.0
+    if error <= tolerance:
+        return fused
+    worst, culprit = 0.0, fused.modules[0]
+    for name in fused.modules:  # each alone
+        alone = _apply(copy.deepcopy(model), only=name)
+        found = _error(before, _outputs(alone.model, examples)) if alone.modules else 0.0
+        if found > worst:
+            worst, culprit = found, name
+        if found > tolerance:
+            break
+    module = model.get_submodule(culprit)
+    raise SurgeryError(
+        f"layer {culprit!r} ({type(module).__name__}): its {_method(module)}() changes the network's output by "
+        f"{worst:.1e} of its RMS (together {error:.1e}, allowed {tolerance:.0e}): leave --fuse out"
+    )
+
+
+def _apply(model: nn.Module, only: str | None = None) -> Fused:
+    """Outer modules first: what they merge is gone when its turn would come."""
+    done: list[str] = []
+    while True:
+        names = [n for n, m in model.named_modules() if _method(m) and n not in done and only in (None, n)]
+        if not names:
+            return Fused(model.eval(), tuple(done))
+        name = names[0]
+        done.append(name)
+        module = model.get_submodule(name)
+        method = _method(module)
+        try:
+            with torch.no_grad():
+                made = getattr(module, str(method))()
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise SurgeryError(f"layer {name!r} ({type(module).__name__}): its {method}() fails ({reason})") from error
+        if isinstance(made, nn.Module) and made is not module:
+            parent, _, attribute = name.rpartition(".")
+            if not name:
+                model = made
+            else:
+                setattr(model.get_submodule(parent), attribute, made)
+
+
+def _method(module: nn.Module) -> str | None:
+    """The first of METHODS that the module has and that needs no argument."""
+    for name in METHODS:
+        method = getattr(type(module), name, None)
+        if method is None or not callable(method):
+            continue
+        parameters = list(inspect.signature(method).parameters.values())[1:]
+        if all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+            return name
+    return None
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, examples: tuple[Any, ...]) -> list[Tensor]:
+    return [t.clone() for t in tree_leaves(model(*examples)) if isinstance(t, Tensor)]
+
+
+def _error(before: list[Tensor], after: list[Tensor]) -> float:
+    """The largest relative RMS error of an output; infinite where shapes differ or something is not finite."""
+    if [t.shape for t in before] != [t.shape for t in after]:
+        return math.inf
+    worst = 0.0
+    for a, b in zip(before, after, strict=True):
+        difference = float((b.double() - a.double()).square().mean().sqrt())
+        scale = float(a.double().square().mean().sqrt())
+        error = difference / scale if scale else (0.0 if difference == 0 else math.inf)
+        worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst
