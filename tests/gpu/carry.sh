@@ -14,7 +14,7 @@ version=$("$python" -c 'import importlib.metadata as m; print(m.version("tensorr
 fetch() { # into $1: the wheels of the rest
   "$python" -m pip download -q --no-deps --only-binary=:all: --python-version "$PY" --implementation cp $platforms -d "$@"
 }
-fetch "$folder/1/wheels" msgspec onnxslim starlette uvicorn tritonclient python-rapidjson
+fetch "$folder/1/wheels" msgspec onnxslim starlette uvicorn httptools tritonclient python-rapidjson
 fetch "$folder/2/wheels" "tensorrt-rtx-cu13-bindings==$version"
 "$python" -m pip wheel -q --no-deps -w "$folder/2/wheels" "tensorrt-rtx==$version" "tensorrt-rtx-cu13==$version"
 fetch "$folder/made" "tensorrt-rtx-cu13-libs==$version"

@@ -1,35 +1,18 @@
-"""The command: steps one after another, each in a process of its own with a time limit of its own."""
+"""The command line: parse, run or publish, print."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import multiprocessing
-import os
-import signal
 import sys
 import tempfile
-import time
-import traceback
-from collections import Counter
 from pathlib import Path
 
 import click
 
 from tests.gpu.proof import table
-from tests.gpu.proof.rows import Recorder, Row, append, read, say
-from tests.gpu.proof.steps import STEPS, Context, Step, find
-
-MACHINE = Step("machine", "the GPU, its driver, the versions", 60, "machine")
-#: A step that could not have more than this many seconds is not started.
-LEAST = 5.0
-#: A step stops starting checks so many seconds before it is ended.
-MARGIN = 3.0
-#: A rehearsal may share its machine with others: so many times a step's limit.
-REHEARSED = 4
-#: Imported once, before the children are forked: each would take seconds in every one of them. None touches CUDA,
-#: which does not survive a fork.
-PRELOAD = ("numpy", "torch", "torch.onnx", "onnx", "onnxscript")
+from tests.gpu.proof.rows import read
+from tests.gpu.proof.runs import run_all
+from tests.gpu.proof.steps import STEPS, Context, find
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,7 +40,7 @@ def main(
     images: Path | None,
     publish: tuple[Path, ...],
 ) -> None:
-    """Prove on an NVIDIA card what the tests cannot prove without one. Exit 4 when a check failed."""
+    """Prove on an NVIDIA card what the tests cannot prove without one. Exit 4 when a check failed, 6 without a card."""
     if publish:
         table.publish([row for folder in publish for row in read(folder / "proof.jsonl")])
         return
@@ -77,79 +60,10 @@ def main(
     failed = [row for row in table.latest(rows) if row.status == "failed"]
     for row in failed:
         click.echo(f"FAILED {row.step}: {row.what}: {row.detail}", err=True)
-    sys.exit(4 if failed else 0)
-
-
-def run_all(chosen: tuple[Step, ...], context: Context, out: Path, budget: float) -> None:
-    """The machine first, then the steps, until the budget is spent; results are appended to `out`/proof.jsonl."""
-    rows, log = out / "proof.jsonl", out / "log.txt"
-    end = time.monotonic() + budget
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU then leaves a fork possible
-    for module in PRELOAD:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(module)
-    method = "fork"
-    before = len(read(rows))
-    run_step(MACHINE, context, rows, log, MACHINE.limit, method)
-    if not context.rehearse and all(row.status != "measured" for row in read(rows)[before:]):
-        method = "spawn"  # perhaps a driver that a fork has broken, after all
-        run_step(MACHINE, context, rows, log, MACHINE.limit, method)
-    for step in chosen:
-        left = end - time.monotonic()
-        if left < LEAST:
-            append(rows, Row(step=step.name, what="step", status="not run", detail="the budget was spent before it"))
-            continue
-        limit = step.limit * (REHEARSED if context.rehearse else 1)
-        run_step(step, context, rows, log, min(limit, left), method)
-
-
-def run_step(step: Step, context: Context, rows: Path, log: Path, seconds: float, method: str) -> None:
-    """One step in a process group of its own, ended with all it started when its time is over; a row sums it up."""
-    before = len(read(rows))
-    began = time.monotonic()
-    child = multiprocessing.get_context(method).Process(  # type: ignore[attr-defined]
-        target=work_on, args=(step, context, rows, log, max(LEAST, seconds - MARGIN))
+    without = not rehearse and all(
+        row.status == "missing" for row in table.latest(rows) if row.what == "step" and row.step != "machine"
     )
-    child.start()
-    child.join(seconds)
-    ended = child.is_alive()
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid or -1, signal.SIGKILL)  # with what it left behind
-    child.kill()
-    child.join(10)
-    spent = time.monotonic() - began
-    found = Counter(row.status for row in read(rows)[before:])
-    words = ", ".join(f"{count} {status}" for status, count in found.items()) or "nothing"
-    if ended:
-        status, detail = "failed", f"ended after {spent:.0f} s, its limit; until then: {words}"
-    elif child.exitcode:
-        status, detail = "failed", f"its process ended with status {child.exitcode}; until then: {words}"
-    else:
-        status, detail = "failed" if found["failed"] else "passed", words
-    append(rows, Row(step=step.name, what="step", status=status, detail=detail, seconds=round(spent, 1)))  # type: ignore[arg-type]
-    click.echo(f"{step.name}: {status} in {spent:.0f} s: {detail}", err=True)
-
-
-def work_on(step: Step, context: Context, rows: Path, log: Path, seconds: float) -> None:
-    """In the child: everything it prints goes to the log."""
-    os.setpgid(0, 0)
-    with log.open("a") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    print(f"\n=== {step.name}", flush=True)
-    recorder = Recorder(rows, step.name, time.monotonic() + seconds)
-    try:
-        with contextlib.ExitStack() as stack:
-            if context.rehearse:
-                from tests.gpu.proof.standin_torch import stand_in
-
-                stack.enter_context(stand_in())
-            step.run(context, recorder)
-    except Exception as error:
-        traceback.print_exc()
-        recorder.add("the step itself", "failed", say(error))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    sys.exit(4 if failed else 6 if without else 0)
 
 
 if __name__ == "__main__":

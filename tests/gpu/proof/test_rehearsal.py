@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.proof import __main__ as proof
+from tests.gpu.proof import runs
 from tests.gpu.proof.artefacts import build, engine_name
 from tests.gpu.proof.rows import Recorder, read
 from tests.gpu.proof.steps import STEPS, Context, Step
@@ -66,7 +66,7 @@ class Crash(Step):
 
 
 def run(step: Step, folder: Path, seconds: float) -> list[tuple[str, str, str]]:
-    proof.run_step(step, Context(work=folder), folder / "rows", folder / "log", seconds, "fork")
+    runs.run_step(step, Context(work=folder), folder / "rows", folder / "log", seconds, "fork")
     return [(row.what, row.status, row.detail) for row in read(folder / "rows")]
 
 
@@ -88,11 +88,21 @@ def test_a_step_that_takes_its_process_down_is_a_failure_and_its_rows_stand(tmp_
     assert last == ("step", "failed", "its process ended with status 9; until then: 1 passed")
 
 
+def test_without_a_card_every_step_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.gpu.proof", "--out", str(tmp_path)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    rows = [row for row in read(tmp_path / "proof.jsonl") if row.step != "machine"]
+    assert [(row.step, row.what, row.status) for row in rows] == [(step.name, "step", "missing") for step in STEPS]
+    assert all("NVIDIA driver" in row.detail for row in rows)
+    assert done.returncode == 6, done.stderr
+
+
 def test_a_budget_that_is_spent_leaves_a_row_for_every_step_that_was_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proof, "PRELOAD", ())
-    proof.run_all(STEPS, Context(work=tmp_path, rehearse=True), tmp_path, budget=0)
+    monkeypatch.setattr(runs, "PRELOAD", ())
+    runs.run_all(STEPS, Context(work=tmp_path, rehearse=True), tmp_path, budget=0)
     rows = [row for row in read(tmp_path / "proof.jsonl") if row.step != "machine"]
     assert [(row.step, row.status, row.detail) for row in rows] == [
         (step.name, "not run", "the budget was spent before it") for step in STEPS
