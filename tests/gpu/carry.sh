@@ -20,16 +20,18 @@ fetch "$folder/2/wheels" "tensorrt-rtx-cu13-bindings==$version"
 fetch "$folder/made" "tensorrt-rtx-cu13-libs==$version"
 
 (cd "$root" && "$python" -m tests.gpu.proof.artefacts "$folder/1/artefacts")
-if [ -n "$photographs" ]; then # 10,000 and 2,500 of ten classes of small files: 11 MiB
+if [ -n "$photographs" ]; then # of ten classes 10,000 and 2,500: 11 MiB where they are small
   (cd "$photographs" && for part in train:1000 test:250; do
     for class in "${part%:*}"/*/; do find "$class" -type f | sort | sed -n "1,${part#*:}p"; done
-  done | tar cf "$folder/1/photographs.tar" -T -)
+  done | tar c -T - | xz -T0 >"$folder/1/photographs.tar.xz")
 fi
-# The large library is cut so that both parts weigh the same.
-library=$(ls "$folder"/made/*.whl)
+# The large library is packed tighter than in its wheel (80 MiB of 91), and cut so that both parts weigh the same.
+library=$folder/made/library.tar.xz
+"$python" -m zipfile -e "$folder"/made/*.whl "$folder/made/library"
+tar c -C "$folder/made/library" . | xz -T0 >"$library"
 size() { du -sb "$1" | cut -f1; }
 first=$((($(size "$folder/1") + $(size "$folder/2") + $(size "$library")) / 2 - $(size "$folder/1")))
-head -c "$first" "$library" >"$folder/1/$(basename "$library").1"
-tail -c +$((first + 1)) "$library" >"$folder/2/$(basename "$library").2"
+head -c "$first" "$library" >"$folder/1/library.1"
+tail -c +$((first + 1)) "$library" >"$folder/2/library.2"
 rm -r "$folder/made"
 du -sh "$folder/1" "$folder/2"

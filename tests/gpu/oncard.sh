@@ -12,15 +12,13 @@ if [ "$half" = 1 ]; then
   steps=driver,parity,latency budget=330
 else
   steps=engines,comparison,serving,providers,accuracy budget=480
-  for part in "$kept"/*.whl.1; do # the two parts of the large library
-    whole=$kept/wheels/$(basename "${part%.1}")
-    cat "$part" "${part%.1}.2" >"$whole"
-  done
+  cat "$kept"/library.[12] >"$kept/library.tar.xz"
+  python3 -m tarfile -e "$kept/library.tar.xz" "$kept/site"
 fi
 python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$kept/site" "$kept"/wheels/*.whl
-if [ -f "$kept/photographs.tar" ]; then
+if [ -f "$kept/photographs.tar.xz" ]; then
   mkdir -p "$kept/photographs"
-  tar xf "$kept/photographs.tar" -C "$kept/photographs"
+  python3 -m tarfile -e "$kept/photographs.tar.xz" "$kept/photographs"
   set -- --images "$kept/photographs" "$@"
 fi
 PYTHONPATH=$kept/site PYTHONUNBUFFERED=1 exec python3 -m tests.gpu.proof \
