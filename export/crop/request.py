@@ -124,11 +124,24 @@ def crop_for_export(
     certificate = replace(
         certificate, measured_on=data.origin, budget=account, sum_order=order, used_elsewhere=elsewhere
     )
-    if latencies is None and certificate.cropped:
-        note("timing the cropped layers before and after in ONNX Runtime")
-        kept = {layer.name: [windows[layer.name]] for layer in certificate.cropped}
-        latencies = measure_latencies(model, example, kept, rounds=_ROUNDS)
-    return cropped, _with_latencies(certificate, latencies or {})
+    return cropped, _with_latencies(
+        certificate, latencies or _before_and_after(model, windows, certificate, example, note)
+    )
+
+
+def _before_and_after(
+    model: nn.Module,
+    windows: dict[str, Window],
+    certificate: CropCertificate,
+    example: Tensor,
+    note: Callable[[str], None],
+) -> Latencies:
+    """Times of the layers that lost taps, whole and cropped."""
+    kept = {layer.name: [windows[layer.name]] for layer in certificate.cropped}
+    if not kept:
+        return {}
+    note("timing the cropped layers before and after in ONNX Runtime")
+    return measure_latencies(model, example, kept, rounds=_ROUNDS)
 
 
 def _within_budget(

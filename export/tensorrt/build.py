@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from export.tensorrt.checks import GraphFacts, read_graph
-from export.tensorrt.layers import Fusion, count_fusions, precision_histogram, read_layers
+from export.tensorrt.layers import EngineLayer, Fusion, count_fusions, precision_histogram, read_layers
 from export.tensorrt.process import BuilderFailedError, BuilderProcess, Progress
 from export.tensorrt.profiles import ProfileRequest, to_json
 from export.tensorrt.rephrase import rephrase
@@ -188,36 +188,51 @@ def _manifest(
         precision_found=found,
         parity=Parity(result="not run", reason=NO_DEVICE),
         benchmark=None,
-        build=Build(
-            flavor=flavor,
-            flavor_reason=why,
-            tf32=options.tf32,
-            workspace_mib=options.workspace,
-            optimization_level=options.optimization_level,
-            compute_capabilities=tuple(
-                gpu.compute_capability if gpu and name == "current" else name for name in options.compute_capabilities
-            ),
-            hardware_compatibility=options.hardware_compatibility,
-            version_compatible=options.version_compatible,
-            profiling_verbosity=options.profiling_verbosity,
-            strip=options.strip,
-            refit=options.refit,
-            forced=options.force,
-            timing_cache=built["timing_cache"] and TimingCache(**built["timing_cache"]),
-            layers=EngineLayers(
-                profiles=max(1, len(built["profiles"])),  # the counts are over all of them
-                total=len(layers),
-                convolutions=fusion.convolutions,
-                convolution_precisions=fusion.by_precision,
-                fused_epilogues=fusion.fused_epilogues,
-                mask_multiplications=fusion.mask_multiplications,
-            ),
-            warnings=tuple(warnings),
-            seconds=built["seconds"],
-            peak_memory=built["peak_memory"],
-        ),
+        build=_build_record(flavor, why, options, built, layers=layers, fusion=fusion, warnings=warnings),
         versions=versions,
         device=Device(**dataclasses.asdict(gpu)) if gpu else None,
+    )
+
+
+def _build_record(
+    flavor: trt.Flavor,
+    why: str,
+    options: BuildOptions,
+    built: dict[str, Any],
+    *,
+    layers: tuple[EngineLayer, ...],
+    fusion: Fusion,
+    warnings: list[str],
+) -> Build:
+    """How the engine was built, for its manifest."""
+    gpu = cuda.device_info() if cuda.driver_problem() is None else None
+    return Build(
+        flavor=flavor,
+        flavor_reason=why,
+        tf32=options.tf32,
+        workspace_mib=options.workspace,
+        optimization_level=options.optimization_level,
+        compute_capabilities=tuple(
+            gpu.compute_capability if gpu and name == "current" else name for name in options.compute_capabilities
+        ),
+        hardware_compatibility=options.hardware_compatibility,
+        version_compatible=options.version_compatible,
+        profiling_verbosity=options.profiling_verbosity,
+        strip=options.strip,
+        refit=options.refit,
+        forced=options.force,
+        timing_cache=built["timing_cache"] and TimingCache(**built["timing_cache"]),
+        layers=EngineLayers(
+            profiles=max(1, len(built["profiles"])),  # the counts are over all of them
+            total=len(layers),
+            convolutions=fusion.convolutions,
+            convolution_precisions=fusion.by_precision,
+            fused_epilogues=fusion.fused_epilogues,
+            mask_multiplications=fusion.mask_multiplications,
+        ),
+        warnings=tuple(warnings),
+        seconds=built["seconds"],
+        peak_memory=built["peak_memory"],
     )
 
 

@@ -79,14 +79,7 @@ class OnnxRuntimeRunner(Runner):
         ort = _import()
         kind, index, self.device = _device(device)
         self._provider = provider or kind
-        if self._provider not in PROVIDERS:
-            raise UnavailableError(
-                f"ONNX Runtime provider {self._provider!r} is unknown; one of {', '.join(PROVIDERS)}"
-            )
-        if (self._provider == "cpu") != (kind == "cpu"):
-            raise UnavailableError(f"provider {self._provider!r} does not run on device {device!r}")
-        if cuda_graph and kind == "cpu":
-            raise UnavailableError("a CUDA graph needs a GPU; leave cuda_graph out on the CPU")
+        _require_fit(self._provider, kind, device, cuda_graph)
         entries = dict(config or {})
         if kind != "cpu":
             entries.setdefault("session.disable_cpu_ep_fallback", "1")
@@ -261,6 +254,16 @@ def _device(device: str) -> tuple[str, int, str]:
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
         raise UnavailableError(f"device {device!r} is unknown; cpu, cuda or cuda:N")
     return kind, int(index or 0), kind if kind == "cpu" else f"cuda:{index or 0}"
+
+
+def _require_fit(provider: str, kind: str, device: str, cuda_graph: bool) -> None:
+    """Raise UnavailableError where the provider, the device and the graph do not go together."""
+    if provider not in PROVIDERS:
+        raise UnavailableError(f"ONNX Runtime provider {provider!r} is unknown; one of {', '.join(PROVIDERS)}")
+    if (provider == "cpu") != (kind == "cpu"):
+        raise UnavailableError(f"provider {provider!r} does not run on device {device!r}")
+    if cuda_graph and kind == "cpu":
+        raise UnavailableError("a CUDA graph needs a GPU; leave cuda_graph out on the CPU")
 
 
 def _session(ort: Any, path: Path, options: Any, request: Request, extra_outputs: tuple[str, ...]) -> Any:

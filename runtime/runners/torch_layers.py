@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runtime.runners.base import PROFILE_WARM_UP, Array, LayerTime
 
-if TYPE_CHECKING:
-    from runtime.runners.torch import TorchRunner
+TorchRunner = Any  # `runtime.runners.torch.TorchRunner`, which imports this module
 
 
 def module_times(runner: TorchRunner, feeds: Mapping[str, Array], runs: int) -> list[LayerTime]:

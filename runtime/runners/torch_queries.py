@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runtime.runners.queries import DeviceQuery, Origin, Streams
 
-if TYPE_CHECKING:
-    from runtime.runners.torch import TorchRunner
-
 Tensor = Any  # torch's: only the runner imports it
+TorchRunner = Any  # `runtime.runners.torch.TorchRunner`, which imports this module
 
 
 class Captured:
