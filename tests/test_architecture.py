@@ -9,6 +9,7 @@ import ast
 import subprocess
 import sys
 import time
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,62 @@ def imports(path: Path, *, top_level: bool = False) -> set[str]:
 
 def packages(path: Path, *, top_level: bool = False) -> set[str]:
     return {name.split(".")[0] for name in imports(path, top_level=top_level)}
+
+
+#: The rooms from the ground up: each may import itself and what stands before it.
+FLOORS = [
+    "ground", "gmconv", "gmconv.cropping", "gmconv.train", "runtime", "runtime.runners", "runtime.report",
+    "runtime.parity", "runtime.benchmark", "runtime.evaluate", "runtime.serve", "export.graph", "export.precision",
+    "export.crop", "export.onnx", "export.tensorrt", "export.triton", "export",
+]  # fmt: skip
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for room in ROOMS
+    for path in sources(room)
+}
+
+
+def floor(module: str) -> str:
+    """The room a module stands in; the roots of gmconv and runtime are rooms too."""
+    if module in GROUND:
+        return "ground"
+    return max((room for room in FLOORS if f"{module}.".startswith(f"{room}.")), key=len)
+
+
+def arrows(module: str) -> set[str]:
+    """Modules of ours that a module imports, late and type-only imports included."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            full = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in full.values()}
+    return found & set(MODULES) - {module}
+
+
+def test_no_import_leads_back_to_where_it_began() -> None:
+    TopologicalSorter({module: arrows(module) for module in MODULES}).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if "." in name])
+def test_no_arrow_runs_up(module: str) -> None:
+    here = FLOORS.index(floor(module))
+    assert [name for name in arrows(module) if FLOORS.index(floor(name)) > here] == []
+
+
+@pytest.mark.parametrize("path", MODULES.values(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_short_and_have_names_of_their_own(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    assert path.name.startswith("__") or not path.name.startswith("_")
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    long = [
+        n.name
+        for n in functions
+        if (n.end_lineno or 0) - n.lineno + 1 - len((ast.get_docstring(n) or "").split("\n")) > 60
+    ]
+    assert long == []
 
 
 @pytest.mark.parametrize("path", sources("gmconv"), ids=str)

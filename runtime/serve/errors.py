@@ -49,3 +49,8 @@ class RequestError(Exception):
         self.code = code
         self.allow = allow
         """Methods that a path takes, where the request's was another."""
+
+
+def without_paths(message: str) -> str:
+    """A runner's refusal as the client may see it: one line, no file system path."""
+    return " ".join(word for word in message.split() if not word.startswith("/"))[:300]

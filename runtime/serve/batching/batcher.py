@@ -18,7 +18,7 @@ from gmconv.errors import RefusedError
 from runtime.runners.base import Array
 from runtime.serve.batching.fair_queue import Batch, FairQueue, Item
 from runtime.serve.batching.instance import Instance, RunsFeeds, give_way
-from runtime.serve.errors import Code, RequestError
+from runtime.serve.errors import Code, RequestError, without_paths
 
 INLINE_NS = 2_000_000
 WINDOW_NS = 500_000_000
@@ -348,7 +348,7 @@ class Batcher:
             call(self._deliver, batch, items, results)
         except BaseException as error:
             if isinstance(error, RefusedError) and self._works(instance, error):
-                call(_fail_all, items, RequestError(_no_path(error.message)))
+                call(_fail_all, items, RequestError(without_paths(error.message)))
             else:
                 call(self._break, items, error)
         finally:
@@ -395,8 +395,3 @@ def _fail_all(items: list[Item], error: RequestError) -> None:
 
 def _expired() -> RequestError:
     return RequestError("the request's time in the queue ran out", Code.EXPIRED)
-
-
-def _no_path(message: str) -> str:
-    """A runner's refusal as the client may see it: one line, no file system path."""
-    return " ".join(word for word in message.split() if not word.startswith("/"))[:300]
