@@ -15,6 +15,7 @@ from runtime.manifest import FileDigest, Manifest, TensorSpec
 from runtime.report import (
     Crop,
     Facts,
+    Kernels,
     Latency,
     LatencyRun,
     LayerTimes,
@@ -32,6 +33,19 @@ from runtime.report import (
 )
 
 HOSTILE = "layer</script><img src=http://example.com/x onerror=alert(1)>$\\alpha$"
+
+
+GAUSSIAN = {
+    "sigma": [{"min": 1.1, "median": 1.2, "max": 1.4}, None],
+    "centre": [{"min": 0.5, "median": 0.5, "max": 0.5}] * 2,
+    "correlation": 0.0,
+    "misfit": 2.5e-8,
+}
+
+
+def kernel(name: str, kind: str, **facts: Any) -> dict[str, Any]:
+    nothing = {"profile": None, "gaussian": None, "energy_removed": None, "reason": None}
+    return nothing | {"name": name, "kind": kind, "shape": [8, 4, 2, 3], "made_from": ["a.weight", "a.sigma"]} | facts
 
 
 def mask_layer(name: str, kernel: int, sigma: float) -> dict[str, Any]:
@@ -116,6 +130,13 @@ def every_section() -> list[Section]:
         Latency(runs=runs, ratios=[RatioRow(name="int8", reference="fp32", value=0.5, low=0.48, high=0.52)]),
         Network(name="model.onnx", manifest=manifest),
         Masks(certificate={"layers": [mask_layer("conv1", 7, 1.2), mask_layer(HOSTILE, 3, 5.0)]}),
+        Kernels(
+            kernels=[
+                kernel("flex", "generated", profile=[[0.1, 0.5, 0.2], [0.2, 1.0, 0.4]]),
+                kernel(HOSTILE, "mask", profile=[[0.2, 0.4], [0.6, 1.0]], gaussian=GAUSSIAN, energy_removed=0.31),
+                kernel("expert", "kept", reason="its kernel is computed from the network's input"),
+            ]
+        ),
         ReceptiveField(before=field, after=field**2, samples=8),
         Parity(
             reference="ckpt.pt",

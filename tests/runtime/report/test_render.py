@@ -167,6 +167,14 @@ def test_a_drawn_mask_is_the_layers_mask(kernel: tuple[int, int], sigma: float) 
     np.testing.assert_allclose(mask_values(kernel, sigma), wanted, rtol=1e-5, atol=1e-7)
 
 
+def test_kernels_of_ones_own_are_drawn_and_described(report: Path) -> None:
+    text = report.read_text()
+    assert len(re.findall(r'alt="Kernel of', text)) == 2, "one that was kept has nothing to draw"
+    for said in ("σ 1.2 (1.1–1.4) × flat", "centre +0.50, +0.50", "31 % energy gone", "from a.weight, a.sigma"):
+        assert said in text
+    assert "its kernel is computed from the network" in text
+
+
 def test_a_heat_map_has_one_pixel_per_value() -> None:
     from PIL import Image
 
