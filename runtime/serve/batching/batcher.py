@@ -14,11 +14,10 @@ from math import ceil
 from time import monotonic_ns
 from typing import Any
 
-from gmconv.errors import RefusedError
 from runtime.runners.base import Array
 from runtime.serve.batching.fair_queue import Batch, FairQueue, Item
 from runtime.serve.batching.instance import Instance, RunsFeeds, give_way
-from runtime.serve.errors import Code, RequestError, without_paths
+from runtime.serve.errors import Code, RequestError
 
 INLINE_NS = 2_000_000
 WINDOW_NS = 500_000_000
@@ -347,24 +346,13 @@ class Batcher:
             self._row_ns = 0.8 * self._row_ns + 0.2 * cost if self._row_ns else cost
             call(self._deliver, batch, items, results)
         except BaseException as error:
-            if isinstance(error, RefusedError) and self._works(instance, error):
-                call(_fail_all, items, RequestError(without_paths(error.message)))
+            if refusal := instance.refusal(error, self.policy.probe):
+                call(_fail_all, items, refusal)
             else:
                 call(self._break, items, error)
         finally:
             instance.items = []
             self._busy_ns += monotonic_ns() - batch.taken
-
-    def _works(self, instance: Instance, refusal: RefusedError) -> bool:
-        if refusal.__cause__ is None:  # refused before it reached the engine
-            return True
-        if self.policy.probe is None:
-            return False
-        try:
-            self.policy.probe(instance.runner)
-        except BaseException:
-            return False
-        return True
 
     def _call(self, function: Callable[..., None], *args: Any) -> None:
         try:

@@ -6,13 +6,16 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
+from gmconv.errors import RefusedError
+from runtime.cuda import DeviceMemoryError
 from runtime.runners.base import Array
 from runtime.serve.batching.fair_queue import Item
+from runtime.serve.errors import Code, RequestError, without_paths
 
 NICENESS = 5
 
@@ -36,14 +39,19 @@ class Instance:
         """What is being executed."""
 
     def gather(self, items: list[Item], capacity: int) -> dict[str, Array]:
-        """The items' rows in one array per input. A lone request is passed on as it lies, if it lies aligned."""
+        """The items' rows in one array per input, where the runner reads them from if it has such memory.
+
+        A lone request is passed on as it lies, if it lies aligned.
+        """
         first = items[0].feeds
         if len(items) == 1:
             return {name: a if a.flags.aligned else a.copy() for name, a in first.items()}
         feeds = {}
         rows = sum(item.rows for item in items)
+        stage = getattr(self.runner, "stage", None)
+        staged = stage({name: (rows, *array.shape[1:]) for name, array in first.items()}) if stage else None
         for name, array in first.items():
-            buffer = self.staging.get(name)
+            buffer = (staged or self.staging).get(name)
             if buffer is None or buffer.shape[1:] != array.shape[1:] or len(buffer) < rows:
                 buffer = self.staging[name] = np.empty((max(capacity, rows), *array.shape[1:]), array.dtype)
             # Slices of memory, not of arrays: NumPy gives up the interpreter lock around every copy, and to get it back
@@ -55,6 +63,24 @@ class Instance:
                 start += len(source)
             feeds[name] = buffer[:rows]
         return feeds
+
+    def refusal(self, error: BaseException, probe: Callable[[RunsFeeds], object] | None) -> RequestError | None:
+        """What clients are told of a run that failed because of what they sent; None where the engine is broken.
+
+        A refusal that came out of the engine may be either: `probe` runs it on what it has run before.
+        """
+        if isinstance(error, DeviceMemoryError):  # a smaller batch, or the same one later, may fit
+            return RequestError("no room on the GPU for this batch; send fewer rows", Code.OVERLOADED)
+        if not isinstance(error, RefusedError):
+            return None
+        if error.__cause__ is not None:
+            try:
+                if probe is None:
+                    return None
+                probe(self.runner)
+            except BaseException:
+                return None
+        return RequestError(without_paths(error.message))
 
 
 def give_way() -> None:

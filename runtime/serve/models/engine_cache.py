@@ -214,7 +214,16 @@ def _build(onnx_path: Path, entry: Path, identity: dict[str, Any], run: RunChild
         batches = [f"--{side}={n}" for side, n in zip(("min", "opt", "max"), profile, strict=True)] if profile else []
         flavor = str(identity["flavor"])
         build = ["export.tensorrt", str(source), "-o", str(engine), "--flavor", flavor, "--no-verify", *batches]
-        _succeed(run(build), f"{onnx_path}: the engine was not built")
+        own = (
+            ["--compute-capability", "current"]
+            if flavor == "rtx"
+            else ["--timing-cache", str(entry.parent / "timings")]
+        )
+        code = run([*build, *own])
+        if code in (BuildError.exit_code, UnavailableError.exit_code) and flavor == "rtx":
+            note("TensorRT-RTX builds no engine for this GPU alone; building one for all")
+            code = run(build)
+        _succeed(code, f"{onnx_path}: the engine was not built")
         manifest = read_manifest(engine)
         link = manifest.source("onnx")
         if link is None or link.sha256 != identity["sources"][0]:

@@ -110,6 +110,7 @@ def open_version(source: Source, settings: Settings) -> ModelVersion:
         signature = make_signature(runners[0], manifest, own, source.config.max_batch if source.config else None)
         for runner in opened:
             warm_up(runner, signature)
+            runner.warm_up()
     except BaseException:
         for runner in opened:
             with contextlib.suppress(Exception):
@@ -127,7 +128,11 @@ def open_runners(source: Source, settings: Settings) -> tuple[list[Runner], Runn
 
     path, device = source.path, device_for(source, settings)
     if source.runtime != "onnxruntime":
-        return [open_runner(path, device) for _ in range(settings.instances)], None
+        # One engine for all instances; batches of a few sizes; no request waits for TensorRT-RTX to compile a kernel.
+        runners = [open_runner(path, device, lazy=True, batches="auto")]
+        while len(runners) < settings.instances and (shared := runners[0].share()):
+            runners.append(shared)
+        return runners, None
     # Threads that never spin make a small network half as fast; ones that spin on starve the event loop.
     config = {} if settings.spinning else {"session.intra_op.spin_duration_us": SPIN_US}
     options: dict[str, Any] = {"config": config}

@@ -54,6 +54,7 @@ class ServiceCollector(Collector):
         for model, labels in models:
             pending.add_sample(pending.name, labels, model.batcher.pending)
         yield pending
+        yield build_times(models)
         yield from self._histograms(models)
         service = self._service
         yield GaugeMetricFamily("gmconv_serve_ready", "1 when ready", float(service.ready))
@@ -97,6 +98,16 @@ def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
         total += count
         buckets.append((bound, total))
     return buckets
+
+
+def build_times(models: Iterable[tuple[Any, dict[str, str]]]) -> Metric:
+    """What each engine took to build, from its manifest; other artefacts have no sample."""
+    family = Metric("gmconv_engine_build_seconds", "What it took to build the engine", "gauge")
+    for model, labels in models:
+        build = model.manifest and model.manifest.build
+        if build and "build" in build.seconds:
+            family.add_sample(family.name, labels, build.seconds["build"])
+    return family
 
 
 def gpu_metrics() -> Iterator[Metric]:

@@ -65,3 +65,22 @@ def test_one_engine_per_instance_and_one_for_a_lone_request(tmp_path: Path, solo
     assert (solo is not None) is extra
     for runner in [*runners, *([solo] if solo else [])]:
         runner.close()
+
+
+def test_an_engine_is_deserialized_once_for_all_instances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each instance has contexts of its own, for batches of a few sizes; nothing is compiled inside a request."""
+    opened: list[tuple[Path, str, dict[str, object]]] = []
+
+    class Engine:
+        def share(self) -> Engine:
+            return Engine()
+
+    def open_engine(path: Path, device: str, **options: object) -> Engine:
+        opened.append((path, device, options))
+        return Engine()
+
+    monkeypatch.setattr("runtime.runners.open_runner", open_engine)
+    path = tmp_path / "m.plan"
+    runners, solo = open_runners(Source("m", "1", path), Settings(source=path, instances=3, threads=1, device="cuda:0"))
+    assert (len(set(map(id, runners))), solo) == (3, None)
+    assert opened == [(path, "cuda:0", {"lazy": True, "batches": "auto"})]

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmconv.errors import RefusedError
+from runtime.cuda import CudaError, DeviceMemoryError
 from runtime.serve.batching.batcher import Batcher, Policy
 from runtime.serve.batching.fair_queue import FairQueue, Item
 from runtime.serve.errors import Code, RequestError
@@ -408,6 +409,27 @@ def test_a_refusal_is_the_requests_fault_only_if_the_engine_still_works() -> Non
         assert code is Code.INTERNAL
         assert len(fatal) == 1
         assert message == "the engine failed"
+
+
+def test_a_batch_that_the_gpu_has_no_room_for_is_refused_and_the_server_stays() -> None:
+    async def run() -> None:
+        engine = Engine()
+        fatal: list[BaseException] = []
+        batcher = Batcher([engine], Policy(max_rows=4), on_fatal=fatal.append)
+        engine.error = DeviceMemoryError("cuda:0: no room for 512 MiB")
+        with pytest.raises(RequestError, match="send fewer rows") as caught:
+            await batcher.submit(item(1))
+        assert caught.value.code is Code.OVERLOADED
+        engine.error = None
+        await batcher.submit(item(1))
+        assert fatal == []
+        engine.error = CudaError("an illegal memory access was encountered")
+        with pytest.raises(RequestError, match="the engine failed"):
+            await batcher.submit(item(1))
+        assert fatal == [engine.error]
+        assert await batcher.close()
+
+    asyncio.run(run())
 
 
 def test_abort_fails_what_is_queued_and_what_runs() -> None:

@@ -36,6 +36,21 @@ def test_a_batch_is_the_rows_of_its_items_in_order(rows: list[int], seed: int) -
         np.testing.assert_array_equal(feeds["x"], np.concatenate(arrays))
 
 
+def test_a_batch_is_gathered_where_the_runner_reads_it_from() -> None:
+    memory = np.full((4, 3), -1, np.float32)
+
+    class Staging:
+        def stage(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+            assert shapes == {"x": (3, 3)}
+            return {"x": memory[:3]}
+
+    instance = Instance(Staging())  # type: ignore[arg-type]
+    feeds = instance.gather([item(np.full((n, 3), n, np.float32)) for n in (1, 2)], capacity=4)
+    assert np.shares_memory(feeds["x"], memory)
+    np.testing.assert_array_equal(memory[:, 0], [1, 2, 2, -1])
+    assert instance.staging == {}
+
+
 def test_a_lone_item_is_copied_only_if_it_lies_unaligned() -> None:
     instance = Instance(runner=None)  # type: ignore[arg-type]
     aligned = np.zeros((1, 4), np.float32)

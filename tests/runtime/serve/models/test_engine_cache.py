@@ -11,8 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -26,7 +26,7 @@ from runtime.serve.models import engine_cache
 from runtime.serve.models.engine_cache import DeviceIdentity, prepare_engine, run_child, visible_device
 
 from ..conftest import write_model
-from .engines import COMPARED, DEVICE, Children, make_external, make_onnx, prepare, write_engine
+from .engines import DEVICE, Children, make_external, make_onnx, prepare, write_engine
 
 
 @pytest.fixture
@@ -45,6 +45,29 @@ def test_the_first_start_builds_then_compares_and_the_second_does_neither(model:
 
     assert prepare(model, tmp_path / "cache", children) == engine
     assert children.builds == 1
+
+
+def test_tensorrt_rtx_builds_for_this_gpu_alone_and_for_all_where_it_cannot(model: Path, tmp_path: Path) -> None:
+    rtx = replace(DEVICE, flavor="rtx")
+    children = Children()
+    prepare(model, tmp_path / "cache", children, rtx)
+    assert children.calls[0][-2:] == ["--compute-capability", "current"]
+
+    class OnlyForAll(Children):
+        def __call__(self, arguments: Sequence[str], *rest: Any, **options: Any) -> int:
+            self.codes["export.tensorrt"] = BuildError.exit_code if "current" in arguments else 0
+            return super().__call__(arguments, *rest, **options)
+
+    children = OnlyForAll()
+    prepare(model, tmp_path / "other", children, rtx)
+    assert [call[0] for call in children.calls] == ["export.tensorrt", "export.tensorrt", "runtime.parity"]
+    assert "current" not in children.calls[1]
+
+
+def test_tensorrt_keeps_its_timings_for_the_next_version_of_this_program(model: Path, tmp_path: Path) -> None:
+    children = Children()
+    prepare(model, tmp_path / "cache", children, replace(DEVICE, flavor="tensorrt"))
+    assert children.calls[0][-2:] == ["--timing-cache", str(tmp_path / "cache" / "timings")]
 
 
 def test_the_engine_that_was_compared_is_the_one_that_is_cached(model: Path, tmp_path: Path) -> None:
@@ -73,7 +96,7 @@ def test_another_network_or_profile_means_another_engine(model: Path, tmp_path: 
         prepare(model, tmp_path / "cache", children),
         prepare(model, tmp_path / "cache", children, profile=(1, 2, 4)),
     }
-    assert children.calls[2][-3:] == ["--min=1", "--opt=2", "--max=4"]
+    assert children.calls[2][-5:-2] == ["--min=1", "--opt=2", "--max=4"]
     make_onnx(model, size=9)
     engines.add(prepare(model, tmp_path / "cache", children))
     assert len(engines) == 3
@@ -178,7 +201,7 @@ def test_the_cached_manifest_says_that_the_engine_was_compared_and_with_what(mod
     assert manifest.parity is not None
     assert manifest.parity.passed
     assert manifest.parity.reference == "net.onnx"
-    assert msgspec.to_builtins(manifest.parity.hops[0])["shapes"] == COMPARED["hops"][0]["shapes"]
+    assert manifest.parity.hops[0].shapes == {"input": (1, 3, 8, 8)}
     assert str(tmp_path) not in sidecar(engine).read_text(), "a manifest travels"
 
 
