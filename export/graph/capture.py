@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -84,7 +85,7 @@ def to_onnx(
                 dynamic_shapes=tuple(free) if any(free) else None,
             )
     except Exception as error:  # the exporter raises its own types, torch.export's and plain ones
-        raise RefusedError(_why_not(error, axes)) from error
+        raise RefusedError(_why_not(error, axes, model)) from error
     if program is None:
         raise RefusedError("the exporter returned no program; what it printed, above unless -q, says why")
     graph_model = program.model
@@ -110,7 +111,7 @@ def _free(name: str, example: torch.Tensor, axes: Axes, *, alone: bool) -> dict[
     return free
 
 
-def _why_not(error: Exception, axes: Axes) -> str:
+def _why_not(error: Exception, axes: Axes, model: nn.Module) -> str:
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -121,7 +122,21 @@ def _why_not(error: Exception, axes: Axes) -> str:
     if any(mark in str(link).lower() for link in chain for mark in marks):
         what = "batch, height or width" if axes.hw else "batch"
         advice = f"its forward fixes the {what}: give --batch N{' without --dynamic-hw' if axes.hw else ''}"
-    return f"the network cannot be exported ({reason}); {advice}"
+    layer = _layer_at_fault(chain, model)
+    return f"the network cannot be exported{f' at layer {layer!r}' if layer else ''} ({reason}); {advice}"
+
+
+def _layer_at_fault(chain: Sequence[BaseException], model: nn.Module) -> str:
+    """The innermost module that was at work when a step failed: running its forward, or translating its operator."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = ""
+    for error in chain:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            found = names.get(id(frame.f_locals.get("self")), "") or found
+            meta = getattr(frame.f_locals.get("node"), "meta", None)
+            stack = list(meta.get("nn_module_stack", {}).values()) if isinstance(meta, dict) else []
+            found = next((path for path, _ in reversed(stack) if path in names.values() and path), found)
+    return found
 
 
 def strip_metadata(model: ir.Model) -> None:

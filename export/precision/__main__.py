@@ -110,6 +110,8 @@ def main(model: Path, precision: Precision | None, output: Path | None, **flags:
         raise click.UsageError("--max-top1-drop and --min-snr go with --auto-precision")
     if automatic and all(budget is None for budget in budgets):
         raise click.UsageError("--auto-precision needs a budget: --max-top1-drop POINTS or --min-snr DB")
+    if precision is not None and (clash := options.io_clash(precision)):
+        raise click.UsageError(clash)
     console = progress_console(flags["quiet"])
     if flags["plan"] is not None:
         from export.precision.plan import read_plan

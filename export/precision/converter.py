@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import click
-
 from gmconv.errors import RefusedError
 from runtime import records
 
@@ -50,6 +48,14 @@ class PrecisionOptions:
     seed: int = 0
     plan: PrecisionPlan | None = None
     external_data: bool | None = None
+
+    def io_clash(self, precision: Precision) -> str:
+        """Why `io_dtype` does not go with `precision`; empty where it does."""
+        if self.io_dtype in ("fp32", precision):
+            return ""
+        if precision in ("fp16", "bf16"):
+            return f"--io-dtype {self.io_dtype} does not go with {precision}"
+        return f"{precision} keeps fp32 inputs and outputs; drop --io-dtype"
 
     def follow(self, plan: PrecisionPlan) -> PrecisionOptions:
         """These options with `plan`, its target and its calibration, so that the same graph comes out.
@@ -172,15 +178,13 @@ class PrecisionConverter:
     def _convert(self, precision: Precision, keep: set[str], half: set[str]) -> tuple[ModelProto, PrecisionAudit]:
         if precision == "fp32":
             return self.model, self._audit("fp32", self.model)
+        if clash := self.options.io_clash(precision):
+            raise RefusedError(clash)
         if precision in ("fp16", "bf16"):
             from export.precision.cast import cast_graph
 
-            if self.options.io_dtype not in ("fp32", precision):
-                raise click.UsageError(f"--io-dtype {self.options.io_dtype} does not go with --to {precision}")
             cast, report = cast_graph(self.model, precision, keep_fp32=keep, io_dtype=self.options.io_dtype)
             return cast, self._audit(precision, cast, report.kept)
-        if self.options.io_dtype != "fp32":
-            raise click.UsageError(f"--to {precision} keeps fp32 inputs and outputs; drop --io-dtype")
         return self.quantize(precision, keep, half)
 
     def quantize(self, precision: Precision, keep: set[str], half: set[str]) -> tuple[ModelProto, PrecisionAudit]:

@@ -48,6 +48,28 @@ def test_a_baked_network_has_its_plain_twins_operators(name: str, size: int, tmp
     assert capture.unused_layers(result, network, masked_layers(live)) == []
 
 
+class Unknown(nn.Module):
+    """An operator that the exporter does not know."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.qr(x.flatten(2))[0]
+
+
+class Branching(nn.Module):
+    """A branch by the input's values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize("culprit", [Unknown, Branching])
+def test_what_cannot_be_exported_is_one_sentence_with_the_layer(culprit: type[nn.Module], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU(), culprit()), nn.Flatten())
+    with pytest.raises(RefusedError, match=r"cannot be exported at layer '1\.1' \(") as refused:
+        exported(model, (3, 8, 8), tmp_path / "log")
+    assert "\n" not in refused.value.message
+
+
 def test_a_missing_convolution_is_noticed(tmp_path: Path) -> None:
     model = exported(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), (3, 8, 8), tmp_path / "log")
     with pytest.raises(RuntimeError, match="runs 2 convolutions, the graph has 1"):
