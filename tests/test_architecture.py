@@ -21,7 +21,9 @@ COMMANDS = sorted(
     ".".join(path.relative_to(ROOT).parent.parts) for room in ROOMS for path in (ROOT / room).rglob("__main__.py")
 )
 #: The ground floor: what every room may import, without torch.
-GROUND = {"gmconv." + name for name in ("errors", "cli", "files", "images", "data", "progress", "child", "foreign")}
+GROUND = {
+    "gmconv." + name for name in ("errors", "cli", "files", "images", "data", "progress", "child", "foreign", "golden")
+}
 
 
 def sources(room: str) -> list[Path]:

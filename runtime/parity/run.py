@@ -39,6 +39,7 @@ class ParityOptions:
 
     images: str | Path | None = None
     inputs: Path | None = None
+    golden: Path | None = None
     samples: int = 64
     seed: int = 0
     device: str = "cpu"
@@ -176,6 +177,7 @@ def _compare(
         pair = _Pair(reference, candidate)
         judge = exact is not None and tolerance == tolerance_for("fp32")
         yardstick = Yardstick()
+        recorded = _recorded(pair, tolerance, options)
         comparator = Comparator(tolerance, classes=options.classes)
         for index, case in enumerate(cases):
             note(f"comparing {path.name} on {case.label} {case.shape}")
@@ -186,7 +188,7 @@ def _compare(
             engine=candidate.name,
             precision=precision,
             tolerance=tolerance,
-            verdict=Verdict(tuple(results), yardstick.result() if judge else ()),
+            verdict=Verdict((*recorded, *results), yardstick.result() if judge else ()),
             bisection=None,
             notes=(*notes, *more, *comparator.notes()),
             seconds=time.perf_counter() - started,
@@ -198,6 +200,19 @@ def _compare(
         feeds = _telling(cases, results)
         report = replace(report, bisection=bisect(reference, path, feeds, tolerance, manifest, options.foreign))
     return replace(report, seconds=time.perf_counter() - started)
+
+
+def _recorded(pair: _Pair, tolerance: Tolerance, options: ParityOptions) -> list[Hop]:
+    """Golden pairs against either side: the live network by fp32's tolerance, the candidate by its own."""
+    if options.golden is None:
+        return []
+    from runtime.parity.recorded import recorded_hop
+
+    hops = [recorded_hop(options.golden, pair.candidate, "candidate", tolerance, classes=options.classes)]
+    if pair.reference.artefact.kind == "checkpoint":
+        exact = tolerance_for("fp32")
+        hops.insert(0, recorded_hop(options.golden, pair.reference, "live", exact, classes=options.classes))
+    return hops
 
 
 def _run_case(
