@@ -45,6 +45,8 @@ def print_export(
         console.print(parity_table(manifest.parity, baking=first))
         for measured in manifest.parity.yardstick:
             console.print(_yardstick_line(measured, manifest))
+    for text in manifest.export.notes if manifest.export and first else ():
+        console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
     size = manifest.artefact.bytes + sum(entry.bytes for entry in manifest.external)
     console.print(
         f"[bold green]PASSED[/bold green] {output}: {manifest.precision}, {size:,} bytes, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from gmconv.foreign import NOTHING, Foreign
 from runtime.artefact import artefact_kind
 from runtime.benchmark import machine
 from runtime.benchmark.interleave import Interleaved, Ratio, interleave
-from runtime.benchmark.measure import Artefact, Prepared
+from runtime.benchmark.measure import Artefact, Prepared, parse_artefact
 from runtime.benchmark.options import Options
 from runtime.benchmark.timing import Progress
 from runtime.manifest import Manifest, find_manifest, read_manifest
@@ -111,6 +112,24 @@ class Comparison:
                 *([str(row.over_live or "-")] if with_live else []),
             )
         return table
+
+
+def time_artefacts(artefacts: Sequence[str | Path], options: Options | None = None) -> Comparison:
+    """Time artefacts in turns and divide each by the first: what `gmconv benchmark a b` does.
+
+    Args:
+        artefacts: files; `FILE@option=value,...` sets an option of that artefact's runner alone.
+        options: see `runtime.benchmark.options.Options`.
+
+    Raises:
+        RefusedError, UnavailableError: an artefact cannot be opened or fed here, or they take different inputs.
+    """
+    asked = options or Options()
+    contenders = against_first([parse_artefact(str(artefact)) for artefact in artefacts])
+    with ExitStack() as stack:
+        prepared = [stack.enter_context(Prepared(contender.artefact, asked)) for contender in contenders]
+        require_same_inputs(prepared)
+        return compare(contenders, prepared, asked, None)
 
 
 def compare(
