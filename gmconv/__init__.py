@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from gmconv.constants import bake_constants
     from gmconv.cropping.certificate import crop_model
     from gmconv.cropping.choose import crop
-    from gmconv.golden import save_golden
     from gmconv.layer import GMConv2d
     from gmconv.mask import gaussian_mask
+    from gmconv.record import save_golden
     from gmconv.surgery import bake, convert
 
 __all__ = [
@@ -51,7 +51,7 @@ _HOME = {
     "crop_model": "cropping.certificate",
     "GMConv2d": "layer",
     "gaussian_mask": "mask",
-    "save_golden": "golden",
+    "save_golden": "record",
     "bake": "surgery",
     "convert": "surgery",
 }

@@ -59,3 +59,9 @@ class ExportOptions:
     def outputs(self, output: Path) -> list[Path]:
         """The files that an export to `output` writes, manifests and external data aside."""
         return [output, *(output.with_name(f"{output.stem}.{p}.onnx") for p in self.precisions[1:])]
+
+    def confirmed(self, notes: tuple[str, ...]) -> tuple[str, ...]:
+        """Notes of a checkpoint; what they only assume, golden pairs that held have confirmed."""
+        if self.golden is None:
+            return notes
+        return tuple(note.replace("assumed:", f"confirmed by {self.golden.name}:", 1) for note in notes)

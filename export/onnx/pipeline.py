@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from runtime.manifest import FileDigest, Manifest
     from runtime.records import Crop
 
-ASSUMED = "assumed:"  # how a note begins that golden pairs can confirm; see gmconv.checkpoint.fill
 IN_MEMORY = "the network in memory"
 _EXTERNAL_ABOVE = 2**31 - 2**20  # protobuf cannot hold 2 GiB; the graph itself needs a little
 
@@ -324,20 +323,12 @@ def _manifest(
             dynamic_hw=options.dynamic_hw,
             simplify=options.simplify,
             operators=exported.operators,
-            notes=(*_confirmed(facts.notes, options), *proof.reference.notes),
+            notes=(*options.confirmed(facts.notes), *proof.reference.notes),
         ),
         versions=versions("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "gmconv-deploy"),
     )
     sidecar(file).write_text(manifest.to_json())
     return manifest
-
-
-def _confirmed(notes: tuple[str, ...], options: ExportOptions) -> tuple[str, ...]:
-    """Without what was only assumed, where a golden pair has confirmed it."""
-    if options.golden is None:
-        return notes
-    confirmed = f"confirmed by the golden pairs of {options.golden.name}:"
-    return tuple(note.replace(ASSUMED, confirmed, 1) if note.startswith(ASSUMED) else note for note in notes)
 
 
 def _write_variants(

@@ -1,0 +1,59 @@
+"""Recording golden pairs: what the user's own program computes, for `gmconv.golden` to read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from gmconv.errors import RefusedError
+from gmconv.files import require_writable
+from gmconv.inputs import arguments_of
+from gmconv.outputs import named_outputs
+
+
+def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLike[str]) -> None:
+    """Record what `model` computes, as it is: its own code, on its own device, in eval mode, without TF32.
+
+    Args:
+        model: any module; its mode is put back.
+        batches: one batch or several: a tensor, a tuple of tensors, or a dict of the forward's arguments.
+        path: the .npz file to write.
+
+    Raises:
+        RefusedError: no batches, shapes that differ beyond axis 0, or a path that cannot be written.
+    """
+    path = Path(path)
+    require_writable(path)
+    whole = isinstance(batches, torch.Tensor | Mapping) or (
+        isinstance(batches, tuple) and all(isinstance(part, torch.Tensor) for part in batches)
+    )
+    parts: dict[str, list[NDArray[Any]]] = {}
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    training, tf32 = model.training, (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+    try:
+        model.eval()
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        for batch in [batches] if whole else batches:
+            given = arguments_of(model, batch)
+            with torch.no_grad():
+                returned = named_outputs(given.call(model, device))
+            for side, tensors in (("input", given.tensors), ("output", returned)):
+                for name, tensor in tensors.items():
+                    key = side if len(tensors) == 1 else f"{side}.{name}"
+                    parts.setdefault(key, []).append(tensor.detach().cpu().numpy())
+    finally:
+        model.train(training)
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
+    if not parts:
+        raise RefusedError(f"{path}: no batches were given; record at least one")
+    try:
+        np.savez(path, **{key: np.ascontiguousarray(np.concatenate(arrays)) for key, arrays in parts.items()})  # type: ignore[arg-type]
+    except ValueError as error:
+        raise RefusedError(f"{path}: the batches do not fit each other ({error}); record each shape apart") from error
