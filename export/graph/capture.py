@@ -162,10 +162,10 @@ def strip_metadata(model: ir.Model) -> None:
 
 
 def keep_pads_apart(model: ir.Model) -> None:
-    """Have each Pad with zeros before a pooling node pad with -0.0, which is the same number.
+    """Have each Pad with zeros before a MaxPool pad with -0.0, which is the same number.
 
-    ONNX Runtime (up to 1.31) merges such a Pad into the pooling node, whose own padding is minus infinity for MaxPool
-    and left out of the mean by AveragePool: another result. It only merges a Pad whose value has no bit set.
+    ONNX Runtime (1.31) merges such a Pad into the MaxPool, whose own padding is minus infinity: another result. It only
+    merges a Pad whose value has no bit set.
     """
     import numpy as np
     import onnx_ir
@@ -191,10 +191,10 @@ def keep_pads_apart(model: ir.Model) -> None:
 
 
 def _pooled(node: ir.Node) -> bool:
-    """Whether a pooling node reads what `node` makes, perhaps through a cast."""
+    """Whether a MaxPool reads what `node` makes, perhaps through a cast."""
     users = [user for value in node.outputs for user, _ in value.uses()]
     users += [user for cast in users if cast.op_type == "Cast" for value in cast.outputs for user, _ in value.uses()]
-    return any(user.op_type in ("MaxPool", "AveragePool") for user in users)
+    return any(user.op_type == "MaxPool" for user in users)
 
 
 def operator_histogram(model: ir.Model) -> dict[str, int]:
