@@ -11,7 +11,7 @@ cp -r "$carried/$half/." "$kept/"
 if [ "$half" = 1 ]; then
   steps=driver,parity,latency budget=330
 else
-  steps=engines,comparison,serving,providers,accuracy budget=480
+  steps=engines,comparison,serving,providers,accuracy budget=440
   cat "$kept"/library.[12] >"$kept/library.tar.xz"
   python3 -m tarfile -e "$kept/library.tar.xz" "$kept/site"
 fi

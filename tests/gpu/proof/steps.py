@@ -28,10 +28,10 @@ STEPS = (
     Step("parity", "the trained network in torch: masks, baking, TF32, autocast, the float64 yardstick", 90, "parity"),
     Step("latency", "live, baked, twin and cropped in torch, each eager, as a CUDA graph and compiled", 170, "latency"),
     Step("engines", "engines against the live network; graphs, contexts, threads, memory", 150, "engines"),
-    Step("comparison", "engine against the live network, interleaved, in one clock", 60, "comparison"),
+    Step("comparison", "engine against the live network, interleaved, in one clock", 110, "comparison"),
     Step("serving", "first start, clients, reload, a full card, SIGTERM", 90, "serving"),
     Step("providers", "ONNX Runtime on CUDA; Torch-TensorRT-RTX as the anchor", 45, "providers"),
-    Step("accuracy", "GMConv and its plain twin trained on photographs; int8 and fp8", 150, "accuracy"),
+    Step("accuracy", "GMConv and its plain twin trained on photographs; int8 and fp8", 120, "accuracy"),
 )
 
 
