@@ -23,12 +23,14 @@ COMMANDS = [
     if line.startswith("python -m")
 ]
 INLINE = re.findall(r"`(python -m [^`]+)`", README)
+SHORT = re.findall(r"^(gmconv [^#\n]+)", README, re.MULTILINE) + re.findall(r"`(gmconv [a-z]+)`", README)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, *INLINE])
+@pytest.mark.parametrize("command", [*COMMANDS, *INLINE, *SHORT])
 def test_every_command_and_flag_exists(command: str) -> None:
-    module = command.split()[2]
-    shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT)
+    words = command.split()
+    module = words[2] if words[0] == "python" else f"gmconv {words[1]}"
+    shown = subprocess.run([sys.executable, "-m", *module.split(), "--help"], capture_output=True, text=True, cwd=ROOT)
     assert shown.returncode == 0, shown.stderr
     for flag in re.findall(r"(?<![\w-])--[\w-]+", command):
         assert re.search(rf"{flag}\b", shown.stdout), f"{module} has no {flag}"
