@@ -237,6 +237,7 @@ def bind(host: str, port: int, option: str) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # inherited: machines that vanished are noticed
         sock.bind((host, port))
         sock.listen(BACKLOG)
     except OSError as error:

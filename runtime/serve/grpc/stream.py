@@ -25,6 +25,7 @@ STATUS = {"OK": 0, "CANCELLED": 1, "INVALID_ARGUMENT": 3, "DEADLINE_EXCEEDED": 4
 STATUS |= {"RESOURCE_EXHAUSTED": 8, "UNIMPLEMENTED": 12, "INTERNAL": 13, "UNAVAILABLE": 14, "UNAUTHENTICATED": 16}
 UNITS = {b"H": 3600e6, b"M": 60e6, b"S": 1e6, b"m": 1e3, b"u": 1.0, b"n": 1e-3}
 PREFIX = 5
+COMPACT = 64 * 1024
 Message = tuple[bytes | memoryview, Call]
 
 
@@ -80,6 +81,8 @@ class Stream:
         self.deadline = math.inf
         self.idle_since = connection.listener.loop.time()
         self._buffer = bytearray()
+        self._at = 0
+        """Where in the buffer the next message begins."""
         self._call: Call | None = None
         """Of the message that is arriving."""
         self._calls: list[Call] = []
@@ -103,33 +106,45 @@ class Stream:
     def received(self, data: bytes, window: int) -> None:
         """Bytes arrived. Raises RequestError where they are too many, or no message."""
         self._buffer += data
-        service = self.connection.service
-        while self._buffer:
-            call = self._call
-            if call is None:
-                call = self._call = self.connection.begin(self.headers, self.method.name)
-                self._calls = [c for c in self._calls if c.open]
-                self._calls.append(call)
-                self.deadline = self.connection.listener.loop.time() + service.settings.body_timeout
-            call.take(len(self._buffer) - call.held)
-            if len(self._buffer) < PREFIX:
-                break
-            size = int.from_bytes(self._buffer[1:PREFIX], "big")
-            if size > service.settings.max_request_bytes + service.settings.max_header_bytes:
-                service.check_size(size)
-            if len(self._buffer) < PREFIX + size:
-                break
-            call.hold(PREFIX + size - len(self._buffer))
-            rest = self._buffer[PREFIX + size :]
-            if rest:
-                del self._buffer[PREFIX + size :]
-            self._inbox.append((memoryview(self._buffer), call))
-            self._buffer, self._call, self.deadline = rest, None, math.inf
-            self._wake()
+        self._parse()
         if len(self._inbox) < MAX_UNREAD:
             self.connection.acknowledge(self.number, window)
         else:
             self._unacknowledged += window
+
+    def _parse(self) -> None:
+        """Move whole messages to the inbox, as many as may wait there; every byte of the rest is accounted for too."""
+        service = self.connection.service
+        if not self._outbox:
+            self.deadline = math.inf
+        while size := len(self._buffer) - self._at:
+            if self._call is None:
+                self._call = self.connection.begin(self.headers, self.method.name)
+                self._calls = [c for c in self._calls if c.open]
+                self._calls.append(self._call)
+            self._call.take(size - self._call.held)
+            if len(self._inbox) >= MAX_UNREAD:
+                break
+            end = self._at + PREFIX
+            if size >= PREFIX:
+                length = int.from_bytes(self._buffer[self._at + 1 : end], "big")
+                if length > service.settings.max_request_bytes + service.settings.max_header_bytes:
+                    service.check_size(length)
+                end += length
+            if size < PREFIX or end > len(self._buffer):
+                self.deadline = self.connection.listener.loop.time() + service.settings.body_timeout
+                break
+            self._call.hold(end - self._at - size)
+            if self._at == 0 and end == len(self._buffer):  # the usual case: no copy
+                message, self._buffer = memoryview(self._buffer), bytearray()
+            else:
+                message, self._at = memoryview(bytes(self._buffer[self._at : end])), end
+            self._inbox.append((message, self._call))
+            self._call = None
+            self._wake()
+        if self._at == len(self._buffer) or self._at > COMPACT:
+            del self._buffer[: self._at]
+            self._at = 0
 
     def ended(self) -> None:
         """The client sends no more."""
@@ -149,6 +164,7 @@ class Stream:
             self._reader = self.connection.listener.loop.create_future()
             await self._reader
         data, call = self._inbox.popleft()
+        self._parse()
         if self._unacknowledged:
             self.connection.acknowledge(self.number, self._unacknowledged)
             self._unacknowledged = 0
@@ -258,6 +274,6 @@ class Stream:
                 call.failed(RequestError("the client went away", Code.CANCELLED))
             call.end(call.entry["status"] or Code.CANCELLED.grpc)
         self._call = None
-        self._buffer = bytearray()
+        self._buffer, self._at = bytearray(), 0
         self._inbox.clear()
         self._outbox.clear()

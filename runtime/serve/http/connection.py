@@ -21,7 +21,8 @@ from runtime.serve.service import Call
 
 SLICE = 1024
 """Bytes that are parsed at a time outside of a body, so that few requests are read ahead of the one being answered."""
-READ_AHEAD = 64 * 1024
+LARGE = 64 * 1024
+"""Bytes of an answer that are not copied to be sent together with its head."""
 MAX_HEADERS = 128
 DISCARD = 1 << 20
 """Bytes of a refused request's body that are read and dropped to keep the connection."""
@@ -62,11 +63,26 @@ class HttpConnection(Connection):
         if self._lingering or self.closing:
             return
         if self._busy:
-            self._rest += data
-            if len(self._rest) > READ_AHEAD:
-                self.transport.pause_reading()
+            self._keep(data)
         else:
             self._feed(memoryview(data))
+
+    def _keep(self, data: bytes | memoryview) -> None:
+        """Hold bytes until the requests before them are answered, as long as there is room for them."""
+        if self.service.inflight_bytes + len(data) > self.settings.max_inflight_bytes:
+            self.service.refusals[self.listener.protocol, "read ahead"] += 1
+            self.abort()
+            return
+        self._rest += data
+        self.service.inflight_bytes += len(data)
+        if len(self._rest) > SLICE:
+            self.transport.pause_reading()
+
+    def _kept(self) -> memoryview:
+        """What was held; it is not held any more."""
+        rest, self._rest = self._rest, bytearray()
+        self.service.inflight_bytes -= len(rest)
+        return memoryview(rest)
 
     @property
     def _busy(self) -> bool:
@@ -77,7 +93,7 @@ class HttpConnection(Connection):
             self.wait(self.settings.header_timeout)
         while len(data) and not self.closing and not self._lingering:
             if self._busy:
-                self._rest += data
+                self._keep(data)
                 return
             step = max(self._left, SLICE)
             self._bare += min(step, len(data))
@@ -250,8 +266,7 @@ class HttpConnection(Connection):
             self._refuse(RequestError("malformed HTTP request"))
             return
         if self._rest:
-            rest, self._rest = self._rest, bytearray()
-            self._feed(memoryview(rest))
+            self._feed(self._kept())
         if not self._busy and not self.closing:
             self.transport.resume_reading()
             if self._half_closed:
@@ -282,7 +297,7 @@ class HttpConnection(Connection):
             body = b""
         call.release()
         call.hold(len(body))
-        if len(body) <= READ_AHEAD:
+        if len(body) <= LARGE:
             self.transport.write(head + body)
         else:
             self.transport.write(head)
@@ -341,7 +356,7 @@ class HttpConnection(Connection):
         for request in filter(None, (self._current, self._reading, *self._waiting)):
             _abandon(request)
         self._waiting.clear()
-        self._rest.clear()
+        self._kept()
 
 
 def _abandon(request: Request) -> None:

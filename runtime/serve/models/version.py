@@ -111,6 +111,8 @@ def open_version(source: Source, settings: Settings) -> ModelVersion:
         for runner in opened:
             warm_up(runner, signature)
             runner.warm_up()
+        if read_source(source, own) != manifest:
+            raise RefusedError(f"{source.path}: it changed while it was being loaded; send SIGHUP again")
     except BaseException:
         for runner in opened:
             with contextlib.suppress(Exception):

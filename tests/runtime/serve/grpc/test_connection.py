@@ -124,6 +124,19 @@ def test_a_message_that_inflates_beyond_the_limit_is_refused_on_the_way(start: S
     settled(server)
 
 
+def test_a_stream_of_more_messages_than_may_wait_is_answered_in_order(server: Server) -> None:
+    """With the smallest messages the client's window holds thousands: they stay bytes until their turn."""
+    requests = [service_pb2.ModelInferRequest(id=str(i)) for i in range(300)]
+    requests += [infer("tiny") for _ in range(3)]
+    with channel(server) as connection:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
+        answers = list(stub.ModelStreamInfer(iter(requests), timeout=60))
+    assert [a.infer_response.id for a in answers[:300]] == [str(i) for i in range(300)]
+    assert all("unknown model" in a.error_message for a in answers[:300])
+    assert [list(a.infer_response.outputs[0].shape) for a in answers[300:]] == [[1, 4]] * 3
+    settled(server)
+
+
 def test_idle_streams_give_way_when_there_is_no_place(start: Start, tmp_path: Path) -> None:
     server = start(classifier(tmp_path / "m.onnx"), "--queue-size", "1")  # and 256 more calls
     opened, streams = [channel(server) for _ in range(2)], []
