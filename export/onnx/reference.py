@@ -229,7 +229,14 @@ def compute_reference(model: nn.Module, inputs: Sequence[Input], work: Work) -> 
                 f"the float64 yardstick is the baked network, as the live one does not run in float64 ({reason})"
             )
         model, certificate = bake_for_inputs(model, inputs, **work.bake_options)
-        yardstick = run_double() if yardstick is None else yardstick
+        try:
+            yardstick = run_double() if yardstick is None else yardstick
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise RefusedError(
+                f"the network runs in float64 neither live nor baked, so its proof has no yardstick ({reason}): "
+                f"register its layers (nn.ModuleList instead of a list) and let dtypes follow its input"
+            ) from error
         baked = tuple(run(index) for index in range(len(work.feeds)))
     finally:
         torch.set_num_threads(before)

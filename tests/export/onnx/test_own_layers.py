@@ -12,7 +12,7 @@ from torch import nn
 
 from export.onnx import ExportOptions, export_onnx
 from export.onnx.trained import Live
-from gmconv.errors import BakeError
+from gmconv.errors import BakeError, RefusedError
 from gmconv.foreign import Foreign
 from tests.gmconv.constants import calls, dynamic, layers
 from tests.gmconv.test_fusing import Branches
@@ -47,6 +47,18 @@ def test_a_kernel_that_depends_on_the_input_is_refused_or_kept_and_noted(tmp_pat
     manifest = export_onnx(live(model), tmp_path / "net.onnx", ExportOptions(keep_dynamic=True))
     assert manifest.export is not None
     assert [note for note in manifest.export.notes if "layer 'a' keeps computing its kernel" in note]
+
+
+def test_a_network_that_knows_only_float32_is_held_to_its_baked_form_or_refused_in_a_sentence(tmp_path: Path) -> None:
+    class Grid(layers.Base):
+        def kernel(self) -> torch.Tensor:
+            return (self.weight.float() * layers.gauss(5, self.sigma.float())).float()
+
+    manifest = export_onnx(live(layers.net(Grid)), tmp_path / "net.onnx")
+    assert manifest.export is not None
+    assert [note for note in manifest.export.notes if "float64 yardstick is the baked network" in note]
+    with pytest.raises(RefusedError, match="float64 neither live nor baked.*nn.ModuleList"):
+        export_onnx(live(layers.net(calls.Unregistered)), tmp_path / "list.onnx")
 
 
 def test_branches_are_merged_where_asked_and_that_is_a_hop(tmp_path: Path) -> None:
