@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gmconv.errors import RefusedError
 
 Array = NDArray[Any]
+Sides = Literal["own", "larger", "odd", "smaller"]
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -91,18 +92,18 @@ def in_order(model: nn.Module, inputs: Sequence[Input]) -> tuple[Input, ...]:
 
 
 def noise(
-    inputs: Sequence[Input], samples: int, seed: int | Sequence[int] = 0, *, grown: bool = False
+    inputs: Sequence[Input], samples: int, seed: int | Sequence[int] = 0, *, sides: Sides = "own"
 ) -> dict[str, Array]:
     """A batch of every input: standard normal, integers between what the input says, bools of both kinds.
 
-    `grown`: images of another height and width.
+    `sides`: images of another height and width: "larger" ones (multiples of 8), larger "odd" ones, "smaller" odd ones.
     """
     generator = np.random.default_rng(seed)
     feeds = {}
     for given in inputs:
         shape = (samples, *given.shape)
-        if grown and given.is_image:
-            shape = (samples, given.shape[0], _larger(given.shape[1]), _larger(given.shape[2]) + 32)
+        if given.is_image:
+            shape = (samples, given.shape[0], *other_sides(given.shape[1], given.shape[2], sides))
         if "float" in given.dtype:
             values: Array = generator.standard_normal(shape, dtype=np.float32)
         else:
@@ -131,6 +132,17 @@ def _described(name: str, tensor: Tensor) -> Input:
     whole = not tensor.is_floating_point() and tensor.dtype != torch.bool and tensor.numel() > 0
     between = (int(tensor.min()), int(tensor.max())) if whole else (0, 1)
     return Input(name, tuple(tensor.shape[1:]), dtype, between)
+
+
+def other_sides(height: int, width: int, sides: Sides) -> tuple[int, int]:
+    """Another height and width that a network with free sides may be given; see `noise`."""
+    if sides == "larger":
+        return _larger(height), _larger(width) + 32
+    if sides == "odd":
+        return height + height // 4 | 1, width + width // 3 | 1
+    if sides == "smaller":
+        return max(1, height * 3 // 4) | 1, max(1, width * 2 // 3) | 1
+    return height, width
 
 
 def _larger(pixels: int) -> int:

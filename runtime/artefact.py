@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from gmconv.errors import RefusedError
 from gmconv.files import sha256_file
 from gmconv.images import Preprocessing
 from runtime.manifest import Manifest, find_manifest, read_manifest
+from runtime.records import AxisRange
 
 Kind = Literal["checkpoint", "onnx", "engine"]
 
@@ -27,12 +29,14 @@ _SUFFIXES: dict[str, Kind] = {
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of a network's data: the shape of one input (C, H, W) and where its samples come from."""
+    """What is known of a network's data: the shape of one input (C, H, W), where its samples come from, and how long
+    its free axes may be."""
 
     input_shape: tuple[int, ...] | None = None
     preprocessing: Preprocessing | None = None
     dataset: dict[str, Any] | None = None
     labels: tuple[str, ...] | None = None
+    ranges: Mapping[str, AxisRange] = field(default_factory=dict)
 
     def __or__(self, other: Facts) -> Facts:
         """These, and of `other` what these do not say."""
@@ -41,6 +45,7 @@ class Facts:
             self.preprocessing or other.preprocessing,
             self.dataset if self.dataset is not None else other.dataset,
             self.labels if self.labels is not None else other.labels,
+            {**other.ranges, **self.ranges},
         )
 
 
@@ -100,7 +105,7 @@ def facts_of(manifest: Manifest | None) -> Facts:
     """What a manifest says of the network's data; nothing without one."""
     if manifest is None:
         return Facts()
-    return Facts(_image(manifest), manifest.preprocessing, manifest.dataset, manifest.labels)
+    return Facts(_image(manifest), manifest.preprocessing, manifest.dataset, manifest.labels, manifest.ranges)
 
 
 def _image(manifest: Manifest) -> tuple[int, ...] | None:

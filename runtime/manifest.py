@@ -20,7 +20,7 @@ from gmconv.errors import RefusedError
 from gmconv.files import sha256_file
 from gmconv.images import Preprocessing
 from runtime.manifest_v1 import SCHEMA_V1, upgrade
-from runtime.records import Benchmark, Build, Calibration, Crop, Device, Export, Parity, Quantization
+from runtime.records import AxisRange, Benchmark, Build, Calibration, Crop, Device, Export, Parity, Quantization
 
 SCHEMA = "gmconv-deploy.manifest/v2"
 
@@ -57,7 +57,8 @@ class FileDigest:
 class Manifest:
     """The sidecar of an artefact. `chain` lists what it was made from, oldest first (checkpoint, then ONNX).
 
-    `export` says how the ONNX file was written, `build` and `device` how and where the engine was built.
+    `export` says how the ONNX file was written, `build` and `device` how and where the engine was built. `ranges`: of
+    the free axes that may not have any length, because the network's forward computes something else beyond.
     """
 
     artefact: FileDigest
@@ -68,6 +69,7 @@ class Manifest:
     chain: tuple[FileDigest, ...] = ()
     external: tuple[FileDigest, ...] = ()
     profiles: tuple[dict[str, ShapeRange], ...] = ()
+    ranges: dict[str, AxisRange] = field(default_factory=dict)
     preprocessing: Preprocessing | None = None
     labels: tuple[str, ...] | None = None
     dataset: dict[str, Any] | None = None

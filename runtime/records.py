@@ -143,6 +143,22 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AxisRange:
+    """The lengths of a free axis for which a graph computes what its network does; `max` None: no end is known."""
+
+    min: int = 1
+    max: int | None = None
+
+    def __contains__(self, length: int) -> bool:
+        """Whether an axis may be so long."""
+        return self.min <= length and (self.max is None or length <= self.max)
+
+    def __str__(self) -> str:
+        """In words: "1 to 16", "201 and more"."""
+        return f"{self.min} and more" if self.max is None else f"{self.min} to {self.max}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
     """How the ONNX file was made from the network. `batch`: its fixed size, or "dynamic"; `operators`: by type."""
 

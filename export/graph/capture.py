@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -11,11 +12,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gmconv.errors import RefusedError
+from runtime.records import AxisRange
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -30,11 +32,15 @@ OLDEST_OPSET = 18  # the dynamo exporter writes no older one: asked for 17 it si
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """The graph, the names of the network's parameters that an output depends on, and the program it was made from."""
+    """The graph, the names of the network's parameters that an output depends on, and the program it was made from.
+
+    `ranges`: of the free axes for which the program holds only within bounds: its forward asked for their lengths.
+    """
 
     model: ir.Model
     parameters: frozenset[str]
     program: torch.export.ExportedProgram | None
+    ranges: dict[str, AxisRange] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +101,32 @@ def to_onnx(
             f"asked for opset {opset}, the installed torch writes {written} instead; say --opset {written}"
         )
     strip_metadata(graph_model)
+    keep_names_apart(graph_model)
     keep_pads_apart(graph_model)
     if program.exported_program is None:
         return Exported(graph_model, frozenset(name for name, _ in model.named_parameters()), None)
     needed, parameters = _needed(program.exported_program)
     require_convolutions(graph_model, _kernels(program.exported_program, needed, parameters))
-    return Exported(graph_model, frozenset(parameters.values()), program.exported_program)
+    ranges = _ranges(program.exported_program, graph_model)
+    return Exported(graph_model, frozenset(parameters.values()), program.exported_program, ranges)
+
+
+def _ranges(program: torch.export.ExportedProgram, model: ir.Model) -> dict[str, AxisRange]:
+    """The bounds of the free axes, by name: torch.export takes one branch of `if x.shape[0] > 16` and notes where.
+
+    A lower bound of 0 to 2 is torch's own, not the network's.
+    """
+    given = [node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    found = {}
+    for value, tensor in zip(model.graph.inputs, given, strict=False):
+        for named, dim in zip(value.shape or (), tensor.shape, strict=False):
+            bounds = program.range_constraints.get(getattr(getattr(dim, "node", None), "expr", None))
+            if bounds is None or isinstance(named, int):
+                continue
+            low, high = (int(end) if end.is_Integer else None for end in (bounds.lower, bounds.upper))
+            if high is not None or (low or 0) > 2:
+                found[str(named.value)] = AxisRange(min=low if low and low > 2 else 1, max=high)
+    return found
 
 
 def _free(name: str, example: torch.Tensor, axes: Axes, *, alone: bool) -> dict[int, str]:
@@ -195,6 +221,32 @@ def _pooled(node: ir.Node) -> bool:
     users = [user for value in node.outputs for user, _ in value.uses()]
     users += [user for cast in users if cast.op_type == "Cast" for value in cast.outputs for user, _ in value.uses()]
     return any(user.op_type == "MaxPool" for user in users)
+
+
+def keep_names_apart(model: ir.Model) -> None:
+    """Give a value or a weight inside the graph another name where it has that of an input or an output.
+
+    An output is called as its network calls it ("relu", a dict's key), and so may be a node or a parameter.
+    Raises RefusedError when an input and an output share a name.
+    """
+    ends = [*model.graph.inputs, *model.graph.outputs]
+    names = [str(value.name) for value in ends]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise RefusedError(f"an input and an output are both called {twice[0]!r}; give --input-name another")
+    weights = list(model.graph.initializers.values())
+    inside = [*weights, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    taken = {str(value.name) for value in inside} | set(names)
+    for value in inside:
+        if value.name not in names or any(value is end for end in ends):
+            continue
+        name = next(new for i in itertools.count() if (new := f"{value.name}.inside{i or ''}") not in taken)
+        taken.add(name)
+        stored = any(value is weight for weight in weights)
+        if stored:
+            model.graph.initializers.pop(str(value.name), None)
+        value.name = name
+        if stored:
+            model.graph.initializers[name] = value
 
 
 def operator_histogram(model: ir.Model) -> dict[str, int]:

@@ -3,7 +3,7 @@ golden pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from export.onnx.options import ExportOptions
     from gmconv import Checkpoint
     from gmconv.golden import Golden
+    from gmconv.inputs import Sides
+    from runtime.manifest import TensorSpec
+    from runtime.records import AxisRange
 
+#: A batch above what a forward may take for a small one.
+LARGE_BATCH = 17
+OTHER_SIDES: tuple[Sides, ...] = ("larger", "odd", "smaller")
 _YARDSTICK = 2**20  # numbers of a case that the float64 run may take
 
 
@@ -25,13 +31,15 @@ _YARDSTICK = 2**20  # numbers of a case that the float64 run may take
 class Case:
     """One batch of every input, by name: what it is, and whether the yardstick runs on it.
 
-    `recorded`: the outputs that the user's own program has recorded for it.
+    `probe`: a batch or a size that the network itself may not take; it is left out then. `recorded`: the outputs that
+    the user's own program has recorded for it.
     """
 
     label: str
     feeds: dict[str, Array]
     yardstick: bool = False
     noise: bool = False
+    probe: bool = False
     recorded: dict[str, Array] | None = None
 
     @property
@@ -51,19 +59,29 @@ def comparison_cases(
     examples: Mapping[str, Array] | None = None,
     golden: Golden | None = None,
 ) -> list[Case]:
-    """Noise at batch 1, 2 and 3 (or the fixed batch), at another size if H and W are free, and what is real."""
+    """Noise at batch 1, 2, 3 and 17 (or the fixed batch), at other sizes if H and W are free, and what is real.
+
+    17 and odd sizes show a forward that takes another branch there than at what it was traced with.
+    """
     from gmconv.inputs import noise
 
-    sizes = (1, 2, 3) if options.batch is None else (options.batch,)
+    sizes = (1, 2, 3, LARGE_BATCH) if options.batch is None else (options.batch,)
     label = f"noise, seed {options.seed}"
     seeds = [(options.seed, index) for index in range(len(sizes))]
     cases = [
-        Case(label, noise(loaded.inputs, size, seed), yardstick=size != 3, noise=True)
+        Case(
+            label,
+            noise(loaded.inputs, size, seed),
+            yardstick=size not in (3, LARGE_BATCH),
+            noise=True,
+            probe=size == LARGE_BATCH,
+        )
         for size, seed in zip(sizes, seeds, strict=True)
     ]
     if options.dynamic_hw:
-        grown = noise(loaded.inputs, sizes[-1], (options.seed, len(sizes)), grown=True)
-        cases.append(Case(label, grown, yardstick=True, noise=True))
+        for index, sides in enumerate(OTHER_SIDES):
+            feeds = noise(loaded.inputs, min(3, sizes[-1]), (options.seed, len(sizes) + index), sides=sides)
+            cases.append(Case(label, feeds, yardstick=index == 0, noise=True, probe=index > 0))
     if examples is not None:
         cases += _batches("examples", dict(examples), options)
     images = images_of(loaded, options)
@@ -117,3 +135,32 @@ def images_of(loaded: Checkpoint, options: ExportOptions) -> tuple[str, Any, Any
     )
     batch = np.concatenate([batch.images for batch in samples])
     return ("held-out digits" if source == "digits" else f"images, {Path(str(source)).name}"), batch, samples.labels
+
+
+def taken(
+    case: Case,
+    live: Mapping[str, Array],
+    inputs: Sequence[TensorSpec],
+    ranges: Mapping[str, AxisRange],
+    note: Callable[[str], None],
+) -> bool:
+    """Whether network and graph both hold for the shapes of a case; a probe beyond them is noted and left out.
+
+    `live`: what the network returned, nothing where it does not run; `ranges` of the graph by axis. Raises RefusedError
+    where a case is beyond the ranges and no probe.
+    """
+    if not live:
+        shapes = ", ".join("x".join(map(str, shape)) for shape in case.shapes.values())
+        note(f"the network itself does not run on {shapes}; not compared there")
+        return False
+    for spec, array in zip(inputs, case.feeds.values(), strict=True):
+        for axis, length in zip(spec.shape, array.shape, strict=True):
+            if isinstance(axis, str) and axis in ranges and length not in ranges[axis]:
+                if not case.probe:
+                    raise RefusedError(
+                        f"the network's forward takes another branch at {axis} {length}: the graph holds for "
+                        f"{ranges[axis]}; give --batch N, or the samples you mean to use"
+                    )
+                note(f"{axis} is {ranges[axis]}: the network's forward takes another branch beyond")
+                return False
+    return True

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gmconv import Checkpoint
     from gmconv.cropping.certificate import CropCertificate
     from runtime.manifest import FileDigest, Manifest
-    from runtime.records import Crop
+    from runtime.records import AxisRange, Crop
 
 IN_MEMORY = "the network in memory"
 _EXTERNAL_ABOVE = 2**31 - 2**20  # protobuf cannot hold 2 GiB; the graph itself needs a little
@@ -44,6 +44,7 @@ class _Exported:
     fused: list[Outputs] | None
     crop: CropCertificate | None
     cropped: list[Outputs] | None
+    ranges: dict[str, AxisRange]
 
     @property
     def classifies(self) -> bool:
@@ -97,7 +98,7 @@ def export_onnx(
         note("running ONNX Runtime and comparing")
         with ThreadPoolExecutor(1) as beside_it:
             files = beside_it.submit(_check_and_digest, exported.file)
-            proof = _prove(exported, cases, trained.result(note), options)
+            proof = _prove(exported, cases, trained.result(note), note)
             manifest = _manifest(trained.chain, exported, proof, options, files.result())
         _write_variants(exported, manifest, proof, output, options, note)
     return read_manifest(output, verify=False)
@@ -143,7 +144,7 @@ def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: Expo
     import torch
 
     facts = replace(loaded, model=torch.nn.Identity(), notes=(*loaded.notes, *notes))
-    return _Exported(file, facts, inputs, outputs, operators, baked, fused, crop, cropped)
+    return _Exported(file, facts, inputs, outputs, operators, baked, fused, crop, cropped, written.ranges)
 
 
 def _to_onnx(
@@ -253,7 +254,8 @@ def run_onnx(file: Path, cases: list[Case]) -> list[Outputs]:
         ]
 
 
-def _prove(exported: _Exported, cases: list[Case], reference: Any, options: ExportOptions) -> Proof:
+def _prove(exported: _Exported, cases: list[Case], reference: Any, note: Note) -> Proof:
+    from export.onnx.cases import taken
     from export.onnx.proof import Proof
     from runtime.parity.tolerances import crop_cost
 
@@ -261,15 +263,19 @@ def _prove(exported: _Exported, cases: list[Case], reference: Any, options: Expo
     for name in sorted(other.keys() | exported.baked_sha256.keys()):
         if other.get(name) != exported.baked_sha256.get(name):
             raise ParityError(f"layer {name!r}: two processes baked different weights; refusing to ship either")
-    outputs = run_onnx(exported.file, cases)
-    proof = Proof(cases, reference, outputs, exported.classifies, exported.fused)
+    proof = Proof(cases, reference, [{} for _ in cases], exported.classifies, exported.fused, exported.cropped)
+    kept = [
+        taken(case, live, exported.inputs, exported.ranges, note)
+        for case, live in zip(cases, reference.live, strict=True)
+    ]
+    proof = proof.where(kept)
+    proof = replace(proof, shipped=run_onnx(exported.file, list(proof.cases)))
     if exported.crop is None:
         return proof
     crop = crop_record(exported.crop)
     assert crop is not None
     return replace(
         proof,
-        cropped=exported.cropped,
         crop_cost=crop_cost(crop),
         crop_precision=exported.crop.precision,
         lossy=not crop.removes_only_zeros,
@@ -307,6 +313,7 @@ def _manifest(
         external=files[1:],
         inputs=exported.inputs,
         outputs=exported.outputs,
+        ranges=exported.ranges,
         created=utc_now(),
         chain=chain,
         preprocessing=read_preprocessing(facts.preprocessing),

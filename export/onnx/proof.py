@@ -45,9 +45,12 @@ class Proof:
 
     def on_images(self) -> Proof:
         """The same proof without noise, if there is anything else: a quantized network was calibrated on images."""
-        keep = [index for index, case in enumerate(self.cases) if not case.noise]
-        if not keep:
-            return self
+        keep = [not case.noise for case in self.cases]
+        return self.where(keep) if any(keep) else self
+
+    def where(self, kept: Sequence[bool]) -> Proof:
+        """The same proof on some of its cases."""
+        keep = [index for index, kept_here in enumerate(kept) if kept_here]
         live, baked, wide = (
             tuple(outputs[index] for index in keep)
             for outputs in (self.reference.live, self.reference.baked, self.reference.yardstick)

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -108,6 +108,7 @@ class ReferenceProcess:
             "bake_options": work.bake_options,
             "yardstick": sorted(work.yardstick),
             "noise": sorted(work.noise),
+            "probes": sorted(work.probes),
         }
         assert self._child.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # a child that died says why in result()
@@ -146,7 +147,17 @@ def _load(path: Path) -> Outputs:
 
 def run_torch(model: nn.Module, inputs: Sequence[Input], cases: Sequence[Case], names: Sequence[str]) -> list[Outputs]:
     """Every case through a torch network, in its own precision."""
-    return [_run(model, inputs, case.feeds, names) for case in cases]
+    return [_attempt(lambda: _run(model, inputs, c.feeds, names), probe=c.probe) for c in cases]  # noqa: B023 (at once)
+
+
+def _attempt(run: Callable[[], Outputs], *, probe: bool) -> Outputs:
+    """What `run` returns; of a probe that the network does not take, nothing."""
+    try:
+        return run()
+    except Exception:  # whatever a forward raises at a size that it was not made for
+        if not probe:
+            raise
+        return {}
 
 
 def _run(
@@ -174,7 +185,7 @@ def _run_double(model: nn.Module, inputs: Sequence[Input], feeds: Feeds, names: 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What to run: batches of every input, the names of the outputs, which batches are noise or for the yardstick.
+    """What to run: batches of every input, the names of the outputs, which are noise, for the yardstick, or probes.
 
     `bake_options`: keyword arguments of `gmconv.constants.bake_for_inputs`.
     """
@@ -183,6 +194,7 @@ class Work:
     names: tuple[str, ...]
     noise: frozenset[int]
     yardstick: frozenset[int]
+    probes: frozenset[int]
     bake_options: dict[str, Any]
 
 
@@ -193,6 +205,7 @@ def work_on(cases: Sequence[Case], names: Sequence[str], bake_options: Mapping[s
         names=tuple(names),
         noise=frozenset(index for index, case in enumerate(cases) if case.noise),
         yardstick=frozenset(index for index, case in enumerate(cases) if case.yardstick),
+        probes=frozenset(index for index, case in enumerate(cases) if case.probe),
         bake_options=dict(bake_options),
     )
 
@@ -209,7 +222,7 @@ def compute_reference(model: nn.Module, inputs: Sequence[Input], work: Work) -> 
         # Noise is few samples, done while the exporter needs the other half; the images are what the export waits for.
         # One case has as many threads live as baked: bits may depend on them.
         torch.set_num_threads(max(1, cores // 2) if index in work.noise else cores)
-        return _run(model, inputs, work.feeds[index], work.names)
+        return _attempt(lambda: _run(model, inputs, work.feeds[index], work.names), probe=index in work.probes)
 
     def run_double() -> tuple[Outputs, ...]:
         torch.set_num_threads(max(1, cores // 2))
@@ -251,7 +264,12 @@ def _serve(folder: Path) -> None:
     feeds = tuple(_load(folder / f"input.{index}.npz") for index in range(task["count"]))
     loaded = gmconv.load_checkpoint(task["checkpoint"], **task["load_options"])
     work = Work(
-        feeds, tuple(task["names"]), frozenset(task["noise"]), frozenset(task["yardstick"]), task["bake_options"]
+        feeds=feeds,
+        names=tuple(task["names"]),
+        noise=frozenset(task["noise"]),
+        yardstick=frozenset(task["yardstick"]),
+        probes=frozenset(task["probes"]),
+        bake_options=task["bake_options"],
     )
     found = compute_reference(loaded.model, loaded.inputs, work)
     for hop in ("live", "baked", "yardstick"):

@@ -10,8 +10,10 @@ from torch import nn
 
 from gmconv.certificate import BakeCertificate, bake_certificate
 from gmconv.constants.bake import Dynamic, bake_constants
-from gmconv.inputs import Input, noise, tensors_of
+from gmconv.inputs import Input, Sides, noise, tensors_of
 from gmconv.surgery import bake
+
+_SIDES: tuple[Sides, ...] = ("own", "larger")
 
 
 def bake_network(
@@ -45,7 +47,6 @@ def bake_for_inputs(
 ) -> tuple[nn.Module, BakeCertificate]:
     """`bake_network` for a network of these inputs: it is shown seeded noise, `dynamic_hw` of two sizes."""
     shown = [
-        tensors_of(model, inputs, noise(inputs, batch, grown=grown))
-        for grown in ((False, True) if dynamic_hw else (False,))
+        tensors_of(model, inputs, noise(inputs, batch, sides=sides)) for sides in (_SIDES if dynamic_hw else _SIDES[:1])
     ]
     return bake_network(model, *shown[0], dynamic=dynamic, sizes=shown[1:])

@@ -16,8 +16,10 @@ from runtime.artefact import Facts
 from runtime.manifest import ShapeRange, TensorSpec
 from runtime.runners.base import Array, numpy_dtype
 
-#: Batches tried where the batch is free and no profile bounds it: one, two, an odd one, a round one.
-FREE_BATCHES = (1, 2, 5, 8)
+#: Batches tried where the batch is free and no profile bounds it: one, two, an odd one, a round one, one above 16.
+FREE_BATCHES = (1, 2, 5, 8, 17)
+#: Sizes tried besides the usual one where height and width are free.
+SIDES = ("wide", "larger", "odd", "smaller")
 Feeds = dict[str, Array]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -27,12 +29,14 @@ class Case:
     """Inputs compared together: `label` ("noise", "digits"), the shapes of one batch, and where the batches come from.
 
     Iterating gives one dict of arrays per batch, in the dtypes of the network's inputs. `real` samples come from data.
+    `probe`: a shape that the network itself may not take; it is left out then.
     """
 
     label: str
     shapes: Shapes
     batches: Any
     real: bool = False
+    probe: bool = False
 
     def __iter__(self) -> Iterator[Feeds]:
         return iter(self.batches)
@@ -79,7 +83,10 @@ def make_cases(
         return [*filled, *real], notes
     if calibrated:
         notes.append("no real images: a calibrated graph is judged on noise, not made for it perhaps; use --images")
-    noise = [Case("noise", c, _noise(specs, c, (seed, i))) for i, c in enumerate(corners)]
+    probes = [not _same_image(c, main) or _batch(c) > _batch(main) for c in corners]
+    noise = [
+        Case("noise", c, _noise(specs, c, (seed, i)), probe=probes[i] and not profiles) for i, c in enumerate(corners)
+    ]
     return [*noise, *cases, *real], notes
 
 
@@ -94,7 +101,8 @@ def corner_shapes(
         corners, main = [{**fixed, **c} for c in corners], {**fixed, **main}  # type: ignore[dict-item]
     else:
         corners = _free_corners(specs, facts)
-        main = corners[min(3, len(corners) - 1)] if isinstance(specs[0].shape[0], str) else corners[0]
+        own = [corner for corner in corners if _same_image(corner, corners[0])]
+        main = own[min(3, len(own) - 1)] if isinstance(specs[0].shape[0], str) else corners[0]
     unique: list[Shapes] = []
     for corner in corners:
         if corner not in unique:
@@ -118,14 +126,34 @@ def _free_corners(specs: Sequence[TensorSpec], facts: Facts) -> list[Shapes]:
     free_batch = isinstance(specs[0].shape[0], str) if specs[0].shape else False
     free_side = any(isinstance(d, str) for spec in specs for d in spec.shape[1:])
     batches: Sequence[int] = FREE_BATCHES if free_batch else (0,)
-    corners = [{s.name: _concrete(s, batch, facts, 0) for s in specs} for batch in batches]
+    corners = [{s.name: _concrete(s, batch, facts, "own") for s in specs} for batch in batches]
     if free_side:
-        corners += [{s.name: _concrete(s, batches[-1], facts, grown) for s in specs} for grown in (1, 2)]
-    return corners
+        corners += [
+            {s.name: _concrete(s, batches[min(3, len(batches) - 1)], facts, side) for s in specs} for side in SIDES
+        ]
+    found = [corner for corner in corners if _takes(specs, corner, facts)]
+    if not found:
+        axes = ", ".join(f"{axis} {allowed}" for axis, allowed in facts.ranges.items())
+        raise RefusedError(f"none of the usual shapes is one that the graph takes ({axes}); give --inputs")
+    return found
 
 
-def _concrete(spec: TensorSpec, batch: int, facts: Facts, grown: int) -> tuple[int, ...]:
-    """A spec's shape with numbers: free sides are the training size, or (`grown`) larger by whole multiples of 8."""
+def _takes(specs: Sequence[TensorSpec], corner: Shapes, facts: Facts) -> bool:
+    """Whether the graph was exported for these shapes."""
+    return all(
+        length in facts.ranges[axis]
+        for spec in specs
+        for axis, length in zip(spec.shape, corner[spec.name], strict=True)
+        if isinstance(axis, str) and axis in facts.ranges
+    )
+
+
+def _batch(corner: Shapes) -> int:
+    return next(iter(corner.values()))[0]
+
+
+def _concrete(spec: TensorSpec, batch: int, facts: Facts, size: str) -> tuple[int, ...]:
+    """A spec's shape with numbers: free sides are the training size (`size` "own"), or another one."""
     shape: list[int] = []
     for axis, dim in enumerate(spec.shape):
         known = facts.input_shape
@@ -137,9 +165,20 @@ def _concrete(spec: TensorSpec, batch: int, facts: Facts, grown: int) -> tuple[i
             raise RefusedError(f"input {spec.name!r} has a free axis {dim!r} of unknown usual length; give --inputs")
         else:
             side = known[axis - 1]
-            wider = 32 if axis == len(spec.shape) - 1 and grown == 1 else 0
-            shape.append((side + (side // 4 + 7) // 8 * 8 + wider) if grown else side)
+            shape.append(_other(side, size, last=axis == len(spec.shape) - 1))
     return tuple(shape)
+
+
+def _other(side: int, size: str, *, last: bool) -> int:
+    """A side of another length: larger by multiples of 8, larger and odd, smaller and odd; `last` breaks squares."""
+    larger = side + (side // 4 + 7) // 8 * 8
+    others = {
+        "wide": larger + 32 * last,
+        "larger": larger,
+        "odd": side + side // (3 if last else 4) | 1,
+        "smaller": max(1, side * (2 if last else 3) // (3 if last else 4)) | 1,
+    }
+    return others.get(size, side)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from gmconv.errors import RefusedError
 from runtime.artefact import Artefact
 from runtime.manifest import ShapeRange, TensorSpec
+from runtime.records import AxisRange
 
 Array = NDArray[Any]
 #: Runs before the ones that a layer profile counts: the first ones load kernels, compile and raise clocks.
@@ -141,9 +142,12 @@ class Runner(ABC):
 
 
 def validate_feeds(
-    specs: tuple[TensorSpec, ...], feeds: Mapping[str, Array], profiles: tuple[dict[str, ShapeRange], ...] = ()
+    specs: tuple[TensorSpec, ...],
+    feeds: Mapping[str, Array],
+    profiles: tuple[dict[str, ShapeRange], ...] = (),
+    ranges: Mapping[str, AxisRange] | None = None,
 ) -> None:
-    """Raise RefusedError unless `feeds` fits `specs` exactly and, with profiles, one of them."""
+    """Raise RefusedError unless `feeds` fits `specs` exactly and, with profiles, one of them; `ranges` bound axes."""
     names = {spec.name for spec in specs}
     if set(feeds) != names:
         raise RefusedError(f"inputs given: {sorted(feeds)}; this network takes {sorted(names)}")
@@ -161,10 +165,16 @@ def validate_feeds(
                 raise RefusedError(f"input {spec.name!r} has shape {array.shape}, this network takes {spec.shape}")
             if got == 0:
                 raise RefusedError(f"input {spec.name!r} has shape {array.shape}: an axis of length 0")
+    for axis, allowed in (ranges or {}).items():
+        if axis in axes and axes[axis] not in allowed:
+            raise RefusedError(
+                f"{axis} {axes[axis]}: this graph holds for {allowed}, where its network's forward takes the branch "
+                f"that was exported"
+            )
     if profiles and not any(_inside(profile, feeds) for profile in profiles):
-        ranges = "; ".join(f"{n} {r.min}..{r.max}" for p in profiles for n, r in p.items())
+        taken = "; ".join(f"{n} {r.min}..{r.max}" for p in profiles for n, r in p.items())
         shapes = ", ".join(f"{n} {a.shape}" for n, a in feeds.items())
-        raise RefusedError(f"shape outside every optimization profile: {shapes}; the engine takes {ranges}")
+        raise RefusedError(f"shape outside every optimization profile: {shapes}; the engine takes {taken}")
 
 
 def _inside(profile: Mapping[str, ShapeRange], feeds: Mapping[str, Array]) -> bool:

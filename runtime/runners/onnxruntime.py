@@ -106,6 +106,7 @@ class OnnxRuntimeRunner(Runner):
             self._request = replace(self._request, model=f"{digest[:16]}-{ort.__version__}")
         self._session = _session(ort, path, make_options(), self._request, self._extra)
         self._ort = ort
+        self._ranges = self.artefact.manifest.ranges if self.artefact.manifest else {}
         self.inputs = tuple(_spec(arg) for arg in self._session.get_inputs())
         self.outputs = tuple(_spec(arg) for arg in self._session.get_outputs())
         self._names = [spec.name for spec in self.outputs]
@@ -119,7 +120,7 @@ class OnnxRuntimeRunner(Runner):
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once on arrays in host memory; raises RefusedError when a feed does not fit."""
-        validate_feeds(self.inputs, feeds)
+        validate_feeds(self.inputs, feeds, ranges=self._ranges)
         try:
             if self._provider == "cpu":
                 values = self._session.run(self._names, dict(feeds))

@@ -94,6 +94,7 @@ def test_an_export_is_its_checkpoints_network(pair: tuple[Path, Path]) -> None:
         "2x3x16x16",
         "5x3x16x16",
         "8x3x16x16",
+        "17x3x16x16",
         "8x3x16x16",
     ]
     assert found.verdict.hops[-1].outputs[0].samples == 64
@@ -328,7 +329,7 @@ def test_calibrated_graphs_are_judged_on_data_when_there_is_some(digits_checkpoi
         0
     ]
     assert {case.inputs for case in found.verdict.hops} == {"digits"}
-    assert [case.outputs[0].samples for case in found.verdict.hops] == [1, 2, 5, 8, 24]
+    assert [case.outputs[0].samples for case in found.verdict.hops] == [1, 2, 5, 8, 17, 24]
     found = compare_artefacts(digits_checkpoint, [digits_onnx], ParityOptions(samples=24)).candidates[0]
     assert {case.inputs for case in found.verdict.hops} == {"noise", "digits"}
 
@@ -362,7 +363,8 @@ def test_free_sides_are_tried_larger_and_not_square() -> None:
     corners, main = corner_shapes(spec, (), Facts(input_shape=(3, 16, 16)))
     sides = {corner["input"][2:] for corner in corners}
     assert main == {"input": (8, 3, 16, 16)}
-    assert len(sides) == 3
+    assert len(sides) == 5
+    assert any(h % 2 and w % 2 and h < 16 for h, w in sides), "smaller and odd"
     assert any(h != w for h, w in sides)
     with pytest.raises(RefusedError, match="give --inputs"):
         corner_shapes(spec, (), Facts())
@@ -375,7 +377,7 @@ def test_free_sides_end_to_end(tmp_path: Path) -> None:
     export(gmconv.bake(model), tmp_path / "net.onnx", (3, 16, 16), free_sides=True)
     report = compare_artefacts(tmp_path / "net.pt", [tmp_path / "net.onnx"], ParityOptions(samples=8))
     assert report.passed
-    assert len({case.shape.split("x", 1)[1] for case in report.candidates[0].verdict.hops}) == 3
+    assert len({case.shape.split("x", 1)[1] for case in report.candidates[0].verdict.hops}) == 5
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------
