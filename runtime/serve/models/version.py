@@ -15,6 +15,7 @@ import numpy as np
 
 from gmconv.errors import RefusedError
 from runtime.manifest import Manifest
+from runtime.metadata import refuse_untrue
 from runtime.runners.base import Runner, numpy_dtype
 from runtime.runners.qdq import layout_warning
 from runtime.serve.batching.batcher import Batcher, Policy
@@ -152,8 +153,10 @@ def make_signature(
 
     `max_batch` is what a configuration says of it; 0: requests are not batched, and bring whatever rows they like.
 
-    Raises RefusedError for a tensor type that the protocol cannot carry.
+    Raises RefusedError for a tensor type that the protocol cannot carry, and metadata that the tensors contradict.
     """
+    if manifest is not None:
+        refuse_untrue(manifest)
     profiles = runner.profiles or (manifest.profiles if manifest else ())
     first = runner.inputs[0].shape[0] if runner.inputs and runner.inputs[0].shape else None
     batched = isinstance(first, str) and all(s.shape and s.shape[0] == first for s in (*runner.inputs, *runner.outputs))
@@ -178,6 +181,8 @@ def make_signature(
             max_rows = min(r[0][1] for r in limits.values())
     if max_batch is not None and batched:
         max_rows = min(max_rows, max_batch) if limits else max_batch
+    if batched and manifest is not None and (held := manifest.ranges.get(str(first))) is not None:
+        min_rows, max_rows = max(min_rows, held.min), min(max_rows, held.max or max_rows)
     elements = 0
     for name, port in inputs.items():
         most = [h for _, h in limits[name]] if name in limits else [max_rows if d < 0 else d for d in port.shape[:1]]
