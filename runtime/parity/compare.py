@@ -55,6 +55,7 @@ class Comparator:
 
     def refused(self, reference: Mapping[str, Array], why: str, case: int = 0) -> None:
         """The candidate would not run on inputs that the reference ran on."""
+        self._real.setdefault(case, False)
         for name in reference:
             sums = self._cases.setdefault(case, {}).setdefault(name, _Sums())
             sums.fail(f"the candidate does not run on this input: {why}")

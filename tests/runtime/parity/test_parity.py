@@ -388,7 +388,7 @@ def test_inputs_from_a_file(pair: tuple[Path, Path], tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", input=images)
     (case,) = compare_artefacts(pair[0], [pair[1]], ParityOptions(inputs=tmp_path / "x.npz")).candidates[0].verdict.hops
     assert case.outputs[0].samples == 11
-    assert case.label == "x.npz"
+    assert case.inputs == "x.npz"
 
 
 @pytest.mark.parametrize(
