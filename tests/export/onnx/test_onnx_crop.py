@@ -22,7 +22,7 @@ from torch import nn
 
 def make(sigma=0.7):
     conv = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 7, padding=3, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-    net = nn.Sequential(conv(3, 8), conv(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    net = nn.Sequential(conv(3, 8), conv(8, 8), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(8, 10, bias=False))
     return gmconv.convert(net, sigma=sigma)
 """
 
@@ -56,7 +56,7 @@ def test_a_crop_is_proven_against_the_uncropped_network(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "net.onnx")
     assert manifest.crop is not None
     assert manifest.parity is not None
-    assert [hop.name for hop in manifest.parity.hops][::3] == [
+    assert list(dict.fromkeys(hop.name for hop in manifest.parity.hops)) == [
         "live -> baked",
         "baked -> cropped",
         "cropped -> ORT",

@@ -110,13 +110,13 @@ def test_ranges_are_those_of_the_activations_and_do_not_depend_on_the_batch(netw
 def test_the_manifest_says_which_images(network: Network, npz: Path) -> None:
     done = calibrated(network(), open_images(npz, SHAPE, limit=10, seed=3))
     info = done.info("percentile", 99.9)
-    assert info["source"] == "images.npz"
-    assert (info["images"], info["seed"], info["percentile"]) == (10, 3, 99.9)
-    assert len(info["sha256"]) == 64
+    assert info.source == "images.npz"
+    assert (info.images, info.seed, info.percentile) == (10, 3, 99.9)
+    assert len(info.sha256) == 64
     again = calibrated(network(), open_images(npz, SHAPE, limit=10, seed=3)).origin
     other = calibrated(network(), open_images(npz, SHAPE, limit=10, seed=4)).origin
     assert again == done.origin
-    assert other["sha256"] != done.origin["sha256"]
+    assert other.sha256 != done.origin.sha256
 
 
 def test_digits_for_calibration_are_not_those_accuracy_is_measured_on() -> None:
@@ -173,7 +173,7 @@ def test_nan_activations_name_their_layer(network: Network, npz: Path) -> None:
 def test_a_fixed_batch_leaves_out_the_rest(network: Network, npz: Path) -> None:
     images = open_images(npz, SHAPE, limit=10)
     images.batch, images.fixed_batch = 4, True
-    assert calibrated(network(batch=4), images).origin["images"] == 8
+    assert calibrated(network(batch=4), images).origin.images == 8
 
 
 def convert(folder: Path, name: str, images: int) -> tuple[dict[str, Any], int]:
