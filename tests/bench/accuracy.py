@@ -76,7 +76,7 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
 
 
 def subset(images: Path, target: Path, counts: dict[str, int | None]) -> Path:
-    """A folder of links to so many images of each part (None: all), the same number of each class, drawn once.
+    """A folder of links to so many images of each part (None: all), the same number of each class, always the same.
 
     `images` has a sub-folder per class, or `train` and `val` or `test` with those. Without counts it is used as it is.
     """
@@ -84,19 +84,24 @@ def subset(images: Path, target: Path, counts: dict[str, int | None]) -> Path:
     split = "train" in parts and len(parts) == 2
     if not any(counts.values()):
         return images
-    generator = np.random.default_rng(0)
     for part in parts if split else [""]:
         count = counts["train" if part in ("train", "") else "test"]
         classes = sorted(entry for entry in (images / part).iterdir() if entry.is_dir())
+        generator = np.random.default_rng(0)
         for entry in classes:
             files = sorted(file for file in entry.iterdir() if file.is_file())
-            chosen = sorted(generator.permutation(len(files))[: max(1, count // len(classes)) if count else None])
+            order = generator.permutation(len(files))
+            chosen = {
+                files[index].name: files[index] for index in order[: max(1, count // len(classes)) if count else None]
+            }
             folder = target / part / entry.name
             folder.mkdir(parents=True, exist_ok=True)
-            for index in chosen:
-                link = folder / files[index].name
-                if not link.exists():
-                    link.symlink_to(files[index].resolve())
+            for link in folder.iterdir():  # of an earlier run with another count
+                if link.name not in chosen:
+                    link.unlink()
+            for name, file in chosen.items():
+                if not (folder / name).exists():
+                    (folder / name).symlink_to(file.resolve())
     return target
 
 

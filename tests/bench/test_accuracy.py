@@ -48,6 +48,10 @@ def test_a_subset_has_as_many_images_of_each_class_and_is_the_same_every_time(im
     names = sorted(str(file.relative_to(first)) for file in first.rglob("*.png"))
     assert names == sorted(str(file.relative_to(second)) for file in second.rglob("*.png"))
     assert [sum(name.startswith(part) for name in names) for part in ("train/dark", "train/light", "test")] == [5, 5, 8]
+    fewer = subset(images, tmp_path / "a", {"train": 4, "test": None})
+    kept = {str(file.relative_to(fewer)) for file in fewer.rglob("*.png")}
+    assert len(kept) == 4 + 8, "what an earlier run with another count had is gone"
+    assert kept < set(names)
     assert subset(images, tmp_path / "c", {"train": None, "test": None}) == images
 
 
