@@ -211,7 +211,7 @@ def heading(settings: Settings, images: Path, runs: dict[str, list[dict[str, Any
         f"{time.strftime('%Y-%m-%d')}, {settings.arch} at {settings.size}x{settings.size}, {settings.images.name}: "
         f"{trained:,} training and {run['held_out_images']:,} held-out photographs, {settings.epochs} epochs, "
         f"{settings.seeds} seeds, {settings.device}{' with bfloat16 autocast' if settings.device != 'cpu' else ''}, "
-        f"{minutes:.0f} minutes of training:"
+        f"{minutes:.0f} wall minutes of training:"
     )
 
 
