@@ -9,7 +9,7 @@ so the rows of int8 and fp8, are of the best epoch, as `gmconv.train` keeps it. 
 settings left in `--folder` is used again, so an interrupted run is resumed by the same command.
 
     python -m tests.bench.accuracy --images DIR --arch resnet20 --epochs 15 --seeds 3
-    python -m tests.bench.accuracy --images DIR --train-images 5000 --test-images 2500 --epochs 6 --seeds 2 --write
+    python -m tests.bench.write accuracy --images DIR --train-images 5000 --test-images 2500 --epochs 6 --seeds 2
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from typing import Any
 
 import click
 import numpy as np
-
-from tests.bench.readme import report
 
 KINDS = ("GMConv", "plain")
 CALIBRATION_IMAGES = 256
@@ -188,14 +186,13 @@ def measure(settings: Settings) -> tuple[list[str], Difference]:
     found = difference(*([last(run) for run in runs[kind]] for kind in KINDS))
     lines = [
         heading(settings, images, runs),
-        "",
         "| seed | GMConv % | plain twin % | difference |",
         "|---|---|---|---|",
     ]
     for seed, pair in enumerate(zip(*runs.values(), strict=True), start=1):
         masked, plain = map(last, pair)
         lines.append(f"| {seed} | {masked:.2f} | {plain:.2f} | {masked - plain:+.2f} |")
-    lines += ["", f"GMConv minus plain: {found}.", ""]
+    lines.append(f"GMConv minus plain: {found}.")
     if settings.precisions:
         lines += precision_lines(settings, images, runs["GMConv"])
     return lines, found
@@ -208,7 +205,7 @@ def heading(settings: Settings, images: Path, runs: dict[str, list[dict[str, Any
     trained = sum(1 for file in part.rglob("*") if file.is_file())
     minutes = sum(found["seconds"] for found in (*runs["GMConv"], *runs["plain"])) / 60
     return (
-        f"{time.strftime('%Y-%m-%d')}, {settings.arch} at {settings.size}x{settings.size}, {settings.images.name}: "
+        f"{settings.arch} at {settings.size}x{settings.size}, {settings.images.name}: "
         f"{trained:,} training and {run['held_out_images']:,} held-out photographs, {settings.epochs} epochs, "
         f"{settings.seeds} seeds, {settings.device}{' with bfloat16 autocast' if settings.device != 'cpu' else ''}, "
         f"{minutes:.0f} wall minutes of training:"
@@ -242,12 +239,11 @@ def precision_lines(settings: Settings, images: Path, runs: Sequence[dict[str, A
 @click.option("--train-images", type=click.IntRange(1), help="[default: all]")
 @click.option("--test-images", type=click.IntRange(1), help="[default: all]")
 @click.option("--precisions", default="int8,fp8", show_default=True, help="Empty: none.")
-@click.option("--write", is_flag=True, help="Put the result into tests/bench/README.md.")
-def main(precisions: str, write: bool, **values: Any) -> None:
+def main(precisions: str, **values: Any) -> None:
     """Print the tables; nothing fails: accuracy is a result, not a goal."""
     settings = Settings(precisions=tuple(filter(None, precisions.split(","))), **values)
     lines, _ = measure(settings)
-    report("accuracy", lines, write=write)
+    print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":

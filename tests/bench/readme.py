@@ -29,13 +29,6 @@ def write_block(path: Path, name: str, lines: Sequence[str]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def report(name: str, lines: Sequence[str], *, write: bool, path: Path = BENCH_README) -> None:
-    """What a bench ends with: its lines on stdout and, where asked for, in its block of the benches' README."""
-    print("\n".join(lines), flush=True)
-    if write:
-        write_block(path, name, lines)
-
-
 def read_block(path: Path, name: str) -> list[str] | None:
     """The lines of a block, without its markers; None where there is none."""
     text = path.read_text() if path.exists() else ""

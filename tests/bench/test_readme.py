@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.bench.readme import read_block, report, with_block, write_block
+from tests.bench.readme import read_block, with_block, write_block
 
 LINES = st.lists(st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=20), max_size=5).filter(
     lambda lines: not any("<!--" in line for line in lines)
@@ -65,12 +65,3 @@ def test_a_marker_inside_a_block_and_a_name_that_is_none_are_refused() -> None:
         with_block("", "crop", ["<!-- crop: end -->"])
     with pytest.raises(ValueError, match="lower-case"):
         with_block("", "Crop figures", [])
-
-
-def test_a_bench_prints_and_writes_only_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "README.md"
-    report("crop", ["| 1 |", "| 2 |"], write=False, path=path)
-    assert not path.exists()
-    report("crop", ["| 1 |", "| 2 |"], write=True, path=path)
-    assert read_block(path, "crop") == ["| 1 |", "| 2 |"]
-    assert capsys.readouterr().out == "| 1 |\n| 2 |\n" * 2
