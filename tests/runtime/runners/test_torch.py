@@ -72,7 +72,7 @@ def test_compiled_agrees_with_eager(checkpoint: Path) -> None:
 def test_names_follow_the_exported_file(checkpoint: Path) -> None:
     with TorchRunner(checkpoint, input_name="image", output_names=("scores",)) as runner:
         assert set(runner.run({"image": X["input"]})) == {"scores"}
-    with pytest.raises(RefusedError, match="has 1 outputs, 2 names"):
+    with pytest.raises(RefusedError, match="has 1 outputs, --output-names gives 2"):
         TorchRunner(checkpoint, output_names=("a", "b"))
 
 
@@ -86,8 +86,8 @@ def test_any_height_and_width_only_when_asked(checkpoint: Path) -> None:
 
 def test_preprocessing_comes_typed(checkpoint: Path) -> None:
     with TorchRunner(checkpoint) as runner:
-        assert runner.preprocessing is not None
-        assert runner.preprocessing.size == (32, 32)
+        assert runner.artefact.facts.preprocessing is not None
+        assert runner.artefact.facts.preprocessing.size == (32, 32)
 
 
 @pytest.mark.parametrize(
