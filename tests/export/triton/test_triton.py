@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from export.triton.config import check_config
+from export.triton.config import ServingOptions, check_config
 from export.triton.interface import interface_of
 from export.triton.write import write_repository
 from runtime.manifest import (
@@ -139,17 +139,19 @@ def test_a_tampered_artefact_is_refused(tmp_path: Path) -> None:
 
 
 def test_our_own_server_serves_the_same_repository(tmp_path: Path) -> None:
-    from runtime.serve.models import find_sources, read_source
+    from runtime.serve.models.source import find_sources, read_source
     from runtime.serve.settings import Settings
 
     artefact = make_onnx(tmp_path / "net.onnx")
     write_manifest(artefact)
-    for version in (1, 2):
-        write_repository(artefact, tmp_path / "repo", version=version)
     settings = Settings(source=tmp_path / "repo")
-    sources = find_sources(settings)
-    assert [(s.name, s.version) for s in sources] == [("net", "1"), ("net", "2")]
-    assert all(read_source(s, settings) for s in sources)
+    for policy, served in (("all", ["1", "2"]), ("latest:1", ["2"])):
+        for version in (1, 2):
+            options = ServingOptions(version_policy=policy)
+            write_repository(artefact, tmp_path / "repo", options, version=version, force=True)
+        sources = find_sources(settings)
+        assert [(s.name, s.version) for s in sources] == [("net", version) for version in served]
+        assert all(read_source(s, settings) for s in sources)
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:

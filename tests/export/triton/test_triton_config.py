@@ -131,7 +131,7 @@ def test_an_axis_that_is_not_the_same_everywhere_is_not_the_batch(
 
 def test_unnamed_axes_of_a_foreign_file_are_batched_no_more_than_by_our_own_server(tmp_path: Path) -> None:
     from runtime.runners import open_runner
-    from runtime.serve.models import make_signature
+    from runtime.serve.models.version import make_signature
     from runtime.serve.settings import Settings
 
     for batch, batched in (("n", True), ("", False), (4, False)):
