@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import gmconv
-from gmconv.errors import CheckpointError
+from gmconv.errors import RefusedError
 from gmconv.train.__main__ import main
 from gmconv.train.data import digits
 from gmconv.train.loop import Epoch, TrainingError, TrainOptions, augment, parameter_groups, schedule, train
@@ -202,8 +202,8 @@ def test_a_diverging_run_says_what_to_lower(tmp_path: Path) -> None:
     assert refusal.value.exit_code == 5
 
 
-def test_an_output_that_vanishes_is_a_checkpoint_error(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be written"):
+def test_an_output_whose_folder_is_gone_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="cannot be written"):
         train(TINY, tmp_path / "gone" / "c.pt")
 
 
