@@ -206,9 +206,9 @@ function showManifest(card) {
   }
   const found = Object.entries(card.precision_found || {}).map(([kind, count]) => count + " " + kind).join(", ");
   fact("Precision", card.precision + (found && "; layers found: " + found));
-  if (card.parity && card.parity.passed !== undefined) {
+  if (card.parity && card.parity.result) {
     const against = card.parity.reference;
-    fact("Parity with " + (typeof against === "string" ? against : "the trained model"), card.parity.passed ? "passed" : "failed");
+    fact("Parity with " + (typeof against === "string" && against ? against : "the trained model"), card.parity.result);
   }
   for (const [kind, term] of [["checkpoint", "From checkpoint"], ["onnx", "From ONNX"]]) {
     const from = (card.chain || []).filter((link) => link.kind === kind).pop();
