@@ -251,11 +251,13 @@ import asyncio, json, sys
 from pathlib import Path
 import numpy as np
 from runtime.manifest import TensorSpec
+from runtime.runners.base import Runner
 from runtime.serve.models import version
 from runtime.serve.server import serve
 from runtime.serve.settings import Settings
 
-class Failing:
+class Failing(Runner):
+    name, device = "failing", "cpu"
     inputs = (TensorSpec("input", "float32", ("b", 4)),)
     outputs = (TensorSpec("y", "float32", ("b", 4)),)
     profiles = ()
@@ -263,6 +265,7 @@ class Failing:
         if feeds["input"].any():
             raise RuntimeError("the device is lost at /secret/path")
         return {"y": feeds["input"]}
+    def bind(self, feeds): return lambda: self.run(feeds)
     def close(self): pass
 
 version.open_runners = lambda source, settings: ([Failing()], None)
