@@ -5,69 +5,45 @@ The names below are imported when first used, so that a command's `--help` does 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from gmconv.lazy import attach
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from gmconv import models
-    from gmconv.certificate import BakeCertificate, LayerCertificate, bake_certificate
-    from gmconv.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-    from gmconv.constants import bake_constants
-    from gmconv.cropping.certificate import crop_model
-    from gmconv.cropping.choose import crop
-    from gmconv.layer import GMConv2d
-    from gmconv.mask import gaussian_mask
-    from gmconv.record import save_golden
-    from gmconv.surgery import bake, convert
+    from gmconv import models as models
+    from gmconv.certificate import BakeCertificate as BakeCertificate
+    from gmconv.certificate import LayerCertificate as LayerCertificate
+    from gmconv.certificate import bake_certificate as bake_certificate
+    from gmconv.checkpoint import Checkpoint as Checkpoint
+    from gmconv.checkpoint import load_checkpoint as load_checkpoint
+    from gmconv.checkpoint import save_checkpoint as save_checkpoint
+    from gmconv.constants import bake_constants as bake_constants
+    from gmconv.cropping.certificate import crop_model as crop_model
+    from gmconv.cropping.choose import crop as crop
+    from gmconv.layer import GMConv2d as GMConv2d
+    from gmconv.mask import gaussian_mask as gaussian_mask
+    from gmconv.record import save_golden as save_golden
+    from gmconv.surgery import bake as bake
+    from gmconv.surgery import convert as convert
 
-__all__ = [
-    "BakeCertificate",
-    "Checkpoint",
-    "GMConv2d",
-    "LayerCertificate",
-    "bake",
-    "bake_certificate",
-    "bake_constants",
-    "convert",
-    "crop",
-    "crop_model",
-    "deploy",
-    "gaussian_mask",
-    "load_checkpoint",
-    "models",
-    "save_checkpoint",
-    "save_golden",
-]
-
-_HOME = {
-    "BakeCertificate": "certificate",
-    "LayerCertificate": "certificate",
-    "bake_certificate": "certificate",
-    "bake_constants": "constants",
-    "Checkpoint": "checkpoint",
-    "load_checkpoint": "checkpoint",
-    "save_checkpoint": "checkpoint",
-    "crop": "cropping.choose",
-    "crop_model": "cropping.certificate",
-    "GMConv2d": "layer",
-    "gaussian_mask": "mask",
-    "save_golden": "record",
-    "bake": "surgery",
-    "convert": "surgery",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name == "models":
-        return importlib.import_module("gmconv.models")
-    if name == "deploy":  # the one name from above this room: for a user, the network and its way out are one thing
-        return importlib.import_module("export.deploy").deploy
-    if name not in _HOME:
-        raise AttributeError(f"module 'gmconv' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"gmconv.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "BakeCertificate": ".certificate",
+        "Checkpoint": ".checkpoint",
+        "GMConv2d": ".layer",
+        "LayerCertificate": ".certificate",
+        "bake": ".surgery",
+        "bake_certificate": ".certificate",
+        "bake_constants": ".constants",
+        "convert": ".surgery",
+        "crop": ".cropping.choose",
+        "crop_model": ".cropping.certificate",
+        "deploy": "export.deploy",
+        "gaussian_mask": ".mask",
+        "load_checkpoint": ".checkpoint",
+        "models": ".models:",
+        "save_checkpoint": ".checkpoint",
+        "save_golden": ".record",
+    },
+)
+__all__ = __dir__()

@@ -87,11 +87,16 @@ def _terminable() -> Iterator[None]:
     if not ours:
         yield
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    def leave(*_: object) -> NoReturn:
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGTERM) is leave:  # a server that ends leaves it ignored
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def exit_interrupted() -> NoReturn:

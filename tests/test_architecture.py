@@ -22,7 +22,8 @@ COMMANDS = sorted(
 )
 #: The ground floor: what every room may import, without torch.
 GROUND = {
-    "gmconv." + name for name in ("errors", "cli", "files", "images", "data", "progress", "child", "foreign", "golden")
+    "gmconv." + name
+    for name in ("errors", "cli", "files", "images", "data", "progress", "child", "foreign", "golden", "lazy")
 }
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from gmconv.lazy import attach
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from export.precision.convert import convert_precision as convert_precision
     from export.precision.converter import PRECISIONS as PRECISIONS
@@ -12,21 +12,14 @@ if TYPE_CHECKING:
     from export.precision.converter import PrecisionConverter as PrecisionConverter
     from export.precision.converter import PrecisionOptions as PrecisionOptions
 
-__all__ = ["PRECISIONS", "PrecisionAudit", "PrecisionConverter", "PrecisionOptions", "convert_precision"]
-_HOME = {
-    "PRECISIONS": "converter",
-    "PrecisionAudit": "converter",
-    "PrecisionConverter": "converter",
-    "PrecisionOptions": "converter",
-    "convert_precision": "convert",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "PRECISIONS": ".converter",
+        "PrecisionAudit": ".converter",
+        "PrecisionConverter": ".converter",
+        "PrecisionOptions": ".converter",
+        "convert_precision": ".convert",
+    },
+)
+__all__ = __dir__()

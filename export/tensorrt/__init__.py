@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from gmconv.lazy import attach
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from export.tensorrt.build import BuildOptions as BuildOptions
     from export.tensorrt.build import build_engine as build_engine
 
-__all__ = ["BuildOptions", "build_engine"]
-_HOME = {"BuildOptions": "build", "build_engine": "build"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "BuildOptions": ".build",
+        "build_engine": ".build",
+    },
+)
+__all__ = __dir__()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from gmconv.lazy import attach
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from export.triton.config import ServingOptions as ServingOptions
     from export.triton.config import check_config as check_config
@@ -14,31 +14,16 @@ if TYPE_CHECKING:
     from export.triton.write import RepositoryEntry as RepositoryEntry
     from export.triton.write import write_repository as write_repository
 
-__all__ = [
-    "Interface",
-    "RepositoryEntry",
-    "ServingOptions",
-    "check_config",
-    "model_config",
-    "to_text",
-    "write_repository",
-]
-_HOME = {
-    "Interface": "interface",
-    "RepositoryEntry": "write",
-    "ServingOptions": "config",
-    "check_config": "config",
-    "model_config": "config",
-    "to_text": "config",
-    "write_repository": "write",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "Interface": ".interface",
+        "RepositoryEntry": ".write",
+        "ServingOptions": ".config",
+        "check_config": ".config",
+        "model_config": ".config",
+        "to_text": ".config",
+        "write_repository": ".write",
+    },
+)
+__all__ = __dir__()

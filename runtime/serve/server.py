@@ -213,8 +213,11 @@ class _Life:
 
     def _code(self, released: bool) -> int:
         code = ENGINE_FAILED if self.service.failure else 0
-        # An impatient second signal changes no exit code, not even while the loop takes its handlers away.
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+        # An impatient second signal changes no exit code. Blocking it here would leave it to another thread, and a loop
+        # that is closed gives its signals back to the system, which kills.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            self.loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
         if not released:
             # A thread is still inside an engine, perhaps for ever. Destructors under it could hang or crash.
             log.error("an engine is still busy; leaving it")

@@ -216,8 +216,14 @@ def test_sigterm_is_handled_before_anything_slow_is_imported() -> None:
         "finally: print(*early, file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    before = set(done.stderr.split()) - {"__future__", "runtime", "runtime.serve", "runtime.serve.first_start"}
-    assert not before, "imported first"
+    own = {
+        "runtime",
+        "runtime.serve",
+        "runtime.serve.first_start",
+        "gmconv",
+        "gmconv.lazy",
+    }  # none of them imports more
+    assert set(done.stderr.split()) <= own | {"__future__"}, "imported first"
 
 
 def test_sigterm_during_the_start_ends_it_with_130(tmp_path: Path) -> None:
