@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import re
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 from torch import nn
 
 from gmconv.errors import ArchitectureUnavailableError, CheckpointError
+from gmconv.packages import pip
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*")  # no ':' or '/': timm would fetch "hf-hub:..." from the network
+_PUBLISHED = ("timm", "torchvision")  # zoos that pip can install; of any other name it might install a stranger's
 # Arguments by which a factory would read another file or the network.
 _FORBIDDEN = {
     "weights",
@@ -59,7 +62,7 @@ def build(arch: str, kwargs: Mapping[str, Any], where: str, *, trusted: bool) ->
     """The plain network that `arch` names, freshly made.
 
     Args:
-        arch: `"gmconv.models:NAME"` (or just `NAME`), `"torchvision.models:NAME"`, `"timm:NAME"`; with
+        arch: `"gmconv.models:NAME"` (or just `NAME`), `"torchvision:NAME"`, `"timm:NAME"`; with
             `trusted` also any `"package.module:factory"`.
         kwargs: keyword arguments of the factory.
         where: what to name in an error (the checkpoint's path).
@@ -70,7 +73,7 @@ def build(arch: str, kwargs: Mapping[str, Any], where: str, *, trusted: bool) ->
         ArchitectureUnavailableError: the package is not installed.
     """
     namespace, _, name = arch.rpartition(":")
-    namespace = namespace or "gmconv.models"
+    namespace = {"": "gmconv.models", "torchvision": "torchvision.models"}.get(namespace, namespace)
     if namespace in ("gmconv.models", "torchvision.models", "timm") and not _NAME.fullmatch(name):
         raise CheckpointError(f"{where}: {arch[:80]!r} is not an architecture name; write e.g. gmconv.models:resnet50")
     with _offline() as attempts:
@@ -104,7 +107,7 @@ def _make(namespace: str, name: str, kwargs: dict[str, Any], where: str, arch: s
         zoo = _module("torchvision.models", arch, where)
         if name not in zoo.list_models():
             raise CheckpointError(
-                f"{where}: torchvision.models has no network {name!r}; see torchvision.models.list_models()"
+                f"{where}: torchvision has no network {name!r}; {_close(name, zoo.list_models(), 'torchvision:')}"
             )
         builder = inspect.signature(zoo.get_model_builder(name)).parameters
         none = {key: None for key in ("weights", "weights_backbone") if key in builder}
@@ -112,7 +115,7 @@ def _make(namespace: str, name: str, kwargs: dict[str, Any], where: str, arch: s
     if namespace == "timm":
         zoo = _module("timm", arch, where)
         if not zoo.is_model(name):
-            raise CheckpointError(f"{where}: timm has no network {name!r}; see timm.list_models()")
+            raise CheckpointError(f"{where}: timm has no network {name!r}; {_close(name, zoo.list_models(), 'timm:')}")
         return zoo.create_model(name, pretrained=False, **kwargs)
     if not trusted:
         raise CheckpointError(
@@ -121,9 +124,11 @@ def _make(namespace: str, name: str, kwargs: dict[str, Any], where: str, arch: s
         )
     if (here := str(Path.cwd())) not in sys.path and not sys.flags.safe_path:
         sys.path.append(here)  # the user's own code; behind everything else, so that it shadows nothing of ours
-    factory = getattr(_module(namespace, arch, where), name, None)
+    module = _module(namespace, arch, where)
+    factory = getattr(module, name, None)
     if not callable(factory):
-        raise CheckpointError(f"{where}: {namespace} has no factory {name!r}; check --arch")
+        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise CheckpointError(f"{where}: {namespace} has no factory {name!r}; {_close(name, own, f'{namespace}:')}")
     return factory(**kwargs)
 
 
@@ -131,10 +136,27 @@ def _module(name: str, arch: str, where: str) -> Any:
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError) as error:  # a torchvision that does not match torch raises RuntimeError
+        package, lacking = name.split(".")[0], getattr(error, "name", None) or ""
+        if lacking and f"{name}.".startswith(f"{lacking}."):
+            zoo = difflib.get_close_matches(package, _PUBLISHED, n=1)
+            advice = (
+                pip(package) if package in _PUBLISHED else "it is looked for here and on Python's path (PYTHONPATH)"
+            )
+            advice = f"did you mean {zoo[0]}:{arch.rpartition(':')[2]}?" if zoo and zoo[0] != package else advice
+            why = f"there is no module {lacking}"
+        else:
+            advice, why = "mend that first", f"{package} is there and does not import ({error})"
         raise ArchitectureUnavailableError(
-            f"{where}: its architecture {arch} needs the package {name.split('.')[0]}, which does not import here "
-            f"({error}): pip install {name.split('.')[0]}"
+            f"{where}: its architecture {arch} needs {name}, and {why}: {advice}"
         ) from error
+
+
+def _close(name: str, known: Sequence[str], prefix: str) -> str:
+    """Names that are spelt alike, or a few of those there are."""
+    close = difflib.get_close_matches(name.lower(), known, n=3)
+    if close:
+        return f"did you mean {' or '.join(prefix + one for one in close)}?"
+    return f"it has {', '.join(known[:8])}{', …' if len(known) > 8 else ''}" if known else "it has none"
 
 
 class _Attempt(Exception):  # noqa: N818 (not an OSError: libraries take those for a bad connection and try again)

@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from gmconv.errors import UnavailableError, printable
+from gmconv.errors import printable
+from gmconv.packages import missing
+from gmconv.packages import require as require
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+#: Flags of neighbouring tools, and what does the same here; the first whose flag a command has is advised.
+_ELSEWHERE = {
+    **{f"--{name}": (f"--precision {name}", f"--to {name}") for name in ("fp16", "bf16", "int8", "fp8")},
+    **dict.fromkeys(("--half", "--best"), ("--precision fp16", "--to fp16")),
+    **dict.fromkeys(("--saveEngine", "--save-engine", "--out", "--save", "--output-file"), ("--output",)),
+    **dict.fromkeys(("--onnx", "--loadEngine", "--checkpoint", "--model"), ("MODEL", "CHECKPOINT", "ARTEFACT")),
+    **dict.fromkeys(("--memPoolSize", "--maxWorkspaceSize"), ("--workspace",)),
+    **dict.fromkeys(("--calib", "--calib-data", "--dataset", "--calibration-data"), ("--data",)),
+    **dict.fromkeys(("--dynamic", "--dynamic-axes"), ("--dynamic-hw",)),
+    **dict.fromkeys(("--port", "-p"), ("--http-port",)),
+}
+
+
+def _with_advice(refusal: click.UsageError) -> click.UsageError:
+    """Name, in place of flags that are merely spelt alike, the one of this command that does what was asked for."""
+    if not isinstance(refusal, click.NoSuchOption) or refusal.ctx is None:
+        return refusal
+    for advice in _ELSEWHERE.get(refusal.option_name, ()):
+        for parameter in refusal.ctx.command.params:
+            if advice.split()[0] in parameter.opts:
+                return click.UsageError(f"No such option {refusal.option_name!r}: say {advice}.", refusal.ctx)
+            if isinstance(parameter, click.Argument) and parameter.human_readable_name.startswith(advice):
+                text = f"No such option {refusal.option_name!r}: give the file alone, as {advice}."
+                return click.UsageError(text, refusal.ctx)
+    return refusal
 
 
 class _Documented:
@@ -39,13 +66,18 @@ class _Documented:
             except click.exceptions.Exit as done:
                 sys.exit(done.exit_code)
             except click.UsageError as refusal:
-                refusal.show()
+                _with_advice(refusal).show()
                 _forget_interrupt()
                 sys.exit(refusal.exit_code)
             except click.ClickException as refusal:
                 click.echo(f"Error: {printable(refusal.format_message(), 4000)}", err=True)
                 _forget_interrupt()
                 sys.exit(refusal.exit_code)
+            except ModuleNotFoundError as error:
+                if not (sentence := missing(error)):
+                    raise
+                click.echo(f"Error: {sentence}", err=True)
+                sys.exit(6)
             except (click.Abort, KeyboardInterrupt):
                 exit_interrupted()
 
@@ -142,13 +174,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return value
-
-
-def require(module: str, extra: str) -> ModuleType:
-    """Import `module`, or raise UnavailableError (exit 6) with the pip command that installs it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UnavailableError(
-            f"{module} is not installed or does not load ({error}): pip install 'gmconv-deploy[{extra}]'"
-        ) from error

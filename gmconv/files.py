@@ -26,8 +26,9 @@ def sha256_file(path: Path) -> str:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A stream whose bytes become the file at `path` when the block ends well; until then the old file stands.
 
-    Raises OSError.
+    Raises OSError; RefusedError when `path` is a device, a pipe or a folder, or a link to one.
     """
+    _refuse_special(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     temporary = Path(name)
     try:
@@ -54,7 +55,7 @@ def write_text(path: Path, text: str) -> None:
     Raises RefusedError, e.g. for a full disk.
     """
     try:
-        if path.exists() and not path.is_file():  # /dev/stdout: nothing to rename onto
+        if _special(path):  # /dev/stdout: nothing to rename onto
             path.write_text(text)
         else:
             replace_bytes(path, text.encode())
@@ -98,17 +99,29 @@ def _umask() -> int:
     return current
 
 
-def require_writable(path: Path) -> None:
-    """Refuse, before any work, an output that exists and is no regular file, or whose folder does not exist.
+def require_writable(path: Path, *inputs: Path | None) -> None:
+    """Refuse, before any work, an output that exists and is no regular file, is one of `inputs`, or has no folder.
 
     Raises RefusedError.
     """
-    if path.is_dir():
-        raise RefusedError(f"{path}: is a directory; give -o a file name")
-    if path.exists() and not path.is_file():
-        raise RefusedError(f"{path}: is a device, a pipe or another special file; give -o the name of a plain one")
+    _refuse_special(path)
+    if path.exists() and any(given is not None and given.exists() and path.samefile(given) for given in inputs):
+        raise RefusedError(f"{path}: is an input of this command, which it would overwrite; give -o another name")
     if not path.parent.is_dir():
         raise RefusedError(f"{path}: cannot be written (there is no folder {path.parent}); make it first")
+
+
+def _special(path: Path) -> bool:
+    """Whether a path leads to a device, a pipe or a folder; /dev/stdout does, wherever the shell has sent it."""
+    system = path.is_symlink() and path.absolute().parts[1] in ("dev", "proc")
+    return system or (path.exists() and not path.is_file())
+
+
+def _refuse_special(path: Path) -> None:
+    if path.is_dir():
+        raise RefusedError(f"{path}: is a directory; give -o a file name")
+    if _special(path):
+        raise RefusedError(f"{path}: is a device, a pipe or another special file; give -o the name of a plain one")
 
 
 @contextmanager

@@ -147,7 +147,7 @@ def _parsed(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Param
 _DTYPES = ("float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _FILE = click.Path(path_type=Path)
 _OPTIONS: list[Callable[[Any], Any]] = [
-    click.option("--arch", help="Of a foreign checkpoint: package.module:factory, timm:NAME, torchvision.models:NAME."),
+    click.option("--arch", help="Of a foreign checkpoint: package.module:factory, timm:NAME, torchvision:NAME."),
     click.option("--num-classes", type=click.IntRange(1), help="Passed to that factory."),
     click.option("--input-shape", callback=_parsed(parse_shape), metavar="C,H,W", help="Of a foreign checkpoint."),
     click.option(

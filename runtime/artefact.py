@@ -5,26 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gmconv.errors import RefusedError
 from gmconv.files import sha256_file
 from gmconv.images import Preprocessing
+from gmconv.kinds import Kind as Kind
+from gmconv.kinds import artefact_kind as artefact_kind
 from runtime.manifest import Manifest, find_manifest, read_manifest
 from runtime.records import AxisRange
-
-Kind = Literal["checkpoint", "onnx", "engine"]
-
-_SUFFIXES: dict[str, Kind] = {
-    ".pt": "checkpoint",
-    ".pth": "checkpoint",
-    ".ckpt": "checkpoint",
-    ".safetensors": "checkpoint",
-    ".onnx": "onnx",
-    ".plan": "engine",
-    ".engine": "engine",
-    ".trt": "engine",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,24 +106,3 @@ def _image(manifest: Manifest) -> tuple[int, ...] | None:
     if manifest.preprocessing is not None and len(shape) == 3 and isinstance(shape[0], int):
         return (shape[0], *manifest.preprocessing.size)
     return None
-
-
-def artefact_kind(path: Path) -> Kind:
-    """What a file is: by its suffix, else by its first bytes. Raises RefusedError for anything else."""
-    if not path.is_file():
-        raise RefusedError(f"{path}: {'is a directory; name a file in it' if path.is_dir() else 'no such file'}")
-    if kind := _SUFFIXES.get(path.suffix.lower()):
-        return kind
-    with path.open("rb") as stream:
-        head = stream.read(8)
-    if head.startswith((b"PK\x03\x04", b"\x80\x02")):
-        return "checkpoint"
-    if head.startswith((b"ftrt", b"trtx")):
-        return "engine"
-    if (
-        len(head) > 2 and head[0] == 0x08 and head[1] < 0x20 and head[2] in (0x12, 0x3A, 0x42)
-    ):  # ir_version, then a field
-        return "onnx"
-    raise RefusedError(
-        f"{path}: is no artefact known here; give a .pt, .pth, .safetensors, .onnx, .plan or .engine file"
-    )

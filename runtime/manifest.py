@@ -174,7 +174,10 @@ def read_manifest(artefact: Path, *, verify: bool = True) -> Manifest:
     if not artefact.is_file():
         raise RefusedError(f"{artefact}: no such file")
     if not path.is_file():
-        raise RefusedError(f"{artefact}: its manifest {path.name} is missing; export it again, or copy both files")
+        raise RefusedError(
+            f"{artefact}: its manifest {path.name} is missing; export it again, or copy both files (gmconv serve "
+            f"--no-require-manifest serves it unchecked)"
+        )
     try:
         manifest = _decode(path)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

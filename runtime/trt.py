@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from gmconv.errors import RefusedError, UnavailableError
+from gmconv.packages import install, pip
 from runtime import cuda
 
 if TYPE_CHECKING:
@@ -65,16 +66,15 @@ DTYPES = {
 def api(flavor: Flavor) -> ModuleType:
     """The Python module of `flavor`. Raises UnavailableError when it is missing, does not load, or is too old."""
     name = MODULES[flavor]
-    extra = flavor
     try:
         module = importlib.import_module(name)
     except (ImportError, OSError) as error:
         reason = f"is installed but does not load ({error})" if installed(flavor) else "is not installed"
-        raise UnavailableError(f"{TITLES[flavor]} {reason}: pip install 'gmconv-deploy[{extra}]'") from error
+        raise UnavailableError(f"{TITLES[flavor]} {reason}: {install(flavor)}") from error
     found = version(module)
     if version_tuple(found)[:2] < OLDEST[flavor]:
         need = ".".join(map(str, OLDEST[flavor]))
-        raise UnavailableError(f"{TITLES[flavor]} {found} is too old, {need} or later is needed: pip install -U {name}")
+        raise UnavailableError(f"{TITLES[flavor]} {found} is too old, {need} or later is needed: {pip('-U', name)}")
     return module
 
 
@@ -105,7 +105,7 @@ def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"]) -> tuple[Flavor, st
         return "rtx", "asked for"
     if asked == "tensorrt":
         if not installed("tensorrt"):
-            raise UnavailableError("TensorRT is not installed: pip install 'gmconv-deploy[tensorrt]', or --flavor rtx")
+            raise UnavailableError(f"TensorRT is not installed: {install('tensorrt')}; or --flavor rtx")
         if problem:
             raise UnavailableError(
                 f"TensorRT builds engines on the GPU they run on, and {problem}; --flavor rtx needs none"
@@ -115,7 +115,7 @@ def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"]) -> tuple[Flavor, st
         return "tensorrt", "TensorRT is installed and there is a GPU"
     if not installed("rtx"):
         lacking = f"TensorRT cannot build here ({problem})" if installed("tensorrt") else "TensorRT is not installed"
-        raise UnavailableError(f"{lacking} and TensorRT-RTX is not installed: pip install 'gmconv-deploy[rtx]'")
+        raise UnavailableError(f"{lacking} and TensorRT-RTX is not installed: {install('rtx')}")
     return "rtx", f"TensorRT cannot build here: {problem}" if installed("tensorrt") else "TensorRT is not installed"
 
 

@@ -23,7 +23,20 @@ COMMANDS = sorted(
 #: The ground floor: what every room may import, without torch.
 GROUND = {
     "gmconv." + name
-    for name in ("errors", "cli", "files", "images", "data", "progress", "child", "foreign", "golden", "lazy")
+    for name in (
+        "errors",
+        "cli",
+        "files",
+        "images",
+        "data",
+        "progress",
+        "child",
+        "foreign",
+        "golden",
+        "kinds",
+        "lazy",
+        "packages",
+    )
 }
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmconv.errors import RefusedError
+from gmconv.kinds import refuse_other_kinds
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
@@ -37,11 +38,12 @@ def load_fp32(path: Path) -> ModelProto:
 
     Raises RefusedError when it is no ONNX model, is quantized already, or has no float32 weights to convert.
     """
+    if not path.is_file():
+        raise RefusedError(f"{path}: no such file")
+    refuse_other_kinds(path, "onnx")
     import onnx
     from google.protobuf.message import DecodeError
 
-    if not path.is_file():
-        raise RefusedError(f"{path}: no such file")
     try:
         model = onnx.load(path)
         if not model.graph.node:

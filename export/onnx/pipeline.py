@@ -80,8 +80,9 @@ def export_onnx(
     from runtime.manifest import read_manifest, sidecar
 
     options, output = options or ExportOptions(), Path(output)
+    read = [Path(file) for file in (source, options.images, options.golden) if isinstance(file, str | Path)]
     for file in options.outputs(output):
-        require_writable(file)
+        require_writable(file, *read)
         require_writable(sidecar(file))
     with staged(output) as folder, _opened(source, options, note) as trained:
         loaded, names = trained.loaded, output_names(trained.loaded, options)

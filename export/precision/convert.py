@@ -8,8 +8,8 @@ from pathlib import Path
 from export.graph.check import bare_manifest, save_graph
 from export.graph.read import load_fp32
 from export.precision.converter import Precision, PrecisionConverter, PrecisionOptions, Progress, with_precision
-from gmconv.errors import RefusedError
-from runtime.manifest import Manifest, digest, find_manifest
+from gmconv.files import require_writable
+from runtime.manifest import Manifest, digest, find_manifest, sidecar
 
 
 def convert_precision(
@@ -26,8 +26,8 @@ def convert_precision(
     """
     options = options or PrecisionOptions()
     output = output or default_output(onnx_path, precision)
-    if output.resolve() == onnx_path.resolve():
-        raise RefusedError(f"{output}: is the fp32 graph itself; give -o another name")
+    for file in (output, sidecar(output)):
+        require_writable(file, onnx_path, None if options.calibration is None else Path(options.calibration))
     model = load_fp32(onnx_path)
     source = find_manifest(onnx_path) or bare_manifest(onnx_path, model)
     converter = PrecisionConverter(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gmconv.errors import RefusedError
+from gmconv.kinds import refuse_other_kinds
 from runtime.manifest import TensorSpec
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def read_graph(path: Path) -> GraphFacts:
         raise RefusedError(f"{path}: is a directory, not an ONNX file")
     if size == 0:
         raise RefusedError(f"{path}: is empty; export the model again")
+    refuse_other_kinds(path, "onnx", "checkpoint")
     import onnx
     from google.protobuf.message import DecodeError
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from gmconv.cli import Command, print_json
+from gmconv.files import require_writable
 from gmconv.foreign import NOTHING, Foreign, foreign_options
 from runtime import trt
 from runtime.artefact import artefact_kind
@@ -215,8 +216,7 @@ def main(
         **flags,
     )
     output = output or model.with_name(model.stem + (f".{precision}" if precision else "") + ".plan")
-    if output.resolve() == model.resolve():
-        raise click.UsageError(f"-o {output} is the model itself: name another file")
+    require_writable(output, model)
     note(f"flavor {flavor} ({trt.TITLES[flavor]}): {why}")
     onnx_path = prepare(model, output, precision, calibration, note, options.foreign)
     with progress_bar(quiet=as_json or options.verbose) as progress:

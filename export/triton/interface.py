@@ -8,6 +8,7 @@ from typing import Any
 
 from gmconv.cli import require
 from gmconv.errors import RefusedError
+from gmconv.kinds import refuse_other_kinds
 from runtime.manifest import Manifest, ShapeRange, TensorSpec, external_files
 
 Profile = dict[str, ShapeRange]
@@ -89,6 +90,7 @@ def interface_of(artefact: Path, manifest: Manifest | None) -> Interface:
     if not artefact.is_file():
         what = "not a file; give the .onnx or .plan file itself" if artefact.exists() else "no such file"
         raise RefusedError(f"{artefact}: {what}")
+    refuse_other_kinds(artefact, "onnx", "engine")
     suffix = artefact.suffix.lower()
     kind = manifest.artefact.kind if manifest else {".onnx": "onnx", ".plan": "engine", ".engine": "engine"}.get(suffix)
     if kind not in ("onnx", "engine"):

@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gmconv.errors import CheckpointError
+from gmconv.errors import CheckpointError, RefusedError
+from gmconv.kinds import refuse_other_kinds
+from gmconv.packages import install
 
 _PICKLE_BYTES = 2**24  # of the pickle inside a checkpoint: about half a minute of torch's unpickler, written in Python
 _PICKLE_READS = 2**23  # the same bound for files without a zip, whose pickle ends nowhere in particular
@@ -39,11 +41,14 @@ def read_file(path: Path) -> dict[str, Any]:
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: is empty; the training run or the copy did not finish")
     try:
+        refuse_other_kinds(path, "checkpoint")
         loaded = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
     except ImportError as error:
-        raise CheckpointError(f"{path}: reading it needs the safetensors package: pip install safetensors") from error
+        raise CheckpointError(f"{path}: reading it needs the safetensors package: {install('export')}") from error
     except CheckpointError:
         raise
+    except RefusedError as error:
+        raise CheckpointError(error.message) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a hostile file can make the unpickler raise anything

@@ -1,7 +1,7 @@
 """Checkpoints: writing one, and reading one of ours or of anybody's training script.
 
 Always `weights_only=True`: nothing in a file may run code. Architecture factories come from three namespaces
-(`gmconv.models:NAME`, `torchvision.models:NAME`, `timm:NAME`) unless the caller, not the file, names another.
+(`gmconv.models:NAME`, `torchvision:NAME`, `timm:NAME`) unless the caller, not the file, names another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gmconv.architecture import build, plain_kwargs
 from gmconv.checkpoint.file import read_file
 from gmconv.checkpoint.fill import fill, put_masks, require_same_keys
 from gmconv.checkpoint.names import plain_values
-from gmconv.errors import CheckpointError, printable
+from gmconv.errors import CheckpointError, RefusedError, printable
 from gmconv.files import replacing
 from gmconv.inputs import Input, in_order
 from gmconv.surgery import masked_layers
@@ -71,7 +71,7 @@ def save_checkpoint(
     Args:
         path: of the file, usually `*.pt`.
         model: live (its GMConv2d layers are recorded by name) or plain.
-        arch: `"gmconv.models:resnet20"`, `"torchvision.models:NAME"`, `"timm:NAME"`, or
+        arch: `"gmconv.models:resnet20"`, `"torchvision:NAME"`, `"timm:NAME"`, or
             `"package.module:factory"`, which `load_checkpoint` accepts only with `arch=` said again.
         input_shape: `(C, H, W)` of one sample.
         arch_kwargs: keyword arguments of the factory (plain values).
@@ -84,8 +84,6 @@ def save_checkpoint(
         CheckpointError: the architecture does not rebuild this model, or the file cannot be written.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: is a {'directory' if path.is_dir() else 'special file'}; name another")
     kwargs = plain_kwargs(arch_kwargs or {}, str(path))
     masked: dict[str, str] = {name: layer.sigma_per for name, layer in masked_layers(model).items()}
     state = model.state_dict()
@@ -109,6 +107,8 @@ def save_checkpoint(
     try:
         with replacing(path) as stream:
             torch.save(record, stream)
+    except RefusedError as error:
+        raise CheckpointError(error.message) from error
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be written ({error})") from error
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmconv.errors import DataError
+from gmconv.packages import require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -102,11 +103,7 @@ def digits(input_shape: tuple[int, int, int] = (3, 32, 32), test_size: float = 0
             f"digits are 8x8 and are enlarged by whole factors: height and width must be multiples of 8, "
             f"not {height}x{width} with {channels} channels"
         )
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError(f"the digits come with scikit-learn ({error}): pip install scikit-learn") from error
-    raw = load_digits()
+    raw = require("sklearn.datasets").load_digits()
     grey = np.asarray(raw.images, np.float32) / np.float32(16)
     enlarged = np.kron(grey, np.ones((1, height // 8, width // 8), np.float32))
     images = np.ascontiguousarray(np.repeat(enlarged[:, None], channels, axis=1), np.float32)

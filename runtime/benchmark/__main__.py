@@ -6,14 +6,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
-from gmconv.cli import Command, print_json, result_console
-from gmconv.errors import Interrupted, UnavailableError
+from gmconv.cli import Command, print_json, require, result_console
+from gmconv.errors import Interrupted
 from gmconv.files import write_text
 from gmconv.foreign import Foreign, foreign_options
 from runtime.benchmark import exports
@@ -52,8 +51,7 @@ def main(context: click.Context, /, artefacts: tuple[str, ...], as_json: bool, f
             exports.check_writable(values[name])
     if values["report"]:
         for module in ("jinja2", "matplotlib"):
-            if find_spec(module) is None:
-                raise UnavailableError(f"--report needs {module}: pip install 'gmconv-deploy[report]'")
+            require(module)
     log = Log(silent=as_json)
     command = " ".join(["python -m runtime.benchmark", *sys.argv[1:]])
     log.verdict("RUNNING", command)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gmconv.errors import UnavailableError
+from gmconv.packages import install, pip
 
 #: What a session is asked for by name, and ONNX Runtime's name for it.
 PROVIDERS = {
@@ -52,8 +53,7 @@ def add_providers(ort: Any, options: Any, request: Request) -> list[tuple[str, d
         return _rtx_plugin(ort, options, request)
     if name not in ort.get_available_providers():
         raise UnavailableError(
-            f"this onnxruntime has no {name}: pip install 'gmconv-deploy[gpu]' on a machine with an NVIDIA driver, or "
-            f"use --device cpu"
+            f"this onnxruntime has no {name}; on a machine with an NVIDIA driver: {install('gpu')}; else --device cpu"
         )
     chosen = [(name, _settings(request))]
     if request.provider == "tensorrt":  # for the nodes that TensorRT leaves
@@ -105,7 +105,7 @@ def _rtx_plugin(ort: Any, options: Any, request: Request) -> list[tuple[str, dic
         plugin = importlib.import_module(_PLUGIN)
     except ImportError as error:
         raise UnavailableError(
-            "the TensorRT-RTX execution provider is not installed: pip install onnxruntime-ep-nv-tensorrt-rtx-cu13"
+            f"the TensorRT-RTX execution provider is not installed: {pip('onnxruntime-ep-nv-tensorrt-rtx-cu13')}"
         ) from error
     name = PROVIDERS["rtx"]
     try:

@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
+
+from export.tensorrt.command import main as tensorrt
 
 COMMAND = """
 import click
@@ -28,6 +31,7 @@ main([])
         ("from gmconv.errors import ParityError; raise ParityError('they differ')", 4, "Error: they differ"),
         ("raise click.UsageError('no such flag')", 2, "Error: no such flag"),
         ("raise click.exceptions.Exit(5)", 5, ""),
+        ("import nothing_of_ours", 1, "ModuleNotFoundError: No module named 'nothing_of_ours'"),
         ("pass", 0, ""),
     ],
 )
@@ -35,3 +39,18 @@ def test_each_way_to_end_has_its_exit_code_and_one_sentence(body: str, code: int
     done = subprocess.run([sys.executable, "-c", COMMAND.format(body=body)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.strip().splitlines()[-1:] == ([error] if error else [])
+
+
+@pytest.mark.parametrize(
+    ("flag", "advice"),
+    [
+        ("--fp16", "'--fp16': say --precision fp16"),
+        ("--saveEngine=x", "'--saveEngine': say --output"),
+        ("--onnx=x", "'--onnx': give the file alone, as MODEL"),
+        ("--flavour", "--flavor"),
+    ],
+)
+def test_a_flag_of_a_neighbouring_tool_is_answered_with_ours(flag: str, advice: str) -> None:
+    done = CliRunner().invoke(tensorrt, ["net.onnx", flag])
+    assert done.exit_code == 2
+    assert advice in done.output

@@ -22,6 +22,32 @@ def test_a_pipe_in_the_place_of_an_output_is_refused_and_stays(special: str, tmp
     assert (tmp_path / special).is_fifo()
 
 
+def test_a_link_to_a_device_is_refused_and_stays(tmp_path: Path) -> None:
+    link = tmp_path / "net.onnx"
+    link.symlink_to("/dev/null")
+    for write in (require_writable, lambda path: replace_bytes(path, b"bytes")):
+        with pytest.raises(RefusedError, match="special file"):
+            write(link)
+    assert link.is_symlink()
+
+
+def test_dev_stdout_is_a_device_even_where_the_shell_sent_it_into_a_file(tmp_path: Path) -> None:
+    script = "from gmconv.files import *; from pathlib import Path\ntry: replace_bytes(Path('/dev/stdout'), b'x')\n"
+    script += "except Exception as error: print(error)"
+    with (tmp_path / "out").open("wb") as out:
+        subprocess.run([sys.executable, "-c", script], stdout=out, check=True)
+    assert "special file" in (tmp_path / "out").read_text()
+    assert Path("/dev/stdout").is_symlink()
+
+
+def test_an_output_that_is_an_input_under_any_name_is_refused_by_its_own(tmp_path: Path) -> None:
+    (tmp_path / "net.pt").write_bytes(b"weights")
+    (tmp_path / "link.pt").symlink_to("net.pt")
+    with pytest.raises(RefusedError, match=r"link\.pt: is an input"):
+        require_writable(tmp_path / "link.pt", None, tmp_path / "net.pt")
+    require_writable(tmp_path / "new.pt", tmp_path / "net.pt")
+
+
 def test_a_directory_where_the_manifest_goes_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "net.onnx.json").mkdir()
     with pytest.raises(RefusedError, match="is a directory"), staged(tmp_path / "net.onnx"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gmconv.errors import RefusedError
+from gmconv.kinds import refuse_other_kinds
 from runtime import trt
 from runtime.manifest import Manifest, find_manifest, read_manifest
 from runtime.serve.models.config import CONFIG, ModelConfig, read_config
@@ -46,6 +47,7 @@ def find_sources(settings: Settings) -> list[Source]:
     root = settings.source
     try:
         if root.is_file():
+            refuse_other_kinds(root, "onnx", "engine")
             if root.suffix not in SUFFIXES:
                 raise RefusedError(f"{root}: not a .onnx, .plan or .engine file; export or build one first")
             sources = [Source(settings.model_name or root.stem, "1", root)]

@@ -208,7 +208,7 @@ def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_the_source_is_not_overwritten(fp32: Path) -> None:
-    with pytest.raises(RefusedError, match="is the fp32 graph itself"):
+    with pytest.raises(RefusedError, match="is an input of this command"):
         convert_precision(fp32, fp32, "fp16")
 
 

@@ -63,3 +63,11 @@ def test_an_image_under_decoding_does_not_hold_up_the_end(start: Start, tmp_path
     began = time.monotonic()
     assert server.stop() == 0
     assert time.monotonic() - began < 4
+
+
+def test_a_form_is_answered_with_how_to_send_the_file_itself(start: Start, tmp_path: Path) -> None:
+    server = start(classifier(tmp_path / "m.onnx"))
+    form = b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\nbytes\r\n--x--\r\n'
+    answer = server.request("POST", CLASSIFY, form, {"Content-Type": "multipart/form-data; boundary=x"})
+    assert answer[0] == 400
+    assert b"curl --data-binary" in answer[-1]

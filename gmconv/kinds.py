@@ -1,0 +1,64 @@
+"""What a file is, by its first bytes and its suffix, and which commands take it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from gmconv.errors import RefusedError
+
+Kind = Literal["checkpoint", "onnx", "engine"]
+
+_SUFFIXES: dict[str, Kind] = {
+    ".pt": "checkpoint",
+    ".pth": "checkpoint",
+    ".ckpt": "checkpoint",
+    ".safetensors": "checkpoint",
+    ".onnx": "onnx",
+    ".plan": "engine",
+    ".engine": "engine",
+    ".trt": "engine",
+}
+_NAMES: dict[Kind, str] = {"checkpoint": "a checkpoint", "onnx": "an ONNX file", "engine": "an engine"}
+_TAKEN: dict[Kind, str] = {
+    "checkpoint": "gmconv onnx makes an ONNX file of it; parity, benchmark and evaluate take it as it is",
+    "onnx": "gmconv precision, tensorrt, triton, parity, benchmark, evaluate and serve take it",
+    "engine": "gmconv triton, parity, benchmark, evaluate and serve take it; it is made from an ONNX file",
+}
+
+
+def artefact_kind(path: Path) -> Kind:
+    """What a file is: by its first bytes where they tell, else by its suffix. Raises RefusedError for anything else."""
+    if not path.is_file():
+        raise RefusedError(f"{path}: {'is a directory; name a file in it' if path.is_dir() else 'no such file'}")
+    kind = _known(path)
+    if kind is None:
+        raise RefusedError(
+            f"{path}: is no artefact known here; give a .pt, .pth, .safetensors, .onnx, .plan or .engine file"
+        )
+    return kind
+
+
+def refuse_other_kinds(path: Path, *kinds: Kind) -> None:
+    """Raise RefusedError for a file that is known to be of another kind than `kinds`, and say what takes it."""
+    kind = _known(path) if path.is_file() else None
+    if kind is not None and kind not in kinds:
+        wanted = " or ".join(_NAMES[one] for one in kinds)
+        raise RefusedError(f"{path}: is {_NAMES[kind]}, and {wanted} is needed here; {_TAKEN[kind]}")
+
+
+def _known(path: Path) -> Kind | None:
+    return _by_bytes(path) or _SUFFIXES.get(path.suffix.lower())
+
+
+def _by_bytes(path: Path) -> Kind | None:
+    with path.open("rb") as stream:
+        head = stream.read(8)
+    if head.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "checkpoint"
+    if head.startswith((b"ftrt", b"trtx")):
+        return "engine"
+    # ir_version, then a field
+    if len(head) > 2 and head[0] == 0x08 and head[1] < 0x20 and head[2] in (0x12, 0x3A, 0x42):
+        return "onnx"
+    return None

@@ -1,0 +1,92 @@
+"""Libraries that may be missing: which of our extras brings each, and the command that installs it where we run.
+
+The command is derived from how this package was installed (pip or uv; from a checkout, a wheel, git or an index), so
+that it works as it is printed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from importlib.metadata import Distribution, PackageNotFoundError
+from pathlib import Path
+from types import ModuleType
+from urllib.parse import unquote, urlsplit
+
+from gmconv.errors import UnavailableError
+
+_DISTRIBUTION = "gmconv-deploy"
+#: Top-level module of a library: the extra that brings it.
+EXTRAS = {
+    **dict.fromkeys(("torch", "onnx", "onnxscript", "onnx_ir", "onnxslim", "safetensors", "ml_dtypes"), "export"),
+    **dict.fromkeys(("sklearn", "PIL", "google"), "export"),
+    "onnxruntime": "cpu",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "rtx",
+    **dict.fromkeys(("cuda", "pynvml"), "cuda"),
+    "pycuda": "pycuda",
+    **dict.fromkeys(("jinja2", "matplotlib"), "report"),
+    **dict.fromkeys(("httptools", "uvloop", "h2", "tritonclient", "grpc", "grpc_health", "grpc_reflection"), "serve"),
+    "prometheus_client": "serve",
+    "opentelemetry": "otel",
+}
+
+
+def require(module: str, extra: str | None = None) -> ModuleType:
+    """Import `module`, or raise UnavailableError (exit 6) with the command that installs it; `extra` of ours has it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UnavailableError(missing(error, module, extra)) from error
+
+
+def missing(error: ImportError, module: str = "", extra: str | None = None) -> str:
+    """What is missing, and the command that installs it; empty where it is no library of ours."""
+    module = module or error.name or ""
+    extra = extra or EXTRAS.get(module.split(".")[0])
+    why = "is not installed" if isinstance(error, ModuleNotFoundError) else f"does not load ({error})"
+    return f"{module} {why}: {install(extra)}" if extra else ""
+
+
+def install(extra: str) -> str:
+    """The command that adds `extra` (`export`, or `export,cpu`) to this installation."""
+    if extra == "export" and importlib.util.find_spec("onnxruntime") is None:
+        extra = "export,cpu"  # every export ends with a run in ONNX Runtime
+    return pip(*_requirement(f"[{extra}]"))
+
+
+def pip(*arguments: str) -> str:
+    """`pip install` of these into the environment that runs, by the tool that is there."""
+    if importlib.util.find_spec("pip") is None:
+        command = f"uv pip install --python {shlex.quote(sys.executable)}"
+    elif os.environ.get("VIRTUAL_ENV") == sys.prefix:
+        command = "pip install"
+    else:
+        command = f"{shlex.quote(sys.executable)} -m pip install"
+    return " ".join([command, *(f"'{argument}'" if "[" in argument else argument for argument in arguments)])
+
+
+def _requirement(extras: str) -> tuple[str, ...]:
+    """This package with `extras`, from where it was installed: a folder, a wheel, a repository, or an index."""
+    try:
+        record = Distribution.from_name(_DISTRIBUTION).read_text("direct_url.json")
+    except PackageNotFoundError:  # run from a checkout, not installed
+        root = Path(__file__).parent.parent
+        return (_shown(root) + extras if (root / "pyproject.toml").is_file() else _DISTRIBUTION + extras,)
+    if record is None:
+        return (_DISTRIBUTION + extras,)
+    found = json.loads(record)
+    url = str(found["url"])
+    if url.startswith("file:") and "vcs_info" not in found:
+        place = _shown(Path(unquote(urlsplit(url).path))) + extras
+        return ("-e", place) if found.get("dir_info", {}).get("editable") else (place,)
+    repository = f"{found['vcs_info']['vcs']}+" if "vcs_info" in found else ""
+    return (f"{_DISTRIBUTION}{extras} @ {repository}{url}",)
+
+
+def _shown(path: Path) -> str:
+    return "." if path == Path.cwd() else str(path)

@@ -1,0 +1,68 @@
+"""`gmconv.architecture`: a name that leads nowhere is answered with the one that was meant, never with a stranger's."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+
+from gmconv.architecture import build
+from gmconv.errors import ArchitectureUnavailableError, CheckpointError
+
+
+def refused(arch: str) -> str:
+    with pytest.raises((ArchitectureUnavailableError, CheckpointError)) as refusal:
+        build(arch, {}, "net.pt", trusted=True)
+    return str(refusal.value.message)
+
+
+@pytest.mark.parametrize("arch", ["torchvison:resnet18", "torch_vision:resnet18", "torchvsion.models:resnet18"])
+def test_a_zoo_that_is_misspelt_is_named_and_nothing_is_installed(arch: str) -> None:
+    message = refused(arch)
+    assert "did you mean torchvision:resnet18?" in message
+    assert "pip install" not in message
+
+
+@pytest.mark.parametrize("arch", ["mypackage.nets:make", "nothing:resnet18"])
+def test_a_package_of_the_users_is_looked_for_not_installed(arch: str) -> None:
+    message = refused(arch)
+    assert f"no module {arch.split('.')[0].split(':')[0]}" in message
+    assert "pip install" not in message
+
+
+def test_what_a_module_of_the_users_lacks_is_not_called_the_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_nets_that_lack.py").write_text("import einopsy\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "own_nets_that_lack is there and does not import (No module named 'einopsy')" in refused(
+        "own_nets_that_lack:make"
+    )
+
+
+@pytest.fixture
+def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resnet18(weights: object = None) -> nn.Module:
+        return nn.Linear(2, 2)
+
+    models = SimpleNamespace(
+        list_models=lambda: ["resnet18", "resnet34"],
+        get_model_builder=lambda name: resnet18,
+        get_model=lambda name, **kwargs: resnet18(**kwargs),
+    )
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=models))
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+
+
+@pytest.mark.usefixtures("torchvision")
+def test_torchvision_is_written_as_timm_is() -> None:
+    assert isinstance(build("torchvision:resnet18", {}, "net.pt", trusted=False), nn.Linear)
+    assert isinstance(build("torchvision.models:resnet18", {}, "net.pt", trusted=False), nn.Linear)
+    assert "did you mean torchvision:resnet18" in refused("torchvision:resnet81")
+
+
+def test_a_factory_that_is_misspelt_is_answered_with_its_neighbours() -> None:
+    assert "did you mean gmconv.models.registry:create?" in refused("gmconv.models.registry:creat")

@@ -1,0 +1,73 @@
+"""`gmconv.packages`: the advice to install something works as it is printed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gmconv import packages
+from gmconv.errors import UnavailableError
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize(
+    ("record", "wanted"),
+    [
+        (None, "'gmconv-deploy[serve]'"),
+        ({"url": HERE.as_uri(), "dir_info": {"editable": True}}, f"-e '{HERE}[serve]'"),
+        ({"url": HERE.as_uri(), "dir_info": {}}, f"'{HERE}[serve]'"),
+        ({"url": "file:///tmp/my%20wheels/a-1-py3-none-any.whl"}, "'/tmp/my wheels/a-1-py3-none-any.whl[serve]'"),
+        ({"url": "https://x.org/g", "vcs_info": {"vcs": "git"}}, "'gmconv-deploy[serve] @ git+https://x.org/g'"),
+        ({"url": "https://x.org/a.whl", "archive_info": {}}, "'gmconv-deploy[serve] @ https://x.org/a.whl'"),
+    ],
+    ids=["index", "editable", "folder", "wheel", "git", "remote wheel"],
+)
+def test_the_advice_names_what_this_was_installed_from(
+    record: Any, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = SimpleNamespace(read_text=lambda _: record and json.dumps(record))
+    monkeypatch.setattr(packages.Distribution, "from_name", lambda _: found)
+    assert packages.install("serve").endswith(f"pip install {wanted}")
+
+
+def test_a_checkout_that_is_not_installed_is_named_by_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(packages.Distribution, "from_name", nothing)
+    root = HERE.parent.parent
+    monkeypatch.chdir(tmp_path)
+    assert packages.install("serve").endswith(f"pip install '{root}[serve]'")
+    monkeypatch.chdir(root)
+    assert packages.install("serve").endswith("pip install '.[serve]'")
+
+
+def test_the_tool_is_the_one_that_reaches_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"pip", "onnxruntime"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in there or None)
+    monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)
+    assert packages.pip("timm") == "pip install timm"
+    monkeypatch.delenv("VIRTUAL_ENV")
+    assert packages.pip("timm") == f"{sys.executable} -m pip install timm"
+    assert "export]" in packages.install("export")
+    there.clear()
+    assert packages.pip("timm") == f"uv pip install --python {sys.executable} timm"
+    assert "[export,cpu]" in packages.install("export"), "every export runs ONNX Runtime"
+
+
+def test_only_libraries_of_ours_are_advised(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert packages.missing(ModuleNotFoundError("No module named 'users'", name="users.own")) == ""
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(UnavailableError, match=r"jinja2 is not installed: .*\[report\]") as refusal:
+        packages.require("jinja2")
+    assert refusal.value.exit_code == 6
