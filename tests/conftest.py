@@ -27,7 +27,7 @@ def pytest_configure() -> None:
 def digits_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small GMConv network trained on the handwritten digits for a few seconds (well above chance, not 98 %)."""
     path = tmp_path_factory.mktemp("digits") / "digits.pt"
-    command = ["--dataset", "digits", "--arch", "resnet20", "--seed", "1", "--epochs", "3", "--input-shape", "3,16,16"]
+    command = ["--dataset", "digits", "--arch", "resnet8", "--seed", "1", "--epochs", "4", "--input-shape", "3,16,16"]
     run_module("gmconv.train", *command, "-o", str(path))
     return path
 

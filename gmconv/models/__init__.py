@@ -5,7 +5,7 @@ is the same factory (a checkpoint's `arch` is "gmconv.models:resnet50").
 """
 
 from gmconv.models.alexnet import alexnet
-from gmconv.models.cifar_resnet import resnet20, resnet32, resnet56
+from gmconv.models.cifar_resnet import resnet8, resnet20, resnet32, resnet56
 from gmconv.models.mobilenet import mobilenet_v2
 from gmconv.models.registry import create
 from gmconv.models.registry import names as list
@@ -17,6 +17,7 @@ __all__ = [
     "create",
     "list",
     "mobilenet_v2",
+    "resnet8",
     "resnet18",
     "resnet20",
     "resnet32",

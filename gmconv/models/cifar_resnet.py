@@ -71,6 +71,12 @@ def _stage(channels_in: int, channels: int, blocks: int, stride: int, kernel_siz
 
 
 @register
+def resnet8(num_classes: int = 10, in_channels: int = 3, kernel_size: int = 3) -> nn.Module:
+    """CIFAR ResNet-8, for a first try: 75,290 parameters with 3x3 kernels. `kernel_size` (odd) replaces every 3x3."""
+    return CifarResNet(8, num_classes, in_channels, kernel_size)
+
+
+@register
 def resnet20(num_classes: int = 10, in_channels: int = 3, kernel_size: int = 3) -> nn.Module:
     """CIFAR ResNet-20: 269,722 parameters with 3x3 kernels. `kernel_size` (odd) replaces every 3x3."""
     return CifarResNet(20, num_classes, in_channels, kernel_size)

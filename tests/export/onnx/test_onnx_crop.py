@@ -50,8 +50,8 @@ TwoKernels = Callable[[float], list[str | Path]]
 
 def test_a_crop_is_proven_against_the_uncropped_network(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = gmconv.models.create("resnet20", kernel_size=7, sigma=0.6)
-    gmconv.save_checkpoint(tmp_path / "net.pt", model, "gmconv.models:resnet20", (3, 16, 16), {"kernel_size": 7})
+    model = gmconv.models.create("resnet8", kernel_size=7, sigma=0.6)
+    gmconv.save_checkpoint(tmp_path / "net.pt", model, "gmconv.models:resnet8", (3, 16, 16), {"kernel_size": 7})
     assert export(tmp_path / "net.pt", "--crop", "1e-3", "-q") == 0
     manifest = read_manifest(tmp_path / "net.onnx")
     assert manifest.crop is not None
@@ -102,12 +102,12 @@ def int8_kernels(file: Path) -> dict[str, Any]:
 def test_what_stays_in_fp32_keeps_the_taps_that_only_fp16_loses(tmp_path: Path) -> None:
     """A layer too small for fp16 is why one keeps it in fp32; its crop has to know."""
     torch.manual_seed(0)
-    model = gmconv.models.create("resnet20", kernel_size=5, sigma=1.0)
+    model = gmconv.models.create("resnet8", kernel_size=5, sigma=1.0)
     with torch.no_grad():
         model.layer1[0].conv1.weight *= 1e-7
         model.layer1[0].bn1.running_var *= 1e-14
         model.layer1[0].bn1.eps = 1e-30
-    gmconv.save_checkpoint(tmp_path / "net.pt", model, "gmconv.models:resnet20", (3, 16, 16), {"kernel_size": 5})
+    gmconv.save_checkpoint(tmp_path / "net.pt", model, "gmconv.models:resnet8", (3, 16, 16), {"kernel_size": 5})
     flags = ["--precision", "fp16", "--crop", "lossless", "-q"]
     assert export(tmp_path / "net.pt", *flags, "--keep-fp32", "layer1.0.conv1") == 0
     manifest = read_manifest(tmp_path / "net.onnx")
@@ -137,8 +137,8 @@ def kernel_sizes(file: Path) -> list[int]:
 
 def test_taps_that_fp16_stores_as_zero_go_with_a_crop_of_zeros(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = gmconv.models.create("resnet20", kernel_size=7, sigma=0.5)
-    gmconv.save_checkpoint(tmp_path / "net.pt", model, "gmconv.models:resnet20", (3, 16, 16), {"kernel_size": 7})
+    model = gmconv.models.create("resnet8", kernel_size=7, sigma=0.5)
+    gmconv.save_checkpoint(tmp_path / "net.pt", model, "gmconv.models:resnet8", (3, 16, 16), {"kernel_size": 7})
     assert export(tmp_path / "net.pt", "--crop", "0", "--precision", "fp16", "-q") == 0
     manifest = read_manifest(tmp_path / "net.onnx")
     assert manifest.crop is not None

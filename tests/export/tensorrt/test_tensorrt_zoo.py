@@ -68,7 +68,11 @@ def export(folder: Path, name: str, kinds: tuple[str, ...], batch: str = "dynami
     return files
 
 
-NETWORKS = [pytest.param(n, marks=pytest.mark.slow if n == "vgg11" else ()) for n in CONVOLUTIONS]
+FAST = ("alexnet", "resnet18")
+NETWORKS = [
+    pytest.param(n, marks=[pytest.mark.xdist_group(n), *([] if n in FAST else [pytest.mark.slow])])
+    for n in CONVOLUTIONS
+]
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -108,7 +112,7 @@ def test_a_baked_network_fuses_as_its_plain_twin_does(pair: Pair, precision: str
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_fixed_batch_builds_too(tmp_path: Path, precision: str) -> None:
-    source = export(tmp_path, "resnet20", ("baked",), batch="fixed")["baked"]
+    source = export(tmp_path, "resnet8", ("baked",), batch="fixed")["baked"]
     if precision == "fp16":
         convert_precision(source, tmp_path / "half.onnx", "fp16")
         source = tmp_path / "half.onnx"

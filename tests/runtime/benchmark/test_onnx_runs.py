@@ -166,7 +166,7 @@ def test_a_node_is_named_after_the_module_whose_weight_it_holds(digits_onnx: Pat
 
     names = layer_names(digits_onnx)
     modules = set(names.values())
-    assert {"conv1", "layer1.0.conv1", "layer3.2.conv2", "linear"} <= modules
+    assert {"conv1", "layer1.0.conv1", "layer3.0.conv2", "linear"} <= modules
     relu = next(name for name, module in names.items() if module == "layer1.0.conv1" and name.startswith("relu"))
     assert _in_users_words(f"{relu}_nchwc", names) == f"layer1.0.conv1 ({relu}_nchwc)"
     assert _in_users_words("ReorderOutput_token_3", names) == "ReorderOutput_token_3"

@@ -18,8 +18,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`net.pt`, `net.onnx`, pairs that its program recorded, and pairs of another network."""
     folder = tmp_path_factory.mktemp("recorded")
     torch.manual_seed(0)
-    model = gmconv.models.create("resnet20", sigma=0.8).eval()
-    gmconv.save_checkpoint(folder / "net.pt", model, "gmconv.models:resnet20", (3, 8, 8))
+    model = gmconv.models.create("resnet8", sigma=0.8).eval()
+    gmconv.save_checkpoint(folder / "net.pt", model, "gmconv.models:resnet8", (3, 8, 8))
     x = torch.randn(3, 3, 8, 8)
     gmconv.deploy(model, x, folder / "net.onnx")
     gmconv.save_golden(model, [x, x + 1], folder / "own.npz")
