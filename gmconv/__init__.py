@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from gmconv.lazy import attach
 
+__version__ = "0.2.0"
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from gmconv import models as models
