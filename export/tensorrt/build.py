@@ -188,7 +188,7 @@ def _manifest(
         precision_found=found,
         parity=Parity(result="not run", reason=NO_DEVICE),
         benchmark=None,
-        build=_build_record(flavor, why, options, built, layers=layers, fusion=fusion, warnings=warnings),
+        build=_build_record(flavor, why, options, built, gpu, layers=layers, fusion=fusion, warnings=warnings),
         versions=versions,
         device=Device(**dataclasses.asdict(gpu)) if gpu else None,
     )
@@ -199,13 +199,13 @@ def _build_record(
     why: str,
     options: BuildOptions,
     built: dict[str, Any],
+    gpu: cuda.DeviceInfo | None,
     *,
     layers: tuple[EngineLayer, ...],
     fusion: Fusion,
     warnings: list[str],
 ) -> Build:
     """How the engine was built, for its manifest."""
-    gpu = cuda.device_info() if cuda.driver_problem() is None else None
     return Build(
         flavor=flavor,
         flavor_reason=why,
