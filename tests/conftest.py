@@ -12,6 +12,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from gmconv.files import locked
+
 # Deadlines measure a noisy machine, not the code; derandomized in CI so that a red run can be run again.
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
@@ -26,9 +28,11 @@ def pytest_configure() -> None:
 @pytest.fixture(scope="session")
 def digits_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small GMConv network trained on the handwritten digits for a few seconds (well above chance, not 98 %)."""
-    path = tmp_path_factory.mktemp("digits") / "digits.pt"
     command = ["--dataset", "digits", "--arch", "resnet8", "--seed", "1", "--epochs", "4", "--input-shape", "3,16,16"]
-    run_module("gmconv.train", *command, "-o", str(path))
+    path = shared_folder(tmp_path_factory) / "digits.pt"
+    with locked(path.with_suffix(".lock")):
+        if not path.exists():
+            run_module("gmconv.train", *command, "-o", str(path))
     return path
 
 
@@ -36,8 +40,18 @@ def digits_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def digits_onnx(digits_checkpoint: Path) -> Path:
     """`digits_checkpoint` exported, with its manifest."""
     path = digits_checkpoint.with_suffix(".onnx")
-    run_module("export.onnx", str(digits_checkpoint), "-o", str(path))
+    with locked(path.with_suffix(".lock")):
+        if not path.exists():
+            run_module("export.onnx", str(digits_checkpoint), "-o", str(path))
     return path
+
+
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run that all workers see, so that what takes long is made once."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def run_module(module: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:

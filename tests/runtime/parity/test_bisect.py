@@ -18,6 +18,8 @@ from runtime.parity.bisection import Bisection, LayerError
 from runtime.parity.run import ParityOptions, compare_artefacts
 from runtime.parity.tolerances import TOLERANCES
 
+pytestmark = pytest.mark.xdist_group("test_bisect")  # its networks are exported once
+
 
 class Small(nn.Module):
     """In-place and reused ReLU, a branch, a BatchNorm that folds, a convolution without one, and a linear layer."""

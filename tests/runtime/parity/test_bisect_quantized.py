@@ -26,6 +26,8 @@ from runtime.parity.tolerances import TOLERANCES
 from runtime.runners import open_runner
 from tests.runtime.parity.test_bisect import randomize_norms, save
 
+pytestmark = pytest.mark.xdist_group("test_bisect_quantized")  # its networks are exported once
+
 Change = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 KINDS = ("int8", "fp8")
 OPTIONS = ParityOptions(bisect=True, yardstick=False, samples=8, images="digits")

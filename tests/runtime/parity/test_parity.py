@@ -26,6 +26,8 @@ from runtime.parity.run import ParityOptions, compare_artefacts
 from runtime.parity.tolerances import TOLERANCES
 from runtime.records import Crop
 
+pytestmark = pytest.mark.xdist_group("test_parity")  # its networks are exported once
+
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 LAYER = {"name": "conv1", "kernel": [3, 3], "kept": [1, 1], "l1_removed": 0.1}
 SEEN = {"samples": 8, "relative_max": 0.1}

@@ -12,6 +12,8 @@ import gmconv
 from gmconv.errors import RefusedError
 from runtime.parity.run import ParityOptions, compare_artefacts
 
+pytestmark = pytest.mark.xdist_group("test_recorded")  # its networks are exported once
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
