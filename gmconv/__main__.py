@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
+from gmconv import startup
+
+if sys.argv[1:2] == ["serve"]:
+    startup.prepare()
+
 import importlib
 
 import click

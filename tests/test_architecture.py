@@ -36,6 +36,7 @@ GROUND = {
         "kinds",
         "lazy",
         "packages",
+        "startup",
     )
 }
 

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
+from gmconv import startup
 
 if __name__ == "__main__":
-    # Before the imports that take time. Nothing is loaded yet, so a SIGHUP asks for nothing; and where a standard
-    # stream is closed, the first socket would take its number and get what a library prints.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    for _descriptor in (0, 1, 2):
-        try:
-            os.fstat(_descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
+    startup.prepare()
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path

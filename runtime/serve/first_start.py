@@ -5,18 +5,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
+from gmconv import startup
 
 if __name__ == "__main__":
-    # The kernel drops SIGTERM for process 1 of a container until there is a handler, so this comes before the imports
-    # that take time; 130 as in gmconv.errors.Interrupted. There is nothing to clean up yet, and an exception could
-    # surface inside any import. The server sets its own handler later.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(130))
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nothing is loaded yet that could be loaded again
+    startup.prepare()
 
 import contextlib
 import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Callable

@@ -202,28 +202,32 @@ def test_an_engine_is_prepared_with_the_servers_own_options(
     assert [(s.name, s.version, s.path.name) for s in find_sources(served[0])] == [("net", "1", "model.plan")]
 
 
-def test_sigterm_is_handled_before_anything_slow_is_imported() -> None:
-    """The kernel drops it for process 1 of a container as long as nothing handles it."""
+ENTRIES = {
+    "runtime.serve": ["--help"],
+    "runtime.serve.first_start": ["--help"],
+    "gmconv": ["serve", "--help"],
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
+def test_signals_are_handled_before_anything_slow_is_imported(number: str, entry: str) -> None:
+    """The kernel drops SIGTERM for process 1 of a container as long as nothing handles it; SIGHUP kills any other."""
     script = (
         "import runpy, signal, sys\n"
         "class Watch:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL: early.append(name)\n"
+        f"        if signal.getsignal(signal.{number}) is signal.SIG_DFL: early.append(name)\n"
         "early = []\n"
         "sys.meta_path.insert(0, Watch())\n"
-        "sys.argv = ['first_start', '--help']\n"
-        "try: runpy.run_module('runtime.serve.first_start', run_name='__main__', alter_sys=True)\n"
+        f"sys.argv = ['x', *{ENTRIES[entry]}]\n"
+        f"try: runpy.run_module({entry!r}, run_name='__main__', alter_sys=True)\n"
         "finally: print(*early, file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    own = {
-        "runtime",
-        "runtime.serve",
-        "runtime.serve.first_start",
-        "gmconv",
-        "gmconv.lazy",
-    }  # none of them imports more
-    assert set(done.stderr.split()) <= own | {"__future__"}, "imported first"
+    packages = {"runtime", "runtime.serve", "gmconv", "gmconv.lazy", "gmconv.startup"}
+    entries = {"runtime.serve.__main__", "runtime.serve.first_start", "gmconv.__main__"}
+    assert set(done.stderr.split()) <= packages | entries | {"__future__"}, "imported first"
 
 
 def test_sigterm_during_the_start_ends_it_with_130(tmp_path: Path) -> None:
