@@ -1,14 +1,42 @@
-"""Every limit and choice of a running server, in one frozen value."""
+"""Every limit and choice of a running server, in one frozen value; what a user may choose, with its option's help."""
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import click
 
 MIB = 1 << 20
 CGROUPS = Path("/sys/fs/cgroup")
+DAY = 86_400.0
+TOKEN_VARIABLE = "GMCONV_SERVE_TOKEN"
+PORT = click.IntRange(0, 65535)
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class _Finite(click.FloatRange):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """As FloatRange, without NaN, which compares with nothing."""
+        number = float(super().convert(value, param, ctx))
+        if number != number:
+            self.fail(f"{value} is not a number", param, ctx)
+        return number
+
+
+TIME = _Finite(0.0, DAY)
+"""A time of at most a day: a limit that is infinite or not a number limits nothing."""
+SOME_TIME = _Finite(0.0, DAY, min_open=True)
+PATIENCE = _Finite(0.1, DAY)
+
+
+def _option(default: Any, text: str, kind: Any = None) -> Any:
+    """A field that the command line sets, by an option of its name (`--no-...` too for a bool)."""
+    return field(default=default, metadata={"help": text, "type": kind})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,62 +44,74 @@ class Settings:
     """What the command line decides. Sizes are bytes, times seconds unless the name says otherwise."""
 
     source: Path
-    model_name: str | None = None
-    host: str = "127.0.0.1"
-    http_port: int = 8000
-    grpc_port: int = 8001
-    metrics_port: int = 8002
-    http: bool = True
-    grpc: bool = True
-    metrics: bool = True
-
-    device: str = "auto"
-    """"cpu", "cuda", "cuda:N"; "auto" is cuda for an engine and cpu for an ONNX file."""
-    threads: int = 0
-    """Intra-op threads of one instance; 0 is the machine's cores divided by `instances`."""
-    instances: int = 1
-    solo_threads: int | None = None
-    """Threads of one more engine per model, for a request that is alone; 0: no such engine; None: as many as several
-    instances on a CPU have together."""
-    spinning: bool = False
-    """Let idle ONNX Runtime threads spin as long as they like. Off: briefly, so that they do not starve the loop."""
-    require_manifest: bool = True
-
-    max_batch: int = 32
-    """Rows per execution where the artefact has no profile to say."""
-    max_queue_delay: float = 0.0
-    queue_size: int = 2048
-    queue_timeout: float = 10.0
-    shed_target: float = 0.002
-    """Under sustained overload, the queueing time (s) that admission aims at."""
-    burst_window: float = 0.1
-    """Seconds of work that may pile up, and for how long, before it counts as overload rather than as a burst."""
-    priority_levels: int = 0
+    prepare: Callable[[Path], Path] | None = None
+    """Makes, of an ONNX file that is found, the engine that is served in its place."""
+    model_name: str | None = _option(None, "Name it is served under [default: the file's or folder's].")
+    host: str = _option("127.0.0.1", "Address to listen on.")
+    http_port: int = _option(8000, "REST; 0 takes a free port and prints it.", PORT)
+    grpc_port: int = _option(8001, "gRPC; 0 takes a free port.", PORT)
+    metrics_port: int = _option(8002, "Prometheus, without token or TLS; 0 takes a free port.", PORT)
+    http: bool = _option(True, "Serve REST.")
+    grpc: bool = _option(True, "Serve gRPC.")
+    metrics: bool = _option(True, "Serve metrics.")
+    device: str = _option("auto", "cpu, cuda, cuda:N; auto: cuda for engines.")
+    threads: int = _option(0, "CPU threads per instance [default: cores/instances].", click.IntRange(0))
+    instances: int = _option(1, "Engines per model.", click.IntRange(1, 64))
+    solo_threads: int | None = _option(
+        None,
+        "CPU threads of one more engine, for a request that is alone; 0: none "
+        "[default: those of all instances, if there are several].",
+        click.IntRange(0),
+    )
+    spinning: bool = _option(False, "Let idle ONNX Runtime threads spin for long.")
+    max_batch: int = _option(32, "Rows per execution, where no profile says.", click.IntRange(1, 4096))
+    max_queue_delay: float = _option(0.0, "Seconds to wait for a fuller batch.", _Finite(0, 10))
+    queue_size: int = _option(2048, "Requests that may wait per model.", click.IntRange(1, 1 << 20))
+    queue_timeout: float = _option(10.0, "Seconds a request may wait; 0 for ever.", TIME)
+    burst_window: float = _option(0.1, "Seconds of work that may pile up before it counts as overload.", SOME_TIME)
+    shed_target: float = _option(
+        0.002,
+        "Under overload, seconds of work that may wait (at least three executions); the rest gets 503.",
+        SOME_TIME,
+    )
+    priority_levels: int = _option(0, "Levels of the priority parameter.", click.IntRange(0, 100))
     default_priority: int = 0
     """Of a request that names none; 0: the middle of the levels."""
     timeout_override: bool = True
     """Whether a request may shorten its time in the queue."""
-
-    max_request_bytes: int = 64 * MIB
-    max_inflight_bytes: int = 512 * MIB
+    max_request_mib: int = _option(64, "Largest request body.", click.IntRange(1, 1024))
+    max_inflight_mib: int = _option(512, "Bytes of requests and answers held at once.", click.IntRange(1, 1 << 20))
     max_header_bytes: int = 32 * 1024
     max_image_bytes: int = 16 * MIB
-    max_connections: int = 2048
-    header_timeout: float = 10.0
-    """For a TLS handshake and a request's header to arrive."""
-    body_timeout: float = 30.0
-    """For a request's body to arrive, and for its answer to be taken."""
-    keep_alive: float = 75.0
-    max_connection_age: float = 0.0
-    """Age at which a client is told to connect anew; 0: never."""
-    drain_timeout: float = 30.0
-
-    access_log: bool = True
-    otel: str | None = None
+    header_timeout: float = _option(10.0, "Seconds for a TLS handshake and a request's header to arrive.", PATIENCE)
+    body_timeout: float = _option(
+        30.0, "Seconds for a request's body to arrive, and for its answer to be taken.", PATIENCE
+    )
+    keep_alive: float = _option(75.0, "Seconds that an idle connection is kept.", PATIENCE)
+    max_connection_age: float = _option(0.0, "Seconds after which a client is told to connect anew; 0: never.", TIME)
+    max_connections: int = _option(
+        2048, "Connections per port; some more are kept for probes.", click.IntRange(1, 1 << 20)
+    )
+    drain_timeout: float = _option(
+        30.0, "Seconds to finish requests on SIGTERM; the process ends 2 s later at most.", TIME
+    )
+    require_manifest: bool = _option(True, "Refuse artefacts without a manifest.")
+    access_log: bool = _option(True, "One JSON line per request on stderr.")
+    otel: str | None = _option(None, "Export OpenTelemetry spans.", click.Choice(["console", "otlp"]))
     token: str | None = None
-    token_file: Path | None = None
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
+    token_file: Path | None = _option(None, f"Ask for this bearer token [or variable {TOKEN_VARIABLE}].", FILE)  # noqa: RUF009
+    tls_cert: Path | None = _option(None, "PEM certificate chain for REST and gRPC.", FILE)  # noqa: RUF009
+    tls_key: Path | None = _option(None, "PEM private key.", FILE)  # noqa: RUF009
+
+    @property
+    def max_request_bytes(self) -> int:
+        """Of one request's body."""
+        return self.max_request_mib * MIB
+
+    @property
+    def max_inflight_bytes(self) -> int:
+        """Of all requests and answers together; one request fits always."""
+        return max(self.max_inflight_mib, self.max_request_mib) * MIB
 
     @property
     def intra_op_threads(self) -> int:

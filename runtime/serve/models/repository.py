@@ -8,7 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from gmconv.errors import RefusedError
+import click
+
 from runtime.serve.batching.instance import give_way
 from runtime.serve.errors import Code, RequestError
 from runtime.serve.models.source import Source, find_sources, read_source
@@ -60,12 +61,20 @@ class Repository:
         """Every loaded version."""
         return [v for versions in self._models.values() for v in versions.values()]
 
-    def index(self) -> list[dict[str, str]]:
+    def select(self, name: str = "", version: str = "") -> list[ModelVersion]:
+        """One version of a model, all of its versions, or those of all models. Raises RequestError as `get`."""
+        if not name:
+            return self.all()
+        found = self.get(name, version)
+        return [found] if version else list(self._models[name].values())
+
+    def index(self, only_ready: bool = False) -> list[dict[str, str]]:
         """Every version that is served, on its way, or could not be loaded, as Triton's repository index shows it."""
         known = {(m.source.name, m.source.version): ("READY", "") for m in self.all()}
         known |= {key: ("LOADING", "") for key in self._coming if key not in known}
         known |= {key: ("UNAVAILABLE", why) for key, why in self._failed.items() if key not in known}
-        return [{"name": n, "version": v, "state": s, "reason": r} for (n, v), (s, r) in sorted(known.items())]
+        entries = [{"name": n, "version": v, "state": s, "reason": r} for (n, v), (s, r) in sorted(known.items())]
+        return [entry for entry in entries if entry["state"] == "READY" or not only_ready]
 
     async def load(self) -> None:
         """First load: all sources, or the error of the first that fails."""
@@ -96,7 +105,7 @@ class Repository:
         """
         try:
             sources = await self._look()
-        except (RefusedError, OSError) as error:
+        except (click.ClickException, OSError) as error:
             log.error("reload: %s; still serving what was loaded", error)
             return False
         self._failed = {}

@@ -39,10 +39,11 @@ def find_sources(settings: Settings) -> list[Source]:
     """What `settings.source` holds: an artefact; or a folder of artefacts, of models, or of one model's versions.
 
     NAME.onnx and NAME.plan (or NAME.engine) in one folder are one model: the engine is served where a GPU was asked for
-    and there is a TensorRT, else the ONNX file. A config.pbtxt in a model's folder says which of its versions.
+    and there is a TensorRT, else the ONNX file. A config.pbtxt in a model's folder says which of its versions. With
+    `settings.prepare` the engine that it makes stands in for each ONNX file, whatever lies beside that.
 
-    Raises RefusedError when there is nothing to serve, two artefacts claim one version, a name cannot be part of a URL,
-    a configuration cannot be read, or a folder cannot.
+    Raises what that raises, and RefusedError when there is nothing to serve, two artefacts claim one version, a name
+    cannot be part of a URL, a configuration cannot be read, or a folder cannot.
     """
     root = settings.source
     try:
@@ -66,12 +67,15 @@ def find_sources(settings: Settings) -> list[Source]:
         if (source.name, source.version) in seen:
             raise RefusedError(f"{source.path}: a second artefact for model {source.name!r} version {source.version}")
         seen.add((source.name, source.version))
+    if settings.prepare:
+        sources = [replace(s, path=settings.prepare(s.path)) if s.path.suffix == ".onnx" else s for s in sources]
     return sources
 
 
 def _scan(root: Path, settings: Settings) -> list[Source]:
     model_name = settings.model_name
-    engines = settings.device.startswith("cuda") and any(trt.installed(flavor) for flavor in trt.MODULES)
+    wanted = settings.device.startswith("cuda") and not settings.prepare
+    engines = wanted and any(trt.installed(flavor) for flavor in trt.MODULES)
     sources = [Source(p.stem, "1", p) for p in _artefacts(root, engines)]
     # lost+found is what a volume's file system has at its root, for root alone.
     folders = sorted(p for p in root.iterdir() if not p.name.startswith(".") and p.name != "lost+found" and p.is_dir())

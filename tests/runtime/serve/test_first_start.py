@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ import pytest
 from gmconv.errors import RefusedError
 from runtime.manifest import read_manifest
 from runtime.serve import first_start
-from runtime.serve.first_start import batch_profile, make_mirror, prepare_folder
+from runtime.serve.first_start import batch_profile
 from runtime.serve.models.source import find_sources
 from runtime.serve.settings import Settings
 
@@ -31,98 +28,53 @@ def model(tmp_path: Path) -> Path:
     return make_onnx(tmp_path / "net.onnx")
 
 
-def test_a_folder_of_models_is_mirrored_with_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    models = tmp_path / "models"
-    (models / "net" / "3").mkdir(parents=True)
+def sources(models: Path, children: Children, **chosen: Any) -> dict[str, Path]:
+    """What a server that prepares engines serves."""
+
+    def make(path: Path) -> Path:
+        return prepare(path, models.with_name("cache"), children)
+
+    return {f"{s.name}/{s.version}": s.path for s in find_sources(Settings(source=models, prepare=make, **chosen))}
+
+
+def test_engines_stand_in_for_the_onnx_files_of_a_folder(tmp_path: Path) -> None:
+    models, children = tmp_path / "models", Children()
     make_onnx(models / "net" / "3" / "model.onnx")
-    make_onnx(models / "other.onnx", size=9)
-    children = Children()
-    mirror = prepare_folder(models, tmp_path / "cache", lambda path: prepare(path, tmp_path / "cache", children))
-    found = sorted(str(p.relative_to(mirror)) for p in mirror.rglob("*") if p.is_file())
-    assert found == [f"{d}/model.plan{s}" for d in ("net/3", "other/1") for s in ("", ".json")]
-    read_manifest(mirror / "net" / "3" / "model.plan")
-    again = prepare_folder(models, tmp_path / "cache", lambda path: prepare(path, tmp_path / "cache", children))
-    assert (again / "net" / "3" / "model.plan").resolve() == (mirror / "net" / "3" / "model.plan").resolve()
+    other = make_onnx(models / "other.onnx", size=9)
+    found = sources(models, children)
+    assert list(found) == ["other/1", "net/3"]
+    for engine in found.values():
+        assert engine.is_relative_to(tmp_path / "cache")
+        read_manifest(engine)
+    assert sources(models, children) == found
     assert children.builds == 2
+    make_onnx(other, size=7)
+    changed = sources(models, children)
+    assert changed["net/3"] == found["net/3"]
+    assert changed["other/1"] != found["other/1"], "as SIGHUP looks again"
+    assert children.builds == 3
 
 
-def test_an_engine_beside_an_onnx_file_is_ignored_and_that_is_said(tmp_path: Path) -> None:
+def test_an_engine_beside_an_onnx_file_is_ignored_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """`make demo` leaves such a pair; that engine is for another GPU, or nobody knows."""
     models = tmp_path / "models"
-    models.mkdir()
     write_engine(make_onnx(models / "digits.onnx"), models / "digits.plan")
-    write_engine(models / "digits.onnx", models / "alone.plan")
-    notes: list[str] = []
-    mirror = prepare_folder(
-        models, tmp_path / "cache", lambda path: prepare(path, tmp_path / "cache", Children()), note=notes.append
-    )
-    engines = {path.parent.parent.name: path.resolve() for path in mirror.rglob("*.plan")}
-    assert set(engines) == {"digits", "alone"}
-    assert engines["digits"].is_relative_to(tmp_path / "cache")
-    assert engines["alone"] == models / "alone.plan"
-    assert len(notes) == 1
-    assert str(models / "digits.plan") in notes[0]
-    shutil.rmtree(mirror)
+    alone = write_engine(models / "digits.onnx", models / "alone.plan")
+    with caplog.at_level("INFO"):
+        found = sources(models, Children(), device="cuda")
+    assert found["digits/1"].is_relative_to(tmp_path / "cache")
+    assert found["alone/1"] == alone
+    assert f"{models / 'digits.plan'}: not served" in caplog.text
 
 
 def test_a_model_name_that_cannot_be_given_is_refused_before_anything_is_built(tmp_path: Path) -> None:
     make_onnx(tmp_path / "a.onnx")
     make_onnx(tmp_path / "b.onnx")
-    with pytest.raises(RefusedError, match="--model-name names one model"):
-        prepare_folder(tmp_path, tmp_path / "cache", pytest.fail, model_name="c")
-
-
-@pytest.fixture
-def no_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read-only root without a tmpfs."""
-
-    def refuse() -> str:
-        raise FileNotFoundError(2, "No usable temporary directory found")
-
-    monkeypatch.setattr("tempfile.gettempdir", refuse)
-
-
-@pytest.mark.usefixtures("no_temporary_folder")
-def test_without_a_temporary_folder_the_mirror_lies_in_the_cache_that_is_made_for_it(tmp_path: Path) -> None:
-    models, cache = tmp_path / "models", tmp_path / "new" / "cache"
-    models.mkdir()
-    write_engine(make_onnx(tmp_path / "net.onnx"), models / "net.plan")
-    mirror = prepare_folder(models, cache, pytest.fail)
-    assert mirror.parent == cache
-    assert (mirror / "net" / "1" / "net.plan").resolve() == models / "net.plan"
-
-
-@pytest.mark.usefixtures("no_temporary_folder")
-def test_where_nothing_can_be_written_that_is_one_sentence(tmp_path: Path) -> None:
-    models = tmp_path / "models"
-    models.mkdir()
-    write_engine(make_onnx(tmp_path / "net.onnx"), models / "net.plan")
-    (tmp_path / "cache").write_text("a file")
-    with pytest.raises(RefusedError, match="mount a tmpfs at /tmp"):
-        prepare_folder(models, tmp_path / "cache", pytest.fail)
-
-
-def _serve_and_wait(cache: Path, told: Connection) -> None:
-    told.send(make_mirror(cache))
-    told.recv()
-
-
-@pytest.mark.usefixtures("no_temporary_folder")
-def test_mirrors_of_servers_that_ended_are_removed_and_those_of_others_kept(tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    (cache / "served-by-an-older-version" / "net").mkdir(parents=True)
-    (cache / "an-engine").mkdir()
-    here, there = multiprocessing.Pipe()
-    server = multiprocessing.get_context("fork").Process(target=_serve_and_wait, args=(cache, there))
-    server.start()
-    other: Path = here.recv()
-    mine = make_mirror(cache)
-    assert {path.name for path in cache.iterdir()} == {"an-engine", "served.lock", other.name, mine.name}
-    server.kill()
-    server.join(10)
-    third = make_mirror(cache)
-    assert {path.name for path in cache.glob("served-*")} == {mine.name, third.name}, "this process lives"
+    for chosen, text in (({"model_name": "c"}, "--model-name names one model"), ({"model_name": "a/b"}, "names one")):
+        with pytest.raises(RefusedError, match=text):
+            find_sources(Settings(source=tmp_path, prepare=pytest.fail, **chosen))
 
 
 @pytest.mark.parametrize(("text", "profile"), [(None, None), ("", None), ("1,8,32", (1, 8, 32)), ("4,4,4", (4, 4, 4))])
@@ -187,6 +139,8 @@ def test_an_engine_is_prepared_with_the_servers_own_options(
     with pytest.raises(click.exceptions.Exit) as done:
         first_start.main.callback((str(tmp_path / source), *flags))  # type: ignore[misc]
     assert done.value.exit_code == 0
+    assert not asked, "not before the server has looked at everything else"
+    found = find_sources(served[0])
     device = "cuda:1" if flags else "cuda"
     assert asked == [
         {
@@ -199,7 +153,7 @@ def test_an_engine_is_prepared_with_the_servers_own_options(
         }
     ]
     assert served[0].device == device
-    assert [(s.name, s.version, s.path.name) for s in find_sources(served[0])] == [("net", "1", "model.plan")]
+    assert [(s.name, s.version, s.path.name) for s in found] == [("net", "1", "model.plan")]
 
 
 ENTRIES = {

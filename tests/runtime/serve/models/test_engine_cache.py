@@ -24,6 +24,7 @@ from runtime.manifest import read_manifest, sidecar
 from runtime.serve.__main__ import main, make_settings
 from runtime.serve.models import engine_cache
 from runtime.serve.models.engine_cache import DeviceIdentity, prepare_engine, run_child, visible_device
+from runtime.serve.models.source import find_sources
 
 from ..conftest import write_model
 from .engines import DEVICE, Children, make_external, make_onnx, prepare, write_engine
@@ -381,14 +382,15 @@ def test_a_real_engine_is_built_and_cached(tmp_path: Path) -> None:
 def test_the_servers_command_line_prepares_with_its_own_options(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[Path, Path, dict[str, object]]] = []
+    asked: list[tuple[Path, dict[str, object]]] = []
 
-    def prepare(path: Path, cache: Path, **options: object) -> Path:
-        asked.append((path, cache, options))
+    def prepare(path: Path, **options: object) -> Path:
+        asked.append((path, options))
         return tmp_path / "model.plan"
 
     monkeypatch.setattr(engine_cache, "prepare_engine", prepare)
     flags = ["--engine-cache", str(tmp_path / "cache"), "--device", "cuda:1", "--no-require-manifest"]
     settings = make_settings(main.make_context("serve", [str(model), *flags]).params)
-    assert asked == [(model, tmp_path / "cache", {"device": "cuda:1", "require_manifest": False})]
-    assert (settings.source, settings.model_name) == (tmp_path / "model.plan", "net")
+    (source,) = find_sources(settings)
+    assert asked == [(model, {"cache_dir": tmp_path / "cache", "device": "cuda:1", "require_manifest": False})]
+    assert (source.name, source.path) == ("net", tmp_path / "model.plan")
