@@ -14,7 +14,7 @@ from runtime.serve.errors import Code, RequestError
 from runtime.serve.models.version import ModelVersion
 from runtime.serve.protocol import codec
 from runtime.serve.protocol.codec import Decoded
-from runtime.serve.protocol.signature import Port, Signature, Wanted
+from runtime.serve.protocol.signature import Port, Signature
 
 _CONTENTS = {
     "BOOL": "bool_contents",
@@ -97,34 +97,15 @@ def decode(request: Any, raw: list[memoryview], signature: Signature) -> Decoded
         raise RequestError("the request has more entries than this server takes")
     feeds: dict[str, Array] = {}
     for index, tensor in enumerate(request.inputs):
-        port = signature.port(tensor.name, tensor.datatype)
-        if tensor.name in feeds:
-            raise RequestError(f"input '{tensor.name}' is given twice")
-        codec.refuse_shared_memory(tensor.parameters)
-        elements = signature.check_shape(port, tensor.shape)
+        port, elements = codec.open_input(feeds, tensor, signature)
         if raw:
             if tensor.HasField("contents"):
                 raise RequestError(f"input '{port.name}' has both contents and raw_input_contents")
             feeds[port.name] = codec.from_bytes(port, tensor.shape, elements, raw[index])
         else:
             feeds[port.name] = _typed(port, tensor, elements)
-    parameters = {k: _parameter(v) for k, v in request.parameters.items()}
-    timeout_us, priority = codec.scheduling(parameters)
-    wanted = []
-    for output in request.outputs:
-        codec.refuse_shared_memory(output.parameters)
-        options = {k: _parameter(v) for k, v in output.parameters.items()}
-        wanted.append(signature.want(output.name, True, options.get("classification", 0)))
-    if len({w.name for w in wanted}) != len(wanted):
-        raise RequestError("an output is requested twice")
-    return Decoded(
-        feeds,
-        signature.rows(feeds),
-        wanted or [Wanted(name, True) for name in signature.outputs],
-        codec.clean_id(request.id),
-        timeout_us,
-        priority,
-    )
+    outputs = [(output.name, _parameters(output)) for output in request.outputs]
+    return codec.finish(feeds, _parameters(request), outputs, request.id, True, signature)
 
 
 def _typed(port: Port, tensor: Any, elements: int) -> Array:
@@ -147,9 +128,9 @@ def _typed(port: Port, tensor: Any, elements: int) -> Array:
     return array.reshape(tuple(tensor.shape))
 
 
-def _parameter(value: Any) -> Any:
-    which = value.WhichOneof("parameter_choice")
-    return None if which is None else getattr(value, which)
+def _parameters(message: Any) -> dict[str, Any]:
+    chosen = ((key, value, value.WhichOneof("parameter_choice")) for key, value in message.parameters.items())
+    return {key: which and getattr(value, which) for key, value, which in chosen}
 
 
 def encode(model: ModelVersion, decoded: Decoded, outputs: Mapping[str, Array]) -> Any:
@@ -159,12 +140,7 @@ def encode(model: ModelVersion, decoded: Decoded, outputs: Mapping[str, Array]) 
         model_name=model.source.name, model_version=model.source.version, id=decoded.id
     )
     for want in decoded.wanted:
-        array = outputs[want.name]
-        if want.classes:
-            rows = codec.classify(array, want.classes, signature)
-            answer.outputs.add(name=want.name, datatype="BYTES", shape=codec.class_shape(rows, signature))
-            answer.raw_output_contents.append(codec.pack_bytes(rows))
-        else:
-            answer.outputs.add(name=want.name, datatype=signature.outputs[want.name].datatype, shape=array.shape)
-            answer.raw_output_contents.append(array.tobytes())
+        datatype, shape, content = codec.to_bytes(want, outputs[want.name], signature)
+        answer.outputs.add(name=want.name, datatype=datatype, shape=shape)
+        answer.raw_output_contents.append(content)
     return answer

@@ -11,12 +11,13 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha.reflection import ReflectionServicer
+from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
 from tritonclient.grpc import service_pb2
 
 from runtime.serve.errors import Code, RequestError
 from runtime.serve.grpc import codec
 from runtime.serve.grpc.connection import GrpcConnection
-from runtime.serve.grpc.reflection import reflect
 from runtime.serve.grpc.stream import MAX_UNREAD, Method, Stream
 from runtime.serve.protocol import documents
 from runtime.serve.service import Call, Service
@@ -47,8 +48,15 @@ class Methods:
             "ModelConfig": lambda request: service_pb2.ModelConfigResponse(
                 config=documents.model_config(self._model(request))
             ),
-            "ModelStatistics": self._statistics,
-            "RepositoryIndex": self._index,
+            "ModelStatistics": lambda request: documents.statistics(
+                service.repository.select(request.name, request.version)
+            ),
+            "RepositoryIndex": lambda request: service_pb2.RepositoryIndexResponse(
+                models=[
+                    service_pb2.RepositoryIndexResponse.ModelIndex(**entry)
+                    for entry in service.repository.index(request.ready)
+                ]
+            ),
             "TraceSetting": self._trace,
             "LogSettings": self._logging,
         }
@@ -69,10 +77,10 @@ class Methods:
             ),
             f"/{HEALTH}/Watch": Method("Health.Watch", self._watch, streaming=True),
         }
-        services = [INFERENCE, HEALTH, *REFLECTION]
+        self._reflection: Any = ReflectionServicer([INFERENCE, HEALTH, *REFLECTION])
         for name in REFLECTION:
             self._methods[f"/{name}/ServerReflectionInfo"] = Method(
-                "ServerReflectionInfo", lambda stream: reflect(stream, services), streaming=True
+                "ServerReflectionInfo", self._reflect, streaming=True
             )
 
     def find(self, path: str) -> Method | None:
@@ -182,21 +190,6 @@ class Methods:
             return service_pb2.ModelReadyResponse(ready=False)
         return service_pb2.ModelReadyResponse(ready=self.service.ready)
 
-    def _statistics(self, request: Any) -> Any:
-        repository = self.service.repository
-        if not request.name:
-            return documents.statistics(repository.all())
-        model = self._model(request)
-        versions = [] if request.version else repository.versions(request.name)
-        return documents.statistics([repository.get(request.name, v) for v in versions] or [model])
-
-    def _index(self, request: Any) -> Any:
-        answer = service_pb2.RepositoryIndexResponse()
-        for entry in self.service.repository.index():
-            if entry["state"] == "READY" or not request.ready:
-                answer.models.add(**entry)
-        return answer
-
     def _trace(self, request: Any) -> Any:
         if request.model_name:
             self.service.repository.get(request.model_name)
@@ -238,6 +231,17 @@ class Methods:
                 last = now
                 await stream.write(now, call)
             await asyncio.sleep(WATCH_PERIOD)
+
+    async def _reflect(self, stream: Stream) -> None:
+        """Server reflection, versions 1 and 1alpha (their messages are the same), for grpcurl and its like."""
+        while (message := await stream.read()) is not None:
+            data, call = message
+            try:
+                request = _parse(ServerReflectionRequest, bytes(data[:SMALL_MESSAGE]))
+            except RequestError as error:
+                raise stream.fail(call, error) from None
+            answer = next(self._reflection.ServerReflectionInfo(iter((request,)), None))
+            await stream.write(answer.SerializeToString(), call)
 
 
 async def _only(stream: Stream) -> tuple[bytes | memoryview, Call]:

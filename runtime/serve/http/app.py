@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import msgspec
+from google.protobuf.message import Message
 
+from runtime.manifest import Manifest
 from runtime.serve.errors import Code, RequestError
 from runtime.serve.http.body import encode_body, inflate_body
 from runtime.serve.http.classify import check_classifiable, classify_image
@@ -47,28 +50,32 @@ class App:
         self.service = service
         self._page = {p.name: p.read_bytes() for p in PAGE.iterdir() if p.suffix in MEDIA}
         self._openapi = documents.openapi(OPENAPI.read_bytes(), secured=service.settings.token is not None)
+        repository = service.repository
+        statistics = _document(lambda request: documents.statistics(repository.select(*request.target)))
+        logging = dict.fromkeys(("GET", "POST"), _document(self._logging))
+        trace = dict.fromkeys(("GET", "POST"), _document(self._trace))
         page = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
         self._fixed: dict[str, dict[str, Handler]] = {
-            "/v2": {"GET": self.server},
-            "/v2/health/live": {"GET": self.live},
-            "/v2/health/ready": {"GET": self.ready},
-            "/v2/models": {"GET": self.models},
-            "/v2/models/stats": {"GET": self.all_statistics},
-            "/v2/repository/index": {"POST": self.index},
-            "/v2/logging": {"GET": self.logging, "POST": self.update_logging},
-            "/v2/trace/setting": {"GET": self.trace, "POST": self.update_trace},
+            "/v2": {"GET": _document(lambda request: documents.server_metadata())},
+            "/v2/health/live": {"GET": _document(lambda request: {"live": True})},
+            "/v2/health/ready": {"GET": _document(self._ready)},
+            "/v2/models": {"GET": _document(self._names)},
+            "/v2/models/stats": {"GET": statistics},
+            "/v2/repository/index": {"POST": _document(self._index)},
+            "/v2/logging": logging,
+            "/v2/trace/setting": trace,
             "/openapi.json": {"GET": self.openapi},
             **{path: {"GET": self.page_file(name)} for path, name in page.items()},
         }
         self._of_model: dict[str, dict[str, Handler]] = {
-            "": {"GET": self.metadata},
-            "ready": {"GET": self.model_ready},
-            "config": {"GET": self.config},
-            "stats": {"GET": self.statistics},
-            "manifest": {"GET": self.manifest},
+            "": {"GET": _document(lambda request: documents.model_metadata(self._model(request), repository))},
+            "ready": {"GET": _document(self._ready)},
+            "config": {"GET": _document(lambda request: documents.model_config(self._model(request)))},
+            "stats": {"GET": statistics},
+            "manifest": {"GET": _document(self._manifest)},
             "infer": {"POST": self.infer},
             "classify": {"POST": self.classify},
-            "trace/setting": {"GET": self.trace, "POST": self.update_trace},
+            "trace/setting": trace,
         }
         self._limits: dict[Handler, int] = {
             self.infer: service.settings.max_request_bytes,
@@ -162,84 +169,44 @@ class App:
         """An image file in the body, labels and probabilities out."""
         return json_answer(await classify_image(self.service, request))
 
-    async def live(self, request: Request) -> Answer:
-        """The process answers."""
-        return json_answer({"live": True})
-
-    async def ready(self, request: Request) -> Answer:
-        """All models are loaded and warmed up, no engine failed, the server is not stopping."""
+    def _ready(self, request: Request) -> dict[str, Any]:
+        """All models are loaded and warmed up, no engine failed, the server is not stopping; one named is loaded."""
+        named = {"name": self._model(request).source.name} if request.target[0] else {}
         if not self.service.ready:
             raise RequestError("the server is not ready", Code.UNAVAILABLE)
-        return json_answer({"ready": True})
+        return {**named, "ready": True}
 
-    async def model_ready(self, request: Request) -> Answer:
-        """Ready when loaded (only warmed-up models are), and the server is."""
-        name = self._model(request).source.name
-        await self.ready(request)
-        return json_answer({"name": name, "ready": True})
-
-    async def server(self, request: Request) -> Answer:
-        """Server metadata."""
-        return json_answer(documents.to_dict(documents.server_metadata()))
-
-    async def models(self, request: Request) -> Answer:
+    def _names(self, request: Request) -> dict[str, Any]:
         """Names and versions (not part of the protocol; the page needs it)."""
         repository = self.service.repository
         names = sorted({m.source.name for m in repository.all()})
-        return json_answer({"models": [{"name": n, "versions": repository.versions(n)} for n in names]})
+        return {"models": [{"name": n, "versions": repository.versions(n)} for n in names]}
 
-    async def index(self, request: Request) -> Answer:
+    def _index(self, request: Request) -> list[dict[str, str]]:
         """What the repository holds, as Triton's index extension has it."""
-        only_ready = _json_object(request, empty=True).get("ready", False)
-        entries = self.service.repository.index()
-        return json_answer([e for e in entries if e["state"] == "READY" or not only_ready])
+        return self.service.repository.index(bool(_json_object(request, empty=True).get("ready")))
 
-    async def metadata(self, request: Request) -> Answer:
-        """Model metadata."""
-        return json_answer(documents.to_dict(documents.model_metadata(self._model(request), self.service.repository)))
-
-    async def config(self, request: Request) -> Answer:
-        """The model's configuration as Triton would show it."""
-        return json_answer(documents.to_dict(documents.model_config(self._model(request))))
-
-    async def statistics(self, request: Request) -> Answer:
-        """Counters of one version, or of all versions when none is named."""
-        model, repository = self._model(request), self.service.repository
-        versions = [] if request.target[1] else repository.versions(model.source.name)
-        chosen = [repository.get(model.source.name, v) for v in versions] or [model]
-        return json_answer(documents.to_dict(documents.statistics(chosen)))
-
-    async def all_statistics(self, request: Request) -> Answer:
-        """Counters of every model."""
-        return json_answer(documents.to_dict(documents.statistics(self.service.repository.all())))
-
-    async def manifest(self, request: Request) -> Answer:
+    def _manifest(self, request: Request) -> Manifest:
         """The model card: the artefact's manifest (not part of the protocol)."""
         manifest = self._model(request).manifest
         if manifest is None:
             raise RequestError("this model came without a manifest", Code.NOT_FOUND)
-        return json_answer(manifest)
+        return manifest
 
-    async def logging(self, request: Request) -> Answer:
-        """Log settings."""
-        return json_answer(self.service.log_settings.values)
+    def _logging(self, request: Request) -> dict[str, Any]:
+        """Log settings, shown or changed."""
+        if request.method == "POST":
+            self.service.log_settings.update(_json_object(request))
+        return self.service.log_settings.values
 
-    async def update_logging(self, request: Request) -> Answer:
-        """Change log settings."""
-        self.service.log_settings.update(_json_object(request))
-        return json_answer(self.service.log_settings.values)
-
-    async def trace(self, request: Request) -> Answer:
-        """Trace settings."""
+    def _trace(self, request: Request) -> dict[str, Any]:
+        """Trace settings. They are chosen at start; an update to what is already so is accepted."""
+        traced = self.service.tracer is not None
+        if request.method == "POST":
+            documents.check_trace_update(_json_object(request), traced)
         if request.target[0]:
             self._model(request)
-        settings = documents.trace_settings(self.service.tracer is not None)
-        return json_answer({k: list(v) if k == "trace_level" else v[0] for k, v in settings.items()})
-
-    async def update_trace(self, request: Request) -> Answer:
-        """Trace settings are chosen at start; what is already so is accepted."""
-        documents.check_trace_update(_json_object(request), self.service.tracer is not None)
-        return await self.trace(request)
+        return {k: list(v) if k == "trace_level" else v[0] for k, v in documents.trace_settings(traced).items()}
 
     async def openapi(self, request: Request) -> Answer:
         """This API, described."""
@@ -273,6 +240,16 @@ class MetricsApp(App):
     async def metrics(self, request: Request) -> Answer:
         """The exposition."""
         return Answer(self._exposition.text(), [(b"content-type", self._exposition.media_type)])
+
+
+def _document(make: Callable[[Request], Any]) -> Handler:
+    """A handler that answers with JSON; a protobuf message looks as Triton's REST side shows it."""
+
+    async def answer(request: Request) -> Answer:
+        value = make(request)
+        return json_answer(documents.to_dict(value) if isinstance(value, Message) else value)
+
+    return answer
 
 
 def header_size(value: bytes | None) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -15,23 +16,8 @@ Headers = list[tuple[bytes, bytes]]
 ALIGN = 64
 JSON = (b"content-type", b"application/json")
 encode_json = msgspec.json.Encoder().encode
-TEXTS = {
-    100: "Continue",
-    200: "OK",
-    400: "Bad Request",
-    401: "Unauthorized",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    408: "Request Timeout",
-    413: "Content Too Large",
-    415: "Unsupported Media Type",
-    431: "Request Header Fields Too Large",
-    499: "Client Closed Request",
-    500: "Internal Server Error",
-    501: "Not Implemented",
-    503: "Service Unavailable",
-}
-STATUS_LINES = {status: f"HTTP/1.1 {status} {text}\r\n".encode() for status, text in TEXTS.items()}
+PHRASES = {status.value: status.phrase for status in HTTPStatus} | {499: "Client Closed Request"}
+STATUS_LINES = {status: f"HTTP/1.1 {status} {phrase}\r\n".encode() for status, phrase in PHRASES.items()}
 
 
 @dataclass(slots=True)
@@ -48,52 +34,34 @@ def json_answer(document: Any, status: int = 200) -> Answer:
     return Answer(encode_json(document), [JSON], status)
 
 
+@dataclass(slots=True, eq=False)
 class Request:
     """One HTTP request and the bytes of its body as they arrive, all accounted for in `call`."""
 
-    __slots__ = (
-        "_first",
-        "_offset",
-        "_rest",
-        "answered",
-        "call",
-        "client",
-        "error",
-        "handler",
-        "header_length",
-        "headers",
-        "keep_alive",
-        "limit",
-        "method",
-        "offered",
-        "old",
-        "path",
-        "query",
-        "received",
-        "target",
-    )
-
-    def __init__(self, call: Call, method: str, path: str, query: str, headers: dict[bytes, bytes]) -> None:
-        self.call, self.method, self.path, self.query, self.headers = call, method, path, query, headers
-        self.client: object = None
-        self.keep_alive = True
-        self.old = False
-        """HTTP/1.0, where a connection that stays open must be told."""
-        self.offered = False
-        """Its head offered another protocol."""
-        self.answered = False
-        """The answer was written before the body was in, which is now read and dropped."""
-        self.error: BaseException | None = None
-        self.handler: Callable[[Request], Awaitable[Answer]] | None = None
-        self.target: tuple[str, str] = ("", "")
-        """Model and version that the path names."""
-        self.header_length: int | None = None
-        self.limit = 0
-        """Bytes of body that the handler takes."""
-        self.received = 0
-        self._first = b""
-        self._rest: bytearray | None = None
-        self._offset = 0
+    call: Call
+    method: str
+    path: str
+    query: str
+    headers: dict[bytes, bytes]
+    client: object = None
+    keep_alive: bool = True
+    old: bool = False
+    """HTTP/1.0, where a connection that stays open must be told."""
+    offered: bool = False
+    """Its head offered another protocol."""
+    answered: bool = False
+    """The answer was written before the body was in, which is now read and dropped."""
+    error: BaseException | None = None
+    handler: Callable[[Request], Awaitable[Answer]] | None = None
+    target: tuple[str, str] = ("", "")
+    """Model and version that the path names."""
+    header_length: int | None = None
+    limit: int = 0
+    """Bytes of body that the handler takes."""
+    received: int = 0
+    _first: bytes = b""
+    _rest: bytearray | None = None
+    _offset: int = 0
 
     def add(self, data: bytes) -> None:
         """Part of the body: memory is taken for what came, never for what was announced. Raises RequestError."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
@@ -17,6 +18,26 @@ if TYPE_CHECKING:
     from runtime.serve.service import Service
 
 _SUFFIX = re.compile(rb"^(# (?:HELP|TYPE) (?:nv|gmconv)_\w+)_total ", re.MULTILINE)
+COUNTERS: dict[str, tuple[str, Callable[[Stats], int]]] = {
+    "nv_inference_request_success": ("Requests answered", lambda s: s.success.count),
+    "nv_inference_count": ("Rows inferred", lambda s: s.inferences),
+    "nv_inference_exec_count": ("Batches executed", lambda s: s.executions),
+    "nv_inference_request_duration_us": ("Total request time", lambda s: s.success.ns // 1000),
+    "nv_inference_queue_duration_us": ("Total time in the queue", lambda s: s.queue.ns // 1000),
+    "nv_inference_compute_input_duration_us": ("Gathering inputs", lambda s: s.compute_input.ns // 1000),
+    "nv_inference_compute_infer_duration_us": ("Executing", lambda s: s.compute_infer.ns // 1000),
+    "nv_inference_compute_output_duration_us": ("Splitting outputs", lambda s: s.compute_output.ns // 1000),
+}
+HISTOGRAMS: tuple[tuple[str, str, Callable[[Stats], Histogram]], ...] = (
+    ("gmconv_inference_latency_us", "Request latency in microseconds", lambda s: s.latency),
+    ("gmconv_inference_batch_size", "Rows per execution", lambda s: s.batch_size),
+)
+GPU = {
+    "nv_gpu_utilization": "GPU utilization, 0 to 1",
+    "nv_gpu_memory_total_bytes": "GPU memory",
+    "nv_gpu_memory_used_bytes": "GPU memory in use",
+    "nv_gpu_power_usage": "GPU power, W",
+}
 
 
 class ServiceCollector(Collector):
@@ -27,87 +48,64 @@ class ServiceCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Called by prometheus-client on each scrape."""
-        models = [(m, {"model": m.source.name, "version": m.source.version}) for m in self._service.repository.all()]
-        counters: dict[str, tuple[str, Callable[[Stats], int]]] = {
-            "nv_inference_request_success": ("Requests answered", lambda s: s.success.count),
-            "nv_inference_count": ("Rows inferred", lambda s: s.inferences),
-            "nv_inference_exec_count": ("Batches executed", lambda s: s.executions),
-            "nv_inference_request_duration_us": ("Total request time", lambda s: s.success.ns // 1000),
-            "nv_inference_queue_duration_us": ("Total time in the queue", lambda s: s.queue.ns // 1000),
-            "nv_inference_compute_input_duration_us": ("Gathering inputs", lambda s: s.compute_input.ns // 1000),
-            "nv_inference_compute_infer_duration_us": ("Executing", lambda s: s.compute_infer.ns // 1000),
-            "nv_inference_compute_output_duration_us": ("Splitting outputs", lambda s: s.compute_output.ns // 1000),
-        }
-        for name, (text, read) in counters.items():
-            family = Metric(name, text, "counter")
-            for model, labels in models:
-                family.add_sample(name, labels, read(model.stats))
-            yield family
-        family = Metric("nv_inference_request_failure", "Requests not answered, by reason", "counter")
-        for model, labels in models:
-            for reason, count in model.stats.failures.items():
-                family.add_sample(family.name, {**labels, "reason": reason}, count)
-        unchosen = {"model": "", "version": "", "reason": "REJECTED"}
-        family.add_sample(family.name, unchosen, self._service.rejected)
-        yield family
-        pending = Metric("nv_inference_pending_request_count", "Requests in the queue", "gauge")
-        for model, labels in models:
-            pending.add_sample(pending.name, labels, model.batcher.pending)
-        yield pending
-        yield build_times(models)
-        yield from self._histograms(models)
         service = self._service
-        yield GaugeMetricFamily("gmconv_serve_ready", "1 when ready", float(service.ready))
-        yield GaugeMetricFamily("gmconv_serve_inflight_requests", "Requests under way", float(service.inflight))
-        yield GaugeMetricFamily("gmconv_serve_inflight_bytes", "Request bytes held", float(service.inflight_bytes))
-        counted: tuple[tuple[str, str, str, str, Mapping[tuple[str, str], int]], ...] = (
+        models = [(m, {"model": m.source.name, "version": m.source.version}) for m in service.repository.all()]
+        failures = [
+            ({**labels, "reason": reason}, count)
+            for model, labels in models
+            for reason, count in model.stats.failures.items()
+        ]
+        failures.append(({"model": "", "version": "", "reason": "REJECTED"}, service.rejected))
+        yield _family("nv_inference_request_failure", "Requests not answered, by reason", failures)
+        for name, (text, read) in COUNTERS.items():
+            yield _family(name, text, ((labels, read(model.stats)) for model, labels in models))
+        waiting = ((labels, model.batcher.pending) for model, labels in models)
+        yield _family("nv_inference_pending_request_count", "Requests in the queue", waiting, "gauge")
+        yield build_times(models)
+        for name, text, read_histogram in HISTOGRAMS:
+            histograms = HistogramMetricFamily(name, text, labels=["model", "version"])
+            for model, labels in models:
+                histogram = read_histogram(model.stats)
+                histograms.add_metric(list(labels.values()), _buckets(histogram), histogram.total)
+            yield histograms
+        for name, text, value in (
+            ("gmconv_serve_ready", "1 when ready", float(service.ready)),
+            ("gmconv_serve_inflight_requests", "Requests under way", service.inflight),
+            ("gmconv_serve_inflight_bytes", "Request bytes held", service.inflight_bytes),
+        ):
+            yield _family(name, text, [({}, value)], "gauge")
+        for name, text, kind, second, counts in (
             ("gmconv_serve_responses", "Answers by protocol and status", "counter", "status", service.responses),
             ("gmconv_serve_refusals", "Turned away before a model was chosen", "counter", "reason", service.refusals),
-        )
-        for name, text, kind, label, counts in counted:
-            family = Metric(name, text, kind)
-            for (protocol, value), count in sorted(counts.items()):
-                family.add_sample(name, {"protocol": protocol, label: value}, count)
-            yield family
-        for name, text, kind, numbers in (
-            ("gmconv_serve_connections", "Open connections", "gauge", service.connections),
-            ("gmconv_serve_accepted_connections", "Connections accepted so far", "counter", service.accepted),
+            ("gmconv_serve_connections", "Open connections", "gauge", "", service.connections),
+            ("gmconv_serve_accepted_connections", "Accepted so far", "counter", "", service.accepted),
         ):
-            family = Metric(name, text, kind)
-            for protocol, count in sorted(numbers.items()):
-                family.add_sample(name, {"protocol": protocol}, count)
-            yield family
+            yield _family(name, text, _by_protocol(counts, second), kind)
         yield from gpu_metrics()
 
-    def _histograms(self, models: list[tuple[Any, dict[str, str]]]) -> Iterator[Metric]:
-        latency = HistogramMetricFamily(
-            "gmconv_inference_latency_us", "Request latency in microseconds", labels=["model", "version"]
-        )
-        size = HistogramMetricFamily("gmconv_inference_batch_size", "Rows per execution", labels=["model", "version"])
-        for model, labels in models:
-            for family, histogram in ((latency, model.stats.latency), (size, model.stats.batch_size)):
-                family.add_metric(list(labels.values()), _buckets(histogram), histogram.total)
-        yield latency
-        yield size
+
+def _family(name: str, text: str, samples: Iterable[tuple[dict[str, str], float]], kind: str = "counter") -> Metric:
+    family = Metric(name, text, kind)
+    for labels, value in samples:
+        family.add_sample(name, labels, value)
+    return family
+
+
+def _by_protocol(counts: Mapping[Any, int], second: str) -> Iterator[tuple[dict[str, str], float]]:
+    """Samples of counts by protocol, or by protocol and what the label `second` is called for."""
+    for key, count in sorted(counts.items()):
+        yield {"protocol": key[0], second: key[1]} if second else {"protocol": key}, count
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
-    total = 0
-    buckets: list[tuple[str, float]] = []
-    for bound, count in zip((*map(str, histogram.bounds), "+Inf"), histogram.counts, strict=True):
-        total += count
-        buckets.append((bound, total))
-    return buckets
+    return list(zip((*map(str, histogram.bounds), "+Inf"), accumulate(histogram.counts), strict=True))
 
 
 def build_times(models: Iterable[tuple[Any, dict[str, str]]]) -> Metric:
     """What each engine took to build, from its manifest; other artefacts have no sample."""
-    family = Metric("gmconv_engine_build_seconds", "What it took to build the engine", "gauge")
-    for model, labels in models:
-        build = model.manifest and model.manifest.build
-        if build and "build" in build.seconds:
-            family.add_sample(family.name, labels, build.seconds["build"])
-    return family
+    builds = ((labels, model.manifest and model.manifest.build) for model, labels in models)
+    samples = ((labels, build.seconds["build"]) for labels, build in builds if build and "build" in build.seconds)
+    return _family("gmconv_engine_build_seconds", "What it took to build the engine", samples, "gauge")
 
 
 def gpu_metrics() -> Iterator[Metric]:
@@ -119,29 +117,20 @@ def gpu_metrics() -> Iterator[Metric]:
         count = pynvml.nvmlDeviceGetCount()
     except Exception:
         return
-    families = {
-        "nv_gpu_utilization": Metric("nv_gpu_utilization", "GPU utilization, 0 to 1", "gauge"),
-        "nv_gpu_memory_total_bytes": Metric("nv_gpu_memory_total_bytes", "GPU memory", "gauge"),
-        "nv_gpu_memory_used_bytes": Metric("nv_gpu_memory_used_bytes", "GPU memory in use", "gauge"),
-        "nv_gpu_power_usage": Metric("nv_gpu_power_usage", "GPU power, W", "gauge"),
-    }
+    samples: dict[str, list[tuple[dict[str, str], float]]] = {name: [] for name in GPU}
     for index in range(count):
         try:
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             uuid = pynvml.nvmlDeviceGetUUID(handle)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            values = {
-                "nv_gpu_memory_total_bytes": float(memory.total),
-                "nv_gpu_memory_used_bytes": float(memory.used),
-                "nv_gpu_utilization": pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
-                "nv_gpu_power_usage": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            }
+            utilization = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+            values = (utilization, memory.total, memory.used, pynvml.nvmlDeviceGetPowerUsage(handle) / 1000)
         except pynvml.NVMLError:
             continue
         labels = {"gpu_uuid": uuid if isinstance(uuid, str) else uuid.decode()}
-        for name, value in values.items():
-            families[name].add_sample(name, labels, value)
-    yield from (family for family in families.values() if family.samples)
+        for name, value in zip(GPU, values, strict=True):
+            samples[name].append((labels, float(value)))
+    yield from (_family(name, GPU[name], found, "gauge") for name, found in samples.items() if found)
 
 
 class Exposition:

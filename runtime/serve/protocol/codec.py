@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import msgspec
@@ -65,11 +65,8 @@ class Plan:
     """Input, shape, elements and bytes, in the order of the tail."""
     size: int
     """Bytes of the tail."""
-    rows: int
-    wanted: list[Wanted]
-    id: str
-    timeout_us: int
-    priority: int
+    decoded: Decoded
+    """The request without its feeds: the same for all."""
     answers: dict[tuple[tuple[int, ...], ...], bytes] = field(default_factory=dict)
     """JSON headers of answers, by the shapes of their outputs."""
 
@@ -111,11 +108,7 @@ def decode(body: bytes | bytearray | memoryview, header_length: int | None, sign
     feeds: dict[str, Array] = {}
     ports: list[tuple[Port, tuple[int, ...], int, int]] = []
     for tensor in request.inputs:
-        port = signature.port(tensor.name, tensor.datatype)
-        if tensor.name in feeds:
-            raise RequestError(f"input '{tensor.name}' is given twice")
-        elements = signature.check_shape(port, tensor.shape)
-        refuse_shared_memory(tensor.parameters)
+        port, elements = open_input(feeds, tensor, signature)
         size = tensor.parameters.get("binary_data_size")
         if size is None:
             feeds[port.name] = from_json(port, tensor.shape, elements, bytes(tensor.data), strict)
@@ -131,21 +124,17 @@ def decode(body: bytes | bytearray | memoryview, header_length: int | None, sign
         tail = tail[size:]
     if len(tail):
         raise RequestError(f"{len(tail)} bytes follow the last binary tensor")
-    parameters = request.parameters
-    timeout_us, priority = scheduling(parameters)
-    binary = parameters.get("binary_data_output", False)
+    binary = request.parameters.get("binary_data_output", False)
     if not isinstance(binary, bool):
         raise RequestError("'binary_data_output' must be true or false")
-    rows = signature.rows(feeds)
-    wanted = _wanted(request.outputs, binary, signature)
-    id_ = clean_id(request.id)
+    outputs = [(output.name, output.parameters) for output in request.outputs]
+    decoded = finish(feeds, request.parameters, outputs, request.id, binary, signature)
     if key is not None and len(ports) == len(feeds):
-        size = sum(p[3] for p in ports)
-        plan = Plan(ports, size, rows, wanted, id_, timeout_us, priority)
         if len(signature.plans) >= MAX_PLANS:
             signature.plans.clear()
-        signature.plans[key] = plan
-    return Decoded(feeds, rows, wanted, id_, timeout_us, priority, plan)
+        decoded.plan = Plan(ports, sum(p[3] for p in ports), replace(decoded, feeds={}))
+        signature.plans[key] = decoded.plan
+    return decoded
 
 
 def _parse(text: memoryview) -> tuple[_Request, bool]:
@@ -183,7 +172,8 @@ def _decode_planned(tail: memoryview, plan: Plan) -> Decoded:
     for port, shape, elements, size in plan.ports:
         feeds[port.name] = from_bytes(port, shape, elements, tail[start : start + size])
         start += size
-    return Decoded(feeds, plan.rows, plan.wanted, plan.id, plan.timeout_us, plan.priority, plan)
+    first = plan.decoded
+    return Decoded(feeds, first.rows, first.wanted, first.id, first.timeout_us, first.priority, plan)
 
 
 def _bound_json(body: bytes | bytearray | memoryview, signature: Signature) -> None:
@@ -230,19 +220,33 @@ def from_bytes(port: Port, shape: Sequence[int], elements: int, data: memoryview
     return np.frombuffer(data, port.dtype).reshape(shape)
 
 
-def _wanted(outputs: list[_Output], binary: bool, signature: Signature) -> list[Wanted]:
-    if not outputs:
-        return [Wanted(name, binary) for name in signature.outputs]
+def open_input(feeds: Mapping[str, Array], tensor: Any, signature: Signature) -> tuple[Port, int]:
+    """The input that a tensor of a request is for, and its elements by its shape. Raises RequestError."""
+    port = signature.port(tensor.name, tensor.datatype)
+    if tensor.name in feeds:
+        raise RequestError(f"input '{tensor.name}' is given twice")
+    refuse_shared_memory(tensor.parameters)
+    return port, signature.check_shape(port, tensor.shape)
+
+
+def finish(
+    feeds: dict[str, Array],
+    parameters: Mapping[str, Any],
+    outputs: Sequence[tuple[str, Mapping[str, Any]]],
+    id_: str | int | None,
+    binary: Any,
+    signature: Signature,
+) -> Decoded:
+    """A request whose tensors are read; `outputs` are names and parameters. Raises RequestError."""
+    timeout_us, priority = scheduling(parameters)
     wanted = []
-    for output in outputs:
-        refuse_shared_memory(output.parameters)
-        as_bytes = output.parameters.get("binary_data", binary)
-        if not isinstance(as_bytes, bool):
-            raise RequestError(f"output '{clip(output.name)}': 'binary_data' must be true or false")
-        wanted.append(signature.want(output.name, as_bytes, output.parameters.get("classification", 0)))
+    for name, own in outputs:
+        refuse_shared_memory(own)
+        wanted.append(signature.want(name, own.get("binary_data", binary), own.get("classification", 0)))
     if len({w.name for w in wanted}) != len(wanted):
         raise RequestError("an output is requested twice")
-    return wanted
+    wanted = wanted or [signature.want(name, binary) for name in signature.outputs]
+    return Decoded(feeds, signature.rows(feeds), wanted, clean_id(id_), timeout_us, priority)
 
 
 def refuse_shared_memory(parameters: Mapping[str, Any]) -> None:
@@ -287,30 +291,22 @@ def encode(
     entries: list[dict[str, Any]] = []
     chunks: list[bytes] = []
     for want in decoded.wanted:
-        array, port = outputs[want.name], signature.outputs[want.name]
-        entry: dict[str, Any]
-        if want.classes:
-            rows = classify(array, want.classes, signature)
-            entry = {"name": want.name, "datatype": "BYTES", "shape": class_shape(rows, signature)}
-            if want.binary:
-                chunk = pack_bytes(rows)
-                entry["parameters"] = {"binary_data_size": len(chunk)}
-                chunks.append(chunk)
-            else:
-                entry["data"] = [text for row in rows for text in row]
+        array = outputs[want.name]
+        datatype, shape = signature.outputs[want.name].datatype, array.shape
+        data: dict[str, Any]
+        if want.binary:
+            datatype, shape, chunk = to_bytes(want, array, signature)
+            chunks.append(chunk)
+            data = {"parameters": {"binary_data_size": len(chunk)}}
+        elif want.classes:
+            datatype, shape, texts = "BYTES", *classify(array, want.classes, signature)
+            data = {"data": texts}
         else:
-            entry = {"name": want.name, "datatype": port.datatype, "shape": array.shape}
-            if want.binary:
-                chunk = array.tobytes()
-                entry["parameters"] = {"binary_data_size": len(chunk)}
-                chunks.append(chunk)
-            else:
-                flat = array.astype(np.float32) if port.datatype in ("BF16", "FP16") else array
-                values = flat.ravel()
-                finite = values.dtype.kind != "f" or np.isfinite(values).all()
-                # As Triton writes them: bare NaN and Infinity, which msgspec would make null.
-                entry["data"] = values.tolist() if finite else msgspec.Raw(json.dumps(values.tolist()).encode())
-        entries.append(entry)
+            values = (array.astype(np.float32) if datatype in ("BF16", "FP16") else array).ravel()
+            finite = values.dtype.kind != "f" or np.isfinite(values).all()
+            # As Triton writes them: bare NaN and Infinity, which msgspec would make null.
+            data = {"data": values.tolist() if finite else msgspec.Raw(json.dumps(values.tolist()).encode())}
+        entries.append({"name": want.name, "datatype": datatype, "shape": shape, **data})
     answer: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": entries}
     if decoded.id:
         answer["id"] = decoded.id
@@ -322,28 +318,22 @@ def encode(
     return b"".join((header, *chunks)), len(header)
 
 
-def classify(array: Array, classes: int, signature: Signature) -> list[list[str]]:
-    """Per row the `classes` highest scores as Triton writes them: "score:index" or "score:index:label"."""
+def to_bytes(want: Wanted, array: Array, signature: Signature) -> tuple[str, tuple[int, ...], bytes]:
+    """Datatype, shape and little-endian bytes of a requested output; each text has its length before it."""
+    if not want.classes:
+        return signature.outputs[want.name].datatype, array.shape, array.tobytes()
+    shape, texts = classify(array, want.classes, signature)
+    encoded = [text.encode() for text in texts]
+    return "BYTES", shape, b"".join(len(text).to_bytes(4, "little") + text for text in encoded)
+
+
+def classify(array: Array, classes: int, signature: Signature) -> tuple[tuple[int, ...], list[str]]:
+    """Per row the `classes` highest scores as Triton writes them: "score:index" or "score:index:label"; their shape."""
     rows = array.reshape(len(array), -1) if signature.max_rows else array.reshape(1, -1)
     labels = signature.labels or ()
-    answer = []
+    texts: list[str] = []
     for row in rows:
         order = np.argsort(-row.astype(np.float64), kind="stable")[:classes]
-        answer.append([f"{row[i]:f}:{i}" + (f":{labels[i]}" if i < len(labels) else "") for i in order.tolist()])
-    return answer
-
-
-def class_shape(rows: list[list[str]], signature: Signature) -> list[int]:
-    """The shape of a classification output."""
-    width = len(rows[0]) if rows else 0
-    return [len(rows), width] if signature.max_rows else [width]
-
-
-def pack_bytes(rows: list[list[str]]) -> bytes:
-    """BYTES tensors on the wire: each element's length as four little-endian bytes, then the element."""
-    packed = bytearray()
-    for row in rows:
-        for text in row:
-            data = text.encode()
-            packed += len(data).to_bytes(4, "little") + data
-    return bytes(packed)
+        texts += [f"{row[i]:f}:{i}" + (f":{labels[i]}" if i < len(labels) else "") for i in order.tolist()]
+    width = len(texts) // len(rows) if len(rows) else 0
+    return ((len(rows), width) if signature.max_rows else (width,)), texts

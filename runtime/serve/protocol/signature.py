@@ -107,11 +107,13 @@ class Signature:
             raise RequestError("the inputs of one request differ in their first dimension")
         return sizes.pop()
 
-    def want(self, name: str, binary: bool, classes: Parameter = 0) -> Wanted:
+    def want(self, name: str, binary: Parameter, classes: Parameter = 0) -> Wanted:
         """A checked requested output."""
         port = self.outputs.get(name)
         if port is None:
             raise RequestError(f"unexpected inference output '{clip(name)}'; outputs are {sorted(self.outputs)}")
+        if not isinstance(binary, bool):
+            raise RequestError(f"output '{name}': whether it is sent as bytes must be true or false")
         if isinstance(classes, bool) or not isinstance(classes, int) or not 0 <= classes <= 1 << 20:
             raise RequestError(f"output '{name}': 'classification' must be a whole number of classes")
         return Wanted(name, binary, classes)
