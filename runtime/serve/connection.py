@@ -169,6 +169,8 @@ class Listener:
         self.service, self.protocol, self.sock, self.limit, self.tls = service, protocol, sock, limit, tls
         self.loop = asyncio.get_running_loop()
         self.connections: set[Connection] = set()
+        self.calls = 0
+        """Under way or idle on all connections, where one carries several."""
         self._crowded: OrderedDict[Connection, None] = OrderedDict()
         self._make = make
         self._server: asyncio.Server | None = None

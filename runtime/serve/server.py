@@ -129,11 +129,9 @@ class _Life:
             tls = make_tls(settings, "http/1.1")
             listen("http", settings.http_port, lambda listener: HttpConnection(listener, app), limit, tls)
         if settings.grpc:
-            methods = Methods(service)
+            methods = Methods(service).table
             make: Any = lambda listener: GrpcConnection(listener, methods)  # noqa: E731
             listen("grpc", settings.grpc_port, make, limit, make_tls(settings, "h2"))
-            grpc = self.listeners[-1]
-            methods.connections = lambda: [c for c in grpc.connections if isinstance(c, GrpcConnection)]
         if settings.metrics:
             metrics = MetricsApp(service)
             make = lambda listener: HttpConnection(listener, metrics)  # noqa: E731

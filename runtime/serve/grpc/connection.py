@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from typing import Protocol
+from collections.abc import Mapping
 
 import h2.config
 import h2.connection
@@ -27,26 +27,16 @@ READ_AHEAD = 256 * 1024
 STREAM_WINDOW = 1 << 20
 CONNECTION_WINDOW = 16 << 20
 MAX_STREAMS = 256
+RESERVE = 256
+"""Calls beyond the queue's size that may be under way or idle, in the whole process."""
 MAX_NOISE = 500
 """Pings, resets and settings that a client may send between two sweeps (0.1 s); a flood of them is all work for us."""
-
-
-class Methods(Protocol):
-    """What a connection asks about calls that begin."""
-
-    places: int
-
-    def find(self, path: str) -> Method | None:
-        """The method of a path."""
-
-    def take_place(self, connection: GrpcConnection) -> None:
-        """Count a call that begins. Raises RequestError where there are too many."""
 
 
 class GrpcConnection(Carrier):
     """One client over HTTP/2."""
 
-    def __init__(self, listener: Listener, methods: Methods) -> None:
+    def __init__(self, listener: Listener, methods: Mapping[str, Method]) -> None:
         super().__init__(listener)
         self._methods = methods
         self._input = bytearray()
@@ -142,7 +132,7 @@ class GrpcConnection(Carrier):
     def _open(self, number: int, headers: dict[bytes, bytes]) -> None:
         """A call begins: refused before any of its bytes are kept, or run."""
         path = headers.get(b":path", b"").decode("latin-1")
-        method = self._methods.find(path)
+        method = self._methods.get(path)
         try:
             if not headers.get(b"content-type", b"").startswith(b"application/grpc"):
                 raise RequestError("the content type must be application/grpc", Code.INVALID)
@@ -152,7 +142,7 @@ class GrpcConnection(Carrier):
                 raise RequestError("this server has no such method", Code.UNSUPPORTED)
             if self.crowded and not method.open:
                 raise RequestError("too many connections", Code.OVERLOADED)
-            self._methods.take_place(self)
+            self._take_place()
         except RequestError as error:
             self.service.refusals["grpc", error.code.grpc] += 1
             call = self.begin(headers, path)
@@ -185,14 +175,22 @@ class GrpcConnection(Carrier):
             stream.finish(status, text)
             self.flush()
 
-    def idle_streams(self) -> list[Stream]:
-        """Those that wait for their client."""
-        return [s for s in self.streams.values() if s.idle]
+    def _take_place(self) -> None:
+        """Count a call that begins; where there are too many the longest idle stream gives way. Raises RequestError."""
+        if self.listener.calls >= self.settings.queue_size + RESERVE:
+            every = [c for c in self.listener.connections if isinstance(c, GrpcConnection)]
+            idle = [stream for connection in every for stream in connection.streams.values() if stream.idle]
+            if not idle:
+                raise RequestError("the server has as many calls as it may", Code.OVERLOADED)
+            longest = min(idle, key=lambda stream: stream.idle_since)
+            longest.refuse(RequestError("the stream was idle and the server is full", Code.UNAVAILABLE))
+            longest.connection.flush()
+        self.listener.calls += 1
 
     def forget(self, stream: Stream) -> None:
         """A call is over."""
         if self.streams.pop(stream.number, None) is not None:
-            self._methods.places -= 1
+            self.listener.calls -= 1
             stream.close()
             if not self.streams:
                 self.wait(LINGER if self._retiring else self.settings.keep_alive)

@@ -17,7 +17,6 @@ from tritonclient.grpc import service_pb2
 
 from runtime.serve.errors import Code, RequestError
 from runtime.serve.grpc import codec
-from runtime.serve.grpc.connection import GrpcConnection
 from runtime.serve.grpc.stream import MAX_UNREAD, Method, Stream
 from runtime.serve.protocol import documents
 from runtime.serve.service import Call, Service
@@ -28,17 +27,13 @@ REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.Se
 WATCH_PERIOD = 0.2
 """Seconds between two looks of a watched health state."""
 SMALL_MESSAGE = 64 * 1024
-RESERVE = 256
-"""Calls beyond the queue's size that may be under way or idle, in the whole process."""
 
 
 class Methods:
-    """All methods by path, and the places that their calls take."""
+    """All methods, in `table` by their path."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self.places = 0
-        self.connections: Callable[[], list[GrpcConnection]] = list
         unary: dict[str, Callable[[Any], Any]] = {
             "ServerLive": lambda request: service_pb2.ServerLiveResponse(live=True),
             "ServerReady": lambda request: service_pb2.ServerReadyResponse(ready=service.ready),
@@ -61,7 +56,7 @@ class Methods:
             "LogSettings": self._logging,
         }
         inputs = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name
-        self._methods = {
+        self.table = {
             f"/{INFERENCE}/{name}": Method(
                 name,
                 self._unary(inputs[name].input_type._concrete_class, answer),
@@ -69,7 +64,7 @@ class Methods:
             )
             for name, answer in unary.items()
         }
-        self._methods |= {
+        self.table |= {
             f"/{INFERENCE}/ModelInfer": Method("ModelInfer", self._infer),
             f"/{INFERENCE}/ModelStreamInfer": Method("ModelInfer", self._stream_infer, streaming=True),
             f"/{HEALTH}/Check": Method(
@@ -79,24 +74,7 @@ class Methods:
         }
         self._reflection: Any = ReflectionServicer([INFERENCE, HEALTH, *REFLECTION])
         for name in REFLECTION:
-            self._methods[f"/{name}/ServerReflectionInfo"] = Method(
-                "ServerReflectionInfo", self._reflect, streaming=True
-            )
-
-    def find(self, path: str) -> Method | None:
-        """The method of a path."""
-        return self._methods.get(path)
-
-    def take_place(self, connection: GrpcConnection) -> None:
-        """Count a call that begins; where there are too many the longest idle stream gives way. Raises RequestError."""
-        if self.places >= self.service.settings.queue_size + RESERVE:
-            idle = [stream for other in self.connections() for stream in other.idle_streams()]
-            if not idle:
-                raise RequestError("the server has as many calls as it may", Code.OVERLOADED)
-            longest = min(idle, key=lambda stream: stream.idle_since)
-            longest.refuse(RequestError("the stream was idle and the server is full", Code.UNAVAILABLE))
-            longest.connection.flush()
-        self.places += 1
+            self.table[f"/{name}/ServerReflectionInfo"] = Method("ServerReflectionInfo", self._reflect, streaming=True)
 
     def _unary(self, kind: Any, answer: Callable[[Any], Any]) -> Callable[[Stream], Awaitable[None]]:
         """A method that answers one small message with another."""

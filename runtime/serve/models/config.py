@@ -98,10 +98,9 @@ def _batching(batching: Any, settings: dict[str, Any], honoured: list[str], igno
     ignored += sorted(f"dynamic_batching.{name}" for name in fields - BATCHING)
     settings["max_queue_delay"] = batching.max_queue_delay_microseconds / 1e6
     honoured.append(f"max_queue_delay {batching.max_queue_delay_microseconds} us")
-    if batching.priority_levels:
-        settings["priority_levels"] = int(min(batching.priority_levels, 100))
-        settings["default_priority"] = int(min(batching.default_priority_level, 100))
-        honoured.append(f"{settings['priority_levels']} priority levels")
+    if levels := int(min(batching.priority_levels, 100)):
+        settings |= {"priority_levels": levels, "default_priority": int(min(batching.default_priority_level, 100))}
+        honoured.append(f"{levels} priority levels")
     if "default_queue_policy" not in fields:
         return
     policy = batching.default_queue_policy
@@ -109,12 +108,12 @@ def _batching(batching: Any, settings: dict[str, Any], honoured: list[str], igno
     ignored += sorted(f"default_queue_policy.{name}" for name in given - QUEUE)
     if policy.timeout_action:  # DELAY; what is late is refused here
         ignored.append("default_queue_policy.timeout_action DELAY")
-    if policy.max_queue_size:
-        settings["queue_size"] = policy.max_queue_size
-        honoured.append(f"max_queue_size {policy.max_queue_size}")
-    if policy.default_timeout_microseconds:
-        settings["queue_timeout"] = policy.default_timeout_microseconds / 1e6
-        honoured.append(f"queue timeout {policy.default_timeout_microseconds} us")
+    if size := policy.max_queue_size:
+        settings["queue_size"] = size
+        honoured.append(f"max_queue_size {size}")
+    if timeout := policy.default_timeout_microseconds:
+        settings["queue_timeout"] = timeout / 1e6
+        honoured.append(f"queue timeout {timeout} us")
     settings["timeout_override"] = policy.allow_timeout_override
     honoured.append(f"timeout override {'allowed' if policy.allow_timeout_override else 'not allowed'}")
 

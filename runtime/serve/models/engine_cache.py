@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import secrets
@@ -24,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import click
 import msgspec
@@ -32,11 +31,13 @@ import msgspec
 from gmconv.child import child_command, child_environment
 from gmconv.errors import BuildError, Interrupted, ParityError, RefusedError, UnavailableError
 from gmconv.files import locked, sha256_file
-from runtime.manifest import external_files, find_manifest, read_manifest, sidecar, utc_now
+from runtime.manifest import external_files, find_manifest, own_version, read_manifest, sidecar, utc_now
 from runtime.records import Parity
 
 Profile = tuple[int, int, int]
 Note = Callable[[str], None]
+RunChild = Callable[..., int]
+"""`run_child`, or what stands for it."""
 ENGINE = "model.plan"
 VERIFIED = "verified.json"
 STOP_SECONDS = 10.0
@@ -53,16 +54,6 @@ class DeviceIdentity:
     driver: str
     flavor: str
     tensorrt: str
-
-
-class RunChild(Protocol):
-    """`run_child`, or what stands for it."""
-
-    def __call__(
-        self, arguments: Sequence[str], environment: Mapping[str, str] = ..., output: Path | None = ...
-    ) -> int:
-        """Run `python -m ARGUMENTS`; the exit code."""
-        ...
 
 
 def prepare_engine(
@@ -91,7 +82,7 @@ def prepare_engine(
     index = cuda.device_index("cuda" if device == "auto" else device)
     found = (identify or identify_device)(flavor, index)
     sources = hash_sources(onnx_path, require_manifest)
-    identity = {**asdict(found), "profile": profile, "sources": sources, "gmconv-deploy": _version()}
+    identity = {**asdict(found), "profile": profile, "sources": sources, "gmconv-deploy": own_version()}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     entry = cache_dir / key
     try:
@@ -284,10 +275,3 @@ def _problem(entry: Path, identity: dict[str, Any]) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, RefusedError) as error:
         return f"the cached one is damaged ({error})"
     return None
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("gmconv-deploy")
-    except importlib.metadata.PackageNotFoundError:  # run from the sources
-        return "not installed"

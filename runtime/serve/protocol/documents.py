@@ -7,14 +7,13 @@ as numbers, as Triton writes them.
 from __future__ import annotations
 
 import json
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from tritonclient.grpc import model_config_pb2, service_pb2
 
+from runtime.manifest import own_version
 from runtime.serve.errors import Code, RequestError
 from runtime.serve.models.config import ModelConfig
 from runtime.serve.models.repository import Repository
@@ -23,7 +22,7 @@ from runtime.serve.models.version import ModelVersion
 from runtime.serve.observe.stats import Timer
 from runtime.serve.protocol.signature import TO_TRITON, Port
 
-SERVER_NAME = "gmconv-deploy"
+SERVER_NAME, VERSION = "gmconv-deploy", own_version()
 EXTENSIONS = (
     "binary_tensor_data",
     "classification",
@@ -37,18 +36,9 @@ EXTENSIONS = (
 _CONFIG_TYPES = {v: f"TYPE_{v}" for v in TO_TRITON.values()}
 
 
-@cache
-def server_version() -> str:
-    """This package's version."""
-    try:
-        return version("gmconv-deploy")
-    except PackageNotFoundError:
-        return "0"
-
-
 def server_metadata() -> Any:
     """ServerMetadataResponse."""
-    return service_pb2.ServerMetadataResponse(name=SERVER_NAME, version=server_version(), extensions=EXTENSIONS)
+    return service_pb2.ServerMetadataResponse(name=SERVER_NAME, version=VERSION, extensions=EXTENSIONS)
 
 
 def model_metadata(model: ModelVersion, repository: Repository) -> Any:
@@ -153,7 +143,7 @@ def _fill(duration: Any, timer: Timer) -> None:
 def openapi(document: bytes, *, secured: bool) -> bytes:
     """The OpenAPI document with this package's version and, where a token is asked for, the bearer scheme."""
     described = json.loads(document)
-    described["info"]["version"] = server_version()
+    described["info"]["version"] = VERSION
     if secured:
         described["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         described["security"] = [{"token": []}]
