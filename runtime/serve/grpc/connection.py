@@ -28,7 +28,7 @@ STREAM_WINDOW = 1 << 20
 CONNECTION_WINDOW = 16 << 20
 MAX_STREAMS = 256
 RESERVE = 256
-"""Calls beyond the queue's size that may be under way or idle, in the whole process."""
+"""Calls beyond the queue's size that may be under way or idle, in the whole process; as many again for probes."""
 MAX_NOISE = 500
 """Pings, resets and settings that a client may send between two sweeps (0.1 s); a flood of them is all work for us."""
 
@@ -142,7 +142,7 @@ class GrpcConnection(Carrier):
                 raise RequestError("this server has no such method", Code.UNSUPPORTED)
             if self.crowded and not method.open:
                 raise RequestError("too many connections", Code.OVERLOADED)
-            self._take_place()
+            self._take_place(RESERVE if method.open else 0)
         except RequestError as error:
             self.service.refusals["grpc", error.code.grpc] += 1
             call = self.begin(headers, path)
@@ -175,9 +175,9 @@ class GrpcConnection(Carrier):
             stream.finish(status, text)
             self.flush()
 
-    def _take_place(self) -> None:
+    def _take_place(self, reserve: int) -> None:
         """Count a call that begins; where there are too many the longest idle stream gives way. Raises RequestError."""
-        if self.listener.calls >= self.settings.queue_size + RESERVE:
+        if self.listener.calls >= self.settings.queue_size + RESERVE + reserve:
             every = [c for c in self.listener.connections if isinstance(c, GrpcConnection)]
             idle = [stream for connection in every for stream in connection.streams.values() if stream.idle]
             if not idle:

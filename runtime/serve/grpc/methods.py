@@ -94,7 +94,7 @@ class Methods:
     async def _infer(self, stream: Stream) -> None:
         message, call = await _only(stream)
         try:
-            answer = await self._run(stream, *self._split(message), call)
+            answer = await self._run(stream, codec.split(memoryview(message)), call)
         except Exception as error:
             raise stream.fail(call, error) from None
         del message
@@ -124,8 +124,9 @@ class Methods:
         answer = service_pb2.ModelStreamInferResponse()
         request = None
         try:
-            request, raw = self._split(message)
-            answer.infer_response.CopyFrom(await self._run(stream, request, raw, call))
+            parts = codec.split(memoryview(message))
+            request = parts.request
+            answer.infer_response.CopyFrom(await self._run(stream, parts, call))
             key = "triton_enable_empty_final_response"
             if key in request.parameters and request.parameters[key].bool_param:
                 answer.infer_response.parameters["triton_final_response"].bool_param = True
@@ -138,19 +139,15 @@ class Methods:
                 answer.infer_response.model_name = request.model_name
         return answer.SerializeToString(), call
 
-    def _split(self, message: bytes | memoryview) -> tuple[Any, list[memoryview]]:
-        most = max((m.signature.max_elements for m in self.service.repository.all()), default=0)
-        return codec.split(memoryview(message), most)
-
-    async def _run(self, stream: Stream, request: Any, raw: list[memoryview], call: Call) -> Any:
+    async def _run(self, stream: Stream, parts: codec.Parts, call: Call) -> Any:
         """One inference. Raises RequestError."""
-        service = self.service
+        service, request = self.service, parts.request
         call.entry["path"] = request.model_name[:128]
         model = call.use(service.repository.get(request.model_name, request.model_version))
-        if request.ByteSize() > SMALL_MESSAGE:
-            decoded = await service.apart(codec.decode, request, raw, model.signature)
+        if parts.typed_size > SMALL_MESSAGE:
+            decoded = await service.apart(codec.decode, parts, model.signature)
         else:
-            decoded = codec.decode(request, raw, model.signature)
+            decoded = codec.decode(parts, model.signature)
         if deadline := stream.timeout_us:
             decoded.timeout_us = min(decoded.timeout_us or deadline, deadline)
         outputs, item = await service.infer(call, decoded, stream.client)

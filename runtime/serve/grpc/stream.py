@@ -262,8 +262,9 @@ class Stream:
 
     @property
     def idle(self) -> bool:
-        """Waits for the client to send something, if it ever will."""
-        return self.method.streaming and not (self._inbox or self._buffer or self._outbox or self._ended)
+        """Waits for the client, if it ever sends more, or for something to tell it: no message is unanswered."""
+        busy = self._inbox or self._buffer or self._outbox or any(call.open for call in self._calls)
+        return self.method.streaming and not busy
 
     def close(self) -> None:
         """End the task, and give back all that the messages hold."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import h2.connection
 import h2.events
 import numpy as np
 import pytest
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from hypothesis import given
@@ -137,25 +139,32 @@ def test_a_stream_of_more_messages_than_may_wait_is_answered_in_order(server: Se
     settled(server)
 
 
-def test_idle_streams_give_way_when_there_is_no_place(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["inference.GRPCInferenceService/ModelStreamInfer", "grpc.health.v1.Health/Watch"])
+def test_idle_streams_give_way_when_there_is_no_place(method: str, start: Start, tmp_path: Path) -> None:
+    """Also those that only listen, and have said all that they will say."""
     server = start(classifier(tmp_path / "m.onnx"), "--queue-size", "1")  # and 256 more calls
-    opened, streams = [channel(server) for _ in range(2)], []
+    opened, streams, done = [channel(server) for _ in range(2)], [], threading.Event()
     for connection in opened:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
-        streams += [stub.ModelStreamInfer(iter(time.sleep, None)) for _ in range(3)]
+        streams += [stub.ModelStreamInfer(iter(done.wait, True)) for _ in range(3)]
     with channel(server) as connection:
-        raw = socket.create_connection(("127.0.0.1", server.grpc_port))
-        client = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding=None))
-        client.initiate_connection()
-        head = [(":method", "POST"), (":path", "/inference.GRPCInferenceService/ModelStreamInfer")]
+        head = [(":method", "POST"), (":path", f"/{method}")]
         head += [(":scheme", "http"), (":authority", "a"), ("te", "trailers"), ("content-type", "application/grpc")]
-        for number in range(1, 2 * 256, 2):
-            client.send_headers(number, head)
-        raw.sendall(client.data_to_send())
+        raws = [socket.create_connection(("127.0.0.1", server.grpc_port)) for _ in range(2)]
+        for raw in raws:
+            client = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding=None))
+            client.initiate_connection()
+            for number in range(1, 2 * 256, 2):
+                client.send_headers(number, head)
+                if method.endswith("Watch"):
+                    client.send_data(number, bytes(5), end_stream=True)
+            raw.sendall(client.data_to_send())
         time.sleep(0.5)
         stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
         assert stub.ModelInfer(infer("m"), timeout=10).outputs[0].shape == [1, 4]
-        raw.close()
+        for raw in raws:
+            raw.close()
+    done.set()
     for stream in streams:
         stream.cancel()
     for connection in opened:
@@ -188,10 +197,18 @@ def test_a_connection_of_some_age_is_told_to_go_and_loses_nothing(start: Start, 
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_request_or_refused(data: bytes) -> None:
     try:
-        request, raw = codec.split(memoryview(data), 1000)
+        parts = codec.split(memoryview(data))
     except RequestError:
         return
-    whole = service_pb2.ModelInferRequest.FromString(data)
-    assert [bytes(r) for r in raw] == list(whole.raw_input_contents)
+    try:
+        whole = service_pb2.ModelInferRequest.FromString(data)
+    except DecodeError:  # contents that are none are found out when they are read
+        assert any(contents is not None for contents in parts.typed)
+        return
+    assert [bytes(r) for r in parts.raw] == list(whole.raw_input_contents)
     whole.ClearField("raw_input_contents")
-    assert request == whole
+    for tensor, contents in zip(whole.inputs, parts.typed, strict=True):
+        assert tensor.HasField("contents") == (contents is not None)
+        assert tensor.contents == service_pb2.InferTensorContents.FromString(bytes(contents or b""))
+        tensor.ClearField("contents")
+    assert parts.request == whole
