@@ -74,7 +74,7 @@ def make_settings(options: dict[str, Any]) -> Settings:
     given, token = os.environ.get(TOKEN_VARIABLE), None
     if options["token_file"]:
         token = read_token(options["token_file"])
-    elif given:
+    elif given is not None:  # an empty one is a mistake that would leave the door open
         token = check_token(given, TOKEN_VARIABLE)
     chosen = {field.name: options[field.name] for field in fields(Settings) if field.name in options}
     return Settings(source=options["artefact"], token=token, **{**chosen, "prepare": prepare})

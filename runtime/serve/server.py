@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import ssl
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 import click
 
 from gmconv.errors import RefusedError
-from runtime.serve.connection import Listener, bind
+from runtime.serve.connection import RESERVE, Listener, bind
 from runtime.serve.models.source import find_sources, read_source
 from runtime.serve.observe.access_log import logging_to
 from runtime.serve.service import Service
@@ -35,6 +36,8 @@ FAREWELL = 0.5
 """Seconds for the answers to what the time limit cut off."""
 ENGINE_FAILED = 6
 METRICS_CONNECTIONS = 64
+OTHER_FILES = METRICS_CONNECTIONS + RESERVE + 100
+"""What is open besides the connections of REST and gRPC."""
 ED25519 = bytes.fromhex("06032b6570")
 """The object identifier of its public keys, as a certificate has it."""
 
@@ -123,7 +126,7 @@ class _Life:
             ports[f"{name}_port"] = sock.getsockname()[1]
             self.listeners.append(Listener(service, name, sock, make, limit=limit, tls=tls))
 
-        limit = settings.max_connections
+        limit = self._places()
         if settings.http:
             app = App(service)
             tls = make_tls(settings, "http/1.1")
@@ -137,6 +140,20 @@ class _Life:
             make = lambda listener: HttpConnection(listener, metrics)  # noqa: E731
             listen("metrics", settings.metrics_port, make, METRICS_CONNECTIONS, None)
         return ports
+
+    def _places(self) -> int:
+        """Connections per port: --max-connections, or fewer where the limit on open files would end all accepting."""
+        ports = self.settings.http + self.settings.grpc
+        wanted = ports * (self.settings.max_connections + RESERVE) + OTHER_FILES
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        if most < wanted:
+            places = max(1, (most - OTHER_FILES) // ports - RESERVE)
+            log.warning("%d open files are allowed (ulimit -Hn): at most %d connections per port", most, places)
+            return places
+        return self.settings.max_connections
 
     async def _load_and_reload(self) -> None:
         """The first load, then one look at the files for any number of SIGHUPs that came since the last."""

@@ -127,9 +127,16 @@ def heavy(path: Path, size: int = 400, layers: int = 12) -> Path:
 class Server:
     """A running server."""
 
-    def __init__(self, source: Path, *flags: str, env: dict[str, str] | None = None, wait: bool = True) -> None:
+    def __init__(
+        self,
+        source: Path,
+        *flags: str,
+        env: dict[str, str] | None = None,
+        wait: bool = True,
+        under: tuple[str, ...] = (),
+    ) -> None:
         ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--threads", "1", "--json"]
-        command = [sys.executable, "-m", "runtime.serve", str(source), *ports, *flags]
+        command = [*under, sys.executable, "-m", "runtime.serve", str(source), *ports, *flags]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
         )

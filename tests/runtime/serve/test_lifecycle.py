@@ -297,7 +297,7 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "runtime.serve", *args], capture_output=True, text=True, timeout=60)
 
 
-def test_refusals_at_start(tmp_path: Path) -> None:
+def test_refusals_at_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = classifier(tmp_path / "good.onnx")
     bare = tmp_path / "bare.onnx"
     shutil.copy(good, bare)
@@ -313,7 +313,10 @@ def test_refusals_at_start(tmp_path: Path) -> None:
         ([str(good), "--model-name", "a/b"], "must match"),
         ([str(good), "--token-file", str(tmp_path / "short")], "at least 16"),
         ([str(good), "--tls-cert", str(good)], "go together"),
+        ([str(good)], "GMCONV_SERVE_TOKEN: the token must have at least 16"),
     ):
+        if arguments == [str(good)]:
+            monkeypatch.setenv("GMCONV_SERVE_TOKEN", "")
         done = run(*arguments)
         assert done.returncode == 3, (arguments, done.stderr)
         assert text in done.stderr

@@ -272,8 +272,8 @@ def _exercise(server: Server, examples: int) -> Counter:
 
 
 def test_schemathesis_from_our_openapi(server: Server) -> None:
-    seen = _exercise(server, examples=8)
-    assert seen[200] > 20
+    seen = _exercise(server, examples=4)
+    assert seen[200] > 10
     assert server.request("GET", "/v2/health/ready")[0] == 200
 
 

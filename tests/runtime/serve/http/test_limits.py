@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import select
+import shutil
 import socket
 import struct
 import time
@@ -395,11 +396,25 @@ def test_idle_connections_keep_no_body(start: Start, tmp_path: Path) -> None:
     body = b"x" * (1 << 20)
     message = f"POST {INFER} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
     before = resident(server)
-    held = [socket.create_connection(("127.0.0.1", server.http_port)) for _ in range(100)]
-    for connection in held:
+    held = []
+    for _ in range(100):
+        connection = socket.create_connection(("127.0.0.1", server.http_port))
+        held.append(connection)
         connection.sendall(message)
         assert connection.recv(65536).split()[1] == b"400"
     assert resident(server) - before < 20 << 20
+    for connection in held:
+        connection.close()
+
+
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs prlimit")
+def test_a_small_limit_on_open_files_is_said_and_leaves_probes_a_place(start: Start, tmp_path: Path) -> None:
+    """Where no descriptor is left nobody is accepted at all, and a server that is alive looks dead."""
+    server = start(classifier(tmp_path / "tiny.onnx"), under=("prlimit", "--nofile=256:400"))
+    held = [socket.create_connection(("127.0.0.1", server.http_port)) for _ in range(420)]
+    assert server.request("GET", "/v2/health/live")[0] == 200
+    assert server.request("GET", "/v2/models")[0] == 503
+    assert "400 open files are allowed (ulimit -Hn): at most 70 connections per port" in server.log
     for connection in held:
         connection.close()
 
@@ -416,7 +431,7 @@ def test_words_that_are_no_numbers_are_refused_by_their_length(start: Start, tmp
 
 def test_queue_limits_timeouts_and_cancelled_requests(start: Start, tmp_path: Path) -> None:
     """Behind one long execution: the queue refuses, a timeout expires, a hang-up never reaches the engine."""
-    server = start(heavy(tmp_path / "m.onnx", size=600, layers=160), "--max-batch", "1", "--queue-size", "4")
+    server = start(heavy(tmp_path / "m.onnx", size=600, layers=64), "--max-batch", "1", "--queue-size", "4")
     x = np.ones((1, 600, 600), np.float32)
     text = {
         "inputs": [
