@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from gmconv import startup
+from gmconv.startup import prepare_process
 
 if sys.argv[1:2] == ["serve"]:
-    startup.prepare()
+    prepare_process()
 
 import importlib
 

@@ -9,7 +9,7 @@ STOPPED = 130
 """Exit code where SIGTERM or Ctrl-C came before there was a server, as `gmconv.errors.Interrupted` has it."""
 
 
-def prepare() -> None:
+def prepare_process() -> None:
     """Handle signals and standard streams from now on, until the server does.
 
     SIGHUP is ignored: nothing is loaded yet that could be loaded again. SIGTERM and SIGINT end the process at once (the

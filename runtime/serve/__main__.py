@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from gmconv import startup
+from gmconv.startup import prepare_process
 
 if __name__ == "__main__":
-    startup.prepare()
+    prepare_process()
 
 import contextlib
 import json
@@ -65,19 +65,18 @@ def make_settings(options: dict[str, Any]) -> Settings:
     """Options as Settings. Raises RefusedError."""
     from runtime.serve.auth import check_token, read_token
 
-    prepare = options.get("prepare")
     if cache := options["engine_cache"]:
         from runtime.serve.models.engine_cache import prepare_engine
 
         own = {name: options[name] for name in ("device", "require_manifest")}
-        prepare = partial(prepare_engine, cache_dir=cache, **own)
+        options["prepare"] = partial(prepare_engine, cache_dir=cache, **own)
     given, token = os.environ.get(TOKEN_VARIABLE), None
     if options["token_file"]:
         token = read_token(options["token_file"])
     elif given is not None:  # an empty one is a mistake that would leave the door open
         token = check_token(given, TOKEN_VARIABLE)
     chosen = {field.name: options[field.name] for field in fields(Settings) if field.name in options}
-    return Settings(source=options["artefact"], token=token, **{**chosen, "prepare": prepare})
+    return Settings(source=options["artefact"], token=token, **chosen)
 
 
 def run(settings: Settings, *, as_json: bool = False) -> int:

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from gmconv import startup
+from gmconv.startup import prepare_process
 
 if __name__ == "__main__":
-    startup.prepare()
+    prepare_process()
 
 import os
 from functools import partial
