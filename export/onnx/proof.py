@@ -6,17 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from export.onnx.cases import Case
-from export.onnx.reference import Outputs, Reference
+from export.onnx.reference import Outputs, Reference, bitwise
 from runtime.parity.tolerances import tolerance_for, widen
 from runtime.parity.verdict import Verdict
 from runtime.records import BAKING, Hop, Tolerance
 
 #: The hop from what the user's own program recorded to the network as it was loaded.
 RECORDED = "recorded -> live"
-
-
-def _bitwise(left: Outputs, right: Outputs) -> bool:
-    return left.keys() == right.keys() and all(left[name].tobytes() == right[name].tobytes() for name in left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +120,7 @@ class Proof:
                 candidate=candidate,
                 inputs=case.label,
                 shapes=case.shapes,
-                bitwise=_bitwise(left, right),
+                bitwise=bitwise(left, right),
                 outputs=comparator.result(index),
                 tolerance=limit,
             )

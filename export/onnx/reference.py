@@ -8,7 +8,6 @@ after it.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 import subprocess
@@ -40,10 +39,12 @@ Outputs = dict[str, Array]
 Feeds = dict[str, Array]
 _LARGE = 2**30  # bytes of weights from which memory matters more than the seconds that two processes save
 
+_SPARE = 2**27  # up to which a second copy is nothing
 
-def is_large(model: nn.Module) -> bool:
+
+def is_large(model: nn.Module, limit: int = _LARGE) -> bool:
     """Whether the reference should run after the export instead of beside it, so that one copy is held at a time."""
-    return sum(parameter.nbytes for parameter in model.parameters()) >= _LARGE
+    return sum(parameter.nbytes for parameter in model.parameters()) >= limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,11 @@ def _load(path: Path) -> Outputs:
         return {str(name): archive[f"arr_{index}"] for index, name in enumerate(archive["names"])}
 
 
+def bitwise(left: Outputs, right: Outputs) -> bool:
+    """Whether they are the same, bit for bit."""
+    return left.keys() == right.keys() and all(left[name].tobytes() == right[name].tobytes() for name in left)
+
+
 def run_torch(model: nn.Module, inputs: Sequence[Input], cases: Sequence[Case], names: Sequence[str]) -> list[Outputs]:
     """Every case through a torch network, in its own precision."""
     return [_attempt(lambda: _run(model, inputs, c.feeds, names), probe=c.probe) for c in cases]  # noqa: B023 (at once)
@@ -176,11 +182,10 @@ def _run(
 def _run_double(model: nn.Module, inputs: Sequence[Input], feeds: Feeds, names: Sequence[str]) -> Outputs:
     import torch
 
-    try:
-        with double_precision(model):
-            return _run(model, inputs, feeds, names, torch.float64)
-    except RuntimeError:  # a parent that uses its child's weight without calling the child: widen everything at once
-        return _run(copy.deepcopy(model).double(), inputs, feeds, names, torch.float64)
+    from gmconv.double import double_precision
+
+    with double_precision():
+        return _run(model, inputs, feeds, names, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,24 +220,30 @@ def compute_reference(model: nn.Module, inputs: Sequence[Input], work: Work) -> 
     import torch
 
     from gmconv.constants import bake_for_inputs
+    from gmconv.constants.network import THREADS
+    from gmconv.surgery import copied
 
-    cores, before, notes = os.cpu_count() or 1, torch.get_num_threads(), []
+    before, notes = torch.get_num_threads(), []
+    kept = None if is_large(model, _SPARE) else copied(model)
 
-    def run(index: int) -> Outputs:
+    def run(network: nn.Module, index: int, threads: int) -> Outputs:
+        torch.set_num_threads(threads)
+        return _attempt(lambda: _run(network, inputs, work.feeds[index], work.names), probe=index in work.probes)
+
+    def threads(index: int) -> int:
         # Noise is few samples, done while the exporter needs the other half; the images are what the export waits for.
         # One case has as many threads live as baked: bits may depend on them.
-        torch.set_num_threads(max(1, cores // 2) if index in work.noise else cores)
-        return _attempt(lambda: _run(model, inputs, work.feeds[index], work.names), probe=index in work.probes)
+        return THREADS if index in work.noise else os.cpu_count() or 1
 
     def run_double() -> tuple[Outputs, ...]:
-        torch.set_num_threads(max(1, cores // 2))
+        torch.set_num_threads(THREADS)
         return tuple(
             _run_double(model, inputs, feeds, work.names) if index in work.yardstick else {}
             for index, feeds in enumerate(work.feeds)
         )
 
     try:
-        live = tuple(run(index) for index in range(len(work.feeds)))
+        live = [run(model, index, threads(index)) for index in range(len(work.feeds))]
         yardstick: tuple[Outputs, ...] | None = None
         try:
             yardstick = run_double()
@@ -248,12 +259,15 @@ def compute_reference(model: nn.Module, inputs: Sequence[Input], work: Work) -> 
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise RefusedError(
                 f"the network runs in float64 neither live nor baked, so its proof has no yardstick ({reason}): "
-                f"register its layers (nn.ModuleList instead of a list) and let dtypes follow its input"
+                f"let the dtypes of its forward follow its input"
             ) from error
-        baked = tuple(run(index) for index in range(len(work.feeds)))
+        baked = [run(model, index, threads(index)) for index in range(len(work.feeds))]
+        for index in range(len(work.feeds)):
+            if kept is not None and not bitwise(live[index], baked[index]):  # kernels made by LAPACK follow the threads
+                live[index], baked[index] = run(kept, index, THREADS), run(model, index, THREADS)
     finally:
         torch.set_num_threads(before)
-    return Reference(live, baked, yardstick, certificate, tuple(notes))
+    return Reference(tuple(live), tuple(baked), yardstick, certificate, tuple(notes))
 
 
 def _serve(folder: Path) -> None:
@@ -277,41 +291,6 @@ def _serve(folder: Path) -> None:
             if outputs:
                 _save(folder / f"{hop}.{index}.npz", outputs)
     (folder / "said.json").write_bytes(msgspec.json.encode(_Said(found.certificate, found.notes)))
-
-
-class double_precision:  # noqa: N801 (reads as a context manager)
-    """Run a float32 model in float64: each module's tensors are widened (exactly) for its own forward, then put back.
-
-    So the extra memory is one layer's, not twice the network's.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def __enter__(self) -> None:
-
-        self._hooks: list[Any] = []
-        self._kept: list[dict[str, torch.Tensor]] = []
-
-        def widen(module: nn.Module, _: Any) -> None:
-            tensors = {**module._parameters, **module._buffers}
-            kept = {n: t.data for n, t in tensors.items() if t is not None and t.is_floating_point()}
-            self._kept.append(kept)
-            for name, data in kept.items():
-                tensors[name].data = data.double()  # type: ignore[union-attr]
-
-        def restore(module: nn.Module, *_: Any) -> None:
-            tensors = {**module._parameters, **module._buffers}
-            for name, data in self._kept.pop().items():
-                tensors[name].data = data  # type: ignore[union-attr]
-
-        for module in self._model.modules():
-            self._hooks.append(module.register_forward_pre_hook(widen))
-            self._hooks.append(module.register_forward_hook(restore, always_call=True))
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
 
 @click.command()
