@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gmconv.layer import GMConv2d
+from gmconv.surgery import copied
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,12 +28,12 @@ class ReceptiveFields:
 
 def without_masks(model: M) -> M:
     """A copy of a live model whose masks are all 1: the twin with the same trained weights."""
-    copied = copy.deepcopy(model)
+    flat = copied(model)
     with torch.no_grad():
-        for module in copied.modules():
+        for module in flat.modules():
             if isinstance(module, GMConv2d):
                 module.sigma.fill_(FLAT_SIGMA)
-    return copied
+    return flat
 
 
 def effective_receptive_field(

@@ -6,7 +6,6 @@ rounds, so unlike baking it is not bitwise: it is accepted by tolerance.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gmconv.errors import SurgeryError
+from gmconv.surgery import copied
 
 METHODS = ("switch_to_deploy", "reparameterize", "fuse")
 
@@ -39,13 +39,13 @@ def fuse_modules(model: nn.Module, *examples: Any, tolerance: float) -> Fused:
         SurgeryError: a module (named) whose method fails, or changes the network by more than `tolerance`.
     """
     before = _outputs(model, examples)
-    fused = _apply(copy.deepcopy(model))
+    fused = _apply(copied(model))
     error = _error(before, _outputs(fused.model, examples)) if fused.modules else 0.0
     if error <= tolerance:
         return fused
     worst, culprit = 0.0, fused.modules[0]
     for name in fused.modules:  # each alone
-        alone = _apply(copy.deepcopy(model), only=name)
+        alone = _apply(copied(model), only=name)
         found = _error(before, _outputs(alone.model, examples)) if alone.modules else 0.0
         if found > worst:
             worst, culprit = found, name

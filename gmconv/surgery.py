@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gmconv.errors import BakeError, SurgeryError
 from gmconv.layer import GMConv2d, SigmaPer
@@ -68,7 +69,7 @@ def convert(
         _require_plain_weight(name, conv, SurgeryError)
         chosen[name] = conv
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copied(model)
         copies = dict(model.named_modules(remove_duplicate=False))
         chosen = {name: cast(nn.Conv2d, copies[name]) for name in chosen}
     for conv in chosen.values():
@@ -97,7 +98,7 @@ def bake(model: M, inplace: bool = False, *, others: Literal["refuse", "leave"] 
         if others == "refuse" or has_static_mask(module):
             _require_bakeable(name, module)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copied(model)
     products: dict[tuple[int, int], nn.Parameter] = {}  # layers that share weight and sigma go on sharing the product
     originals: list[Tensor] = []  # keeps the ids above from being reused
     for module in list(model.modules()):
@@ -112,6 +113,19 @@ def bake(model: M, inplace: bool = False, *, others: Literal["refuse", "leave"] 
             del module.sigma, module.sigma_per
             cast(nn.Module, module).__class__ = nn.Conv2d
     return model
+
+
+def copied(model: M, memo: dict[int, Any] | None = None) -> M:
+    """A deep copy, also of a network that keeps tensors with a history (the kernel of its last forward, say).
+
+    `copy.deepcopy` refuses those; here they are copied without it. `memo` takes the copy of each object by id.
+    """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for value in tree_leaves(module.__dict__):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def has_static_mask(module: nn.Module) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import hashlib
 from collections.abc import Mapping
@@ -135,16 +134,18 @@ def _copied(model: nn.Module) -> nn.Module:
     """A copy on the CPU, in eval mode, half precision widened: the user's own network stays as it is."""
     import torch
 
+    from gmconv.surgery import copied
+
     try:
-        copied = copy.deepcopy(model).cpu().eval()
+        copy = copied(model).cpu().eval()
     except Exception as error:  # a lock, a handle, a tensor with a history
         raise RefusedError(
             f"the network cannot be copied ({' '.join(str(error).split())[:200]}), and deploying it would change it; "
             f"pass one that copy.deepcopy takes"
         ) from error
-    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in copied.parameters()):
-        copied.float()
-    return copied
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in copy.parameters()):
+        copy.float()
+    return copy
 
 
 def _digest(model: nn.Module) -> str:

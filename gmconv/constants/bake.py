@@ -19,6 +19,7 @@ from gmconv.constants.origins import INPUT, RANDOM
 from gmconv.constants.rewrite import become, plain_layer, redirect
 from gmconv.errors import BakeError
 from gmconv.records import KernelCertificate
+from gmconv.surgery import copied
 
 Dynamic = Literal["refuse", "keep"]
 
@@ -48,6 +49,12 @@ class _Layer:
         fits = all(u.whole and not u.bias_varies and (u.pads is None or u.pads[1] != "constant") for u in uses)
         return fits and len(same) == 1
 
+    @property
+    def changes(self) -> bool:
+        """Whether its forward runs several times in one of the network's, each time with another kernel."""
+        digests: dict[int, str] = {}
+        return any(digests.setdefault(call[0].index, call[0].digest) != call[0].digest for call in self.calls)
+
 
 def bake_constants(
     model: nn.Module,
@@ -63,6 +70,9 @@ def bake_constants(
     is one call of a convolution or linear operator becomes the plain layer: same object, same name. Any other keeps
     its forward, and the call is made by a child layer of it (`baked_0`, ...). In both cases outputs are bitwise those
     of the live network, which is verified by running it again.
+
+    Where neither does (a layer that runs with several kernels, one that its parent writes into), the children are the
+    network's own.
 
     Args:
         model: any module in eval mode. Running it leaves in it what its forward leaves in it.
@@ -87,8 +97,10 @@ def bake_constants(
     found = [layer for layer in layers if layer.why is None]
     certificates = [kept_certificate(layer.name, layer.why or "") for layer in kept]
     if not found:
-        return Baked(model if inplace else copy.deepcopy(model), tuple(certificates))
+        return Baked(model if inplace else copied(model), tuple(certificates))
     raw = {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    for module, name in seen.strangers.items():
+        raw |= {f"{name}.{key}": tensor.detach() for key, tensor in module.named_parameters()}
     made = [[certify(call[0], raw) for call in layer.calls] for layer in found]
     del raw
     baked, names = _rewritten(model, found, kept, runs, seen, inplace)
@@ -192,12 +204,8 @@ def _why_not(layer: _Layer, seen: Watched) -> str | None:
             return "two inputs gave two kernels, in a way that no operator shows"
     if any(use.hidden for use in uses):
         return "its kernel is used by compiled code (TorchScript), where no stored one can be put"
-    digests: dict[int, str] = {}
-    for use in (call[0] for call in layer.calls):
-        if digests.setdefault(use.index, use.digest) != use.digest:
-            return "it runs several times in one forward, each time with another kernel"
-        if use.bias_varies and "Transpose" in use.layer.__name__:
-            return "its bias is computed from the network's input"
+    if any(use.bias_varies and "Transpose" in use.layer.__name__ for use in uses):
+        return "its bias is computed from the network's input"
     return None
 
 
@@ -211,12 +219,20 @@ def _rewritten(
 ) -> tuple[nn.Module, list[list[str]]]:
     """The network with stored kernels, and the name of the layer that makes each call, per layer and call."""
     memo: dict[int, Any] = {}
-    target = model if inplace else copy.deepcopy(model, memo)
+    target = model if inplace else copied(model, memo)
+    modules = [memo.get(id(layer.module), layer.module) for layer in layers]
+    everywhere = any(layer.changes or layer.module in seen.strangers for layer in layers)
+    ways = [(way, frozen) for frozen in {seen.writes, False} for way in (("root",) if everywhere else _WAYS)]
     problem = ""
-    for whole in (True, False):  # a parent may read what a plain layer no longer has: then the module keeps its forward
-        undo = _Undo([memo.get(id(layer.module), layer.module) for layer in layers])
+    for way, frozen in sorted(ways, key=lambda way: not way[1]):
+        undo = _Undo([target, *modules])
         try:
-            names = _rewrite(layers, undo.modules, seen.values, whole=whole)
+            if way == "root":
+                names = _rewrite_at_root(layers, modules, target, seen, frozen=frozen)
+            else:
+                names = _rewrite(layers, modules, seen.values, whole=way == "whole")
+                if frozen:
+                    redirect(target, {}, (), frozen=True)
             problem = _difference(watch(target, runs), seen, {layer.name for layer in kept})
         except Exception as error:
             problem = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -228,18 +244,27 @@ def _rewritten(
     )
 
 
+_WAYS = ("whole", "inside", "root")
+
+
+class _Plain:
+    """Plain layers that make the calls; those with one kernel share it."""
+
+    def __init__(self) -> None:
+        self._shared: dict[tuple[str, frozenset[str]], nn.Parameter] = {}
+
+    def __call__(self, use: Use) -> nn.Module:
+        key = (use.digest, use.origin.sources)
+        if key not in self._shared:
+            self._shared[key] = nn.Parameter(cast(Tensor, use.kernel), requires_grad=False)
+        return plain_layer(use, self._shared[key])
+
+
 def _rewrite(
     layers: list[_Layer], modules: list[nn.Module], values: dict[nn.Module, list[Any]], *, whole: bool
 ) -> list[list[str]]:
-    shared: dict[tuple[str, frozenset[str]], nn.Parameter] = {}
-    names = []
-
-    def plain(use: Use) -> nn.Module:
-        key = (use.digest, use.origin.sources)
-        if key not in shared:
-            shared[key] = nn.Parameter(cast(Tensor, use.kernel), requires_grad=False)
-        return plain_layer(use, shared[key])
-
+    """Each module becomes the plain layer; one that is more than a call, or not `whole`, keeps its forward."""
+    plain, names = _Plain(), []
     for layer, module in zip(layers, modules, strict=True):
         uses = [call[0] for call in layer.calls]
         if whole and layer.whole:
@@ -251,6 +276,33 @@ def _rewrite(
         children = redirect(module, {use.index: plain(use) for use in uses}, values.get(layer.module, []))
         names.append([f"{layer.name}.{children[use.index]}".lstrip(".") for use in uses])
     return names
+
+
+def _rewrite_at_root(
+    layers: list[_Layer], modules: list[nn.Module], model: nn.Module, seen: Watched, *, frozen: bool
+) -> list[list[str]]:
+    """Modules that are one call become the plain layer; any other's calls are made by children of the network.
+
+    Those are counted over the whole network, so a module whose kernel itself takes such calls keeps making them. A
+    module outside of the module tree may not be this network's alone: it stays as it is.
+    """
+    plain, hosted = _Plain(), dict[int, Use]()
+    names: list[list[str]] = []
+    for layer, module in zip(layers, modules, strict=True):
+        uses = [call[0] for call in layer.calls]
+        if layer.whole and not any(use.index for use in uses) and layer.module not in seen.strangers:
+            become(module, plain(uses[0]))
+            names.append([layer.name] * len(uses))
+            continue
+        for use in uses:
+            use.pads = None
+            hosted[use.place] = use
+        names.append([])
+    values = seen.values.get(seen.model, [])
+    stems = {place: f"{use.name.replace('.', '_')}_baked".lstrip("_") for place, use in hosted.items()}
+    children = redirect(model, {p: plain(use) for p, use in hosted.items()}, values, stems, frozen=frozen)
+    own = [[children[call[0].place] for call in layer.calls if call[0].place in children] for layer in layers]
+    return [names[i] or own[i] for i in range(len(layers))]
 
 
 class _Undo:

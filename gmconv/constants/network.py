@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from gmconv.certificate import BakeCertificate, bake_certificate
@@ -14,6 +16,8 @@ from gmconv.inputs import Input, Sides, noise, tensors_of
 from gmconv.surgery import bake
 
 _SIDES: tuple[Sides, ...] = ("own", "larger")
+#: Kernels are made with so many threads: the bits of LAPACK depend on it, and two processes are to agree.
+THREADS = max(1, (os.cpu_count() or 1) // 2)
 
 
 def bake_network(
@@ -31,9 +35,14 @@ def bake_network(
     Raises:
         BakeError: a layer (named) that cannot be baked.
     """
-    certificate = bake_certificate(model)
-    model = bake(model, inplace=True, others="leave")
-    baked = bake_constants(model, *examples, dynamic=dynamic, sizes=sizes, inplace=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        certificate = bake_certificate(model)
+        model = bake(model, inplace=True, others="leave")
+        baked = bake_constants(model, *examples, dynamic=dynamic, sizes=sizes, inplace=True)
+    finally:
+        torch.set_num_threads(before)
     return baked.model, replace(certificate, kernels=baked.certificates)
 
 

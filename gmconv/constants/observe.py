@@ -43,6 +43,8 @@ _FUNCTIONS: dict[Any, str] = {
 }
 
 
+#: What `tensor.data = other` calls.
+SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 #: Methods of a tensor that give Python its values.
 VALUES = frozenset({"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__bool__", "__index__"})
 
@@ -80,7 +82,8 @@ def kernel_call(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None
 class Use:
     """One call in a run: by which module, with which kernel, made from what.
 
-    `index` counts the operators that ran inside the module's forward, those of its children included. `stored`: the
+    `index` counts the operators that ran inside the module's forward, those of its children included, `place` those
+    of the whole network. `stored`: the
     kernel is a parameter or buffer as it stands; any other has its sha256 in `digest` and, unless it varies, a copy in
     `kernel`. `fed`: the input reaches the call. `pads`: an `F.pad` between the module's input and the operator's.
     `whole`: the module is this one call and nothing else. `hidden`: the call came from code below Python.
@@ -89,6 +92,7 @@ class Use:
     name: str
     module: nn.Module
     index: int
+    place: int
     layer: type[nn.Module]
     settings: dict[str, Any]
     bias: Tensor | None
@@ -110,15 +114,20 @@ class Use:
 
 @dataclass
 class Watched:
-    """What runs of one network showed: per run its uses and its outputs; where values that vary reached Python.
+    """What runs of `model` showed: per run its uses and its outputs; where values that vary reached Python.
 
-    `values`: what tensors gave Python inside each module's forward, its children's included, in order.
+    `values`: what tensors gave Python inside each module's forward, its children's included, in order. `strangers`:
+    modules that ran and are none of the network's, by the name that they go by here; `writes`: something was written
+    into a parameter or a buffer.
     """
 
+    model: nn.Module
     uses: list[list[Use]] = field(default_factory=list)
     outputs: list[list[Tensor]] = field(default_factory=list)
     values: dict[nn.Module, list[Any]] = field(default_factory=dict)
     escapes: list[str] = field(default_factory=list)
+    strangers: dict[nn.Module, str] = field(default_factory=dict)
+    writes: bool = False
 
 
 class _Frame:
@@ -161,6 +170,8 @@ class _Kernels(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.origins.busy or func in self.plain:
             return func(*args, **(kwargs or {}))
+        if func == SET_DATA:
+            self.watched.writes = True
         leaves = self.origins.leaves_for_python(func, args)
         out = func(*args, **(kwargs or {}))
         if func is F.pad:
@@ -195,6 +206,7 @@ class _Kernels(TorchFunctionMode):
             name=frame.name,
             module=frame.module,
             index=frame.count,
+            place=self.frames[0].count,
             layer=call.layer,
             settings=call.settings,
             bias=call.bias if call.bias is None or isinstance(call.bias, nn.Parameter) else call.bias.detach().clone(),
@@ -220,7 +232,9 @@ class _Kernels(TorchFunctionMode):
             raise BakeError(_THREAD.format(f"a {type(module).__name__}"))
         if module not in self.names:  # in a plain list, which the module tree does not show
             self.origins.busy = True
-            name = self.names[module] = type(module).__name__
+            kind = type(module).__name__
+            taken = sum(type(other) is type(module) for other in self.watched.strangers)
+            name = self.names[module] = self.watched.strangers[module] = f"{kind}_{taken}" if taken else kind
             own = (*module._parameters.items(), *module._buffers.items())
             self._store((f"{name}.{key}", tensor) for key, tensor in own if tensor is not None)
             self.origins.busy = False
@@ -248,7 +262,7 @@ def watch(model: nn.Module, runs: Sequence[tuple[Any, ...]]) -> Watched:
     Raises:
         BakeError: the network starts a thread.
     """
-    watched = Watched()
+    watched = Watched(model)
     kernels = _Kernels(model, watched)
     watched.escapes = kernels.origins.escapes
     hooks = nn.modules.module
@@ -268,8 +282,10 @@ def watch(model: nn.Module, runs: Sequence[tuple[Any, ...]]) -> Watched:
             torch.manual_seed(seed)
             kernels.origins.busy = False
             watched.uses.append([])
+            kernels.frames[0].count = 0
             out = model(*copied)
             kernels.origins.busy = True
+            watched.writes |= kernels.origins.written
             watched.outputs.append([t.detach().clone() for t in tree_leaves(out) if isinstance(t, Tensor)])
             kernels.origins.busy = False
     return watched

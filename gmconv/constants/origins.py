@@ -67,6 +67,7 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, where: Callable[[], str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.escapes: list[str] = []
+        self.written = False  # a parameter or a buffer was written to
         self.busy = False  # looking at tensors oneself is no escape
         self.dispatching = False  # what a function mode sees now comes from below Python: compiled code
         self._where = where
@@ -136,7 +137,10 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if lost and origin.varies and not operator.name.startswith(_NOT_READ):
             self._escape(operator.name)
         for index in operator.written:
-            made += tensors_in(args[index : index + 1])
+            for tensor in tensors_in(args[index : index + 1]):
+                before = self.of(tensor)
+                self.written |= bool(before.sources) and not before.operators and not before.varies
+                made.append(tensor)
         for tensor in made:
             self.mark(tensor, origin)
 

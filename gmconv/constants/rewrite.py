@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gmconv.constants.observe import VALUES, Use, kernel_call
+from gmconv.constants.observe import SET_DATA, VALUES, Use, kernel_call
 from gmconv.errors import BakeError
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
-_BAKED = "_baked_calls"
+_GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_WRITES = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"})
 
 
 def plain_layer(use: Use, weight: nn.Parameter) -> nn.Module:
@@ -70,15 +72,25 @@ def become(module: nn.Module, plain: nn.Module) -> None:
     module.__class__ = type(plain)
 
 
-def redirect(module: nn.Module, layers: Mapping[int, nn.Module], values: Sequence[Any]) -> dict[int, str]:
+def redirect(
+    module: nn.Module,
+    layers: Mapping[int, nn.Module],
+    values: Sequence[Any],
+    stems: Mapping[int, str] = MappingProxyType({}),
+    *,
+    frozen: bool = False,
+) -> dict[int, str]:
     """Keep the forward of `module`, but have its calls numbered in `layers` made by those layers, its new children.
+
+    They are called `baked_0`, ..., or `STEM_0` by `stems`. With `frozen`, what the forward writes into parameters and
+    buffers goes nowhere: no kernel is made from it any more, and a traced forward may not write.
 
     `values` are what tensors, all of them constants, give Python in a forward: it is told them again, since where a
     forward is traced tensors have no values. Returns the children's names in `module`, by number.
     """
     names: dict[int, str] = {}
     for number, layer in layers.items():
-        name = f"baked_{len(names)}"
+        name = f"{stems.get(number, 'baked')}_{len(names)}"
         while hasattr(module, name):
             name += "_"
         names[number] = name
@@ -89,7 +101,7 @@ def redirect(module: nn.Module, layers: Mapping[int, nn.Module], values: Sequenc
 
     @functools.wraps(kept)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _Redirect(self, names, values):
+        with _Redirect(self, names, values, frozen=frozen):
             return kept(*args, **kwargs) if original is not None else kept(self, *args, **kwargs)
 
     body = {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
@@ -102,10 +114,11 @@ class _Redirect(TorchFunctionMode):
 
     active: list[_Redirect] = []  # noqa: RUF012 (one stack, as torch keeps one of modes)
 
-    def __init__(self, module: nn.Module, names: Mapping[int, str], values: Sequence[Any]) -> None:
+    def __init__(self, module: nn.Module, names: Mapping[int, str], values: Sequence[Any], *, frozen: bool) -> None:
         super().__init__()
         self.module, self.names, self.count = module, names, -1
         self.values, self.told = values, 0
+        self.kept = {id(t): t for t in (*module.parameters(), *module.buffers())} if frozen else {}
 
     def __enter__(self) -> Any:
         self.active.append(self)
@@ -122,16 +135,24 @@ class _Redirect(TorchFunctionMode):
         return copy.copy(self.values[told])
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in VALUES and self.told < len(self.values):
+        name = getattr(func, "__name__", "")
+        if name in VALUES and self.told < len(self.values):
             return self._tell()
+        if self.kept and args and id(args[0]) in self.kept:
+            if func == SET_DATA:
+                return None
+            if func == _GET_DATA:
+                return args[0].detach().clone()
+            if name in _WRITES or (name.endswith("_") and not name.endswith("__")):
+                return func(args[0].detach().clone(), *args[1:], **(kwargs or {}))
         call = kernel_call(func, args, kwargs)
         if call is None:
             return func(*args, **(kwargs or {}))
         self.count += 1
-        name = self.names.get(self.count)
-        if name is None:
+        child = self.names.get(self.count)
+        if child is None:
             return func(*args, **(kwargs or {}))
-        layer: Any = getattr(self.module, name)
+        layer: Any = getattr(self.module, child)
         if call.bias is None or layer.bias is not None:
             return layer(call.input)
         if isinstance(layer, nn.Linear):  # a bias that varies

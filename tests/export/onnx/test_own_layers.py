@@ -12,7 +12,7 @@ from torch import nn
 
 from export.onnx import ExportOptions, export_onnx
 from export.onnx.trained import Live
-from gmconv.errors import BakeError, RefusedError
+from gmconv.errors import BakeError
 from gmconv.foreign import Foreign
 from tests.gmconv.constants import calls, dynamic, layers
 from tests.gmconv.test_fusing import Branches
@@ -49,16 +49,41 @@ def test_a_kernel_that_depends_on_the_input_is_refused_or_kept_and_noted(tmp_pat
     assert [note for note in manifest.export.notes if "layer 'a' keeps computing its kernel" in note]
 
 
-def test_a_network_that_knows_only_float32_is_held_to_its_baked_form_or_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_the_yardstick_is_the_live_network_whatever_its_forward_does_with_dtypes(tmp_path: Path) -> None:
     class Grid(layers.Base):
         def kernel(self) -> torch.Tensor:
             return (self.weight.float() * layers.gauss(5, self.sigma.float())).float()
 
-    manifest = export_onnx(live(layers.net(Grid)), tmp_path / "net.onnx")
+    class OnlyFloat32(layers.Base):
+        def kernel(self) -> torch.Tensor:
+            assert self.weight.dtype == torch.float32
+            return super().kernel()
+
+    model = layers.net(Grid)
+    model.b = calls.PlainAttribute(16, 16)
+    manifest = export_onnx(live(model), tmp_path / "net.onnx")
+    assert manifest.export is not None
+    assert manifest.export.notes == ("exported from memory",)
+    manifest = export_onnx(live(layers.net(OnlyFloat32)), tmp_path / "only.onnx")
     assert manifest.export is not None
     assert [note for note in manifest.export.notes if "float64 yardstick is the baked network" in note]
-    with pytest.raises(RefusedError, match="float64 neither live nor baked.*nn.ModuleList"):
-        export_onnx(live(layers.net(calls.Unregistered)), tmp_path / "list.onnx")
+
+
+def test_kernels_of_layers_that_write_share_hide_or_follow_the_threads_are_stored(tmp_path: Path) -> None:
+    """A parent that writes into its child, layers in a list or a function, one weight at two scales, LAPACK."""
+    model = layers.net(calls.MasksChild)
+    model.b = nn.Sequential(calls.AtScales(16, 16), calls.Unregistered(16, 16), calls.InClosure(16, 16))
+    model.stem.append(nn.Sequential(calls.Cayley(8, 8), calls.LastKernel(8, 8), calls.SetsData(8, 8)))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    manifest = export_onnx(live(model), tmp_path / "net.onnx")
+    assert manifest.certificate is not None
+    assert len(manifest.certificate["kernels"]) == 8
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    stored = {tensor.name for tensor in graph.initializer}
+    assert all(node.input[1] in stored for node in graph.node if node.op_type == "Conv")
+    assert manifest.parity is not None
+    assert all(hop.bitwise for hop in manifest.parity.hops if hop.name == "live -> baked")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "it stays as it was"
 
 
 def test_branches_are_merged_where_asked_and_that_is_a_hop(tmp_path: Path) -> None:

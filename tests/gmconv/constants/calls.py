@@ -313,6 +313,69 @@ class Unregistered(Base):
         return self.layers[0](x)
 
 
+class InClosure(Base):
+    """A layer that only a function knows: no copy of the network has one of its own."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__(i, o)
+        layer = Base(i, o)
+        self.inner = lambda x: layer(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.inner(x))
+
+
+class MasksChild(Base):
+    """Masks its child's own weight in place before each call."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__(i, o)
+        self.conv = nn.Conv2d(i, o, 5, padding=2)
+        self.register_buffer("keep", (torch.rand(o, i, 5, 5) > 0.3).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.conv.weight.data.mul_(self.keep)
+        return F.relu(self.conv(x))
+
+
+class AtScales(nn.Module):
+    """One weight, at each call under another mask."""
+
+    class Scaled(Base):
+        def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight * gauss(5, sigma), self.bias, padding=2)
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.layer, self.out = AtScales.Scaled(i, i), nn.Conv2d(i, o, 1)
+        self.sigmas = nn.Parameter(torch.tensor([0.8, 1.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(sum(self.layer(x, sigma) for sigma in self.sigmas))
+
+
+class LastKernel(Base):
+    """Keeps the kernel of the last forward, with its history: copy.deepcopy refuses that."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__(i, o)
+        self.forward(torch.zeros(1, i, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.kernel()
+        return F.conv2d(x, self.last, self.bias, padding=2)
+
+
+class Cayley(Base):
+    """A kernel that LAPACK solves for: its bits follow the number of threads."""
+
+    def kernel(self) -> Tensor:
+        flat = self.weight.flatten(1)
+        square = F.pad(flat, (0, 0, 0, flat.shape[1] - len(flat)))
+        skew, one = square - square.T, torch.eye(flat.shape[1])
+        return torch.linalg.solve(one + skew, one - skew)[: len(flat)].view_as(self.weight)
+
+
 class PlainAttribute(Base):
     """A kernel that is no parameter at all."""
 
@@ -384,6 +447,6 @@ def pruned(i: int, o: int) -> nn.Module:
 CALLS = [
     InPlace, Cached, ByName, Aten, Convolution, FunctionalCall, SetsData, CopiesData, ReadsChild, Block, ItemBlock,
     Twice, Borrowed, OwnFunction, Padded, Circular, Depthwise, Dilated, Transposed, OneD, ThreeD, Lora, ScaledBias,
-    Autocast, Blur, Slice, ScriptedMask, Detached, Half, Vmapped, Made, Unregistered, PlainAttribute, patched, hooked,
-    stacked, grouped, strided, normed, spectral, pruned,
+    Autocast, Blur, Slice, ScriptedMask, Detached, Half, Vmapped, Made, Unregistered, InClosure, MasksChild, AtScales,
+    LastKernel, Cayley, PlainAttribute, patched, hooked, stacked, grouped, strided, normed, spectral, pruned,
 ]  # fmt: skip

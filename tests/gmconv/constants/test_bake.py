@@ -76,6 +76,15 @@ def test_any_other_keeps_its_forward_and_gets_a_child() -> None:
     assert copy.deepcopy(baked)(image()).shape == (2, 10)
 
 
+def test_a_layer_outside_of_the_module_tree_is_left_as_it_is() -> None:
+    model = net(calls.Unregistered)
+    baked, certificates = bake_constants(model, image(), inplace=True)
+    assert baked is model
+    assert type(model.a.layers[0]) is Base
+    assert [(c.name, c.kind) for c in certificates] == [("Base_baked_0", "mask"), ("Base_1_baked_1", "mask")]
+    assert type(model.Base_baked_0) is nn.Conv2d
+
+
 def test_shared_kernels_stay_shared() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
