@@ -77,8 +77,8 @@ def parse_inputs(texts: Sequence[str]) -> tuple[tuple[str, tuple[int, ...], str]
         parts = [part.strip() for part in sizes.replace("x", ",").split(",") if part.strip()]
         if not name or not colon or not all(part.isdecimal() and 0 < int(part) < 2**24 for part in parts):
             raise ValueError(f"{text!r} is not NAME:SHAPE[:DTYPE], for example mask:1,224,224 or age:1:int64")
-        if dtype not in ("", *_DTYPES):
-            raise ValueError(f"{text!r}: {dtype!r} is none of {', '.join(_DTYPES)}")
+        if dtype not in ("", *DTYPES):
+            raise ValueError(f"{text!r}: {dtype!r} is none of {', '.join(DTYPES)}")
         found.append((name, tuple(int(part) for part in parts), dtype or "float32"))
     return tuple(found) or None
 
@@ -144,7 +144,7 @@ def _parsed(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Param
     return callback
 
 
-_DTYPES = ("float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
+DTYPES = ("float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _FILE = click.Path(path_type=Path)
 _OPTIONS: list[Callable[[Any], Any]] = [
     click.option("--arch", help="Of a foreign checkpoint: package.module:factory, timm:NAME, torchvision:NAME."),

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from gmconv.checkpoint.fill import fill, put_masks, require_same_keys
 from gmconv.checkpoint.names import plain_values
 from gmconv.errors import CheckpointError, RefusedError, printable
 from gmconv.files import replacing
+from gmconv.foreign import DTYPES
 from gmconv.inputs import Input, in_order
 from gmconv.surgery import masked_layers
 
@@ -54,17 +55,29 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
 
+class Facts(TypedDict, total=False):
+    """What a checkpoint of ours may say besides its network.
+
+    `preprocessing`: fields of `gmconv.images.Preprocessing`. `labels`: class names in the order of the logits.
+    `dataset`: how to find the data it was trained on, e.g. `{"name": "digits", "test_size": 0.2, "split_seed": 0}`.
+    `training`: anything worth keeping (epochs, accuracy, seed). `inputs`: of a network that takes several,
+    `(name, shape of one sample, dtype)` of each, by its forward's names.
+    """
+
+    preprocessing: Mapping[str, Any] | None
+    labels: Sequence[str] | None
+    dataset: Mapping[str, Any] | None
+    training: Mapping[str, Any] | None
+    inputs: Sequence[tuple[str, Sequence[int], str]] | None
+
+
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
     arch: str,
     input_shape: tuple[int, int, int],
     arch_kwargs: Mapping[str, Any] | None = None,
-    *,
-    preprocessing: Mapping[str, Any] | None = None,
-    labels: tuple[str, ...] | None = None,
-    dataset: Mapping[str, Any] | None = None,
-    training: Mapping[str, Any] | None = None,
+    **facts: Unpack[Facts],
 ) -> None:
     """Write one file that `load_checkpoint` turns back into this model; atomic.
 
@@ -75,14 +88,14 @@ def save_checkpoint(
             `"package.module:factory"`, which `load_checkpoint` accepts only with `arch=` said again.
         input_shape: `(C, H, W)` of one sample.
         arch_kwargs: keyword arguments of the factory (plain values).
-        preprocessing: fields of `gmconv.images.Preprocessing`.
-        labels: class names in the order of the logits.
-        dataset: how to find the data it was trained on, e.g. `{"name": "digits", "test_size": 0.2, "split_seed": 0}`.
-        training: anything worth keeping (epochs, accuracy, seed).
+        facts: see `Facts`.
 
     Raises:
         CheckpointError: the architecture does not rebuild this model, or the file cannot be written.
+        TypeError: a fact that there is not.
     """
+    if unknown := sorted(facts.keys() - Facts.__annotations__.keys()):
+        raise TypeError(f"save_checkpoint takes no {unknown[0]!r}; it takes {', '.join(Facts.__annotations__)}")
     path = Path(path)
     kwargs = plain_kwargs(arch_kwargs or {}, str(path))
     masked: dict[str, str] = {name: layer.sigma_per for name, layer in masked_layers(model).items()}
@@ -95,10 +108,11 @@ def save_checkpoint(
         "arch_kwargs": kwargs,
         "masked": masked,
         "input_shape": _input_shape(input_shape, str(path)),
-        "preprocessing": dict(preprocessing) if preprocessing else None,
-        "labels": list(labels) if labels else None,
-        "dataset": dict(dataset) if dataset else None,
-        "training": dict(training) if training else None,
+        "preprocessing": dict(facts.get("preprocessing") or {}) or None,
+        "dataset": dict(facts.get("dataset") or {}) or None,
+        "training": dict(facts.get("training") or {}) or None,
+        "labels": list(facts.get("labels") or ()) or None,
+        "inputs": [[name, list(shape), dtype] for name, shape, dtype in facts.get("inputs") or ()] or None,
         "state_dict": state,
     }
     rebuilt = build(arch, kwargs, str(path), trusted=True)
@@ -154,7 +168,7 @@ def load_checkpoint(
     kwargs = plain_kwargs(facts["arch_kwargs"] or {}, str(path))
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    name, shape = arch or facts["arch"], input_shape or facts["input_shape"]
+    name, shape, inputs = arch or facts["arch"], input_shape or facts["input_shape"], inputs or facts["inputs"]
     if not isinstance(name, str):
         raise CheckpointError(
             f"{path}: does not say its architecture; give --arch NAME (and --num-classes, --input-shape)"
@@ -192,7 +206,7 @@ def _preprocessing(given: Mapping[str, Any], shape: tuple[int, int, int]) -> dic
     return {**usual, "channel_order": "L" if channels == 1 else "RGB", **given}
 
 
-_FACTS = ("arch", "arch_kwargs", "input_shape", "masked", "preprocessing", "labels", "dataset", "training")
+_FACTS = ("arch", "arch_kwargs", "input_shape", "masked", *Facts.__annotations__)
 
 
 def _facts(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -208,7 +222,19 @@ def _facts(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
         isinstance(labels, list | tuple) and all(isinstance(item, str) and item.isprintable() for item in labels)
     ):
         raise CheckpointError(f"{path}: its labels are not a list of strings; save it again")
+    inputs = facts["inputs"]
+    if inputs is not None and not (isinstance(inputs, list | tuple) and all(map(_is_input, inputs))):
+        raise CheckpointError(f"{path}: its inputs are not a list of (name, shape, dtype); save it again")
     return facts
+
+
+def _is_input(value: Any) -> bool:
+    if not (isinstance(value, list | tuple) and len(value) == 3 and isinstance(value[1], list | tuple)):
+        return False
+    name, shape, dtype = value
+    sizes = [size for size in shape if type(size) is int and 0 < size < 65536]
+    known = isinstance(name, str) and name.isprintable() and dtype in DTYPES
+    return known and len(sizes) == len(shape) <= 8 and math.prod(sizes) <= _LARGEST_INPUT
 
 
 def _require_small(raw: Mapping[str, Any], arch: str, kwargs: dict[str, Any], path: Path, *, trusted: bool) -> None:

@@ -87,9 +87,9 @@ def _from_checkpoint(
     modules = reference.activations(own)
     sigmas = reference.sigmas()
     if foreign is not None:
-        from runtime.runners.torch import TorchRunner
+        from runtime.runners.torch import TorchOptions, TorchRunner
 
-        with TorchRunner(path, dynamic_hw=True, foreign=foreign) as other:
+        with TorchRunner(path, options=TorchOptions(dynamic_hw=True, foreign=foreign)) as other:
             theirs = other.activations(dict(zip((s.name for s in other.inputs), own.values(), strict=True)))
         return _from_two_checkpoints(modules, theirs, tolerance, sigmas)
     graph = Graph(path)

@@ -22,9 +22,9 @@ _RUNNERS: dict[Kind, tuple[str, str]] = {
 def open_runner(path: str | Path, device: str = "cpu", **options: Any) -> Runner:
     """Open an artefact on a device: a checkpoint in torch, ONNX in ONNX Runtime, an engine in TensorRT.
 
-    `options` are the keyword arguments of TorchRunner, OnnxRuntimeRunner or TensorRTRunner; None means not given. One
-    that the artefact's runner does not have is refused, never ignored; but `foreign`, which is about checkpoints alone,
-    may be given for any.
+    `options` are fields of TorchOptions or OnnxRuntimeOptions, or keyword arguments of TensorRTRunner; None means not
+    given. One that the artefact's runner does not have is refused, never ignored; but `foreign`, which is about
+    checkpoints alone, may be given for any.
 
     Raises:
         RefusedError: the file is missing, foreign, damaged, or not the one its manifest describes.
@@ -34,13 +34,14 @@ def open_runner(path: str | Path, device: str = "cpu", **options: Any) -> Runner
     path = Path(path)
     kind = artefact_kind(path)
     module, name = _RUNNERS[kind]
-    runner: type[Runner] = getattr(importlib.import_module(module), name)
+    runner: Any = getattr(importlib.import_module(module), name)
+    accepted = getattr(runner, "Options", runner)
     given = {key: value for key, value in options.items() if value is not None}
     if kind != "checkpoint":
         given.pop("foreign", None)
-    if unknown := sorted(given.keys() - inspect.signature(runner).parameters.keys()):
+    if unknown := sorted(given.keys() - inspect.signature(accepted).parameters.keys()):
         raise click.UsageError(f"{path.name} is {_A[kind]}: {', '.join(unknown)} does not apply to it")
-    opened: Runner = runner(path, device=device, **given)  # type: ignore[call-arg]
+    opened: Runner = runner(path, device, **given) if accepted is runner else runner(path, device, accepted(**given))
     return opened
 
 

@@ -8,7 +8,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,11 @@ _UNREGISTERED = re.compile(
 BINDINGS = 8
 
 
-class OnnxRuntimeRunner(Runner):
-    """An ONNX file in an ONNX Runtime session.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxRuntimeOptions:
+    """How to run an ONNX file.
 
     Args:
-        path: the `.onnx` file; its manifest, if there is one, is verified before ONNX Runtime sees the bytes.
-        device: "cpu", "cuda" or "cuda:N".
         provider: "cpu", "cuda", "tensorrt" or "rtx"; follows the device when None.
         threads, inter_threads: of the CPU kernels, within and between nodes; ONNX Runtime's choice when None.
         optimization: the most graph optimization; a quantized graph may get less (`runtime.runners.qdq`).
@@ -51,6 +50,27 @@ class OnnxRuntimeRunner(Runner):
             a whole process.
         cuda_graph: capture the run on the first call for each of the first `BINDINGS` shapes and replay it.
         profile: path prefix of ONNX Runtime's own profile, written on `close()`.
+    """
+
+    provider: str | None = None
+    threads: int | None = None
+    inter_threads: int | None = None
+    optimization: Optimization = "all"
+    quantized_as_written: bool = False
+    config: Mapping[str, str] | None = None
+    extra_outputs: Sequence[str] = ()
+    tf32: bool = False
+    cuda_graph: bool = False
+    profile: str | None = None
+
+
+class OnnxRuntimeRunner(Runner):
+    """An ONNX file in an ONNX Runtime session.
+
+    Args:
+        path: the `.onnx` file; its manifest, if there is one, is verified before ONNX Runtime sees the bytes.
+        device: "cpu", "cuda" or "cuda:N".
+        options: see `OnnxRuntimeOptions`.
 
     Raises:
         RefusedError: not an ONNX file, an operator ONNX Runtime does not know (named), a graph it cannot run.
@@ -58,49 +78,38 @@ class OnnxRuntimeRunner(Runner):
             There is no fallback, unless `config` has `session.disable_cpu_ep_fallback` "0".
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        device: str = "cpu",
-        provider: str | None = None,
-        threads: int | None = None,
-        inter_threads: int | None = None,
-        optimization: Optimization = "all",
-        quantized_as_written: bool = False,
-        config: Mapping[str, str] | None = None,
-        extra_outputs: Sequence[str] = (),
-        tf32: bool = False,
-        cuda_graph: bool = False,
-        profile: str | None = None,
-    ) -> None:
+    Options = OnnxRuntimeOptions
+
+    def __init__(self, path: Path, device: str = "cpu", options: OnnxRuntimeOptions = OnnxRuntimeOptions()) -> None:
         path = Path(path)
         self.artefact = replace(open_artefact(path), kind="onnx")
         ort = _import()
         kind, index, self.device = _device(device)
-        self._provider = provider or kind
-        _require_fit(self._provider, kind, device, cuda_graph)
-        entries = dict(config or {})
+        self._provider = options.provider or kind
+        _require_fit(self._provider, kind, device, options.cuda_graph)
+        entries = dict(options.config or {})
         if kind != "cpu":
             entries.setdefault("session.disable_cpu_ep_fallback", "1")
-        asked = session_options(self.artefact.manifest, "serve").limited(optimization)
-        graph = replace(asked, as_written=asked.as_written or quantized_as_written, config={**asked.config, **entries})
+        graph = session_options(self.artefact.manifest, "serve").limited(options.optimization)
+        as_written = graph.as_written or options.quantized_as_written
+        graph = replace(graph, as_written=as_written, config={**graph.config, **entries})
+        threads, cuda_graph = options.threads, options.cuda_graph
 
         def make_options() -> Any:
-            options = ort.SessionOptions()
-            options.log_severity_level = 4
-            graph.apply(options, ort)
-            options.intra_op_num_threads = threads or 0
-            options.inter_op_num_threads = inter_threads or 0
-            if inter_threads and inter_threads > 1:
-                options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
-            if profile:
-                options.enable_profiling, options.profile_file_prefix = True, profile
-            return options
+            found = ort.SessionOptions()
+            found.log_severity_level = 4
+            graph.apply(found, ort)
+            found.intra_op_num_threads = threads or 0
+            found.inter_op_num_threads = options.inter_threads or 0
+            if options.inter_threads and options.inter_threads > 1:
+                found.execution_mode = ort.ExecutionMode.ORT_PARALLEL
+            if options.profile:
+                found.enable_profiling, found.profile_file_prefix = True, options.profile
+            return found
 
         self._options = make_options
-        self._graph, self._extra = cuda_graph, tuple(extra_outputs)
-        self._request = Request(provider=self._provider, index=index, tf32=tf32, cuda_graph=cuda_graph)
+        self._graph, self._extra = cuda_graph, tuple(options.extra_outputs)
+        self._request = Request(provider=self._provider, index=index, tf32=options.tf32, cuda_graph=cuda_graph)
         if kind != "cpu" and path.is_file():
             digest = self.artefact.sha256 or sha256_file(path)
             self._request = replace(self._request, model=f"{digest[:16]}-{ort.__version__}")

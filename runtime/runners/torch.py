@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,16 +19,47 @@ from runtime import cuda
 from runtime.artefact import Artefact, Facts
 from runtime.manifest import TensorSpec
 from runtime.runners.base import Array, LayerTime, Query, Runner, validate_feeds
-from runtime.runners.torch_queries import Captured, make_queries
+from runtime.runners.torch_network import Captured
+from runtime.runners.torch_queries import make_queries
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from gmconv.inputs import Input
+
 Form = Literal["live", "baked"]
 #: CUDA graphs kept, one for each shape run last: each holds the memory of its intermediate results.
 GRAPHS = 8
 log = logging.getLogger("gmconv.runners")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TorchOptions:
+    """How to run a checkpoint.
+
+    Args:
+        form: "live" (masks computed in forward, as trained) or "baked" (plain convolutions).
+        compiled: through `torch.compile`; the first run of each shape compiles.
+        dtype: "float32", or "float64" for a yardstick: inputs stay as they are and are widened, outputs are float64.
+        channels_last: memory format of weights and images.
+        tf32: let CUDA use TF32 (off: strict fp32).
+        cuda_graph: capture the run on the first call for each shape and replay it (the last `GRAPHS` shapes; where it
+            cannot be captured that is said once, and it runs without).
+        threads: of the CPU kernels (process-wide in PyTorch); PyTorch's choice when None.
+        dynamic_hw: accept any height and width of images, not only the checkpoint's.
+        foreign: what a foreign checkpoint does not say of itself.
+    """
+
+    form: Form = "live"
+    compiled: bool = False
+    dtype: Literal["float32", "float64"] = "float32"
+    channels_last: bool = False
+    tf32: bool = False
+    cuda_graph: bool = False
+    threads: int | None = None
+    dynamic_hw: bool = False
+    foreign: Foreign = NOTHING
 
 
 class TorchRunner(Runner):
@@ -36,105 +68,80 @@ class TorchRunner(Runner):
     Args:
         path: `.pt`, `.pth` or `.safetensors`.
         device: "cpu", "cuda" or "cuda:N".
-        form: "live" (masks computed in forward, as trained) or "baked" (plain convolutions).
-        compiled: through `torch.compile`; the first run of each shape compiles.
-        dtype: "float32", or "float64" for a yardstick: inputs stay float32 and are widened, outputs are float64.
-        channels_last: memory format of weights and inputs.
-        tf32: let CUDA use TF32 (off: strict fp32).
-        cuda_graph: capture the run on the first call for each shape and replay it (the last `GRAPHS` shapes; where it
-            cannot be captured that is said once, and it runs without).
-        threads: of the CPU kernels (process-wide in PyTorch); PyTorch's choice when None.
-        dynamic_hw: accept any height and width, not only the checkpoint's.
-        input_name, output_names: to go by the names of an exported file.
-        foreign: what a foreign checkpoint does not say of itself.
+        options: see `TorchOptions`.
 
-    `model` is the module in use, `checkpoint` what the file said.
+    `model` is the module in use, `call` that or its compiled form, `checkpoint` what the file said.
 
     Raises:
         RefusedError, gmconv.errors.CheckpointError: the file is no checkpoint of a network we can build.
         UnavailableError: torch or the GPU is missing.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        device: str = "cpu",
-        form: Form = "live",
-        compiled: bool = False,
-        dtype: Literal["float32", "float64"] = "float32",
-        channels_last: bool = False,
-        tf32: bool = False,
-        cuda_graph: bool = False,
-        threads: int | None = None,
-        dynamic_hw: bool = False,
-        input_name: str = "input",
-        output_names: Sequence[str] = (),
-        foreign: Foreign = NOTHING,
-    ) -> None:
-        torch = require("torch", "export")
+    Options = TorchOptions
+
+    def __init__(self, path: Path, device: str = "cpu", options: TorchOptions = TorchOptions()) -> None:
+        self.torch = torch = require("torch", "export")
         gmconv = require("gmconv", "export")
-        self._torch = torch
-        self._device = _device(torch, device)
-        self.device = str(self._device)
-        if cuda_graph and self._device.type != "cuda":
+        self.place = _device(torch, device)
+        self.device = str(self.place)
+        if options.cuda_graph and self.place.type != "cuda":
             raise UnavailableError("a CUDA graph needs a GPU; leave cuda_graph out on the CPU")
-        if threads:
-            torch.set_num_threads(threads)
-        self.checkpoint = gmconv.load_checkpoint(path, **foreign.given())
-        found = self.checkpoint
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self.checkpoint = found = gmconv.load_checkpoint(path, **options.foreign.given())
         facts = Facts(found.input_shape, read_preprocessing(found.preprocessing), found.dataset, found.labels)
         self.artefact = Artefact(path=Path(path), kind="checkpoint", facts=facts, sha256=found.sha256)
-        model: nn.Module = self.checkpoint.model
-        if form == "baked":
-            constants = require("gmconv.constants", "export")
-            model, _ = constants.bake_for_inputs(model, self.checkpoint.inputs)
-        self._dtype = getattr(torch, dtype)
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
-        model = model.to(device=self._device, dtype=self._dtype).eval()
-        if channels_last:
+        model: nn.Module = found.model
+        if options.form == "baked":
+            model, _ = require("gmconv.constants", "export").bake_for_inputs(model, found.inputs)
+        self._dtype = getattr(torch, options.dtype)
+        self._format = torch.channels_last if options.channels_last else torch.contiguous_format
+        model = model.to(device=self.place, dtype=self._dtype).eval()
+        if options.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = model
-        self._call: Callable[[Any], Any] = torch.compile(model) if compiled else model
-        self._tf32, self._graph, self._output_names = tf32, cuda_graph, tuple(output_names)
-        self._graphs: OrderedDict[tuple[int, ...], Captured] = OrderedDict()
+        self.call: Callable[..., Any] = torch.compile(model) if options.compiled else model
+        self._options = options
+        self._graphs: OrderedDict[tuple[Any, ...], Captured] = OrderedDict()
         self._graph_problem: str | None = None
-        channels, height, width = self.checkpoint.input_shape
-        hw: tuple[int | str, ...] = ("height", "width") if dynamic_hw else (height, width)
-        self.inputs = (TensorSpec(input_name, "float32", ("batch", channels, *hw)),)
-        self.outputs = self._learn_outputs(dtype)
-        words = [form, "compiled" if compiled else "eager", "CUDA graph" if cuda_graph else ""]
-        words += [dtype if dtype != "float32" else "", "channels last" if channels_last else ""]
-        self.name = f"torch {self._device.type}, " + ", ".join(word for word in words if word)
+        self.inputs = tuple(
+            TensorSpec(given.name, given.dtype, ("batch", *self._sides(given, alone=len(found.inputs) == 1)))
+            for given in found.inputs
+        )
+        self.outputs = self._learn_outputs()
+        words = [options.form, "compiled" if options.compiled else "eager"]
+        words += ["CUDA graph"] * options.cuda_graph + [options.dtype] * (options.dtype != "float32")
+        words += ["channels last"] * options.channels_last
+        self.name = f"torch {self.place.type}, {', '.join(words)}"
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once; float32 arrays in, arrays of the runner's dtype out."""
         validate_feeds(self.inputs, feeds)
-        with self._mode(), self._words():
-            outputs = self._forward(self._tensor(feeds))
-        return {name: value.numpy(force=True).copy() for name, value in self._named(outputs).items()}
+        with self.mode(), self._words():
+            outputs = self._forward(self.tensors(feeds))
+        return {name: value.numpy(force=True).copy() for name, value in self.named(outputs).items()}
 
     def bind(self, feeds: Mapping[str, Array]) -> Callable[[], object]:
         """A call that runs on inputs already on the device, and waits for the GPU where there is one."""
         self.run(feeds)  # compiles, captures and allocates; what cannot run fails here
-        tensor, call, inference = self._tensor(feeds), self._call, self._torch.inference_mode
-        if self._device.type == "cpu":
+        tensors, call, inference = self.tensors(feeds), self.call, self.torch.inference_mode
+        if self.place.type == "cpu":
 
             def bound() -> object:
                 with inference():
-                    return call(tensor)
+                    return call(*tensors)
 
             return bound
-        synchronize, device = self._torch.cuda.synchronize, self._device
-        with self._mode():
-            captured = self.capture(tensor) if self._graph else None
+        synchronize, place = self.torch.cuda.synchronize, self.place
+        with self.mode():
+            captured = self.capture(tensors) if self._options.cuda_graph else None
         if captured is not None:
-            call, tensor = captured, captured.input
+            call, tensors = captured, captured.inputs
 
         def bound_on_gpu() -> object:
-            with self._mode():
-                result = call(tensor)
-            synchronize(device)
+            with self.mode():
+                result = call(*tensors)
+            synchronize(place)
             return result
 
         return bound_on_gpu
@@ -150,11 +157,11 @@ class TorchRunner(Runner):
         spin: bool = True,
     ) -> list[Query] | None:
         """On a GPU, queries clocked by CUDA events; None on the CPU."""
-        if self._device.type != "cuda":
+        if self.place.type != "cuda":
             return None
         validate_feeds(self.inputs, feeds)
         with self._words():
-            host = self._torch.from_numpy(feeds[self.inputs[0].name]).pin_memory()
+            host = tuple(self.torch.from_numpy(feeds[spec.name]).pin_memory() for spec in self.inputs)
             return [*make_queries(self, host, count, streams, transfers=transfers, graph=cuda_graph, spin=spin)]
 
     @property
@@ -162,12 +169,12 @@ class TorchRunner(Runner):
         """Why CUDA graphs do not work here, once that has shown."""
         return self._graph_problem
 
-    def capture(self, tensor: torch.Tensor) -> Captured | None:
-        """A CUDA graph of the run on inputs like `tensor`, inside `_mode`; None where there can be none."""
+    def capture(self, tensors: tuple[torch.Tensor, ...]) -> Captured | None:
+        """A CUDA graph of the run on inputs like `tensors`, inside `mode`; None where there can be none."""
         if self._graph_problem is None:
             try:
-                return Captured(self._torch, self._call, tensor)
-            except self._torch.OutOfMemoryError:
+                return Captured(self.torch, self.call, tensors)
+            except self.torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 self._graph_problem = " ".join(str(error).split())[:200]
@@ -185,15 +192,15 @@ class TorchRunner(Runner):
 
         def hook(name: str) -> Callable[[Any, Any, Any], None]:
             def keep(module: Any, given: Any, output: Any) -> None:
-                if isinstance(output, self._torch.Tensor):
+                if isinstance(output, self.torch.Tensor):
                     found.setdefault(name, []).append(output.numpy(force=True).copy())
 
             return keep
 
         handles = [module.register_forward_hook(hook(name)) for name, module in self.model.named_modules() if name]
         try:
-            with self._mode(), self._words():
-                self.model(self._tensor(feeds))
+            with self.mode(), self._words():
+                self.model(*self.tensors(feeds))
         finally:
             for handle in handles:
                 handle.remove()
@@ -204,19 +211,19 @@ class TorchRunner(Runner):
         found = {}
         for name, module in self.model.named_modules():
             sigma = getattr(module, "sigma", None)
-            if isinstance(sigma, self._torch.Tensor):
+            if isinstance(sigma, self.torch.Tensor):
                 low, high = float(sigma.detach().min()), float(sigma.detach().max())
                 found[name] = f"{low:.3f}" if low == high else f"{low:.3f}..{high:.3f}"
         return found
 
     def batch_norms(self) -> set[str]:
         """Names of the BatchNorm layers."""
-        kind = self._torch.nn.modules.batchnorm._BatchNorm
+        kind = self.torch.nn.modules.batchnorm._BatchNorm
         return {name for name, module in self.model.named_modules() if isinstance(module, kind)}
 
     def weighted_modules(self) -> set[str]:
         """Names of the convolutions and linear layers, also of those that a user wrote: parameters, and no norm."""
-        nn = self._torch.nn
+        nn = self.torch.nn
         layers = (nn.modules.conv._ConvNd, nn.Linear)
         others = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
 
@@ -228,7 +235,7 @@ class TorchRunner(Runner):
 
     def layer_times(self, feeds: Mapping[str, Array], runs: int) -> list[LayerTime] | None:
         """Time of each leaf module over `runs` eager runs, by hooks; None for a compiled network, which has none."""
-        if self._call is not self.model:
+        if self.call is not self.model:
             return None
         from runtime.runners.torch_layers import module_times
 
@@ -243,18 +250,22 @@ class TorchRunner(Runner):
         """Drop the network and its graphs."""
         self._graphs.clear()
 
-    def _learn_outputs(self, dtype: str) -> tuple[TensorSpec, ...]:
+    def _sides(self, given: Input, *, alone: bool) -> tuple[int | str, ...]:
+        """The shape of one sample of an input, height and width by name where they are free."""
+        if not (self._options.dynamic_hw and given.is_image):
+            return given.shape
+        return (given.shape[0], *(side if alone else f"{given.name}_{side}" for side in ("height", "width")))
+
+    def _learn_outputs(self) -> tuple[TensorSpec, ...]:
         """Output names and shapes, from one run at batch 2."""
-        torch = self._torch
-        channels, height, width = self.checkpoint.input_shape
-        with torch.inference_mode(), self._words():
-            example = torch.zeros((2, channels, height, width), dtype=self._dtype, device=self._device)
-            named = self._named(self.model(example))
-        free = self.inputs[0].shape[2:] != (height, width)
+        noise = require("gmconv.inputs", "export").noise
+        with self.mode(), self._words():
+            named = self.named(self.model(*self.tensors(noise(self.checkpoint.inputs, 2))))
+        free = any(isinstance(side, str) for spec in self.inputs for side in spec.shape[1:])
         return tuple(
             TensorSpec(
                 name,
-                dtype if value.is_floating_point() else str(value.dtype).removeprefix("torch."),
+                self._options.dtype if value.is_floating_point() else str(value.dtype).removeprefix("torch."),
                 tuple(
                     "batch" if axis == 0 and n == 2 else f"{name}_{axis}" if free and axis > 1 else n
                     for axis, n in enumerate(value.shape)
@@ -263,35 +274,49 @@ class TorchRunner(Runner):
             for name, value in named.items()
         )
 
-    def _tensor(self, feeds: Mapping[str, Array]) -> torch.Tensor:
+    def tensors(self, feeds: Mapping[str, Array]) -> tuple[torch.Tensor, ...]:
+        """Arrays as arguments of the forward, on the device, those of floating point in the network's dtype."""
         import numpy as np
 
-        tensor = self._torch.from_numpy(np.ascontiguousarray(feeds[self.inputs[0].name]))
-        found: torch.Tensor = tensor.to(device=self._device, dtype=self._dtype, memory_format=self._format)
-        return found
+        found = []
+        for spec in self.inputs:
+            tensor = self.torch.from_numpy(np.ascontiguousarray(feeds[spec.name]))
+            dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
+            layout = self._format if tensor.ndim == 4 else self.torch.contiguous_format
+            found.append(tensor.to(device=self.place, dtype=dtype, memory_format=layout))
+        return tuple(found)
 
-    def _forward(self, tensor: torch.Tensor) -> Any:
-        key = tuple(tensor.shape)
-        captured = self._graphs.pop(key, None) or (self.capture(tensor) if self._graph else None)
+    def _forward(self, tensors: tuple[torch.Tensor, ...]) -> Any:
+        key = tuple(tuple(tensor.shape) for tensor in tensors)
+        captured = self._graphs.pop(key, None) or (self.capture(tensors) if self._options.cuda_graph else None)
         if captured is None:
-            return self._call(tensor)
+            return self.call(*tensors)
         self._graphs[key] = captured  # the newest use last
         if len(self._graphs) > GRAPHS:
             self._graphs.popitem(last=False)
-        return captured(tensor)
+        return captured(*tensors)
 
-    def _named(self, outputs: Any) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = require("gmconv.outputs", "export").named_outputs(outputs, self._output_names)
+    def named(self, outputs: Any) -> dict[str, torch.Tensor]:
+        """What the network returned, by name (see `gmconv.outputs.named_outputs`)."""
+        found: dict[str, torch.Tensor] = require("gmconv.outputs", "export").named_outputs(outputs)
         return found
 
     @contextlib.contextmanager
-    def _mode(self) -> Iterator[None]:
-        """Inference mode on this runner's device, with TF32 as asked for and not as other code left it."""
-        torch = self._torch
+    def mode(self) -> Iterator[None]:
+        """Inference mode on this runner's device, with TF32 as asked for and not as other code left it.
+
+        In float64 what the forward itself makes in float32 is widened too.
+        """
+        torch = self.torch
         before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self._tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self._options.tf32
         try:
-            with torch.inference_mode(), torch.cuda.device(self._device) if self.device != "cpu" else nullcontext():
+            wide = require("gmconv.double", "export").widening if self._options.dtype == "float64" else nullcontext
+            with (
+                torch.inference_mode(),
+                torch.cuda.device(self.place) if self.device != "cpu" else nullcontext(),
+                wide(),
+            ):
                 yield
         finally:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
@@ -302,7 +327,7 @@ class TorchRunner(Runner):
             yield
         except (RuntimeError, ValueError, TypeError) as error:
             text = " ".join(str(error).split())[:300]
-            if isinstance(error, self._torch.OutOfMemoryError):
+            if isinstance(error, self.torch.OutOfMemoryError):
                 raise cuda.DeviceMemoryError(
                     f"{self.device}: {text.partition('. ')[0]}; use a smaller batch"
                 ) from error
@@ -330,6 +355,7 @@ def write_twin(checkpoint: Path, output: Path, foreign: Foreign = NOTHING) -> No
         preprocessing=found.preprocessing,
         labels=found.labels,
         dataset=found.dataset,
+        inputs=[(given.name, given.shape, given.dtype) for given in found.inputs],
     )
 
 

@@ -7,21 +7,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from runtime.runners.base import PROFILE_WARM_UP, Array, LayerTime
+from runtime.runners.torch_network import TorchNetwork
 
-TorchRunner = Any  # `runtime.runners.torch.TorchRunner`, which imports this module
 
-
-def module_times(runner: TorchRunner, feeds: Mapping[str, Array], runs: int) -> list[LayerTime]:
+def module_times(network: TorchNetwork, feeds: Mapping[str, Array], runs: int) -> list[LayerTime]:
     """Time of each leaf module, ms; a module that is called several times in a run has the sum of its calls."""
-    on_gpu = runner._device.type == "cuda"
-    leaves = [(name, m) for name, m in runner.model.named_modules() if name and not any(m.children())]
+    on_gpu = network.place.type == "cuda"
+    leaves = [(name, m) for name, m in network.model.named_modules() if name and not any(m.children())]
     calls: list[tuple[str, Any, Any]] = []  # a module's name, the moments before and after one call
     started: dict[str, Any] = {}
 
     def moment() -> Any:
         if not on_gpu:
             return time.perf_counter()
-        event = runner._torch.cuda.Event(enable_timing=True)
+        event = network.torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
@@ -36,13 +35,13 @@ def module_times(runner: TorchRunner, feeds: Mapping[str, Array], runs: int) -> 
     ]
     times: dict[str, list[float]] = {}
     try:
-        tensor = runner._tensor(feeds)
+        tensors = network.tensors(feeds)
         for run in range(runs + PROFILE_WARM_UP):
             calls.clear()
-            with runner._mode():
-                runner.model(tensor)
+            with network.mode():
+                network.model(*tensors)
                 if on_gpu:
-                    runner._torch.cuda.synchronize(runner._device)
+                    network.torch.cuda.synchronize(network.place)
             spent: dict[str, float] = {}
             for name, start, end in calls:
                 ms = start.elapsed_time(end) if on_gpu else 1000 * (end - start)

@@ -94,7 +94,8 @@ def test_extra_outputs_that_do_not_exist_are_refused(model: Path) -> None:
 
 
 def test_profile_is_written(model: Path, tmp_path: Path) -> None:
-    with OnnxRuntimeRunner(model, profile=str(tmp_path / "prof")) as runner:
+    with open_runner(model, profile=str(tmp_path / "prof")) as runner:
+        assert isinstance(runner, OnnxRuntimeRunner)
         runner.run({"input": X})
         assert Path(runner.end_profiling()).is_file()
 

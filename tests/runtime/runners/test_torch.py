@@ -1,5 +1,7 @@
 """The torch runner: live, baked, compiled, float64, and checkpoints it refuses."""
 
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import gmconv
 from gmconv.errors import RefusedError, UnavailableError
 from gmconv.foreign import Foreign
 from runtime.runners import open_runner
-from runtime.runners.torch import TorchRunner
+from runtime.runners.torch import TorchOptions, TorchRunner
 
 X = {"input": np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)}
 
@@ -42,7 +44,7 @@ def test_the_live_network_is_what_the_module_computes(checkpoint: Path) -> None:
 
 
 def test_baked_is_bitwise_live_and_has_no_masks(checkpoint: Path) -> None:
-    with open_runner(checkpoint) as live, TorchRunner(checkpoint, form="baked") as baked:
+    with open_runner(checkpoint) as live, TorchRunner(checkpoint, options=TorchOptions(form="baked")) as baked:
         np.testing.assert_array_equal(live.run(X)["logits"], baked.run(X)["logits"])
         assert not any(isinstance(m, gmconv.GMConv2d) for m in baked.model.modules())
 
@@ -69,18 +71,11 @@ def test_compiled_agrees_with_eager(checkpoint: Path) -> None:
         np.testing.assert_allclose(compiled.run(X)["logits"], want, rtol=1e-3, atol=1e-4 * np.abs(want).max())
 
 
-def test_names_follow_the_exported_file(checkpoint: Path) -> None:
-    with TorchRunner(checkpoint, input_name="image", output_names=("scores",)) as runner:
-        assert set(runner.run({"image": X["input"]})) == {"scores"}
-    with pytest.raises(RefusedError, match="has 1 outputs, --output-names gives 2"):
-        TorchRunner(checkpoint, output_names=("a", "b"))
-
-
 def test_any_height_and_width_only_when_asked(checkpoint: Path) -> None:
     larger = {"input": np.zeros((1, 3, 40, 48), dtype=np.float32)}
     with TorchRunner(checkpoint) as runner, pytest.raises(RefusedError, match="has shape"):
         runner.run(larger)
-    with TorchRunner(checkpoint, dynamic_hw=True) as runner:
+    with open_runner(checkpoint, dynamic_hw=True) as runner:
         assert runner.run(larger)["logits"].shape == (1, 10)
 
 
@@ -148,15 +143,57 @@ class Two(nn.Module):
         return {"features": features, "pooled": features.mean((2, 3))}
 
 
-def test_several_outputs_are_named_by_their_keys(tmp_path: Path) -> None:
-    import sys
-    import types
+class Several(nn.Module):
+    """An image, a mask, a second number; a constant that follows no dtype."""
 
-    module = types.ModuleType("two_outputs")
-    module.Two = Two  # type: ignore[attr-defined]
-    sys.modules["two_outputs"] = module
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.table, self.plain = nn.Conv2d(3, 4, 3, padding=1), nn.Embedding(2, 4), torch.ones(4)
+
+    def forward(self, image: torch.Tensor, mask: torch.Tensor, kind: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = (self.conv(image) * mask).mean((2, 3)).float()
+        return torch.addmm(features, self.table(kind[:, 0]) @ torch.eye(4), torch.diag(self.plain))
+
+
+@pytest.fixture
+def own_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("own_networks")
+    module.Two, module.Several = Two, Several  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "own_networks", module)
+
+
+@pytest.mark.usefixtures("own_networks")
+def test_several_outputs_are_named_by_their_keys(tmp_path: Path) -> None:
     path = tmp_path / "two.pt"
-    gmconv.save_checkpoint(path, Two(), arch="two_outputs:Two", input_shape=(3, 8, 8))
-    with open_runner(path, foreign=Foreign(arch="two_outputs:Two")) as runner:
+    gmconv.save_checkpoint(path, Two(), arch="own_networks:Two", input_shape=(3, 8, 8))
+    with open_runner(path, foreign=Foreign(arch="own_networks:Two")) as runner:
         assert [spec.name for spec in runner.outputs] == ["features", "pooled"]
         assert runner.outputs[0].shape == ("batch", 4, 6, 6)
+
+
+@pytest.mark.usefixtures("own_networks")
+def test_several_inputs_go_to_the_forward_by_name(tmp_path: Path) -> None:
+    path, network = tmp_path / "several.pt", Several()
+    torch.save(network.state_dict(), path)
+    inputs = (("kind", (1,), "int64"), ("image", (3, 8, 8), "float32"), ("mask", (1, 8, 8), "float32"))
+    foreign = Foreign(arch="own_networks:Several", inputs=inputs)
+    generator = np.random.default_rng(0)
+    feeds: dict[str, Any] = {n: generator.standard_normal((3, *s), dtype=np.float32) for n, s, _ in inputs[1:]}
+    feeds["kind"] = np.array([[0], [1], [1]])
+    with torch.inference_mode():
+        want = network(*(torch.from_numpy(feeds[name]) for name in ("image", "mask", "kind"))).numpy()
+    with open_runner(path, foreign=foreign) as runner, open_runner(path, foreign=foreign, dtype="float64") as wide:
+        assert [(spec.name, spec.dtype) for spec in runner.inputs] == [
+            ("image", "float32"), ("mask", "float32"), ("kind", "int64")
+        ]  # fmt: skip
+        assert [spec.shape for spec in runner.inputs] == [("batch", 3, 8, 8), ("batch", 1, 8, 8), ("batch", 1)]
+        np.testing.assert_array_equal(runner.run(feeds)["logits"], want)
+        bound: Any = runner.bind(feeds)
+        np.testing.assert_array_equal(bound().numpy(), want)
+        exact = wide.run(feeds)["logits"]
+        assert exact.dtype == np.float64
+        assert 0 < np.abs(exact - want).max() < 1e-5
+        with pytest.raises(RefusedError, match="inputs given"):
+            runner.run({"image": feeds["image"]})
+    with open_runner(path, foreign=foreign, dynamic_hw=True) as runner:
+        assert runner.inputs[1].shape == ("batch", 1, "mask_height", "mask_width")

@@ -18,7 +18,7 @@ import gmconv
 from runtime import cuda
 from runtime.runners import open_runner
 from runtime.runners.base import PROFILE_WARM_UP
-from runtime.runners.torch import GRAPHS, TorchRunner
+from runtime.runners.torch import GRAPHS, TorchOptions, TorchRunner
 from runtime.runners.torch_layers import module_times
 
 
@@ -126,10 +126,10 @@ class Bench:
         self.cuda = FakeCuda()
         self.runner: Any = open_runner(checkpoint)
         names = {"cuda": self.cuda, "empty": lambda *a, pin_memory=False, **k: torch.empty(*a, **k)}
-        self.runner._torch = SimpleNamespace(**{**vars(torch), **names})
-        self.runner._device, self.runner.device = SimpleNamespace(type="cuda", index=1), "cuda:1"
-        self.runner._graph = options.get("cuda_graph", False)
-        self.runner._tensor = lambda feeds: torch.from_numpy(feeds["input"].copy())
+        self.runner.torch = SimpleNamespace(**{**vars(torch), **names})
+        self.runner.place, self.runner.device = SimpleNamespace(type="cuda", index=1), "cuda:1"
+        self.runner._options = TorchOptions(**options)
+        self.runner.tensors = lambda feeds: (torch.from_numpy(feeds["input"].copy()),)
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
         model = self.runner.model
         bench = self.cuda
@@ -143,7 +143,7 @@ class Bench:
                 bench.log.append(("run", bench.on.name))
             return output
 
-        self.runner._call = call
+        self.runner.call = call
 
     def kinds(self) -> list[str]:
         return [entry[0] for entry in self.cuda.log]
@@ -265,6 +265,6 @@ def test_what_the_device_refuses_is_not_the_inputs_fault(
         raise error
 
     runner: TorchRunner = bench().runner
-    runner._call = fail
+    runner.call = fail
     with pytest.raises(kind, match=words):
         runner.run(images(2))
