@@ -18,9 +18,10 @@ from gmconv.images import SUFFIXES, Preprocessing, load_image
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
 Reader = Callable[[Labels], Iterator[Floats]]
-_Part = Literal["held-out", "train", "all"]
+Part = Literal["held-out", "train", "all"]
 
 NOISE_SAMPLES = 64
+_BATCH = 32  # samples, where nobody says
 _IMAGE_NAMES = ("input", "images", "x")
 _LABEL_NAMES = ("labels", "targets", "y")
 
@@ -44,7 +45,6 @@ class Samples:
     count: int
     labels: Labels | None
     classes: tuple[str, ...] | None
-    batch: int
     _indices: Labels
     _read: Reader
 
@@ -52,7 +52,7 @@ class Samples:
         return self.count
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.batches(self.batch)
+        return self.batches(_BATCH)
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Batches of `size` samples, the last one possibly smaller."""
@@ -76,9 +76,7 @@ def load_samples(
     class_names: Sequence[str] | None = None,
     limit: int | None = None,
     seed: int = 0,
-    batch: int = 32,
-    held_out_only: bool = True,
-    train_only: bool = False,
+    part: Part = "held-out",
 ) -> Samples:
     """The samples that `spec` names, in the shape (C, H, W) a network takes.
 
@@ -91,9 +89,7 @@ def load_samples(
         class_names: the manifest's labels: sub-folders are matched with them by name.
         limit: at most this many, drawn by `seed` without repetition and kept in their order.
         seed: of the noise and of the draw.
-        batch: samples per batch when iterated.
-        held_out_only: of the digits, those not trained on (and of a folder split in train and val, the latter).
-        train_only: the opposite part instead, for calibration; wins over `held_out_only`.
+        part: of the digits, and of a folder split in train and val: those not trained on, those that were, or all.
 
     Raises:
         RefusedError: the source is missing, empty, unreadable, or does not have that shape.
@@ -101,7 +97,6 @@ def load_samples(
     """
     if limit is not None and limit < 1:
         raise RefusedError(f"{limit} samples were asked for; at least 1 is needed")
-    part: _Part = "train" if train_only else "held-out" if held_out_only else "all"
     classes: tuple[str, ...] | None = None
     if str(spec) == "noise":
         name, total, labels, read = "noise", limit or NOISE_SAMPLES, None, _noise(input_shape, seed)
@@ -120,7 +115,7 @@ def load_samples(
     if limit is not None and limit < total:
         indices = np.sort(np.random.default_rng(seed).permutation(total)[:limit])
     chosen = None if labels is None else labels[indices]
-    return Samples(name, len(indices), chosen, classes, batch, indices, read)
+    return Samples(name, len(indices), chosen, classes, indices, read)
 
 
 def _noise(shape: tuple[int, int, int], seed: int) -> Reader:
@@ -133,7 +128,7 @@ def _noise(shape: tuple[int, int, int], seed: int) -> Reader:
 
 
 def _digits(
-    shape: tuple[int, int, int], dataset: dict[str, Any], part: _Part
+    shape: tuple[int, int, int], dataset: dict[str, Any], part: Part
 ) -> tuple[int, Labels, tuple[str, ...], Reader]:
     """The 1,797 digits of scikit-learn in [0, 1], pixels and channels repeated; split as `gmconv.train` splits them."""
     load_digits = require("sklearn.datasets", "export").load_digits
@@ -166,7 +161,7 @@ def _folder(
     shape: tuple[int, int, int],
     preprocessing: Preprocessing | None,
     class_names: Sequence[str] | None,
-    part: _Part,
+    part: Part,
 ) -> tuple[int, Labels | None, tuple[str, ...] | None, Reader]:
     if preprocessing is None:
         raise RefusedError(f"{folder}: the manifest has no preprocessing, so image files cannot be turned into inputs")

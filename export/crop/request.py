@@ -226,7 +226,7 @@ def calibration_data(
         dataset=dataset,
         limit=min(request.limit, _NOISE) if source == "noise" else request.limit,
         seed=request.seed,
-        train_only=True,
+        part="train",
     )
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
     batches = [torch.from_numpy(batch.images).to(like.device, like.dtype) for batch in samples.batches(_BATCH)]

@@ -109,7 +109,7 @@ def open_images(
         dataset=dataset,
         limit=limit or DEFAULT_IMAGES,
         seed=seed,
-        train_only=True,
+        part="train",
     )
     if samples.count < 2:
         raise RefusedError(

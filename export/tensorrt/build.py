@@ -53,9 +53,19 @@ class BuildOptions:
     verbose: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The ONNX file that is built: its manifest, if it has one, its digest, and what its graph takes and returns."""
+
+    path: Path
+    manifest: Manifest | None
+    digest: FileDigest
+    facts: GraphFacts
+
+
 def build_engine(
-    onnx_path: Path,
-    output: Path,
+    onnx_path: str | Path,
+    output: str | Path,
     options: BuildOptions = BuildOptions(),
     *,
     progress: Progress | None = None,
@@ -67,6 +77,7 @@ def build_engine(
     precision than asked for), ParityError (the engine differs from its source) or UnavailableError (no builder here).
     `process` is a builder process already started; the caller closes it.
     """
+    onnx_path, output = Path(onnx_path), Path(output)
     flavor, why = trt.choose_flavor(options.flavor)
     _refuse_options(flavor, options)
     with contextlib.ExitStack() as stack:
@@ -78,16 +89,16 @@ def build_engine(
         plan = folder / output.name
         worker.send(_request(onnx_path, plan, output, flavor, options))
         # A file with a manifest is byte for byte the one that the exporter checked; any other is checked here.
-        source = find_manifest(onnx_path)
-        facts = GraphFacts(source.inputs, source.outputs, {}) if source else read_graph(onnx_path)
-        onnx_digest = source.artefact if source else digest(onnx_path, "onnx")
+        known = find_manifest(onnx_path)
+        facts = GraphFacts(known.inputs, known.outputs, {}) if known else read_graph(onnx_path)
+        source = _Source(onnx_path, known, known.artefact if known else digest(onnx_path, "onnx"), facts)
         try:
             built = worker.result(progress)
         except BuilderFailedError as failure:
-            if failure.nodes and source:
+            if failure.nodes and known:
                 facts = read_graph(onnx_path)  # for the modules that the nodes came from
             raise rephrase(failure, onnx_path, facts.where, trt.TITLES[flavor]) from failure
-        manifest = _manifest(onnx_path, output, flavor, why, options, source, onnx_digest, facts, built)
+        manifest = _manifest(source, output, (flavor, why), options, built)
         sidecar(plan).write_text(manifest.to_json())
         if options.verify and cuda.driver_problem() is None:
             from export.tensorrt.verify import verify_engine
@@ -144,41 +155,37 @@ def _request(onnx_path: Path, plan: Path, output: Path, flavor: trt.Flavor, opti
 
 
 def _manifest(
-    onnx_path: Path,
-    output: Path,
-    flavor: trt.Flavor,
-    why: str,
-    options: BuildOptions,
-    source: Manifest | None,
-    onnx_digest: FileDigest,
-    facts: GraphFacts,
-    built: dict[str, Any],
+    source: _Source, output: Path, chosen: tuple[trt.Flavor, str], options: BuildOptions, built: dict[str, Any]
 ) -> Manifest:
-    """The engine's manifest: what the ONNX file's says, plus what was built. Raises BuildError when they disagree."""
-    _same_tensors(onnx_path, "input", facts.inputs, built["inputs"])
-    _same_tensors(onnx_path, "output", facts.outputs, built["outputs"])
+    """The engine's manifest: what the ONNX file's says, plus what was built. Raises BuildError when they disagree.
+
+    `chosen`: the flavor and why.
+    """
+    facts, known = source.facts, source.manifest
+    _same_tensors(source.path, "input", facts.inputs, built["inputs"])
+    _same_tensors(source.path, "output", facts.outputs, built["outputs"])
     layers = read_layers(built["layers"])
     network = built["network"]
     fusion = count_fusions(layers, frozenset(network["convolutions"]), frozenset(network["masks"]))
     found = precision_histogram(layers)
-    precision = source.precision if source else next(iter(network["precisions"]), "fp32")
+    precision = known.precision if known else next(iter(network["precisions"]), "fp32")
     warnings = list(built["warnings"])
     if layers and not any(fusion.by_precision if fusion.convolutions else found):
         warnings.append("TensorRT does not tell in which precision the layers compute")
     elif layers and options.profiling_verbosity == "detailed":
-        refuse_other_precision(onnx_path, precision, network["precisions"], fusion, found)
+        refuse_other_precision(source.path, precision, network["precisions"], fusion, found)
     gpu = cuda.device_info() if cuda.driver_problem() is None else None
-    versions = {**(source.versions if source else {}), trt.VERSION_KEYS[flavor]: built["version"]}
+    versions = {**(known.versions if known else {}), trt.VERSION_KEYS[chosen[0]]: built["version"]}
     if gpu:
         versions |= {"driver": gpu.driver, "cuda": gpu.cuda}
-    base = source or Manifest(artefact=onnx_digest, inputs=facts.inputs, outputs=facts.outputs)
+    base = known or Manifest(artefact=source.digest, inputs=facts.inputs, outputs=facts.outputs)
     return dataclasses.replace(
         base,
         artefact=FileDigest("engine", output.name, built["sha256"], built["bytes"]),
         inputs=facts.inputs,
         outputs=facts.outputs,
         created=utc_now(),
-        chain=(*(source.chain if source else ()), onnx_digest),
+        chain=(*(known.chain if known else ()), source.digest),
         external=(),
         profiles=tuple(
             {name: ShapeRange(*(tuple(side) for side in shapes)) for name, shapes in profile.items()}
@@ -188,15 +195,14 @@ def _manifest(
         precision_found=found,
         parity=Parity(result="not run", reason=NO_DEVICE),
         benchmark=None,
-        build=_build_record(flavor, why, options, built, gpu, layers=layers, fusion=fusion, warnings=warnings),
+        build=_build_record(chosen, options, built, gpu, layers=layers, fusion=fusion, warnings=warnings),
         versions=versions,
         device=Device(**dataclasses.asdict(gpu)) if gpu else None,
     )
 
 
 def _build_record(
-    flavor: trt.Flavor,
-    why: str,
+    chosen: tuple[trt.Flavor, str],
     options: BuildOptions,
     built: dict[str, Any],
     gpu: cuda.DeviceInfo | None,
@@ -207,8 +213,8 @@ def _build_record(
 ) -> Build:
     """How the engine was built, for its manifest."""
     return Build(
-        flavor=flavor,
-        flavor_reason=why,
+        flavor=chosen[0],
+        flavor_reason=chosen[1],
         tf32=options.tf32,
         workspace_mib=options.workspace,
         optimization_level=options.optimization_level,

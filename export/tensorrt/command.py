@@ -103,20 +103,20 @@ def progress_bar(quiet: bool) -> Iterator[Progress | None]:
         yield show
 
 
-def _profiles(
-    low: tuple[int, ...],
-    opt: tuple[int, ...],
-    high: tuple[int, ...],
-    min_shapes: tuple[str, ...],
-    opt_shapes: tuple[str, ...],
-    max_shapes: tuple[str, ...],
-) -> tuple[ProfileRequest, ...]:
-    """One request per repetition of the flags, in order: first the batch ranges, then the full shapes."""
+def _profiles(flags: dict[str, Any]) -> tuple[ProfileRequest, ...]:
+    """One request per repetition of the flags, in order: first the batch ranges, then the full shapes.
+
+    Takes those flags out of `flags`.
+    """
     from export.tensorrt.profiles import batch_request, shapes_request
 
     try:
-        batches = [batch_request(*sides) for sides in zip_longest(low, opt, high)]
-        shapes = [shapes_request(*sides) for sides in zip_longest(min_shapes, opt_shapes, max_shapes)]
+        batches = [
+            batch_request(*sides) for sides in zip_longest(*(flags.pop(name) for name in ("low", "opt", "high")))
+        ]
+        shapes = [
+            shapes_request(*s) for s in zip_longest(*(flags.pop(f"{end}_shapes") for end in ("min", "opt", "max")))
+        ]
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     return (*batches, *shapes)
@@ -191,12 +191,6 @@ def main(
     output: Path | None,
     precision: Precision | None,
     calibration: str | None,
-    low: tuple[int, ...],
-    opt: tuple[int, ...],
-    high: tuple[int, ...],
-    min_shapes: tuple[str, ...],
-    opt_shapes: tuple[str, ...],
-    max_shapes: tuple[str, ...],
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -211,7 +205,7 @@ def main(
 
     flavor, why = trt.choose_flavor(flags["flavor"])
     options = BuildOptions(
-        profiles=_profiles(low, opt, high, min_shapes, opt_shapes, max_shapes),
+        profiles=_profiles(flags),
         checkpoint=model if artefact_kind(model) == "checkpoint" else None,
         **flags,
     )

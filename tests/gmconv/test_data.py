@@ -32,10 +32,10 @@ def classes(tmp_path: Path) -> Path:
 
 
 def test_noise_is_seeded_and_independent_of_the_batch_size() -> None:
-    a = load_samples("noise", input_shape=SHAPE, limit=10, seed=3, batch=4)
-    assert [len(batch.images) for batch in a] == [4, 4, 2]
+    a = load_samples("noise", input_shape=SHAPE, limit=10, seed=3)
+    assert [len(batch.images) for batch in a.batches(4)] == [4, 4, 2]
     assert next(iter(a)).labels is None
-    np.testing.assert_array_equal(stack(a), stack(load_samples("noise", input_shape=SHAPE, limit=10, seed=3, batch=7)))
+    np.testing.assert_array_equal(stack(a), np.concatenate([batch.images for batch in a.batches(7)]))
     assert not np.array_equal(stack(a), stack(load_samples("noise", input_shape=SHAPE, limit=10, seed=4)))
     np.testing.assert_array_equal(stack(a), stack(a))
 
@@ -51,14 +51,14 @@ def test_digits_are_the_held_out_ones_of_the_manifests_split() -> None:
     np.testing.assert_array_equal(found.labels, raw.target[held_out])
     want = np.kron(raw.images[held_out[0]] / 16, np.ones((2, 2)))
     np.testing.assert_array_equal(next(iter(found)).images[0], np.stack([want] * 3).astype(np.float32))
-    assert len(load_samples("digits", input_shape=(1, 8, 8), held_out_only=False)) == 1797
+    assert len(load_samples("digits", input_shape=(1, 8, 8), part="all")) == 1797
 
 
 def test_the_training_part_of_the_digits_is_the_rest() -> None:
-    train = stack(load_samples("digits", input_shape=(1, 8, 8), train_only=True))
+    train = stack(load_samples("digits", input_shape=(1, 8, 8), part="train"))
     held_out = stack(load_samples("digits", input_shape=(1, 8, 8)))
     assert len(train) == 1797 - len(held_out)
-    every = stack(load_samples("digits", input_shape=(1, 8, 8), held_out_only=False))
+    every = stack(load_samples("digits", input_shape=(1, 8, 8), part="all"))
     np.testing.assert_array_equal(
         np.sort(np.concatenate([train, held_out]).reshape(1797, -1), axis=0), np.sort(every.reshape(1797, -1), axis=0)
     )
@@ -84,12 +84,12 @@ def test_digits_need_whole_factors(shape: tuple[int, int, int]) -> None:
 
 
 def test_sub_folders_are_classes_in_alphabetical_order(classes: Path) -> None:
-    found = load_samples(classes, input_shape=SHAPE, preprocessing=PLAIN, batch=2)
+    found = load_samples(classes, input_shape=SHAPE, preprocessing=PLAIN)
     assert found.classes == ("cat", "dog")
     assert found.labels is not None
     assert found.labels.tolist() == [0, 0, 1, 1, 1]
     np.testing.assert_allclose(stack(found)[:, 0, 0, 0] * 255, [10, 20, 60, 70, 80], rtol=1e-5)
-    assert [batch.labels.tolist() for batch in found if batch.labels is not None] == [[0, 0], [1, 1], [1]]
+    assert [batch.labels.tolist() for batch in found.batches(2) if batch.labels is not None] == [[0, 0], [1, 1], [1]]
 
 
 def test_sub_folders_follow_the_networks_labels_by_name(classes: Path) -> None:
@@ -119,14 +119,14 @@ def test_npz_files_with_and_without_labels(tmp_path: Path) -> None:
     a = load_samples(tmp_path / "a.npz", input_shape=SHAPE, limit=3, seed=0)
     assert a.labels is not None
     np.testing.assert_array_equal(stack(a), images[a.labels])
-    np.testing.assert_array_equal(stack(load_samples(tmp_path / "b.npz", input_shape=SHAPE, batch=3)), images)
+    np.testing.assert_array_equal(stack(load_samples(tmp_path / "b.npz", input_shape=SHAPE)), images)
 
 
 def test_npz_is_read_in_batches(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", input=np.zeros((2000, 3, 32, 32), np.float32))  # 24 MB
-    samples = load_samples(tmp_path / "a.npz", input_shape=(3, 32, 32), batch=8)
+    samples = load_samples(tmp_path / "a.npz", input_shape=(3, 32, 32))
     tracemalloc.start()
-    assert sum(len(batch.images) for batch in samples) == 2000
+    assert sum(len(batch.images) for batch in samples.batches(8)) == 2000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 3_000_000

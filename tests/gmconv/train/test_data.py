@@ -56,8 +56,8 @@ def test_digits_are_enlarged_by_whole_factors() -> None:
 
 def test_runtime_finds_the_same_held_out_digits() -> None:
     data = digits((3, 16, 16))
-    samples = load_samples("digits", input_shape=(3, 16, 16), dataset=data.record, batch=360)
-    (batch,) = samples
+    samples = load_samples("digits", input_shape=(3, 16, 16), dataset=data.record)
+    (batch,) = samples.batches(360)
     assert np.array_equal(batch.images, data.held_out.batch(np.arange(360)))
     assert np.array_equal(batch.labels, data.held_out.targets)
 
