@@ -161,14 +161,18 @@ class _Life:
         await service.repository.load()
         if service.repository.classifies:
             await service.decoders.warm_up()
+        if self.hangups.is_set():  # what was changed during the load is in service when that is said to be over
+            await self._reload()
         names = {m.source.name: service.repository.versions(m.source.name) for m in service.repository.all()}
         self.announce({"event": "ready", "seconds": round(time.monotonic() - self.began, 3), "models": names})
-        while True:
-            await self.hangups.wait()
-            self.hangups.clear()
-            service.renew_token()
-            self._renew_certificates()
-            await service.repository.reload()
+        while await self.hangups.wait():
+            await self._reload()
+
+    async def _reload(self) -> None:
+        self.hangups.clear()
+        self.service.renew_token()
+        self._renew_certificates()
+        await self.service.repository.reload()
 
     def _renew_certificates(self) -> None:
         """New connections get the certificate that is in the files now; a pair that does not fit changes nothing."""

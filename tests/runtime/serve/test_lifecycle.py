@@ -217,6 +217,18 @@ def test_reload_swaps_a_changed_model_and_keeps_the_old_when_the_new_is_bad(star
     assert server.stop() == 0
 
 
+def test_what_changes_during_the_first_load_is_in_service_when_that_is_over(start: Start, tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    for number in range(4):
+        classifier(root / f"z{number}.onnx", seed=number)
+    server = start(root, wait=False)
+    classifier(root / "new.onnx")
+    server.process.send_signal(signal.SIGHUP)
+    assert server.process.stdout
+    assert "new" in json.loads(server.process.stdout.readline())["models"]
+    assert "new" in [model["name"] for model in server.json("/v2/models")["models"]]
+
+
 def test_reloading_under_load_loses_nothing(start: Start, tmp_path: Path) -> None:
     root = tmp_path / "models"
     path = classifier(root / "m.onnx", seed=0)

