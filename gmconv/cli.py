@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -145,6 +146,36 @@ def _forget_interrupt() -> None:
     then kills itself with SIGINT at exit even though the exception was handled; any later `exec` clears the note.
     """
     exec("")
+
+
+def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--data`, and what says it of one use alone; the function gets `images` and `calibration`, str or None.
+
+    `images` are what is compared and judged on, `calibration` what int8 and fp8 are calibrated on.
+    """
+
+    @functools.wraps(command)
+    def collected(*args: Any, data: str | None, images: str | None, calibration: str | None, **values: Any) -> Any:
+        from gmconv.data import refuse_missing
+
+        for source in filter(None, dict.fromkeys((data, images, calibration))):
+            refuse_missing(source)
+        return command(*args, images=images or data, calibration=calibration or data or images, **values)
+
+    where = "DIR|FILE.npz|digits"
+    for option in (
+        click.option("--calibration", "--calibration-npz", metavar=where, help="Calibrate on these instead of --data."),
+        click.option("--images", metavar=where, help="Compare and judge on these instead of --data."),
+        click.option("--data", metavar=where, help="Images: a folder, preprocessed float32 in an .npz, or the digits."),
+    ):
+        collected = option(collected)
+    return collected
+
+
+def warn(texts: Iterable[str]) -> None:
+    """Print warnings on stderr."""
+    for text in texts:
+        click.secho(f"warning: {text}", fg="yellow", err=True)
 
 
 def progress_console(quiet: bool = False) -> Console:

@@ -108,7 +108,7 @@ def load_samples(
     elif Path(spec).suffix == ".npz" and Path(spec).is_file():
         name, (total, labels, read) = Path(spec).name, _npz(Path(spec), input_shape)
     else:
-        raise RefusedError(f"{spec}: no such data; give 'noise', 'digits', a folder of images or an .npz file")
+        raise RefusedError(f"{spec}: no such data; give 'digits', a folder of images or an .npz file")
     if total == 0:
         raise RefusedError(f"{spec}: holds no samples")
     indices = np.arange(total)
@@ -125,6 +125,24 @@ def _noise(shape: tuple[int, int, int], seed: int) -> Reader:
             yield generator.standard_normal(shape, dtype=np.float32)
 
     return read
+
+
+def refuse_missing(spec: str | Path) -> None:
+    """Raise RefusedError where no data lies at `spec`: from names and headers alone, for the first second of a command.
+
+    What it holds may still be refused by `load_samples`, which knows the network.
+    """
+    path = Path(spec)
+    if str(spec) in ("noise", "digits"):
+        return
+    if path.is_dir():
+        if not any(file.suffix.lower() in SUFFIXES for file in path.rglob("*")):
+            raise RefusedError(f"{spec}: holds no images ({', '.join(sorted(SUFFIXES))})")
+    elif path.suffix == ".npz":
+        for name in npz_names(path):
+            npz_header(path, name)
+    else:
+        raise RefusedError(f"{spec}: no such data; give 'digits', a folder of images or an .npz file")
 
 
 def _digits(

@@ -92,6 +92,12 @@ class Manifest:
         """The newest link of the chain of that kind, or None."""
         return next((link for link in reversed(self.chain) if link.kind == kind), None)
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What whoever uses the artefact should know before they trust it."""
+        own = self.export.warnings if self.export else ()
+        return (*own, *(self.calibration.warnings if self.calibration else ()))
+
     def to_json(self) -> str:
         """The sidecar's text."""
         return json.dumps(msgspec.to_builtins(self), indent=1, allow_nan=False) + "\n"
@@ -207,6 +213,19 @@ def read_manifest(artefact: Path, *, verify: bool = True) -> Manifest:
                     f"from one export (interrupted, edited or mixed up): export it again"
                 )
     return manifest
+
+
+def refuse_other_precision(artefact: Path, precision: str, *, force: bool = False) -> None:
+    """Raise RefusedError where an artefact of another precision has the name that one of `precision` would take."""
+    if force or not (artefact.is_file() and sidecar(artefact).is_file()):
+        return
+    try:
+        found = read_manifest(artefact, verify=False).precision
+    except RefusedError:  # half of a pair may be replaced by a whole one
+        return
+    if found != precision:
+        other = f"{artefact.stem.removesuffix('.' + found)}.{precision}{artefact.suffix}"
+        raise RefusedError(f"{artefact}: is there in {found}, and {precision} would replace it: -o {other}, or --force")
 
 
 def _decode(path: Path) -> Manifest:

@@ -102,6 +102,8 @@ def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"]) -> tuple[Flavor, st
     """The flavor that can build here, and why, in words. Raises UnavailableError when the asked one cannot."""
     problem = cuda.driver_problem()
     if asked == "rtx":
+        if not installed("rtx"):
+            raise UnavailableError(f"TensorRT-RTX is not installed: {install('rtx')}")
         return "rtx", "asked for"
     if asked == "tensorrt":
         if not installed("tensorrt"):

@@ -51,14 +51,12 @@ def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Prec
     names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
     if unknown := [name for name in names if name not in PRECISIONS]:
         raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(PRECISIONS)}")
-    if "fp32" in names:  # what the others are made from has the output's own name
-        names = ("fp32", *(name for name in names if name != "fp32"))
     return cast(tuple[Precision, ...], names)
 
 
 @click.command(cls=Command, example="gmconv onnx net.pth --arch mypackage.nets:make --input-shape 3,224,224")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write; default: beside the checkpoint.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="[NAME.onnx, NAME.int8.onnx beside it]")
 @foreign_options
 @click.option("--batch", type=click.IntRange(1), help="Fix the batch size; default: a dynamic batch axis.")
 @click.option("--dynamic-hw", is_flag=True, help="Leave height and width dynamic too.")
@@ -67,7 +65,6 @@ def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Prec
 @click.option("--output-names", callback=_names, help="Comma-separated; default: logits.")
 @click.option("--simplify", is_flag=True, help="Rewrite the graph with onnxslim; parity is checked after it.")
 @click.option("--external-data", is_flag=True, help="Weights in model.onnx.data (always so above 2 GiB).")
-@click.option("--images", type=click.Path(path_type=Path), help="Images to compare on, and to crop by.")
 @click.option("--golden", type=click.Path(path_type=Path), metavar="FILE.npz", help="Pairs that your program recorded.")
 @click.option("--samples", type=click.IntRange(3), default=64, show_default=True, help="How many images.")
 @click.option("--seed", "noise_seed", type=int, default=0, show_default=True, help="Of the noise.")
@@ -100,15 +97,19 @@ def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Prec
 )
 @click.option("--keep-dynamic", is_flag=True, help="Export kernels that depend on the input as they are.")
 @click.option("--fuse", is_flag=True, help="Let modules merge their branches by their own fuse or reparameterize.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@click.option("--force", is_flag=True, help="Overwrite a file of another precision.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON; a list of several precisions.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no table.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what the exporter prints.")
 def main(
     checkpoint: Path, output: Path | None, foreign: Foreign, as_json: bool, quiet: bool, verbose: bool, **flags: Any
 ) -> None:
     """Bake the masks of CHECKPOINT, export it to ONNX, and prove that ONNX Runtime computes the same."""
+    import msgspec
+
     from export.onnx.tables import print_export
-    from gmconv.cli import print_json, progress_console
+    from gmconv.cli import print_json, progress_console, warn
+    from runtime.manifest import read_manifest
 
     if flags["crop"] is not None and flags["crop_budget"] is not None:
         raise click.UsageError("--crop and --crop-budget exclude each other")
@@ -119,21 +120,25 @@ def main(
     fields |= {"seed": flags["noise_seed"], "precision": options_from_flags(flags)}
     fields["foreign"] = foreign
     options = ExportOptions(**fields)
-    output = output or checkpoint.with_suffix(".onnx")
+    alone = flags["precisions"][0] if len(flags["precisions"]) == 1 else "fp32"
+    output = output or checkpoint.with_suffix(".onnx" if alone == "fp32" else f".{alone}.onnx")
     console = progress_console(quiet=quiet or as_json)
 
     def note(text: str) -> None:
         if verbose or not text.startswith("[exporter]"):
             console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
-    manifest = export_onnx(checkpoint, output, options, note=note)
-    if as_json:
-        import msgspec
-
-        print_json(msgspec.to_builtins(manifest))
-    elif not quiet:
-        for index, written in enumerate(options.outputs(output)):
-            print_export(written, first=index == 0)
+    export_onnx(checkpoint, output, options, note=note)
+    files = options.outputs(output)
+    if as_json or quiet:
+        manifests = [read_manifest(file, verify=False) for file in files]
+        warn(dict.fromkeys(text for manifest in manifests for text in manifest.warnings))
+        if as_json:
+            found = msgspec.to_builtins(manifests)
+            print_json(found if len(found) > 1 else found[0])
+        return
+    for index, written in enumerate(files):
+        print_export(written, first=index == 0)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +27,8 @@ class ExportOptions:
     `golden`: pairs that the user's own program recorded (`gmconv.save_golden`), to be compared with first.
     `keep_dynamic` leaves kernels that depend on the input in the graph as they are; without it they are refused. `fuse`
     calls the methods by which modules merge their own branches, and measures the result.
-    `precisions`: the first is written to the output's name, further ones beside it as `NAME.PRECISION.onnx`.
+    `images` calibrate int8 and fp8 too, unless `precision` names others. `precisions`: see `outputs`; a file of another
+    precision is overwritten with `force` alone.
     """
 
     foreign: Foreign = NOTHING
@@ -38,7 +39,7 @@ class ExportOptions:
     output_names: tuple[str, ...] = ()
     simplify: bool = False
     external_data: bool = False
-    images: Path | None = None
+    images: str | Path | None = None
     golden: Path | None = None
     samples: int = 64
     seed: int = 0
@@ -49,6 +50,15 @@ class ExportOptions:
     fuse: bool = False
     precisions: tuple[Precision, ...] = ("fp32",)
     precision: PrecisionOptions | None = None
+    force: bool = False
+
+    @property
+    def calibrated(self) -> PrecisionOptions:
+        """`precision` with calibration images, where there are any."""
+        from export.precision.converter import PrecisionOptions
+
+        settings = self.precision or PrecisionOptions()
+        return replace(settings, calibration=settings.calibration or self.images)
 
     @property
     def bake_options(self) -> dict[str, Any]:
@@ -57,8 +67,13 @@ class ExportOptions:
         return {"batch": self.batch or 2, "dynamic_hw": self.dynamic_hw, "dynamic": dynamic}
 
     def outputs(self, output: Path) -> list[Path]:
-        """The files that an export to `output` writes, manifests and external data aside."""
-        return [output, *(output.with_name(f"{output.stem}.{p}.onnx") for p in self.precisions[1:])]
+        """The files that an export to `output` writes, in the order of `precisions`; manifests and data aside.
+
+        One precision takes the name as it is; of several fp32 does, and the others are `NAME.PRECISION.onnx`.
+        """
+        if len(self.precisions) == 1:
+            return [output]
+        return [output if p == "fp32" else output.with_name(f"{output.stem}.{p}.onnx") for p in self.precisions]
 
     def confirmed(self, notes: tuple[str, ...]) -> tuple[str, ...]:
         """Notes of a checkpoint; what they only assume, golden pairs that held have confirmed."""

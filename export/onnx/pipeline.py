@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.onnx.interface import examples, input_names, output_names
 from export.onnx.options import ExportOptions, Note
+from export.onnx.refusals import NOTHING_BAKED, refuse_early, refuse_precisions
 from gmconv.errors import ParityError, RefusedError
 from gmconv.golden import read_golden
 from runtime.runners.base import numpy_dtype
@@ -67,25 +68,25 @@ def export_onnx(
         note: called with a few words when a step begins.
 
     Returns:
-        The manifest of `output`.
+        The manifest of the first file that `options.outputs` names.
 
     Raises:
         RefusedError: the output cannot be written, or the network cannot be exported like this.
         gmconv.errors.CheckpointError, BakeError: the checkpoint was refused.
         ParityError: ONNX Runtime does not compute what the network as trained computes.
     """
-    from export.onnx.cases import comparison_cases
-    from export.onnx.reference import work_on
-    from gmconv.files import require_writable, staged
-    from runtime.manifest import read_manifest, sidecar
+    from gmconv.files import staged
+    from runtime.manifest import read_manifest
 
     options, output = options or ExportOptions(), Path(output)
-    read = [Path(file) for file in (source, options.images, options.golden) if isinstance(file, str | Path)]
-    for file in options.outputs(output):
-        require_writable(file, *read)
-        require_writable(sidecar(file))
-    with staged(output) as folder, _opened(source, options, note) as trained:
+    written = options.outputs(output)
+    refuse_early(source, written, options)
+    from export.onnx.cases import comparison_cases
+    from export.onnx.reference import work_on
+
+    with staged(written[0]) as folder, _opened(source, options, note) as trained:
         loaded, names = trained.loaded, output_names(trained.loaded, options)
+        refuse_precisions(loaded, options)
         golden = None
         if options.golden is not None:
             golden = read_golden(options.golden, [given.name for given in loaded.inputs], names)
@@ -93,7 +94,7 @@ def export_onnx(
         work = work_on(cases, names, options.bake_options)
         crops = options.crop is not None or options.crop_budget is not None  # it times layers, which wants all cores
         trained.start(work, beside=not crops)
-        name = output.name if options.precisions[0] == "fp32" else f".fp32.{output.name}"
+        name = output.name if "fp32" in options.precisions else f".fp32.{output.name}"
         exported = _write_fp32(loaded, cases, folder / name, options, note)
         del loaded  # ONNX Runtime is about to need as much memory again
         note("running ONNX Runtime and comparing")
@@ -102,7 +103,7 @@ def export_onnx(
             proof = _prove(exported, cases, trained.result(note), note)
             manifest = _manifest(trained.chain, exported, proof, options, files.result())
         _write_variants(exported, manifest, proof, output, options, note)
-    return read_manifest(output, verify=False)
+    return read_manifest(written[0], verify=False)
 
 
 def _opened(source: str | Path | Live, options: ExportOptions, note: Note) -> FromFile | InMemory:
@@ -303,7 +304,7 @@ def _manifest(
     from runtime.metadata import refuse_untrue
     from runtime.records import Export
 
-    facts, file = exported.facts, exported.file
+    facts, file, baked = exported.facts, exported.file, proof.reference.certificate
     verdict = proof.judge("fp32")
     if not verdict.passed:
         raise ParityError(f"{file.name.removeprefix('.fp32.')}: not written, parity failed: {verdict.summary()}")
@@ -320,7 +321,7 @@ def _manifest(
         dataset=facts.dataset,
         arch=facts.arch,
         precision_found={"fp32": exported.operators.get("Conv", 0) + exported.operators.get("Gemm", 0)},
-        certificate=proof.reference.certificate.to_dict(),
+        certificate=baked.to_dict(),
         crop=crop_record(exported.crop),
         parity=verdict.record(chain[0].file if chain else IN_MEMORY, "onnxruntime cpu"),
         export=Export(
@@ -330,6 +331,7 @@ def _manifest(
             simplify=options.simplify,
             operators=exported.operators,
             notes=(*options.confirmed(facts.notes), *proof.reference.notes),
+            warnings=() if baked.layers or baked.kernels else (NOTHING_BAKED,),
         ),
         versions=versions("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "gmconv-deploy"),
     )
@@ -347,10 +349,10 @@ def _write_variants(
     import onnx
 
     from export.graph.check import save_graph
-    from export.precision.converter import PrecisionConverter, PrecisionOptions, with_precision
+    from export.precision.converter import PrecisionConverter, with_precision
     from runtime.manifest import sidecar
 
-    folder, settings = exported.file.parent, options.precision or PrecisionOptions()
+    folder, settings = exported.file.parent, options.calibrated
     names = [spec.name for spec in exported.inputs]
     converter = PrecisionConverter(
         onnx.load(exported.file),
@@ -383,8 +385,6 @@ def _write_variants(
     if "fp32" not in options.precisions:
         for file in folder.glob(f"{exported.file.name}*"):
             file.unlink()
-    elif exported.file.name != output.name:
-        raise RefusedError("name fp32 first in --precision: it is what the others are made from")
 
 
 def versions(*packages: str) -> dict[str, str]:

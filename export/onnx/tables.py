@@ -23,6 +23,8 @@ def print_export(
     `first` False leaves out what the first file of the same export has shown: what was baked, and cropped.
     `console` and `manifest`: in place of stdout's and the sidecar's.
     """
+    from rich.markup import escape
+
     from gmconv.certificate import certificate_table, kernel_table
     from gmconv.cli import result_console
     from runtime.manifest import read_manifest
@@ -47,6 +49,9 @@ def print_export(
             console.print(_yardstick_line(measured, manifest))
     for text in manifest.export.notes if manifest.export and first else ():
         console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+    for text in manifest.warnings:
+        if first or (manifest.calibration and text in manifest.calibration.warnings):
+            console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
     size = manifest.artefact.bytes + sum(entry.bytes for entry in manifest.external)
     console.print(
         f"[bold green]PASSED[/bold green] {output}: {manifest.precision}, {size:,} bytes, "

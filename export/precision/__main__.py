@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from export.precision.convert import convert_precision, default_output
+from export.precision.convert import convert_precision, default_output, require_replaceable
 from export.precision.converter import (
     PRECISIONS,
     Precision,
     PrecisionConverter,
     PrecisionOptions,
 )
-from gmconv.cli import Command, print_json, progress_console, result_console
+from gmconv.cli import Command, data_options, print_json, progress_console, result_console, warn
+from gmconv.files import require_writable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 def precision_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """The flags that `export.precision` and `export.onnx` share."""
-    flags = [
+    flags: list[Callable[..., Any]] = [
         click.option(
             "--keep-fp32", multiple=True, metavar="PATTERN", help="Layers to leave in fp32 (wildcards; repeat)."
         ),
@@ -44,10 +45,7 @@ def precision_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="The runtime that an int8 graph is laid out for.",
         ),
-        click.option("--calibration", metavar="DIR|digits", help="Calibration images."),
-        click.option(
-            "--calibration-npz", type=click.Path(path_type=Path), help="Preprocessed float32 (N, C, H, W) in an .npz."
-        ),
+        data_options,
         click.option("--calibration-images", type=click.IntRange(2), help="How many of them [256]."),
         click.option(
             "--calibration-method",
@@ -64,13 +62,11 @@ def precision_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
     """`PrecisionOptions` out of the values of `precision_flags`; other keys are ignored."""
-    if flags.get("calibration") and flags.get("calibration_npz"):
-        raise click.UsageError("--calibration and --calibration-npz exclude each other")
     return PrecisionOptions(
         keep_fp32=tuple(flags["keep_fp32"]),
         io_dtype=flags["io_dtype"],
         target=flags["target"],
-        calibration=flags["calibration_npz"] or flags["calibration"],
+        calibration=flags["calibration"],
         calibration_images=flags["calibration_images"],
         calibration_method=flags["calibration_method"],
         percentile=flags["percentile"],
@@ -78,7 +74,7 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
     )
 
 
-@click.command(cls=Command, example="gmconv precision net.onnx --to int8 --calibration train/")
+@click.command(cls=Command, example="gmconv precision net.onnx --to int8 --data images/")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--to", "precision", type=click.Choice(PRECISIONS), help="The precision to convert to.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[model.PRECISION.onnx]")
@@ -86,15 +82,13 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
 @click.option("--auto-precision", type=click.Choice(["int8", "fp8"]), help="Quantize, keeping sensitive layers higher.")
 @click.option("--max-top1-drop", type=click.FloatRange(0, 100), help="Budget: points of top-1 that may be lost.")
 @click.option("--min-snr", type=float, help="Budget: least output signal-to-noise ratio, dB.")
-@click.option(
-    "--images", default=None, metavar="DIR|digits", help="Images the budget is measured on [held-out digits]."
-)
-@click.option("--images-limit", type=click.IntRange(2), default=512, show_default=True, help="At most so many.")
+@click.option("--images-limit", type=click.IntRange(2), default=512, show_default=True, help="Most to judge on.")
 @click.option("--keep-as", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True)
 @click.option("--plan", type=click.Path(path_type=Path), help="Layers to keep, from an earlier --auto-precision.")
 @click.option(
     "--save-plan", type=click.Path(path_type=Path), help="Where --auto-precision writes it [OUTPUT.plan.json]."
 )
+@click.option("--force", is_flag=True, help="Overwrite a file of another precision.")
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def main(model: Path, precision: Precision | None, output: Path | None, **flags: Any) -> None:
@@ -113,18 +107,23 @@ def main(model: Path, precision: Precision | None, output: Path | None, **flags:
     if precision is not None and (clash := options.io_clash(precision)):
         raise click.UsageError(clash)
     console = progress_console(flags["quiet"])
+    wanted = str(automatic or precision)
+    output = output or default_output(model, wanted)
+    require_replaceable(model, output, wanted, options, force=flags["force"])
     if flags["plan"] is not None:
         from export.precision.plan import read_plan
 
         options = options.follow(read_plan(flags["plan"]))
     if automatic:
-        plan_path = flags["save_plan"] or Path(f"{output or default_output(model, automatic)}.plan.json")
+        plan_path = flags["save_plan"] or Path(f"{output}.plan.json")
+        require_writable(plan_path, model, output)
         with_plan = _search_plan(model, automatic, options, flags, plan_path, console)
-        manifest = convert_precision(model, output, automatic, with_plan)
+        manifest = convert_precision(model, output, automatic, with_plan, force=flags["force"])
     else:
         assert precision is not None
         with progress_bar(console, "calibrating") as progress:
-            manifest = convert_precision(model, output, precision, options, progress=progress)
+            manifest = convert_precision(model, output, precision, options, progress=progress, force=flags["force"])
+    warn(manifest.warnings)
     if flags["as_json"]:
         import msgspec
 

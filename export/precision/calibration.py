@@ -150,7 +150,9 @@ def calibrate(
         if progress is not None:
             progress(done, images.count)
     images.refuse_uninformative()
-    origin = records.Calibration(source=images.name, images=done, seed=images.seed, sha256=images.sha256())
+    origin = records.Calibration(
+        source=images.name, images=done, seed=images.seed, sha256=images.sha256(), warnings=images.warnings
+    )
     return Calibration(histograms, origin)
 
 

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from gmconv.errors import RefusedError
 
 if TYPE_CHECKING:
+    from export.precision.converter import PrecisionOptions
     from gmconv.data import Samples
     from gmconv.images import Preprocessing
 
 DEFAULT_IMAGES = 256
+_FEW = 32
 
 
 @dataclass(slots=True)
@@ -32,6 +34,7 @@ class CalibrationImages:
     seed: int
     batch: int = 4
     fixed_batch: bool = False
+    warnings: tuple[str, ...] = ()
     _hash: Any = field(default_factory=hashlib.sha256)
     _first: NDArray[np.float32] | None = None
     _varied: bool = False
@@ -115,4 +118,36 @@ def open_images(
         raise RefusedError(
             f"{source}: {samples.count} calibration image; ranges need at least two, better a few hundred"
         )
-    return CalibrationImages(samples, seed)
+    return CalibrationImages(samples, seed, warnings=_warnings(samples, dataset))
+
+
+def open_calibration(
+    options: PrecisionOptions,
+    shape: tuple[int, int, int],
+    preprocessing: Preprocessing | None,
+    dataset: dict[str, Any] | None,
+) -> CalibrationImages:
+    """The images that `options` name, else those of the data set that the network was trained on, as far as it is here.
+
+    Raises RefusedError as `open_images`, and when neither names any.
+    """
+    source = options.calibration or (dataset or {}).get("name")
+    if source is None:
+        raise RefusedError(
+            "int8 and fp8 need calibration images: give --data DIR, --data FILE.npz or, for networks trained on them, "
+            "--data digits"
+        )
+    limit, seed = options.calibration_images, options.seed
+    return open_images(source, shape, limit=limit, seed=seed, preprocessing=preprocessing, dataset=dataset)
+
+
+def _warnings(samples: Samples, dataset: dict[str, Any] | None) -> tuple[str, ...]:
+    """What makes ranges doubtful, as far as names and labels tell."""
+    found = []
+    if samples.count < _FEW:
+        found.append(f"calibrated on {samples.count} images of {samples.name}; ranges want a few hundred (--data)")
+    if samples.labels is not None and len(set(samples.labels.tolist())) == 1:
+        found.append(f"calibrated on images of one class of {samples.name}; ranges want all that the network will see")
+    if samples.name == "digits" and (dataset or {}).get("name") != "digits":
+        found.append("calibrated on digits, which nothing says the network was trained on; give --data DIR")
+    return tuple(found)

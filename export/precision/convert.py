@@ -9,7 +9,7 @@ from export.graph.check import bare_manifest, save_graph
 from export.graph.read import load_fp32
 from export.precision.converter import Precision, PrecisionConverter, PrecisionOptions, Progress, with_precision
 from gmconv.files import require_writable
-from runtime.manifest import Manifest, digest, find_manifest, sidecar
+from runtime.manifest import Manifest, digest, find_manifest, refuse_other_precision, sidecar
 
 
 def convert_precision(
@@ -19,15 +19,16 @@ def convert_precision(
     options: PrecisionOptions | None = None,
     *,
     progress: Progress | None = None,
+    force: bool = False,
 ) -> Manifest:
     """Convert the fp32 ONNX file `onnx_path` and write `output` (default `model.<precision>.onnx`) with its manifest.
 
-    Raises RefusedError as `PrecisionConverter.convert`, and when the file is unreadable, quantized or fp16 already.
+    `force` overwrites a file of another precision. Raises RefusedError as `PrecisionConverter.convert`, and when the
+    file is unreadable, quantized or fp16 already.
     """
     options = options or PrecisionOptions()
     output = output or default_output(onnx_path, precision)
-    for file in (output, sidecar(output)):
-        require_writable(file, onnx_path, None if options.calibration is None else Path(options.calibration))
+    require_replaceable(onnx_path, output, precision, options, force=force)
     model = load_fp32(onnx_path)
     source = find_manifest(onnx_path) or bare_manifest(onnx_path, model)
     converter = PrecisionConverter(
@@ -38,6 +39,15 @@ def convert_precision(
     manifest = replace(manifest, chain=(*source.chain, digest(onnx_path, "onnx")))
     external = bool(source.external) if options.external_data is None else options.external_data
     return save_graph(converted, output, manifest, external=external)
+
+
+def require_replaceable(
+    onnx_path: Path, output: Path, precision: str, options: PrecisionOptions, *, force: bool = False
+) -> None:
+    """Refuse, before any work, an output that may not be written. Raises RefusedError."""
+    for file in (output, sidecar(output)):
+        require_writable(file, onnx_path, None if options.calibration is None else Path(options.calibration))
+    refuse_other_precision(output, precision, force=force)
 
 
 def default_output(onnx_path: Path, precision: str) -> Path:

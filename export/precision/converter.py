@@ -224,24 +224,11 @@ class PrecisionConverter:
         if self._calibration is None:
             from export.graph.check import image_shape
             from export.precision.calibration import calibrate
-            from export.precision.calibration_images import open_images
+            from export.precision.calibration_images import open_calibration
             from export.precision.quantize import tensors_to_calibrate
 
             batch, shape = image_shape(self.model)
-            source = self.options.calibration or (self.dataset or {}).get("name")
-            if source is None:
-                raise RefusedError(
-                    "int8 and fp8 need calibration images: give --calibration DIR, --calibration-npz FILE or, for "
-                    "networks trained on them, --calibration digits"
-                )
-            images = open_images(
-                source,
-                shape,
-                limit=self.options.calibration_images,
-                seed=self.options.seed,
-                preprocessing=self.preprocessing,
-                dataset=self.dataset,
-            )
+            images = open_calibration(self.options, shape, self.preprocessing, self.dataset)
             images.batch, images.fixed_batch = batch or self.options.calibration_batch, batch is not None
             tensors = tensors_to_calibrate(self.model, self.options.target)
             self._calibration = calibrate(self.model, images, tensors, progress=self.progress)

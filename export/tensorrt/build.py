@@ -79,7 +79,7 @@ def build_engine(
     """
     onnx_path, output = Path(onnx_path), Path(output)
     flavor, why = trt.choose_flavor(options.flavor)
-    _refuse_options(flavor, options)
+    refuse_options(flavor, options)
     with contextlib.ExitStack() as stack:
         # The native parser and builder have a process of their own, so the checks run beside it, not before it.
         worker = process or stack.enter_context(BuilderProcess())
@@ -108,7 +108,8 @@ def build_engine(
     return manifest
 
 
-def _refuse_options(flavor: trt.Flavor, options: BuildOptions) -> None:
+def refuse_options(flavor: trt.Flavor, options: BuildOptions) -> None:
+    """What can be refused from the flags alone, and the machine. Raises BuildError, UnavailableError, RefusedError."""
     title = trt.TITLES[flavor]
     if options.compute_capabilities and flavor != "rtx":
         raise BuildError(

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from gmconv.cli import Command, print_json
+from gmconv.cli import Command, data_options, print_json, warn
 from gmconv.files import require_writable
 from gmconv.foreign import NOTHING, Foreign, foreign_options
+from gmconv.kinds import artefact_kind, refuse_other_kinds
 from runtime import trt
-from runtime.artefact import artefact_kind
+from runtime.manifest import refuse_other_precision
 from runtime.records import Build
 
 if TYPE_CHECKING:
@@ -30,31 +31,42 @@ def prepare(
     model: Path,
     output: Path,
     precision: Precision | None,
-    calibration: str | None,
     note: Callable[[str], None],
+    *,
+    images: str | None = None,
+    calibration: str | None = None,
     foreign: Foreign = NOTHING,
+    force: bool = False,
 ) -> Path:
     """The ONNX file to build: `model` itself, or what `export.onnx` and `export.precision` make of it beside `output`.
 
     Raises what those two raise.
     """
+    from export.precision.converter import PrecisionOptions
+
     onnx_path = model
     if artefact_kind(model) == "checkpoint":
         from export.onnx.options import ExportOptions
         from export.onnx.pipeline import export_onnx
 
-        onnx_path = output.with_suffix(".onnx")
-        if precision is not None:
-            onnx_path = output.with_name(f"{output.stem.removesuffix('.' + precision)}.onnx")
-        note(f"exporting {model} to {onnx_path}")
-        export_onnx(model, onnx_path, ExportOptions(foreign=foreign), note=note)
+        onnx_path = output.with_name(f"{output.stem.removesuffix(f'.{precision}')}.onnx")
+        options = ExportOptions(
+            foreign=foreign,
+            images=images,
+            precisions=("fp32", precision) if precision else ("fp32",),
+            precision=PrecisionOptions(calibration=calibration),
+            force=force,
+        )
+        note(f"exporting {model} to {', '.join(map(str, options.outputs(onnx_path)))}")
+        warn(export_onnx(model, onnx_path, options, note=note).warnings)
+        return options.outputs(onnx_path)[-1]
     if precision is not None:
         from export.precision.convert import convert_precision
-        from export.precision.converter import PrecisionOptions
 
         converted = output.with_name(f"{onnx_path.stem}.{precision}.onnx")
         note(f"converting {onnx_path} to {precision}: {converted}")
-        convert_precision(onnx_path, converted, precision, PrecisionOptions(calibration=calibration))
+        settings = PrecisionOptions(calibration=calibration)
+        warn(convert_precision(onnx_path, converted, precision, settings, force=force).warnings)
         onnx_path = converted
     return onnx_path
 
@@ -143,7 +155,7 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> t
     help="Convert the ONNX file first (export.precision).",
 )
 @foreign_options
-@click.option("--calibration", metavar="DIR|FILE.npz|digits", help="Images for --precision int8 and fp8.")
+@data_options
 @click.option("--min", "low", type=int, multiple=True, help="Smallest batch. Repeat for several profiles.")
 @click.option("--opt", type=int, multiple=True, help="Batch to tune for.")
 @click.option("--max", "high", type=int, multiple=True, help="Largest batch.")
@@ -179,7 +191,9 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> t
 @click.option("--strip", is_flag=True, help="Leave the weights out (needs a GPU).")
 @click.option("--refit", is_flag=True, help="Allow weights to be replaced (needs a GPU).")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Parity and a short benchmark on the GPU.")
-@click.option("--force", is_flag=True, help="Try, here and later, what TensorRT-RTX calls invalid on this machine.")
+@click.option(
+    "--force", is_flag=True, help="Try what TensorRT-RTX calls invalid here; overwrite files of another precision."
+)
 @click.option("--log", type=click.Path(path_type=Path), help="Write TensorRT's whole log there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Show TensorRT's log on stderr.")
@@ -190,6 +204,7 @@ def main(
     model: Path,
     output: Path | None,
     precision: Precision | None,
+    images: str | None,
     calibration: str | None,
     as_json: bool,
     **flags: Any,
@@ -199,9 +214,9 @@ def main(
     def note(text: str) -> None:
         click.echo(text, err=True)
 
-    if calibration is not None and precision not in ("int8", "fp8"):
+    if calibration is not None and images is None and precision not in ("int8", "fp8"):
         raise click.UsageError("--calibration goes with --precision int8 or fp8")
-    from export.tensorrt.build import BuildOptions, build_engine
+    from export.tensorrt.build import BuildOptions, build_engine, refuse_options
 
     flavor, why = trt.choose_flavor(flags["flavor"])
     options = BuildOptions(
@@ -211,8 +226,21 @@ def main(
     )
     output = output or model.with_name(model.stem + (f".{precision}" if precision else "") + ".plan")
     require_writable(output, model)
+    refuse_other_kinds(model, "onnx", "checkpoint")
+    if precision or artefact_kind(model) == "checkpoint":
+        refuse_other_precision(output, precision or "fp32", force=flags["force"])
+    refuse_options(flavor, options)
     note(f"flavor {flavor} ({trt.TITLES[flavor]}): {why}")
-    onnx_path = prepare(model, output, precision, calibration, note, options.foreign)
+    onnx_path = prepare(
+        model,
+        output,
+        precision,
+        note,
+        images=images,
+        calibration=calibration,
+        foreign=options.foreign,
+        force=options.force,
+    )
     with progress_bar(quiet=as_json or options.verbose) as progress:
         manifest = build_engine(onnx_path, output, options, progress=progress, process=process)
     if as_json:

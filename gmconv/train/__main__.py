@@ -55,7 +55,13 @@ _NOT_NEGATIVE = click.FloatRange(min=0)
 
 @click.command(cls=Command, example="gmconv train --epochs 8 -o digits.pt")
 @click.option(
-    "--dataset", default="digits", show_default=True, metavar="digits|DIR", help="DIR: a sub-folder per class."
+    "--data",
+    "--dataset",
+    "dataset",
+    default="digits",
+    show_default=True,
+    metavar="DIR|FILE.npz|digits",
+    help="DIR: a sub-folder per class; FILE.npz: float32 input, integer labels.",
 )
 @click.option("--arch", default="resnet20", show_default=True, metavar="NAME", help="A network of gmconv.models.")
 @click.option("--plain", is_flag=True, help="Train the plain twin: no masks.")

@@ -6,23 +6,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gmconv.data import load_samples
 from gmconv.errors import DataError
+from gmconv.images import SUFFIXES, Preprocessing, load_image, read_preprocessing
 from gmconv.packages import require
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
-# A file of a format that is not read is refused by name rather than skipped: the classes would lose images unseen.
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
 class Samples(Protocol):
@@ -72,7 +67,7 @@ class FileSamples:
 
     files: tuple[Path, ...]
     targets: Indices
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
     workers: int = 4
 
     def batch(self, indices: Indices) -> Floats:
@@ -83,12 +78,14 @@ class FileSamples:
 
 
 def load_dataset(spec: str, input_shape: tuple[int, int, int], test_size: float = 0.2, split_seed: int = 0) -> Dataset:
-    """`digits`, or the folder named by `spec`, at `input_shape` (C, H, W).
+    """`digits`, or the folder or .npz file named by `spec`, at `input_shape` (C, H, W).
 
-    Raises DataError when the data does not exist, cannot be read or cannot have that shape.
+    Raises DataError or RefusedError when the data does not exist, cannot be read or cannot have that shape.
     """
     if spec == "digits":
         return digits(input_shape, test_size, split_seed)
+    if spec.endswith(".npz"):
+        return arrays(Path(spec), input_shape, test_size, split_seed)
     return image_folder(Path(spec), input_shape, test_size, split_seed)
 
 
@@ -129,6 +126,23 @@ def digits(input_shape: tuple[int, int, int] = (3, 32, 32), test_size: float = 0
     )
 
 
+def arrays(file: Path, input_shape: tuple[int, int, int], test_size: float, split_seed: int) -> Dataset:
+    """An .npz file of float32 `input` (N, C, H, W), as the network takes it, and integer `labels`; split by class."""
+    found = load_samples(file, input_shape=input_shape)
+    if found.labels is None:
+        raise DataError(f"{file}: holds no labels; add an integer array 'labels', one per image")
+    images = np.concatenate([batch.images for batch in found])
+    train, held_out = split_indices(found.labels, test_size, split_seed)
+    return Dataset(
+        name=file.name,
+        train=ArraySamples(images[train], found.labels[train]),
+        held_out=ArraySamples(images[held_out], found.labels[held_out]),
+        labels=tuple(str(index) for index in range(int(found.labels.max()) + 1)),
+        preprocessing=None,
+        record=None,
+    )
+
+
 def image_folder(folder: Path, input_shape: tuple[int, int, int], test_size: float, split_seed: int) -> Dataset:
     """A folder with one sub-folder of images per class, at `input_shape` (C, H, W; C is 1 or 3).
 
@@ -149,6 +163,8 @@ def image_folder(folder: Path, input_shape: tuple[int, int, int], test_size: flo
         "resize": "shortest-then-crop",
         "crop_ratio": 1.0,
     }
+    ready = read_preprocessing(preprocessing)
+    assert ready is not None
     parts = {entry.name: entry for entry in _folders(folder)}
     other = next((name for name in ("val", "test") if set(parts) == {"train", name}), None)
     if other:
@@ -157,13 +173,13 @@ def image_folder(folder: Path, input_shape: tuple[int, int, int], test_size: flo
         if held_labels != labels:
             odd = ", ".join(sorted(set(labels) ^ set(held_labels))[:10])
             raise DataError(f"{folder}: train and {other} do not hold the same classes ({odd})")
-        train = FileSamples(tuple(files), targets, preprocessing)
-        held_out = FileSamples(tuple(held_files), held_targets, preprocessing)
+        train = FileSamples(tuple(files), targets, ready)
+        held_out = FileSamples(tuple(held_files), held_targets, ready)
     else:
         files, targets, labels = _scan(folder)
         inside, outside = split_indices(targets, test_size, split_seed)
-        train = FileSamples(tuple(files[i] for i in inside), targets[inside], preprocessing)
-        held_out = FileSamples(tuple(files[i] for i in outside), targets[outside], preprocessing)
+        train = FileSamples(tuple(files[i] for i in inside), targets[inside], ready)
+        held_out = FileSamples(tuple(files[i] for i in outside), targets[outside], ready)
     return Dataset(folder.name, train, held_out, labels, preprocessing, record=None)
 
 
@@ -183,50 +199,6 @@ def split_indices(targets: Indices, test_size: float, split_seed: int) -> tuple[
     return np.asarray(train, np.int64), np.asarray(held_out, np.int64)
 
 
-def load_image(file: Path, preprocessing: dict[str, Any]) -> Floats:
-    """One image file (JPEG, PNG, WebP, BMP or PPM) as the network's input, float32 (C, H, W).
-
-    Raises DataError when the file is none of these, or damaged.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            return preprocess(image, preprocessing)
-    except Exception as error:  # a damaged file can make a decoder raise anything
-        why = str(error) or type(error).__name__
-        raise DataError(
-            f"{file}: cannot be decoded as a JPEG, PNG, WebP, BMP or PPM image ({why[:120]}); remove or convert it"
-        ) from error
-
-
-def preprocess(image: Image, preprocessing: dict[str, Any]) -> Floats:
-    """A PIL image as float32 (C, H, W): the arithmetic of `gmconv.images.preprocess`, bit for bit.
-
-    It is written twice because this package does not import runtime; a test compares the two.
-    """
-    from PIL import ImageOps
-    from PIL.Image import Resampling, fromarray
-
-    image = ImageOps.exif_transpose(image) or image
-    if image.mode.startswith("I"):  # 16 bits become 8
-        image = fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    order = preprocessing["channel_order"]
-    image = image.convert("L" if order == "L" else "RGB")
-    height, width = preprocessing["size"]
-    left, upper, part_w, part_h = 0.0, 0.0, float(image.width), float(image.height)
-    if preprocessing["resize"] != "stretch":  # the centred part of the target's aspect ratio
-        scale = max(height / image.height, width / image.width) / preprocessing["crop_ratio"]
-        part_w, part_h = min(image.width, width / scale), min(image.height, height / scale)
-        left, upper = (image.width - part_w) / 2, (image.height - part_h) / 2
-    resampling = Resampling[preprocessing["interpolation"].upper()]
-    image = image.resize((width, height), resampling, box=(left, upper, left + part_w, upper + part_h))
-    pixels = np.asarray(image, np.float32)
-    planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)[:: -1 if order == "BGR" else 1]
-    mean, std = (np.asarray(preprocessing[key], np.float32)[:, None, None] for key in ("mean", "std"))
-    return np.ascontiguousarray((planes * np.float32(preprocessing["scale"]) - mean) / std)
-
-
 def _folders(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
@@ -238,9 +210,9 @@ def _scan(folder: Path) -> tuple[list[Path], Indices, tuple[str, ...]]:
     if len(classes) < 2:
         raise DataError(f"{folder}: needs at least two sub-folders, one per class; found {len(classes)}")
     for index, entry in enumerate(classes):
-        found = sorted(f for f in entry.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+        found = sorted(f for f in entry.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
         if not found:
-            raise DataError(f"{entry}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            raise DataError(f"{entry}: holds no images ({', '.join(sorted(SUFFIXES))})")
         files += found
         targets += [index] * len(found)
     return files, np.asarray(targets, np.int64), tuple(entry.name for entry in classes)

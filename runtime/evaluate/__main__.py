@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gmconv.cli import Command, print_json, progress_console, result_console
-from gmconv.errors import ParityError, RefusedError
+from gmconv.cli import Command, print_json, result_console, warn
+from gmconv.data import refuse_missing
+from gmconv.errors import ParityError
 from gmconv.foreign import foreign_options
 
 if TYPE_CHECKING:
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
     from runtime.evaluate.score import ArtefactScore, Evaluation
 
 
-@click.command(cls=Command, example="gmconv evaluate net.pth net.int8.onnx --arch mypackage.nets:make --images val/")
+@click.command(cls=Command, example="gmconv evaluate net.pth net.int8.onnx --arch mypackage.nets:make --data val/")
 @click.argument("artefacts", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--images", default="digits", show_default=True, metavar="DIR|NPZ|digits", help="Labelled images.")
+@click.option("--data", "--images", "images", metavar="DIR|FILE.npz|digits", help="Labelled images [held-out digits].")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--reference", type=click.Path(path_type=Path), help="[checkpoint given or beside it, else the first]")
 @click.option("--limit", type=click.IntRange(1), help="At most so many images.")
@@ -39,10 +40,10 @@ def main(
     """Accuracy of ARTEFACTS (checkpoints, ONNX files, engines) on labelled images."""
     from runtime.evaluate.score import EvaluateOptions, evaluate
 
-    done = evaluate(artefacts, EvaluateOptions(**flags))
-    console = progress_console()
-    for warning in done.warnings:
-        console.print(f"[yellow]warning:[/] {warning}", soft_wrap=True, highlight=False)
+    if flags["images"] is not None:
+        refuse_missing(flags["images"])
+    done = evaluate(artefacts, EvaluateOptions(**flags, labelled=max_top1_drop is not None))
+    warn(done.warnings)
     if as_json:
         print_json(done.to_dict())
     else:
@@ -60,8 +61,6 @@ def _gate(row: ArtefactScore, done: Evaluation, min_agreement: float | None, max
         )
     if max_top1_drop is None:
         return
-    if row.score.top1 is None:
-        raise RefusedError(f"{done.images} has no labels, so --max-top1-drop cannot be judged; use --min-agreement")
     fewer = sum(
         (c.reference_right or 0) - (c.artefact_right or 0) for c in row.score.confusions
     )  # samples lost against the reference
@@ -83,10 +82,16 @@ def _print(done: Evaluation) -> None:
                 else f" (reference right {confusion.reference_right}, artefact right {confusion.artefact_right})"
             )
             console.print(
-                f"  {row.artefact} {row.mode}: class {confusion.reference} became {confusion.artefact} "
+                f"  {row.artefact} {row.mode}: {_class(confusion.reference, done)} became "
+                f"{_class(confusion.artefact, done)} "
                 f"{confusion.count}x{right}",
                 highlight=False,
             )
+
+
+def _class(index: int, done: Evaluation) -> str:
+    labels = done.labels or ()
+    return f"{labels[index]!r}" if index < len(labels) else f"class {index}"
 
 
 def _table(done: Evaluation) -> Table:

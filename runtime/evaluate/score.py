@@ -27,15 +27,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateOptions:
-    """How to evaluate. `limit` samples at most, drawn by `seed`; `reference` None is found (see the module)."""
+    """How to evaluate. `images` None are the held-out digits, of a network trained on them; `limit` samples at most,
+    drawn by `seed`; `reference` None is found (see the module); `labelled`: refuse images without labels."""
 
-    images: str | Path = "digits"
+    images: str | Path | None = None
     device: str = "cpu"
     reference: Path | None = None
     limit: int | None = None
     seed: int = 0
     batch: int = 32
     foreign: Foreign = NOTHING
+    labelled: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,7 @@ class Evaluation:
     images: str
     samples: int
     rows: tuple[ArtefactScore, ...]
+    labels: tuple[str, ...] | None = None
     warnings: tuple[str, ...] = field(default_factory=tuple)
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,6 +74,7 @@ class Evaluation:
             "images": self.images,
             "samples": self.samples,
             "rows": [row.to_dict() for row in self.rows],
+            "labels": self.labels,
             "warnings": list(self.warnings),
         }
 
@@ -119,6 +123,7 @@ def evaluate(artefacts: Sequence[Path], options: EvaluateOptions | None = None) 
         images=samples.name,
         samples=len(expected),
         rows=tuple(rows),
+        labels=known.labels or samples.classes,
         warnings=tuple(warnings),
     )
 
@@ -161,6 +166,12 @@ def _reference(found: Sequence[Artefact], options: EvaluateOptions) -> Artefact:
 def _samples(about: Facts, runner: Runner, options: EvaluateOptions) -> Samples:
     from gmconv.data import load_samples
 
+    images = options.images or "digits"
+    if str(images) == "digits" and (about.dataset or {}).get("name") != "digits":
+        raise RefusedError(
+            f"{runner.artefact.path}: nothing says that it was trained on digits, so they say nothing of it; give "
+            f"--data DIR with a sub-folder of images per class, or --data FILE.npz"
+        )
     shape = runner.inputs[0].shape
     if len(runner.inputs) != 1 or len(shape) != 4:
         raise RefusedError(f"{runner.artefact.path}: evaluation knows networks with one (N, C, H, W) input")
@@ -172,8 +183,8 @@ def _samples(about: Facts, runner: Runner, options: EvaluateOptions) -> Samples:
         raise RefusedError(
             f"{runner.artefact.path}: height and width are dynamic and its manifest has no preprocessing size"
         )
-    return load_samples(
-        options.images,
+    samples = load_samples(
+        images,
         input_shape=(sizes[0], sizes[1], sizes[2]),
         preprocessing=about.preprocessing,
         dataset=about.dataset,
@@ -181,6 +192,9 @@ def _samples(about: Facts, runner: Runner, options: EvaluateOptions) -> Samples:
         limit=options.limit,
         seed=options.seed,
     )
+    if samples.labels is None and options.labelled:
+        raise RefusedError(f"{images} has no labels, so --max-top1-drop cannot be judged; use --min-agreement")
+    return samples
 
 
 def _logits(runner: Runner, samples: Samples, batch: int) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gmconv.cli import Command
+from gmconv.cli import Command, require
+from gmconv.data import refuse_missing
 from gmconv.errors import ParityError
+from gmconv.files import require_writable
 from gmconv.foreign import foreign_options
+from gmconv.kinds import artefact_kind
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +26,9 @@ _PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")
 @click.command(cls=Command, example="gmconv parity net.pth net.onnx --arch mypackage.nets:make --input-shape 3,64,64")
 @click.argument("reference", type=click.Path(path_type=Path))
 @click.argument("candidates", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="CANDIDATE...")
-@click.option("--images", metavar="DIR|FILE.npz|digits", help="Real samples; digits by default where trained on them.")
+@click.option(
+    "--data", "--images", "images", metavar="DIR|FILE.npz|digits", help="Real samples [digits where trained on them]."
+)
 @click.option("--inputs", type=click.Path(path_type=Path), metavar="FILE.npz", help="One array per input, used alone.")
 @click.option("--golden", type=click.Path(path_type=Path), metavar="FILE.npz", help="Pairs that your program recorded.")
 @click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="How many real samples.")
@@ -60,6 +65,14 @@ def main(
     from gmconv.cli import print_json, progress_console, result_console
     from runtime.parity.run import ParityOptions, compare_artefacts
 
+    if flags["images"] is not None:
+        refuse_missing(flags["images"])
+    for path in (reference, *candidates):
+        artefact_kind(path)
+    if report is not None:
+        require("jinja2")
+        require("matplotlib")
+        require_writable(report, reference, *candidates)
     progress = progress_console(quiet or as_json)
     with progress.status("") as status:
         found = compare_artefacts(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from export.tensorrt.command import main as tensorrt
+from gmconv.cli import data_options
 
 COMMAND = """
 import click
@@ -39,6 +42,37 @@ def test_each_way_to_end_has_its_exit_code_and_one_sentence(body: str, code: int
     done = subprocess.run([sys.executable, "-c", COMMAND.format(body=body)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.strip().splitlines()[-1:] == ([error] if error else [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "images", "calibration"),
+    [
+        ([], None, None),
+        (["--data", "digits"], "digits", "digits"),
+        (["--images", "digits"], "digits", "digits"),
+        (["--data", "digits", "--calibration-npz", "noise"], "digits", "noise"),
+        (["--calibration", "digits"], None, "digits"),
+    ],
+)
+def test_one_flag_says_where_images_are_and_the_older_ones_say_it_of_one_use(
+    flags: list[str], images: str | None, calibration: str | None
+) -> None:
+    @click.command()
+    @data_options
+    def command(**values: str | None) -> None:
+        assert values == {"images": images, "calibration": calibration}
+
+    done = CliRunner().invoke(command, flags)
+    assert done.exit_code == 0, done.output
+
+
+def test_data_that_is_not_there_is_refused_before_the_command_begins(tmp_path: Path) -> None:
+    command = click.command()(data_options(lambda **_: pytest.fail("it began")))
+    (tmp_path / "empty").mkdir()
+    for name, words in (("empty", "holds no images"), ("no.npz", "no such file"), ("none", "no such data")):
+        done = CliRunner().invoke(command, ["--data", str(tmp_path / name)])
+        assert done.exit_code == 3
+        assert words in done.output
 
 
 @pytest.mark.parametrize(

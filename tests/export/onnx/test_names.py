@@ -10,6 +10,7 @@ from torch import nn
 
 from export.onnx.options import ExportOptions
 from export.onnx.pipeline import export_onnx
+from export.onnx.refusals import NOTHING_BAKED
 from export.onnx.trained import Live
 from gmconv.errors import RefusedError
 from gmconv.foreign import NOTHING
@@ -35,6 +36,7 @@ def test_an_output_may_be_called_like_a_node_or_a_parameter(tmp_path: Path) -> N
     assert [output.name for output in manifest.outputs] == ["relu", "logits"]
     assert manifest.parity is not None
     assert manifest.parity.passed
+    assert manifest.warnings == (NOTHING_BAKED,)
 
 
 def test_an_output_may_not_be_called_like_the_input(tmp_path: Path) -> None:

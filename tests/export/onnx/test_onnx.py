@@ -180,8 +180,11 @@ def test_simplified_graphs_are_proven_too(checkpoint: Path, tmp_path: Path) -> N
     assert manifest.parity.passed
 
 
-def test_several_precisions_share_one_export(digits_checkpoint: Path, tmp_path: Path) -> None:
-    assert export(digits_checkpoint, "-o", tmp_path / "net.onnx", "--precision", "fp16,fp32,int8", "-q") == 0
+def test_several_precisions_share_one_export(
+    digits_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(digits_checkpoint, "-o", tmp_path / "net.onnx", "--precision", "fp16,fp32,int8", "--json") == 0
+    assert [found["precision"] for found in json.loads(capsys.readouterr().out)] == ["fp16", "fp32", "int8"]
     fp32 = read_manifest(tmp_path / "net.onnx")
     for precision in ("fp16", "int8"):
         manifest = read_manifest(tmp_path / f"net.{precision}.onnx")

@@ -230,3 +230,25 @@ def test_ten_thousand_images_fit_in_two_gigabytes(tmp_path: Path) -> None:
     assert manifest["calibration"]["images"] == count
     assert peak < 2 * 2**30, f"{peak / 2**20:.0f} MiB"
     assert peak < few + 64 * 2**20, f"{count} images take {peak / 2**20:.0f} MiB, {tile} take {few / 2**20:.0f}"
+
+
+@pytest.mark.parametrize(
+    ("labels", "warned"),
+    [
+        (np.arange(40) % 4, []),
+        (np.zeros(40, int), ["of one class"]),
+        (np.arange(10) % 4, ["on 10 images"]),
+        (np.zeros(10, int), ["on 10 images", "of one class"]),
+    ],
+)
+def test_few_images_or_one_class_are_warned_of(labels: NDArray[np.int64], warned: list[str], tmp_path: Path) -> None:
+    images = np.random.default_rng(0).random((len(labels), *SHAPE), dtype=np.float32)
+    np.savez(tmp_path / "own.npz", input=images, labels=labels)
+    found = open_images(tmp_path / "own.npz", SHAPE).warnings
+    assert len(found) == len(warned)
+    assert all(words in text for words, text in zip(warned, found, strict=True))
+
+
+def test_digits_under_a_network_that_was_not_trained_on_them_are_warned_of() -> None:
+    assert open_images("digits", (1, 8, 8), dataset={"name": "digits"}).warnings == ()
+    assert "nothing says" in open_images("digits", (1, 8, 8)).warnings[0]

@@ -86,10 +86,23 @@ def test_a_seven_by_seven_kernel_stays_in_fp16_beside_fp8(
     assert read_manifest(plan).build.layers.convolution_precisions == {"fp8": 2, "fp16": 1}
 
 
+def test_a_file_of_another_precision_is_overwritten_by_force_alone(fp32: Path) -> None:
+    half = fp32.with_name("half.onnx")
+    convert_precision(fp32, half, "fp16")
+    with pytest.raises(RefusedError, match=r"is there in fp16.*-o half\.bf16\.onnx, or --force"):
+        convert_precision(fp32, half, "bf16")
+    convert_precision(fp32, half, "fp16")
+    assert convert_precision(fp32, half, "bf16", force=True).precision == "bf16"
+
+
 def test_converting_twice_gives_the_same_bytes(fp32: Path, npz: Path) -> None:
     for precision in ("bf16", "int8"):
-        first = convert_precision(fp32, fp32.with_name("a.onnx"), precision, PrecisionOptions(calibration=npz))
-        second = convert_precision(fp32, fp32.with_name("b.onnx"), precision, PrecisionOptions(calibration=npz))
+        first = convert_precision(
+            fp32, fp32.with_name(f"a.{precision}.onnx"), precision, PrecisionOptions(calibration=npz)
+        )
+        second = convert_precision(
+            fp32, fp32.with_name(f"b.{precision}.onnx"), precision, PrecisionOptions(calibration=npz)
+        )
         assert first.artefact.sha256 == second.artefact.sha256
 
 

@@ -20,7 +20,14 @@ from runtime.manifest import Manifest, TensorSpec, digest, sidecar
 CLASSES = 8
 
 
-def save(path: Path, *, swapped: tuple[int, int] = (0, 0), batch: int | str = "n", precision: str = "fp32") -> Path:
+def save(
+    path: Path,
+    *,
+    swapped: tuple[int, int] = (0, 0),
+    batch: int | str = "n",
+    precision: str = "fp32",
+    labels: tuple[str, ...] | None = None,
+) -> Path:
     """A network whose logits are the eight pixels of its input, two of them swapped."""
     order = np.arange(CLASSES)
     order[list(swapped)] = order[list(swapped[::-1])]
@@ -33,7 +40,9 @@ def save(path: Path, *, swapped: tuple[int, int] = (0, 0), batch: int | str = "n
     graph = helper.make_graph(nodes, "g", values, out, tensors)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
     spec, result = TensorSpec("input", "float32", tuple(shape)), TensorSpec("y", "float32", (batch, CLASSES))
-    manifest = Manifest(artefact=digest(path, "onnx"), inputs=(spec,), outputs=(result,), precision=precision)
+    manifest = Manifest(
+        artefact=digest(path, "onnx"), inputs=(spec,), outputs=(result,), precision=precision, labels=labels
+    )
     sidecar(path).write_text(manifest.to_json())
     return path
 
@@ -106,7 +115,19 @@ def test_json_and_table_say_the_same(tmp_path: Path, images: Path) -> None:
     low, high = parsed["rows"][1]["agreement"]["interval95"]
     table = invoke(good, bad, "--images", images).stdout
     assert f"75.00 [{100 * low:.2f}, {100 * high:.2f}]" in table.replace("\n", "")
-    assert "class 2 became 5 10x (reference right 10, artefact right 0)" in table
+    assert "class 2 became class 5 10x (reference right 10, artefact right 0)" in table
+
+
+def test_confusions_have_names_where_the_classes_have(tmp_path: Path, images: Path) -> None:
+    names = tuple("abcdefgh")
+    good, bad = (save(tmp_path / f"{n}.onnx", swapped=s, labels=names) for n, s in (("x", (0, 0)), ("y", (2, 5))))
+    assert "'c' became 'f' 10x" in invoke(good, bad, "--data", images).stdout
+
+
+@pytest.mark.parametrize("flags", [[], ["--data", "digits"]])
+def test_digits_judge_only_what_was_trained_on_them(flags: list[str], tmp_path: Path) -> None:
+    refused = invoke(save(tmp_path / "a.onnx"), *flags, code=3)
+    assert "nothing says that it was trained on digits" in refused.stderr
 
 
 def test_a_limit_is_drawn_by_seed(tmp_path: Path, images: Path) -> None:

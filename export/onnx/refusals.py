@@ -1,0 +1,59 @@
+"""What an export refuses, or warns of, before it works: from flags and headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export.onnx.options import ExportOptions
+from gmconv.data import refuse_missing
+from gmconv.errors import RefusedError
+from gmconv.files import require_writable
+from gmconv.images import read_preprocessing
+from gmconv.kinds import refuse_other_kinds
+from gmconv.packages import require
+from runtime.manifest import refuse_other_precision, sidecar
+
+if TYPE_CHECKING:
+    from gmconv import Checkpoint
+
+NOTHING_BAKED = (
+    "nothing was baked: the network has no mask and computes no kernel; if it was trained with Gaussian masks, this "
+    "checkpoint lacks them, or --arch builds another network"
+)
+
+
+def refuse_early(source: object, written: Sequence[Path], options: ExportOptions) -> None:
+    """Before torch is imported: files that are not there, outputs that may not be written, libraries that lack.
+
+    Raises RefusedError, UnavailableError.
+    """
+    read = [Path(file) for file in (source, options.images, options.golden) if isinstance(file, str | Path)]
+    if isinstance(source, str | Path):
+        refuse_other_kinds(Path(source), "checkpoint")
+        if not Path(source).exists():
+            raise RefusedError(f"{source}: no such file")
+    for data in (options.images, options.calibrated.calibration):
+        if data is not None:
+            refuse_missing(data)
+    for file, precision in zip(written, options.precisions, strict=True):
+        require_writable(file, *read)
+        require_writable(sidecar(file))
+        refuse_other_precision(file, precision, force=options.force)
+        if clash := options.calibrated.io_clash(precision):
+            raise RefusedError(clash)
+    for module in ("torch", "onnxruntime", "onnxscript", *(["onnxslim"] if options.simplify else [])):
+        require(module)
+
+
+def refuse_precisions(loaded: Checkpoint, options: ExportOptions) -> None:
+    """Once the checkpoint is read: int8 and fp8 without anything to calibrate them on. Raises RefusedError."""
+    from export.precision.calibration_images import open_calibration
+
+    if not {"int8", "fp8"} & set(options.precisions):
+        return
+    if len(loaded.inputs) != 1 or not loaded.inputs[0].is_image:
+        raise RefusedError("int8 and fp8 are calibrated on images, and this network takes something else")
+    preprocessing = read_preprocessing(loaded.preprocessing)
+    open_calibration(options.calibrated, loaded.input_shape, preprocessing, loaded.dataset)
