@@ -20,7 +20,7 @@ from gmconv.records import KernelCertificate, Spread
 from gmconv.surgery import has_static_mask, masked_layers
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from gmconv.tables import Table
 
 _FP16_SMALLEST_NORMAL = 2.0**-14
 
@@ -80,7 +80,7 @@ class BakeCertificate:
         return json.dumps(self.to_dict(), indent=1)
 
     def table(self) -> Table:
-        """The certificate as a rich table."""
+        """The certificate as a table."""
         return certificate_table(self.to_dict())
 
 
@@ -136,27 +136,28 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 def certificate_table(certificate: dict[str, Any]) -> Table:
-    """The rich table of a certificate dict, as the manifest stores it."""
-    from rich.table import Table
+    """The table of a certificate dict, as the manifest stores it."""
+    from gmconv.tables import Column, Table
 
-    table = Table(title="What was baked", title_justify="left", title_style="bold")
-    table.add_column("masked layer", overflow="fold")
-    for column in (
-        "kernel",
-        "sigma [taps]",
-        "mask at edge",
-        "at corner",
-        "energy removed",
-        "fp16 subnormal",
-        "fp16 zero",
-    ):
-        table.add_column(column, justify="right")
+    table = Table(
+        "What was baked",
+        [
+            Column("masked layer", name=True),
+            Column("kernel [taps]"),
+            Column("sigma [taps]"),
+            Column("mask at edge", 3),
+            Column("at corner", 4),
+            Column("energy removed", 1),
+            Column("fp16 subnormal [taps]", 5),
+            Column("fp16 zero [taps]", 2),
+        ],
+    )
     for layer in certificate["layers"]:
         sigma = layer["sigma"]
         spread = f"{sigma['median']:.3f}"
         if sigma["min"] != sigma["max"]:
             spread += f" ({sigma['min']:.3f}..{sigma['max']:.3f})"
-        table.add_row(
+        table.add(
             layer["name"],
             "{}x{}".format(*layer["kernel"]),
             spread,
@@ -170,20 +171,30 @@ def certificate_table(certificate: dict[str, Any]) -> Table:
 
 
 def kernel_table(kernels: Sequence[dict[str, Any]]) -> Table:
-    """The rich table of kernel certificates (as dicts): kernels that other layers than GMConv2d computed."""
-    from rich.table import Table
+    """The table of kernel certificates (as dicts): kernels that other layers than GMConv2d computed."""
+    from rich.text import Text
 
-    table = Table(title="Kernels that were computed", title_justify="left", title_style="bold")
-    for column in ("layer", "kind", "made from"):
-        table.add_column(column, overflow="fold")
-    for column in ("kernel", "sigma [taps]", "centre", "misfit", "energy removed"):
-        table.add_column(column, justify="right")
+    from gmconv.tables import Column, Table
+
+    table = Table(
+        "Kernels that were computed",
+        [
+            Column("layer", name=True),
+            Column("kind", name=True),
+            Column("made from", 2, name=True),
+            Column("kernel [taps]"),
+            Column("sigma [taps]"),
+            Column("centre [taps]", 4),
+            Column("misfit", 3),
+            Column("energy removed", 1),
+        ],
+    )
     for kernel in kernels:
         if kernel["kind"] == "kept":
-            table.add_row(kernel["name"], "[yellow]kept as it is[/yellow]", kernel["reason"], *["-"] * 5)
+            table.add(kernel["name"], Text("kept as it is", style="yellow"), kernel["reason"], *["-"] * 5)
             continue
         fit = kernel["gaussian"]
-        table.add_row(
+        table.add(
             kernel["name"],
             kernel["kind"],
             ", ".join(kernel["made_from"]) or "constants",

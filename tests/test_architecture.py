@@ -37,6 +37,7 @@ GROUND = {
         "lazy",
         "packages",
         "startup",
+        "tables",
     )
 }
 

@@ -9,8 +9,8 @@ import msgspec
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
+    from gmconv.tables import Table
     from runtime.manifest import Manifest
     from runtime.records import Parity, YardstickComparison
 
@@ -61,6 +61,8 @@ def print_export(
 
 
 def _yardstick_line(measured: YardstickComparison, manifest: Manifest) -> str:
+    from gmconv.tables import number
+
     line = f"float64 yardstick on {measured.samples} samples: torch fp32 is {number(measured.reference_rel_rms)} away"
     if measured.candidate_rel_rms is not None:
         found = f"ONNX Runtime {number(measured.candidate_rel_rms)}"
@@ -70,46 +72,41 @@ def _yardstick_line(measured: YardstickComparison, manifest: Manifest) -> str:
 
 
 def parity_table(parity: Parity, *, baking: bool = True) -> Table:
-    """The rich table of a manifest's `parity`; `baking` False leaves out the bitwise hop, shown before."""
-    from rich import box
-    from rich.table import Table
-
+    """The table of a manifest's `parity`; `baking` False leaves out the bitwise hop, shown before."""
+    from gmconv.tables import FAILED, OK, Column, Table, margin, number, share
     from runtime.records import BAKING
 
-    title = "Parity, hop by hop: errors of the right side against the left"
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-        title=title,
-        title_justify="left",
-        title_style="bold",
+    several = len({output.output for hop in parity.hops for output in hop.outputs}) > 1
+    columns = (
+        *(("max abs", 3), ("mean abs", 6), ("err/RMS", 0), ("1-cosine", 7), ("top-1", 2), ("tolerance", 1)),
+        *(("margin", 0), ("", 0)),
     )
-    for column in ("hop", "inputs"):
-        table.add_column(column, no_wrap=True)
-    for column in ("shape", "max abs", "mean abs", "err/RMS", "1-cosine", "top-1", "tolerance", "margin", ""):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = Table(
+        "Parity, hop by hop: errors of the right side against the left",
+        [
+            Column("hop", name=True),
+            *[Column("output", name=True)] * several,
+            Column("inputs", 4, name=True),
+            Column("shape", 5),
+            *(Column(title, spare) for title, spare in columns),
+        ],
+    )
     for hop in parity.hops:
         if hop.name == BAKING and not baking:
             continue
         for output in hop.outputs:
-            margin = "-" if output.margin is None else f"{output.margin:.3g}x"
-            table.add_row(
+            table.add(
                 hop.name,
+                *[output.output] * several,
                 hop.inputs,
                 hop.shape,
                 number(output.max_abs),
                 number(output.mean_abs),
                 number(output.rel_rms),
                 number(None if output.cosine is None else max(0.0, 1 - output.cosine)),
-                "-" if output.top1 is None else f"{output.top1:.1%}",
+                share(output.top1),
                 "bitwise" if hop.name == BAKING else number(output.tolerance),
-                "equal" if hop.bitwise else margin,
-                "[green]ok[/green]" if output.passed else "[red]FAILED[/red]",
+                margin(output.margin, equal=bool(hop.bitwise)),
+                OK if output.passed else FAILED,
             )
     return table
-
-
-def number(value: float | None) -> str:
-    """Two significant digits, or a dash."""
-    return "-" if value is None else "0" if value == 0 else f"{value:.1e}"

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.table import Table
+
+from gmconv.tables import Column, Table
 
 ENERGY = 0.95
 
@@ -79,13 +80,21 @@ def snr_db(reference: NDArray[Any], candidate: NDArray[Any]) -> float | None:
 
 def audit_table(audits: Iterable[LayerAudit], title: str) -> Table:
     """The audit for people."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("layer", overflow="fold")
-    for column in ("precision", "weights", "zeroed", "dead taps", "radius 95 %", "SNR dB"):
-        table.add_column(column, justify="right")
+    table = Table(
+        title,
+        [
+            Column("layer", name=True),
+            Column("precision"),
+            Column("weights", 3),
+            Column("zeroed [weights]"),
+            Column("dead [taps]", 1),
+            Column("radius of 95 % [taps]", 4),
+            Column("SNR [dB]", 2),
+        ],
+    )
     for audit in audits:
         radius = "-" if audit.radius_before is None else f"{audit.radius_before:.2f} → {audit.radius_after:.2f}"
-        table.add_row(
+        table.add(
             audit.layer,
             audit.precision,
             f"{audit.weights:,}",

@@ -26,10 +26,10 @@ from runtime.runners.qdq import graph_options
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-    from rich.table import Table
 
     from export.precision.converter import PrecisionConverter
     from export.precision.plan import PrecisionPlan
+    from gmconv.tables import Table
 
 _TIMED_RUNS = 5
 
@@ -222,13 +222,15 @@ def pareto(tried: Sequence[Measurement]) -> tuple[Measurement, ...]:
 
 def pareto_table(tried: Sequence[Measurement], chosen: Measurement, total: int) -> Table:
     """Layers kept against accuracy, size and latency; the chosen row is marked."""
-    from rich.table import Table
+    from gmconv.tables import Column, Table
 
-    table = Table(title="Pareto front: layers kept against what is lost", title_justify="left")
-    for column in ("kept", "top-1 %", "drop, points", "SNR dB", "weights", "CPU ms", ""):
-        table.add_column(column, justify="right")
+    columns = ("kept [layers]", 0), ("top-1 [%]", 2), ("drop [points]", 0), ("SNR [dB]", 1), ("weights [of fp32]", 3)
+    table = Table(
+        "Pareto front: layers kept against what is lost",
+        [Column(title, spare) for title, spare in (*columns, ("CPU [ms]", 4), ("", 0))],
+    )
     for found in pareto(tried):
-        table.add_row(
+        table.add(
             f"{len(found.kept)}/{total}",
             f"{100 * found.top1:.2f}",
             f"{found.top1_drop:+.2f}",
@@ -242,14 +244,12 @@ def pareto_table(tried: Sequence[Measurement], chosen: Measurement, total: int) 
 
 def sensitivity_table(found: dict[str, Measurement]) -> Table:
     """Each layer quantized alone, most sensitive first."""
-    from rich.table import Table
+    from gmconv.tables import Column, Table
 
-    table = Table(title="each layer quantized alone", title_justify="left")
-    table.add_column("layer", overflow="fold")
-    table.add_column("drop, points", justify="right")
-    table.add_column("SNR dB", justify="right")
+    columns = [Column("layer", name=True), Column("drop [points]"), Column("SNR [dB]")]
+    table = Table("Each layer quantized alone", columns)
     for name, measured in found.items():
-        table.add_row(name, f"{measured.top1_drop:+.2f}", f"{measured.snr_db:.1f}")
+        table.add(name, f"{measured.top1_drop:+.2f}", f"{measured.snr_db:.1f}")
     return table
 
 

@@ -21,7 +21,7 @@ from gmconv.cropping.window import Precision, Window, removed_share
 from gmconv.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from gmconv.tables import Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +121,7 @@ class CropCertificate:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     def table(self) -> Table:
-        """The layers that lost taps, as a rich table."""
+        """The layers that lost taps, as a table."""
         from gmconv.cropping.table import crop_table
 
         return crop_table(self.to_dict())

@@ -5,37 +5,41 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from gmconv.tables import Table
 
 
 def crop_table(certificate: dict[str, Any]) -> Table:
-    """The rich table of the layers that lost taps, from a certificate dict as the manifest stores it."""
-    from rich.table import Table
+    """The table of the layers that lost taps, from a certificate dict as the manifest stores it."""
+    from gmconv.tables import Column, Table, number
 
     layers = [layer for layer in certificate["layers"] if layer["kernel"] != layer["kept"]]
     clocked = any(layer.get("latency_after_ms") is not None for layer in layers)
     data = f"the data ({certificate.get('measured_on') or 'of the caller'})"
     table = Table(
-        title="What was cropped",
-        title_justify="left",
-        title_style="bold",
-        caption=f"worst case: of any output of the layer, for inputs as large as those of {data}; measured: on it"
-        + "; ms: the layer alone, fp32, in ONNX Runtime" * clocked,
-        caption_justify="left",
+        "What was cropped",
+        [
+            Column("layer", name=True),
+            Column("kernel [taps]"),
+            Column("L1 gone", 1),
+            Column("[M MACs]"),
+            Column("worst case", 4),
+            Column("measured", 3),
+            Column("of RMS", 2),
+            *[Column("alone [ms]", 2)] * clocked,
+        ],
+        f"worst case: of any output of the layer, for inputs as large as those of {data}; measured: on it"
+        + "; alone: the layer, fp32, in ONNX Runtime" * clocked,
     )
-    table.add_column("layer", overflow="fold")
-    for column in ("kernel", "L1 gone", "M MACs", "worst case", "measured", "of RMS", *["ms"] * clocked):
-        table.add_column(column, justify="right", no_wrap=True)
     for layer in layers:
         macs = (layer["macs_before"], layer["macs_after"])
-        table.add_row(
+        table.add(
             layer["name"],
             "{}x{} -> {}x{}".format(*layer["kernel"], *layer["kept"]),
-            _number(layer["l1_removed"]),
+            number(layer["l1_removed"]),
             "-" if None in macs else f"{macs[0] / 1e6:.3g} -> {macs[1] / 1e6:.3g}",
-            _number(layer["bound"]),
-            _number(layer["measured"]),
-            _number(layer["measured_rms"]),
+            number(layer["bound"]),
+            number(layer["measured"]),
+            number(layer["measured_rms"]),
             *([latency_text(layer) or "-"] if clocked else []),
         )
     return table
@@ -82,7 +86,3 @@ def crop_summary(certificate: dict[str, Any]) -> str:
             f"RMS, the RMS error {seen['relative_rms']:.1e}"
         )
     return "; ".join(parts)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1e}"

@@ -24,7 +24,7 @@ from runtime.manifest import Manifest, find_manifest, read_manifest
 from runtime.statistics import as_json, describe
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from gmconv.tables import Table
 
 #: Fewer rounds than this make no interval worth printing.
 FEW_ROUNDS = 10
@@ -88,21 +88,25 @@ class Comparison:
         }
 
     def table(self) -> Table:
-        """The comparison as a rich table."""
-        from rich.table import Table
+        """The comparison as a table."""
+        from gmconv.tables import Column, Table
 
-        table = Table(title=f"Interleaved, {self.interleaved.rounds} rounds", title_justify="left", title_style="bold")
-        table.add_column("artefact", overflow="fold")
-        table.add_column("runs in", overflow="fold")
-        for column in ("median [ms]", "p99 [ms]", "latency ratio"):
-            table.add_column(column, justify="right")
-        table.add_column("to", overflow="fold")
         with_live = any(row.over_live for row in self.rows)
-        if with_live:
-            table.add_column("to live", justify="right")
+        table = Table(
+            f"Interleaved, {self.interleaved.rounds} rounds",
+            [
+                Column("artefact", name=True),
+                Column("runs in", 4, name=True),
+                Column("median [ms]"),
+                Column("p99 [ms]", 1),
+                Column("latency ratio"),
+                Column("to", 3, name=True),
+                *[Column("to live", 2)] * with_live,
+            ],
+        )
         for row in self.rows:
             median, tail = (f"{row.latency[k]:.4g}" if row.latency else "-" for k in ("median", "p99"))
-            table.add_row(
+            table.add(
                 row.name,
                 row.runner,
                 median,

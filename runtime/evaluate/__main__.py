@@ -13,8 +13,7 @@ from gmconv.errors import ParityError
 from gmconv.foreign import foreign_options
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from gmconv.tables import Table
     from runtime.evaluate.score import ArtefactScore, Evaluation
 
 
@@ -95,14 +94,22 @@ def _class(index: int, done: Evaluation) -> str:
 
 
 def _table(done: Evaluation) -> Table:
-    from rich.table import Table
+    from gmconv.tables import Column, Table
 
-    table = Table(title=f"{done.samples} images of {done.images}; reference: {done.reference}", title_justify="left")
-    for column in ("artefact", "precision", "top-1 % [95 %]", "top-5 %", "agreement % [95 %]", "SNR dB"):
-        table.add_column(column, justify="left" if column in ("artefact", "precision") else "right", overflow="fold")
+    table = Table(
+        f"{done.samples} images of {done.images}; reference: {done.reference}",
+        [
+            Column("artefact", name=True),
+            Column("precision", 1),
+            Column("top-1 % [95 %]"),
+            Column("top-5 %", 3),
+            Column("agreement % [95 %]", 2),
+            Column("SNR [dB]", 4),
+        ],
+    )
     for row in done.rows:
         found = row.score
-        table.add_row(
+        table.add(
             f"{row.artefact} {row.mode}".strip(),
             row.precision,
             _share(found.top1),

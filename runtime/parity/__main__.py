@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,7 @@ from gmconv.foreign import foreign_options
 from gmconv.kinds import artefact_kind
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from gmconv.tables import Table
     from runtime.parity.bisection import Bisection
     from runtime.parity.run import CandidateReport, ParityReport
 
@@ -103,48 +103,51 @@ def main(
 
 
 def parity_table(report: ParityReport, candidate: CandidateReport) -> Table:
-    """The comparisons of one candidate as a rich table."""
-    from rich.table import Table
+    """The comparisons of one candidate."""
+    from gmconv.tables import FAILED, OK, Column, Table, margin, number, share
 
     tolerance = candidate.tolerance
-    table = Table(
-        title=f"{candidate.path.name} ({candidate.engine}) against {report.reference.name} ({report.engine})",
-        caption=f"{tolerance.precision} tolerance {tolerance.rel_rms:.1e} ({tolerance.source})",
-        title_justify="left",
-        caption_justify="left",
-    )
     several = len({output.output for hop in candidate.verdict.hops for output in hop.outputs}) > 1
-    table.add_column("inputs", no_wrap=True)
-    table.add_column("batch", no_wrap=True)
-    table.add_column("samples", justify="right")
-    if several:
-        table.add_column("output")
-    for heading in ("max abs", "mean abs", "err/RMS", "SNR dB", "1-cosine", "top-1", "top-5", "margin", ""):
-        table.add_column(heading, justify="right", no_wrap=True)
+    columns = (
+        *(("samples", 5), ("max abs", 2), ("mean abs", 6), ("err/RMS", 0), ("SNR [dB]", 4), ("1-cosine", 7)),
+        *(("top-1", 1), ("top-5", 8), ("margin", 0), ("", 0)),
+    )
+    table = Table(
+        f"{candidate.path.name} ({candidate.engine}) against {report.reference.name} ({report.engine})",
+        [
+            Column("inputs", name=True),
+            *[Column("output", name=True)] * several,
+            Column("shape", 3),
+            *(Column(title, spare) for title, spare in columns),
+        ],
+        f"{tolerance.precision} tolerance {tolerance.rel_rms:.1e} ({tolerance.source})",
+    )
     for hop in candidate.verdict.hops:
         for o in hop.outputs:
-            table.add_row(
+            table.add(
                 hop.inputs,
+                *[o.output] * several,
                 hop.shape,
                 str(o.samples),
-                *([o.output] if several else []),
-                _number(o.max_abs),
-                _number(o.mean_abs),
-                _number(o.rel_rms),
-                "inf" if o.rel_rms == 0 else "" if o.snr_db is None else f"{o.snr_db:.1f}",
-                _number(None if o.cosine is None else max(0.0, 1 - o.cosine)),
-                _share(o.top1),
-                _share(o.top5),
-                "equal" if o.rel_rms == 0 else "" if o.margin is None else f"{o.margin:.3g}x",
-                "[green]ok[/]" if o.passed else "[red]FAIL[/]",
+                number(o.max_abs),
+                number(o.mean_abs),
+                number(o.rel_rms),
+                "inf" if o.rel_rms == 0 else "-" if o.snr_db is None else f"{o.snr_db:.1f}",
+                number(None if o.cosine is None else max(0.0, 1 - o.cosine)),
+                share(o.top1),
+                share(o.top5),
+                margin(o.margin, equal=o.rel_rms == 0),
+                OK if o.passed else FAILED,
             )
     return table
 
 
 def _remarks(candidate: CandidateReport) -> list[str]:
+    from gmconv.tables import number
+
     texts = [
-        f"float64 yardstick, {item.samples} samples: {item.output} is {_number(item.candidate_rel_rms)} from exact, "
-        f"torch fp32 {_number(item.reference_rel_rms)} (allowed: {item.factor:g} times that and 2e-07)"
+        f"float64 yardstick, {item.samples} samples: {item.output} is {number(item.candidate_rel_rms)} from exact, "
+        f"torch fp32 {number(item.reference_rel_rms)} (allowed: {item.factor:g} times that and 2e-07)"
         for item in candidate.verdict.yardstick
     ]
     found = [o.disagreement_margin for hop in candidate.verdict.hops for o in hop.outputs]
@@ -158,12 +161,14 @@ def _remarks(candidate: CandidateReport) -> list[str]:
 
 def _layers(bisection: Bisection) -> list[str]:
     """The layers around the culprit, with their own errors."""
+    from gmconv.tables import number
+
     if bisection.culprit is None:
         return []
     at = bisection.layers.index(bisection.culprit)
     return [
-        f"{'->' if layer is bisection.culprit else '  '} {layer.name:32s} own {_number(layer.own):>8s}  "
-        f"accumulated {_number(layer.accumulated):>8s}  {layer.ops}"
+        f"{'->' if layer is bisection.culprit else '  '} {layer.name:32s} own {number(layer.own):>8s}  "
+        f"accumulated {number(layer.accumulated):>8s}  {layer.ops}"
         for layer in bisection.layers[max(0, at - 3) : at + 3]
     ]
 
@@ -172,19 +177,11 @@ def _verdict(candidate: CandidateReport) -> str:
     if candidate.passed:
         found = [output.margin for hop in candidate.verdict.hops for output in hop.outputs]
         margins = [margin for margin in found if margin is not None]
-        close = f"smallest margin {min(margins):.3g}x" if margins else "equal"
+        close = "equal" if min(margins, default=math.inf) == math.inf else f"smallest margin {min(margins):.3g}x"
         return f"PASSED  {candidate.path}  {candidate.precision}, {close}"
     failures = candidate.failures()
     more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
     return f"FAILED  {candidate.path}  {failures[0]}{more}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else "0" if value == 0 else f"{value:.1e}"
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}%"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,141 @@
+"""Every table of the terminal: columns that do not fit are left out by importance or stacked; no number is ever cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+_GAP = 2
+_NAME = 32  # characters that a name has before numbers are left out for it
+
+OK = Text("ok", style="green")
+FAILED = Text("FAILED", style="red")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A heading with its unit. `spare` 0 stays at any width; of the others the largest is left out first.
+
+    `name`: text on the left that may be folded; every other cell is a number, on the right, in one piece.
+    """
+
+    title: str
+    spare: int = 0
+    name: bool = False
+
+
+class Table:
+    """Rows of text under `columns`, laid out for the width at hand when it is printed.
+
+    Below the width of its spare columns it leaves those out and says so; below that of the others it stacks each row.
+    """
+
+    def __init__(self, title: str, columns: Iterable[Column], caption: str = "") -> None:
+        self.title, self.columns, self.caption = title, tuple(columns), caption
+        self.rows: list[tuple[Text, ...]] = []
+
+    def add(self, *cells: str | Text) -> None:
+        """Add a row; strings are shown as they are, without markup."""
+        assert len(cells) == len(self.columns)
+        self.rows.append(tuple(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+
+    @property
+    def row_count(self) -> int:
+        """How many rows there are."""
+        return len(self.rows)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown = list(range(len(self.columns)))
+        while (least := self._least(shown)) and sum(least) + _GAP * (len(shown) - 1) > options.max_width:
+            spare = max(shown, key=lambda index: self.columns[index].spare)
+            if self.columns[spare].spare == 0:
+                yield from self._stacked(options.max_width)
+                return
+            shown.remove(spare)
+        yield Text(self.title, style="bold")
+        yield from self._laid_out(shown, options.max_width)
+        if self.caption:
+            yield Text(self.caption, style="dim")
+        if left := [column.title for index, column in enumerate(self.columns) if index not in shown]:
+            yield Text(f"not shown at this width: {', '.join(left)}", style="dim")
+
+    def _cells(self, index: int) -> int:
+        return max((row[index].cell_len for row in self.rows), default=0)
+
+    def _least(self, shown: Sequence[int]) -> list[int]:
+        widths = []
+        for index in shown:
+            column = self.columns[index]
+            longest = self._cells(index)
+            word = max((len(word) for word in column.title.split()), default=0)
+            widths.append(max(min(longest, _NAME) if column.name else longest, word))
+        return widths
+
+    def _laid_out(self, shown: Sequence[int], width: int) -> RenderResult:
+        widths = self._least(shown)
+        room = width - sum(widths) - _GAP * (len(shown) - 1)
+        for wanted_by_names in (True, False):  # what is left goes to names first, then to headings
+            for place, index in enumerate(shown):
+                column = self.columns[index]
+                if column.name == wanted_by_names:
+                    more = min(room, max(self._cells(index), len(column.title)) - widths[place])
+                    widths[place], room = widths[place] + more, room - more
+        yield from self._lines(shown, widths, [Text(column.title) for column in self.columns])
+        yield Text("─" * (sum(widths) + _GAP * (len(shown) - 1)))
+        for row in self.rows:
+            yield from self._lines(shown, widths, row)
+
+    def _lines(self, shown: Sequence[int], widths: Sequence[int], cells: Sequence[Text]) -> RenderResult:
+        """One row, in as many lines as its longest name needs."""
+        console = Console(width=max(widths))
+        parts = [list(cells[index].wrap(console, size)) for index, size in zip(shown, widths, strict=True)]
+        for height in range(max(map(len, parts))):
+            line = Text()
+            for index, size, part in zip(shown, widths, parts, strict=True):
+                cell = part[height] if height < len(part) else Text()
+                cell.rstrip()
+                blank = Text(" " * (size - cell.cell_len))
+                for text in (cell, blank) if self.columns[index].name else (blank, cell):
+                    line.append_text(text)
+                line.append(" " * _GAP)
+            line.rstrip()
+            yield line
+
+    def _stacked(self, width: int) -> RenderResult:
+        yield Text(self.title, style="bold")
+        for row in self.rows:
+            line = Text()
+            for column, cell in zip(self.columns, row, strict=True):
+                if not cell.plain:
+                    continue
+                part = cell.copy() if column.name or not column.title else Text(f"{column.title} ").append_text(cell)
+                if line.plain and line.cell_len + _GAP + part.cell_len > width:
+                    yield line
+                    line = Text("  ")
+                elif line.plain:
+                    line.append(" " * _GAP)
+                line.append_text(part)
+            yield line
+        if self.caption:
+            yield Text(self.caption, style="dim")
+
+
+def number(value: float | None) -> str:
+    """Two significant digits, or a dash."""
+    return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+def margin(value: float | None, *, equal: bool = False) -> str:
+    """How many times an error would fit into its tolerance: "69.6x"; "equal" where there is no error at all."""
+    if equal or (value is not None and math.isinf(value)):
+        return "equal"
+    return "-" if value is None else f"{value:.3g}x"
+
+
+def share(value: float | None) -> str:
+    """A share in per cent."""
+    return "-" if value is None else f"{value:.1%}"

@@ -1,0 +1,69 @@
+"""`gmconv.tables`: at every width each number is whole, and what is left out is said."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from gmconv.tables import FAILED, OK, Column, Table, margin
+
+NUMBERS = ("2.6e-07", "75.00 [65.12, 83.04]", "69.6x")
+
+
+def shown(table: Table, width: int) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(table)
+    return stream.getvalue()
+
+
+def parity() -> Table:
+    columns = [Column("hop", name=True), Column("output", 2, name=True), Column("err/RMS"), Column("top-1 % [95 %]", 1)]
+    table = Table("Parity", [*columns, Column("margin"), Column("")], caption="tolerance 2.0e-05")
+    for hop in ("live -> baked", "a.name.of.a.module.that.is.longer.than.a.terminal.is.wide.at.sixty.columns"):
+        table.add(hop, "logits", *NUMBERS, FAILED if "." in hop else OK)
+    return table
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_no_number_is_cut_and_no_line_is_wider_than_the_terminal(width: int) -> None:
+    text = shown(parity(), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    for number, spare in zip(NUMBERS, (False, True, False), strict=True):
+        assert text.count(number) == 2 or (spare and "not shown at this width:" in text)
+    assert ("not shown" in text) == (width < 120)
+    assert "FAILED" in text
+
+
+def test_the_least_important_column_goes_first() -> None:
+    widths = [60, 50, 40]
+    left = [shown(parity(), width).partition("not shown at this width: ")[2].replace("\n", " ") for width in widths]
+    assert left[0].startswith("output")
+    assert "err/RMS" not in " ".join(left)
+
+
+def test_below_that_rows_are_stacked() -> None:
+    text = shown(parity(), 24)
+    assert "margin 69.6x" in text
+    assert max(map(len, text.splitlines())) <= 24
+
+
+@given(st.lists(st.text("0123456789.e-x[", min_size=1, max_size=18), min_size=4, max_size=4), st.integers(24, 200))
+def test_every_number_that_stays_is_there_in_one_piece(numbers: list[str], width: int) -> None:
+    table = Table("t", [Column("layer", name=True), *(Column(f"c{i}") for i in range(4))])
+    table.add("layer1.0.conv1", *numbers)
+    lines = shown(table, width).splitlines()
+    assert all(any(number in line for line in lines) for number in numbers)
+
+
+def test_a_margin_is_never_infinite() -> None:
+    assert [margin(69.63), margin(float("inf")), margin(None), margin(3.0, equal=True)] == [
+        "69.6x",
+        "equal",
+        "-",
+        "equal",
+    ]
