@@ -11,9 +11,9 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gmconv.cli import require
 from gmconv.errors import RefusedError
 from gmconv.images import SUFFIXES, Preprocessing, load_image
+from gmconv.packages import require
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]

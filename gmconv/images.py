@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from gmconv.cli import require
 from gmconv.errors import RefusedError
+from gmconv.packages import require
 
 if TYPE_CHECKING:
     from PIL.Image import Image

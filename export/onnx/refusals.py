@@ -49,7 +49,7 @@ def refuse_early(source: object, written: Sequence[Path], options: ExportOptions
 
 def refuse_precisions(loaded: Checkpoint, options: ExportOptions) -> None:
     """Once the checkpoint is read: int8 and fp8 without anything to calibrate them on. Raises RefusedError."""
-    from export.precision.calibration_images import open_calibration
+    from export.precision.converter import open_calibration
 
     if not {"int8", "fp8"} & set(options.precisions):
         return

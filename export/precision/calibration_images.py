@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from gmconv.errors import RefusedError
 
 if TYPE_CHECKING:
-    from export.precision.converter import PrecisionOptions
     from gmconv.data import Samples
     from gmconv.images import Preprocessing
 
@@ -119,26 +118,6 @@ def open_images(
             f"{source}: {samples.count} calibration image; ranges need at least two, better a few hundred"
         )
     return CalibrationImages(samples, seed, warnings=_warnings(samples, dataset))
-
-
-def open_calibration(
-    options: PrecisionOptions,
-    shape: tuple[int, int, int],
-    preprocessing: Preprocessing | None,
-    dataset: dict[str, Any] | None,
-) -> CalibrationImages:
-    """The images that `options` name, else those of the data set that the network was trained on, as far as it is here.
-
-    Raises RefusedError as `open_images`, and when neither names any.
-    """
-    source = options.calibration or (dataset or {}).get("name")
-    if source is None:
-        raise RefusedError(
-            "int8 and fp8 need calibration images: give --data DIR, --data FILE.npz or, for networks trained on them, "
-            "--data digits"
-        )
-    limit, seed = options.calibration_images, options.seed
-    return open_images(source, shape, limit=limit, seed=seed, preprocessing=preprocessing, dataset=dataset)
 
 
 def _warnings(samples: Samples, dataset: dict[str, Any] | None) -> tuple[str, ...]:

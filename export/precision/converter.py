@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from export.graph.check import Feeds, Overflow
     from export.precision.audit import LayerAudit
     from export.precision.calibration import Calibration
+    from export.precision.calibration_images import CalibrationImages
     from export.precision.plan import PrecisionPlan
     from gmconv.images import Preprocessing
     from runtime.manifest import Manifest
@@ -224,7 +225,6 @@ class PrecisionConverter:
         if self._calibration is None:
             from export.graph.check import image_shape
             from export.precision.calibration import calibrate
-            from export.precision.calibration_images import open_calibration
             from export.precision.quantize import tensors_to_calibrate
 
             batch, shape = image_shape(self.model)
@@ -245,6 +245,28 @@ class PrecisionConverter:
             weight_bytes=weight_bytes(graph),
             weight_bytes_fp32=weight_bytes(self.model),
         )
+
+
+def open_calibration(
+    options: PrecisionOptions,
+    shape: tuple[int, int, int],
+    preprocessing: Preprocessing | None,
+    dataset: dict[str, Any] | None,
+) -> CalibrationImages:
+    """The images that `options` name, else those of the data set that the network was trained on, as far as it is here.
+
+    Raises RefusedError as `open_images`, and when neither names any.
+    """
+    from export.precision.calibration_images import open_images
+
+    source = options.calibration or (dataset or {}).get("name")
+    if source is None:
+        raise RefusedError(
+            "int8 and fp8 need calibration images: give --data DIR, --data FILE.npz or, for networks trained on them, "
+            "--data digits"
+        )
+    limit, seed = options.calibration_images, options.seed
+    return open_images(source, shape, limit=limit, seed=seed, preprocessing=preprocessing, dataset=dataset)
 
 
 def with_precision(manifest: Manifest, model: ModelProto, audit: PrecisionAudit) -> Manifest:
