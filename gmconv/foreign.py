@@ -52,7 +52,8 @@ def foreign_options(command: Callable[..., Any]) -> Callable[..., Any]:
         mean, std, file = (values.pop(name) for name in ("mean", "std", "preprocessing"))
         preprocessing = dict(file or {})
         preprocessing |= {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
-        own = {name: values.pop(name) for name in ("arch", "num_classes", "input_shape", "labels", "inputs")}
+        own = {name: values.pop(name) for name in ("arch", "num_classes", "input_shape", "labels")}
+        own["inputs"] = values.pop("own_inputs")
         return command(*args, foreign=Foreign(**own, preprocessing=preprocessing or None), **values)
 
     for option in reversed(_OPTIONS):
@@ -152,7 +153,7 @@ _OPTIONS: list[Callable[[Any], Any]] = [
     click.option("--input-shape", callback=_parsed(parse_shape), metavar="C,H,W", help="Of a foreign checkpoint."),
     click.option(
         "--input",
-        "inputs",
+        "own_inputs",  # parity has --inputs
         multiple=True,
         callback=_parsed(parse_inputs),
         metavar="NAME:SHAPE[:DTYPE]",

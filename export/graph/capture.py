@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import os
@@ -15,8 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from export.graph.traced import attributes_restored, reserved_renamed
 from gmconv.errors import RefusedError
 from runtime.records import AxisRange
 
@@ -80,7 +80,7 @@ def to_onnx(
 
     free = [_free(name, example, axes, alone=len(examples) == 1) for name, example in examples.items()]
     try:
-        with captured(log), attributes_restored(model):
+        with captured(log), attributes_restored(model), reserved_renamed(model):
             program = torch.onnx.export(
                 model,
                 tuple(examples.values()),
@@ -321,33 +321,6 @@ def simplify(path: Path) -> None:
 
     slim = require("onnxslim", "export")
     slim.slim(str(path), str(path))
-
-
-@contextmanager
-def attributes_restored(model: nn.Module) -> Iterator[None]:
-    """What a forward keeps in its modules is put back when it is over: of a traced one, tensors without values.
-
-    torch.export refuses a network that holds such.
-    """
-    before: list[tuple[nn.Module, dict[str, Any]]] = []
-
-    def note(*_: object) -> None:
-        before[:] = [(m, {k: copy.copy(v) if k in _OWN else v for k, v in m.__dict__.items()}) for m in model.modules()]
-
-    def restore(*_: object) -> None:
-        for module, attributes in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-
-    hooks = model.register_forward_pre_hook(note), model.register_forward_hook(restore, always_call=True)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-_OWN = ("_parameters", "_buffers", "_modules")
 
 
 @contextmanager

@@ -61,9 +61,12 @@ def default_shape(runner: Runner, spec: TensorSpec) -> Shape:
 
 
 def random_values(dtype: str, shape: Shape, rng: np.random.Generator) -> Array:
-    """Uniform values in trtexec's ranges: floats -1..1, signed integers -128..127, uint8 0..255, bool 0 or 1."""
+    """Uniform values in trtexec's ranges: floats -1..1, int8 and int16 -128..127, uint8 0..255, bool 0 or 1.
+
+    But int32 and int64 are 0 or 1: they look something up, in a table whose length nobody knows.
+    """
     kind = numpy_dtype(dtype)
-    if kind == np.bool_:
+    if kind in (np.bool_, np.int32, np.int64):
         return rng.integers(0, 2, shape).astype(kind)
     if kind == np.uint8:
         return rng.integers(0, 256, shape).astype(kind)

@@ -183,7 +183,10 @@ def _other(side: int, size: str, *, last: bool) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _noise:  # noqa: N801
-    """Standard normal batches (whole numbers 0..255 for integer inputs); `samples` None is one batch."""
+    """Standard normal batches; `samples` None is one batch.
+
+    Whole numbers are 0 to 127, but int32 and int64 0 or 1: they look something up, in a table of unknown length.
+    """
 
     specs: Sequence[TensorSpec]
     shapes: Shapes
@@ -202,7 +205,7 @@ def _draw(generator: np.random.Generator, shape: tuple[int, ...], dtype: str) ->
     if kind == np.bool_:
         return generator.random(shape) < 0.5
     if kind.kind in "iu":
-        return generator.integers(0, 128, shape).astype(kind)
+        return generator.integers(0, 128 if kind.itemsize < 4 else 2, shape).astype(kind)
     return generator.standard_normal(shape, dtype=np.float32).astype(kind)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import click
+
 from gmconv.cli import require
 from gmconv.errors import RefusedError, UnavailableError
 from gmconv.foreign import NOTHING, Foreign
@@ -325,7 +327,9 @@ class TorchRunner(Runner):
     def _words(self) -> Iterator[None]:
         try:
             yield
-        except (RuntimeError, ValueError, TypeError) as error:
+        except (click.ClickException, MemoryError):
+            raise
+        except Exception as error:  # a forward is somebody's own code
             text = " ".join(str(error).split())[:300]
             if isinstance(error, self.torch.OutOfMemoryError):
                 raise cuda.DeviceMemoryError(

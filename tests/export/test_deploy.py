@@ -49,12 +49,12 @@ class Several(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.age = nn.Embedding(7, 8)
+        self.meta = nn.Embedding(7, 8)  # a name that torch.fx keeps for itself
         self.head = nn.Linear(8, 4)
 
     def forward(self, image: Tensor, mask: Tensor, age: Tensor) -> dict[str, object]:
         maps = F.relu(self.conv(image)) * mask
-        joined = maps.mean((2, 3)) + self.age(age[:, 0])
+        joined = maps.mean((2, 3)) + self.meta(age[:, 0])
         return {"scores": self.head(joined), "aux": None, "maps": [maps, F.max_pool2d(maps, 2)]}
 
 

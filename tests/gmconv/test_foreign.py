@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,18 @@ def collected(*arguments: str) -> Foreign:
     done = CliRunner().invoke(command, list(arguments))
     assert done.exit_code == 0, done.output
     return found[0]
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["export.onnx.__main__", "export.tensorrt.command", "runtime.parity.__main__", "runtime.benchmark.__main__",
+     "runtime.evaluate.__main__"],
+)  # fmt: skip
+def test_no_option_of_a_command_takes_the_place_of_another(command: str) -> None:
+    params = importlib.import_module(command).main.params
+    names, flags = [p.name for p in params], [flag for p in params for flag in p.opts]
+    assert len(set(names)) == len(names)
+    assert len(set(flags)) == len(flags)
 
 
 def test_nothing_said_is_nothing_given() -> None:

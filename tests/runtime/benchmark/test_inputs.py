@@ -59,6 +59,7 @@ def test_random_inputs_follow_the_seed_and_trtexecs_ranges(host_runner: Any) -> 
     assert set(random_values("bool", (100,), rng)) == {False, True}
     assert random_values("int8", (1000,), rng).min() < -100
     assert random_values("uint8", (1000,), rng).max() > 200
+    assert set(random_values("int64", (100,), rng)) == {0, 1}, "an index into a table"
 
 
 @pytest.mark.parametrize(

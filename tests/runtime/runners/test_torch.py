@@ -195,5 +195,7 @@ def test_several_inputs_go_to_the_forward_by_name(tmp_path: Path) -> None:
         assert 0 < np.abs(exact - want).max() < 1e-5
         with pytest.raises(RefusedError, match="inputs given"):
             runner.run({"image": feeds["image"]})
+        with pytest.raises(RefusedError, match="does not run on this input: index out of range"):
+            runner.run({**feeds, "kind": np.array([[0], [1], [7]])})
     with open_runner(path, foreign=foreign, dynamic_hw=True) as runner:
         assert runner.inputs[1].shape == ("batch", 1, "mask_height", "mask_width")
