@@ -6,19 +6,25 @@ set -euo pipefail
 folder=$1 photographs=${2:-} PY=${PY:-3.12}
 python=${PYTHON:-python}
 root=$(cd "$(dirname "$0")/../.." && pwd)
+# On the machine already; of everything else that the steps import the versions go along that are tested here.
+has=(aiohttp certifi click colorama cuda-bindings ml-dtypes numpy nvidia-ml-py onnx onnxruntime packaging pillow
+  prometheus-client rich safetensors scikit-learn sympy torch typing-extensions urllib3 uvloop)
+carried=(brotli gevent geventhttpclient greenlet grpcio grpcio-health-checking grpcio-reflection h2 hpack httptools
+  hyperframe msgspec onnx-ir onnxscript onnxslim protobuf python-rapidjson tritonclient zope.event zope.interface)
 mkdir -p "$folder"/{1,2}/wheels "$folder"/made
 folder=$(cd "$folder" && pwd)
 platforms=$(printf -- '--platform manylinux%s_x86_64 ' 2014 _2_17 _2_24 _2_27 _2_28)
 version=$("$python" -c 'import importlib.metadata as m; print(m.version("tensorrt-rtx"))')
 
 fetch() { # into $1: the wheels of the rest
-  "$python" -m pip download -q --no-deps --only-binary=:all: --python-version "$PY" --implementation cp $platforms -d "$@"
+  "$python" -m pip download -q --no-deps --only-binary=:all: --python-version "$PY" --implementation cp $platforms \
+    -c "$root/constraints.txt" -d "$@"
 }
-fetch "$folder/1/wheels" msgspec onnxslim starlette uvicorn httptools tritonclient python-rapidjson
+echo "not carried: ${has[*]}"
+fetch "$folder/1/wheels" "${carried[@]}"
 fetch "$folder/2/wheels" "tensorrt-rtx-cu13-bindings==$version"
 "$python" -m pip wheel -q --no-deps -w "$folder/2/wheels" "tensorrt-rtx==$version" "tensorrt-rtx-cu13==$version"
 fetch "$folder/made" "tensorrt-rtx-cu13-libs==$version"
-
 (cd "$root" && "$python" -m tests.gpu.proof.artefacts "$folder/1/artefacts")
 if [ -n "$photographs" ]; then # of ten classes 10,000 and 2,500: 11 MiB where they are small
   (cd "$photographs" && for part in train:1000 test:250; do
