@@ -40,7 +40,7 @@ class OpenEngine:
         self.lazy = lazy
         self.users = 1
         self._turn = threading.Lock()
-        self._cache = RuntimeCache(path) if self.flavor == "rtx" and lazy else None
+        self._cache = RuntimeCache(path, keep=lazy) if self.flavor == "rtx" else None
         self._runtime: trt.Runtime | None = None
         self._engine: trt.ICudaEngine | None = None
         try:

@@ -47,7 +47,7 @@ class Captured:
                 call(*self.inputs)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=side):  # torch's own default is a stream of whichever GPU was first
             self._output = call(*self.inputs)
 
     def __call__(self, *tensors: Tensor) -> Any:

@@ -113,7 +113,7 @@ def rtx(bench: Any, manifest: Callable[..., Any]) -> Any:
 
 
 def test_a_server_compiles_in_the_background_and_keeps_the_kernels_beside_the_engine(rtx: Any) -> None:
-    kept = RuntimeCache(rtx.path).path
+    kept = RuntimeCache(rtx.path, keep=True).path
     with rtx.open(lazy=True, batches=(1, 4)) as runner:
         twin = runner.share()
         strategies = tensorrt_rtx.DynamicShapesKernelSpecializationStrategy
@@ -139,23 +139,28 @@ def test_the_kernels_of_a_linked_engine_lie_beside_the_engine(tmp_path: Path) ->
         path.parent.mkdir()
     real.write_bytes(b"engine")
     link.symlink_to(real)
-    assert RuntimeCache(link).path == real.with_name("model.plan.kernels")
+    assert RuntimeCache(link, keep=True).path == real.with_name("model.plan.kernels")
 
 
-def test_parity_and_benchmark_compile_at_once_and_write_nothing(rtx: Any) -> None:
+def test_parity_and_benchmark_compile_at_once_no_kernel_twice_and_write_nothing(rtx: Any) -> None:
+    RuntimeCache(rtx.path, keep=True).path.write_bytes(b"a server's")
     with rtx.open() as runner:
         runner.warm_up()
+        runner.queries(images(2), 2, transfers=False, cuda_graph=True, streams=2)
     eager = tensorrt_rtx.DynamicShapesKernelSpecializationStrategy.EAGER
     assert {c.dynamic_shapes_kernel_specialization_strategy for c in rtx.configs} == {eager}
-    assert rtx.caches == []
-    assert not RuntimeCache(rtx.path).path.exists()
+    (cache,) = rtx.caches
+    assert len(rtx.configs) == 5, "a context for each query, and one to run"
+    assert all(config.set_runtime_cache.call_args.args == (cache,) for config in rtx.configs)
+    cache.deserialize.assert_not_called()
+    assert RuntimeCache(rtx.path, keep=True).path.read_bytes() == b"a server's"
 
 
 @pytest.mark.parametrize("damage", ["cut short", "another driver's", "no digest"])
 def test_kernels_that_do_not_fit_are_compiled_again(rtx: Any, damage: str) -> None:
     with rtx.open(lazy=True):
         pass
-    kept = RuntimeCache(rtx.path).path
+    kept = RuntimeCache(rtx.path, keep=True).path
     if damage == "cut short":
         kept.write_bytes(b"kern")
     elif damage == "no digest":

@@ -99,7 +99,9 @@ class FakeCuda:
         self.on = before
 
     @contextmanager
-    def graph(self, graph: Any) -> Iterator[None]:
+    def graph(self, graph: Any, stream: Any = None) -> Iterator[None]:
+        stream = stream or SimpleNamespace(device=0)  # torch keeps one for all devices, of the one that was first
+        assert stream.device == self.now, "captured on another device's stream"
         self.log.append(("capture", self.now))
         if self.refuse_capture:
             raise self.refuse_capture
