@@ -21,7 +21,7 @@ from tests.gpu.proof.steps import STEPS, Context, find
 @click.option("--rehearse", is_flag=True, help="Every step on the CPU, with stand-ins for what needs a card.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("proof"), show_default=True, help="Results.")
 @click.option("--work", type=click.Path(path_type=Path), help="What the steps make and share. [default: temporary]")
-@click.option("--artefacts", type=click.Path(path_type=Path, exists=True), help="Made by tests.gpu.proof.prepare.")
+@click.option("--artefacts", type=click.Path(path_type=Path, exists=True), help="Made by tests.gpu.proof.artefacts.")
 @click.option("--images", type=click.Path(path_type=Path, exists=True), help="Photographs, for the step accuracy.")
 @click.option(
     "--publish",

@@ -39,7 +39,7 @@ STEPS = (
 class Context:
     """What every step is told.
 
-    `work`: a folder for what the steps make, shared by them and kept between runs. `artefacts`: what `prepare` made
+    `work`: a folder for what the steps make, shared by them and kept between runs. `artefacts`: what was made
     beforehand, or None. `images`: photographs for `accuracy`, or None. `rehearse`: on the CPU, with stand-ins.
     """
 
