@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from export.onnx.pipeline import export_onnx as export_onnx
     from export.precision.convert import convert_precision as convert_precision
     from export.precision.converter import PrecisionOptions as PrecisionOptions
+    from export.precision.search import Budget as Budget
+    from export.precision.search import search_precision as search_precision
     from export.tensorrt.build import BuildOptions as BuildOptions
     from export.tensorrt.build import build_engine as build_engine
     from export.triton.config import ServingOptions as ServingOptions
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = attach(
     __name__,
     {
+        "Budget": ".precision.search",
         "BuildOptions": ".tensorrt.build",
         "Deployed": ".deploy",
         "ExportOptions": ".onnx.options",
@@ -29,6 +32,7 @@ __getattr__, __dir__ = attach(
         "convert_precision": ".precision.convert",
         "deploy": ".deploy",
         "export_onnx": ".onnx.pipeline",
+        "search_precision": ".precision.search",
         "write_repository": ".triton.write",
     },
 )

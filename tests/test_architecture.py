@@ -125,6 +125,14 @@ def test_files_and_functions_are_short_and_have_names_of_their_own(path: Path) -
         if (n.end_lineno or 0) - n.lineno + 1 - len((ast.get_docstring(n) or "").split("\n")) > 60
     ]
     assert long == []
+    many = [n.name for n in functions if len(_parameters(n)) > 8]
+    assert many == [], "an option object says it in one"
+
+
+def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    found = function.args
+    names = [argument.arg for argument in (*found.posonlyargs, *found.args, *found.kwonlyargs)]
+    return names[1:] if names[:1] in (["self"], ["cls"]) else names
 
 
 @pytest.mark.parametrize("path", sources("gmconv"), ids=str)

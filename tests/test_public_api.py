@@ -18,7 +18,7 @@ NAMES = {
         "save_checkpoint",
         "save_golden",
     ],
-    "export": ["build_engine", "convert_precision", "deploy", "export_onnx", "write_repository"],
+    "export": ["build_engine", "convert_precision", "deploy", "export_onnx", "search_precision", "write_repository"],
     "runtime": ["compare_artefacts", "open_artefact", "open_runner", "score_artefacts", "time_artefacts"],
 }
 

@@ -11,15 +11,19 @@ if TYPE_CHECKING:
     from export.precision.converter import PrecisionAudit as PrecisionAudit
     from export.precision.converter import PrecisionConverter as PrecisionConverter
     from export.precision.converter import PrecisionOptions as PrecisionOptions
+    from export.precision.search import Budget as Budget
+    from export.precision.search import search_precision as search_precision
 
 __getattr__, __dir__ = attach(
     __name__,
     {
+        "Budget": ".search",
         "PRECISIONS": ".converter",
         "PrecisionAudit": ".converter",
         "PrecisionConverter": ".converter",
         "PrecisionOptions": ".converter",
         "convert_precision": ".convert",
+        "search_precision": ".search",
     },
 )
 __all__ = __dir__()

@@ -19,7 +19,6 @@ from export.precision.convert import convert_precision, default_output, require_
 from export.precision.converter import (
     PRECISIONS,
     Precision,
-    PrecisionConverter,
     PrecisionOptions,
 )
 from gmconv.cli import Command, data_options, print_json, progress_console, result_console, warn
@@ -136,44 +135,29 @@ def _search_plan(
     path: Path, precision: Any, options: PrecisionOptions, flags: dict[str, Any], plan_path: Path, console: Console
 ) -> PrecisionOptions:
     """Search for the fewest kept layers, show and save the plan; the options that carry it."""
-    from export.graph.check import bare_manifest
-    from export.graph.read import load_fp32
     from export.precision.plan import write_plan
-    from export.precision.search import (
-        Budget,
-        SensitivitySearch,
-        make_plan,
-        pareto_table,
-        read_evaluation_images,
-        sensitivity_table,
-    )
-    from gmconv.files import sha256_file
+    from export.precision.search import Budget, search_precision
     from gmconv.progress import progress_bar
-    from runtime.manifest import find_manifest
 
-    model = load_fp32(path)
-    source = find_manifest(path) or bare_manifest(path, model)
-    with progress_bar(console, "calibrating") as progress:
-        converter = PrecisionConverter(
-            model, options, preprocessing=source.preprocessing, dataset=source.dataset, progress=progress
-        )
-        images = read_evaluation_images(flags["images"], converter, flags["images_limit"])
-        converter.calibrate()
     budget = Budget(max_top1_drop=flags["max_top1_drop"], min_snr=flags["min_snr"])
     with progress_bar(console, "searching") as progress:
-        search = SensitivitySearch(
-            converter, precision, images, keep_as=flags["keep_as"], note=lambda what, done, total: progress(done, total)
+        found = search_precision(
+            path,
+            precision,
+            budget,
+            options,
+            images=flags["images"],
+            limit=flags["images_limit"],
+            keep_as=flags["keep_as"],
+            note=lambda what, done, total: progress(done, total),
         )
-        alone = search.sensitivities(budget)
-        chosen = search.fewest_kept(budget, list(alone))
-    plan = make_plan(search, budget, chosen, sha256_file(path))
-    write_plan(plan_path, plan)
+    write_plan(plan_path, found.plan)
     tables = progress_console(flags["quiet"]) if flags["as_json"] else result_console()
-    tables.print(sensitivity_table(alone))
-    tables.print(pareto_table(list(search.tried.values()), chosen, len(search.nodes)))
-    judged = "top-1" if images.classes is not None else "agreement with fp32 (no classes known)"
-    tables.print(f"{judged} on {images.count} images of {images.name}; plan: {plan_path.name}")
-    return replace(options, plan=plan)
+    alone, front, images = found.tables()
+    tables.print(alone)
+    tables.print(front)
+    tables.print(f"{images}; plan: {plan_path.name}")
+    return replace(options, plan=found.plan)
 
 
 def _print_result(manifest: Manifest) -> None:

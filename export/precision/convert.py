@@ -13,8 +13,8 @@ from runtime.manifest import Manifest, digest, find_manifest, refuse_other_preci
 
 
 def convert_precision(
-    onnx_path: Path,
-    output: Path | None,
+    onnx_path: str | Path,
+    output: str | Path | None,
     precision: Precision,
     options: PrecisionOptions | None = None,
     *,
@@ -26,8 +26,8 @@ def convert_precision(
     `force` overwrites a file of another precision. Raises RefusedError as `PrecisionConverter.convert`, and when the
     file is unreadable, quantized or fp16 already.
     """
-    options = options or PrecisionOptions()
-    output = output or default_output(onnx_path, precision)
+    options, onnx_path = options or PrecisionOptions(), Path(onnx_path)
+    output = Path(output) if output else default_output(onnx_path, precision)
     require_replaceable(onnx_path, output, precision, options, force=force)
     model = load_fp32(onnx_path)
     source = find_manifest(onnx_path) or bare_manifest(onnx_path, model)

@@ -9,6 +9,7 @@ Every graph on the way is built, run on the same images and recorded; the result
 
 from __future__ import annotations
 
+import io
 import math
 import statistics
 import time
@@ -27,7 +28,7 @@ from runtime.runners.qdq import graph_options
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from export.precision.converter import PrecisionConverter
+    from export.precision.converter import PrecisionConverter, PrecisionOptions
     from export.precision.plan import PrecisionPlan
     from gmconv.tables import Table
 
@@ -193,6 +194,87 @@ class SensitivitySearch:
             served.run(None, {name: one})
             times.append((time.perf_counter() - start) * 1e3)
         return outputs.reshape(len(outputs), -1), statistics.median(times[1:])
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Searched:
+    """What a search found: the plan to convert by, and what was measured on the way. Prints as tables."""
+
+    plan: PrecisionPlan
+    alone: dict[str, Measurement]
+    tried: tuple[Measurement, ...]
+    chosen: Measurement
+    images: str
+
+    def tables(self) -> tuple[Table, Table, str]:
+        """Each layer alone, the Pareto front, and what was judged on what."""
+        front = pareto_table(self.tried, self.chosen, len(self.alone))
+        return sensitivity_table(self.alone), front, self.images
+
+    def __repr__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=120, force_jupyter=False)
+        for part in self.tables():
+            console.print(part)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined,no-any-return]
+
+
+def search_precision(
+    onnx_path: str | Path,
+    precision: Literal["int8", "fp8"],
+    budget: Budget,
+    options: PrecisionOptions | None = None,
+    *,
+    images: str | Path | None = None,
+    limit: int = 512,
+    keep_as: Literal["fp16", "fp32"] = "fp16",
+    note: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Searched:
+    """Find the fewest layers of an fp32 ONNX file that must not be quantized for `budget` to hold.
+
+    Args:
+        onnx_path: the fp32 file.
+        precision: of the layers that are quantized.
+        budget: what may be lost.
+        options: of the conversion; `dataclasses.replace(options, plan=found.plan)` converts by what was found.
+        images: a folder, an .npz file or "digits" to judge on, `limit` of them at most; None: what it was trained on.
+        keep_as: the type of the layers that are kept.
+        note: called with what is done, how much of it, and of how much.
+
+    Raises:
+        RefusedError: a file that is no fp32 graph, or no images.
+        ParityError: no set of kept layers holds the budget.
+    """
+    from export.graph.check import bare_manifest
+    from export.graph.read import load_fp32
+    from export.precision.converter import PrecisionConverter, PrecisionOptions
+    from gmconv.files import sha256_file
+    from runtime.manifest import find_manifest
+
+    path = Path(onnx_path)
+    model = load_fp32(path)
+    source = find_manifest(path) or bare_manifest(path, model)
+    converter = PrecisionConverter(
+        model,
+        options or PrecisionOptions(),
+        preprocessing=source.preprocessing,
+        dataset=source.dataset,
+        progress=lambda done, total: note("calibrating", done, total),
+    )
+    given = read_evaluation_images(images, converter, limit)
+    converter.calibrate()
+    search = SensitivitySearch(converter, precision, given, keep_as=keep_as, note=note)
+    alone = search.sensitivities(budget)
+    chosen = search.fewest_kept(budget, list(alone))
+    judged = "top-1" if given.classes is not None else "agreement with fp32 (no classes known)"
+    return Searched(
+        plan=make_plan(search, budget, chosen, sha256_file(path)),
+        alone=alone,
+        tried=tuple(search.tried.values()),
+        chosen=chosen,
+        images=f"{judged} on {given.count} images of {given.name}",
+    )
 
 
 def make_plan(search: SensitivitySearch, budget: Budget, chosen: Measurement, source_sha256: str) -> PrecisionPlan:

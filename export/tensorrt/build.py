@@ -174,7 +174,7 @@ def _manifest(
     if layers and not any(fusion.by_precision if fusion.convolutions else found):
         warnings.append("TensorRT does not tell in which precision the layers compute")
     elif layers and options.profiling_verbosity == "detailed":
-        refuse_other_precision(source.path, precision, network["precisions"], fusion, found)
+        refuse_other_precision(source.path, precision, network, fusion, found)
     gpu = cuda.device_info() if cuda.driver_problem() is None else None
     versions = {**(known.versions if known else {}), trt.VERSION_KEYS[chosen[0]]: built["version"]}
     if gpu:
@@ -255,21 +255,28 @@ def _same_tensors(path: Path, what: str, specs: tuple[TensorSpec, ...], built: l
 
 
 def refuse_other_precision(
-    path: Path, asked: str, given: dict[str, int], fusion: Fusion, found: dict[str, int]
+    path: Path, asked: str, network: dict[str, Any], fusion: Fusion, found: dict[str, int]
 ) -> None:
     """Raise BuildError when the engine computes in fp32 what the graph has in `asked`.
 
-    `given` and `found` count the graph's convolutions and the engine's layers by precision.
+    `network` is what the builder read (see `worker.describe`); `found` counts the engine's layers by precision.
     """
     if asked == "fp32":
         return
+    given, transposed = network["precisions"], network["transposed"]
     wide, wanted_wide = fusion.by_precision.get("fp32", 0), given.get("fp32", 0)
     if found.get(asked, 0) == 0:
         raise BuildError(
             f"{path}: {asked} was asked for and no layer computes in it ({found}); convert the ONNX file again"
         )
     if given and wide > wanted_wide:
-        raise BuildError(
+        said = (
             f"{path}: {asked} was asked for, yet {wide} of {fusion.convolutions} convolutions compute in fp32, where "
-            f"the ONNX file has {wanted_wide}; convert the ONNX file again with --precision {asked}"
+            f"the ONNX file has {wanted_wide}"
         )
+        if transposed and wide - wanted_wide <= len(transposed):
+            raise BuildError(
+                f"{said}: this TensorRT quantizes no transposed convolutions; convert the fp32 file again with "
+                f"--keep-fp32 {','.join(repr(name) for name in transposed)}"
+            )
+        raise BuildError(f"{said}; convert the ONNX file again with --precision {asked}")

@@ -205,9 +205,11 @@ def describe(api: ModuleType, network: trt.INetworkDefinition) -> dict[str, Any]
     """The convolutions of the network before TensorRT optimizes it.
 
     `convolutions`: their names, which are the ONNX nodes'; `precisions`: how many have weights of which type (the
-    stored type where they are quantized); `masks`: the nodes that multiply weights at run time.
+    stored type where they are quantized); `masks`: the nodes that multiply weights at run time; `transposed`: the
+    names of the quantized transposed ones.
     """
     convolutions: list[str] = []
+    transposed: list[str] = []
     masks: list[str] = []
     precisions: Counter[str] = Counter()
     producers: dict[str, trt.ILayer] = {}
@@ -227,9 +229,11 @@ def describe(api: ModuleType, network: trt.INetworkDefinition) -> dict[str, Any]
                 masks.append(step.name)
             if step.type == api.LayerType.DEQUANTIZE and source is not None:
                 kind = trt.dtype_name(source.dtype)
+                transposed += [layer.name] * (layer.type == api.LayerType.DECONVOLUTION)
             weight = source
         precisions[_PRECISIONS.get(kind, kind)] += 1
-    return {"convolutions": convolutions, "masks": masks, "precisions": dict(precisions.most_common())}
+    counts = dict(precisions.most_common())
+    return {"convolutions": convolutions, "masks": masks, "precisions": counts, "transposed": transposed}
 
 
 def configure(api: ModuleType, config: trt.IBuilderConfig, request: Mapping[str, Any]) -> None:

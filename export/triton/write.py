@@ -38,8 +38,8 @@ class RepositoryEntry:
 
 
 def write_repository(
-    artefact: Path,
-    repository: Path,
+    artefact: str | Path,
+    repository: str | Path,
     options: ServingOptions | None = None,
     *,
     name: str | None = None,
@@ -56,7 +56,7 @@ def write_repository(
     (TensorRT-RTX), the options do not fit the artefact, the repository holds something else under that name, or another
     run is writing that model.
     """
-    options = options or ServingOptions()
+    artefact, repository, options = Path(artefact), Path(repository), options or ServingOptions()
     name = artefact.stem if name is None else name
     if not _NAME.fullmatch(name):
         raise RefusedError(f"model name {name[:80]!r}: Triton takes letters, digits, '_', '-' and '.'; give --name")

@@ -79,7 +79,7 @@ class Evaluation:
         }
 
 
-def evaluate(artefacts: Sequence[Path], options: EvaluateOptions | None = None) -> Evaluation:
+def evaluate(artefacts: Sequence[str | Path], options: EvaluateOptions | None = None) -> Evaluation:
     """Run every artefact on the same labelled images.
 
     Raises RefusedError when an artefact or the images are unfit or the artefacts take different inputs, and

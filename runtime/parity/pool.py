@@ -22,6 +22,8 @@ FP32_ROUNDOFF = 2.0**-24
 CONSTANT = 4 * FP32_ROUNDOFF
 #: Channels whose variation differs by this factor from the next larger one's are of another scale.
 SCALE_GAP = 4.0
+#: Independent values that tell a channel's scale: of fewer, among 1,000 classes, some vary little by chance.
+FREEDOM = 8
 #: A channel with more zeros than this is a ReLU's that rarely fires: too few values to tell its scale by.
 SPARSE = 0.8
 #: How far the candidate's change from sample to sample may be from the reference's: slope and correlation.
@@ -151,6 +153,8 @@ class Pool:
                 continue
             maps = positions.maps()
             for axis in _channel_axes(shape):
+                if axis is not None and (positions.count - 1) * math.prod(shape) < FREEDOM * shape[axis]:
+                    continue
                 for name, group in _scale_groups(maps, positions.count, axis):
                     if reason := _judge_group(group, tolerance):
                         found.append(f"{name}{reason}")

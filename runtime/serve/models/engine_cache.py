@@ -56,6 +56,10 @@ class DeviceIdentity:
     tensorrt: str
 
 
+Machine = tuple[Callable[[str, int], DeviceIdentity], RunChild]
+"""What says which GPU there is, and what runs a child process."""
+
+
 def prepare_engine(
     onnx_path: Path,
     cache_dir: Path,
@@ -64,8 +68,7 @@ def prepare_engine(
     device: str = "auto",
     profile: Profile | None = None,
     require_manifest: bool = True,
-    identify: Callable[[str, int], DeviceIdentity] | None = None,
-    run: RunChild | None = None,
+    machine: Machine | None = None,
     note: Note | None = None,
 ) -> Path:
     """The engine for `onnx_path` on the GPU `device` ("cuda:1"; "auto": the first), cached or built and compared now.
@@ -80,7 +83,8 @@ def prepare_engine(
 
     note = note or (lambda text: click.echo(text, err=True))
     index = cuda.device_index("cuda" if device == "auto" else device)
-    found = (identify or identify_device)(flavor, index)
+    identify, run = machine or (identify_device, run_child)
+    found = identify(flavor, index)
     sources = hash_sources(onnx_path, require_manifest)
     identity = {**asdict(found), "profile": profile, "sources": sources, "gmconv-deploy": own_version()}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
@@ -93,7 +97,7 @@ def prepare_engine(
                 note(f"engine for {found.gpu} found in the cache ({key[:12]})")
             else:
                 note(f"building an engine for {found.gpu}, {found.flavor} {found.tensorrt}: {problem}")
-                child = functools.partial(run or run_child, environment={"CUDA_VISIBLE_DEVICES": visible_device(index)})
+                child = functools.partial(run, environment={"CUDA_VISIBLE_DEVICES": visible_device(index)})
                 _build(onnx_path, entry, identity, child, note)
             if hash_sources(onnx_path, require_manifest) != sources:  # it may have taken minutes
                 raise BuildError(f"{onnx_path}: changed while its engine was prepared; start again")

@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from export.precision.converter import PrecisionConverter, PrecisionOptions
 from export.precision.plan import PrecisionPlan, read_plan, write_plan
-from export.precision.search import Budget, EvaluationImages, Measurement, SensitivitySearch, make_plan, pareto
+from export.precision.search import (
+    Budget,
+    EvaluationImages,
+    Measurement,
+    SensitivitySearch,
+    make_plan,
+    pareto,
+    search_precision,
+)
 from gmconv.errors import ParityError, RefusedError
 
 Network = Callable[..., onnx.ModelProto]
@@ -78,6 +86,19 @@ def test_a_plan_reproduces_the_choice(search: SensitivitySearch, tmp_path: Path,
     graph, audit = PrecisionConverter(search.converter.model, options).convert("int8")
     assert graph.SerializeToString(deterministic=True) == expected.SerializeToString(deterministic=True)
     assert {layer.layer: layer.precision for layer in audit.layers}["block.conv1"] == "fp16"
+
+
+def test_the_search_is_one_function_whose_result_prints_as_tables(
+    search: SensitivitySearch, npz: Path, tmp_path: Path
+) -> None:
+    onnx.save(search.converter.model, tmp_path / "net.onnx")
+    found = search_precision(
+        str(tmp_path / "net.onnx"), "int8", Budget(min_snr=0), search.converter.options, images=str(npz), limit=8
+    )
+    assert found.chosen.kept == ()
+    assert next(iter(found.alone)) == "block.conv1"
+    assert "Each layer quantized alone" in repr(found)
+    assert repr(found).endswith(f"agreement with fp32 (no classes known) on 8 images of {npz.name}")
 
 
 def test_a_plan_with_other_images_or_another_network_is_refused(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
+from export.tensorrt.build import refuse_other_precision
 from export.tensorrt.layers import count_fusions, layers_of_inspector, layers_of_log, precision_histogram, read_layers
+from gmconv.errors import BuildError
 
 # TensorRT-RTX 1.7.1, VERBOSE log of an fp16 build, shortened.
 LOG = """Layers:
@@ -134,3 +137,15 @@ def test_an_engine_built_with_layer_names_only_has_names() -> None:
     layers = layers_of_inspector('{"Layers": ["a", "b"]}')
     assert [layer.name for layer in layers] == ["a", "b"]
     assert precision_histogram(layers) == {}
+
+
+@pytest.mark.parametrize(
+    ("transposed", "advice"),
+    [(["up"], "quantizes no transposed convolutions.*--keep-fp32 'up'"), ([], "again with --precision int8")],
+)
+def test_the_advice_about_another_precision_is_one_that_helps(transposed: list[str], advice: str) -> None:
+    fusion = count_fusions(layers_of_log(LOG.replace("Int8", "Float")), CONVOLUTIONS)
+    network = {"precisions": {"int8": 2, "fp32": 0}, "transposed": transposed}
+    with pytest.raises(BuildError, match=f"1 of 2 convolutions compute in fp32, where the ONNX file has 0.*{advice}"):
+        refuse_other_precision(Path("net.onnx"), "int8", network, fusion, {"int8": 1, "fp32": 3})
+    refuse_other_precision(Path("net.onnx"), "fp32", network, fusion, {"fp32": 3})

@@ -68,6 +68,13 @@ def test_an_error_beyond_tolerance_fails_and_says_by_how_much() -> None:
     assert found.margin < 1
 
 
+def test_a_class_that_two_samples_happen_to_share_is_of_no_other_scale() -> None:
+    generator = np.random.default_rng(0)
+    reference = generator.standard_normal((2, 1000))
+    reference[1, 7] = reference[0, 7] + 1e-5
+    assert one(reference, reference * (1 + 3e-7 * generator.standard_normal((2, 1000)))).passed
+
+
 def test_one_wrong_value_among_many_fails() -> None:
     reference = RNG.standard_normal((1000, 1000)).astype(np.float32)
     candidate = reference.copy()

@@ -122,4 +122,4 @@ def write_engine(source: Path, engine: Path, content: str = "engine") -> Path:
 
 def prepare(model: Path, cache: Path, children: Children, device: DeviceIdentity = DEVICE, **options: Any) -> Path:
     """`prepare_engine` on a machine with `device`."""
-    return prepare_engine(model, cache, identify=lambda *_: device, run=children, note=lambda _: None, **options)
+    return prepare_engine(model, cache, machine=(lambda *_: device, children), note=lambda _: None, **options)

@@ -172,7 +172,7 @@ def test_the_gpu_that_was_asked_for_is_identified_and_is_the_only_one_the_childr
     def start(device: str) -> tuple[Path, set[str]]:
         children = Children()
         engine = prepare_engine(
-            model, tmp_path / "cache", device=device, identify=identify, run=children, note=lambda _: None
+            model, tmp_path / "cache", device=device, machine=(identify, children), note=lambda _: None
         )
         return engine, {environment["CUDA_VISIBLE_DEVICES"] for environment in children.environments}
 
@@ -367,7 +367,7 @@ def test_a_real_engine_is_built_and_cached(tmp_path: Path) -> None:
         return run_child(arguments, environment, output)
 
     engine = prepare_engine(
-        path, tmp_path / "cache", flavor="rtx", profile=(1, 2, 4), identify=lambda *_: DEVICE, run=run, note=print
+        path, tmp_path / "cache", flavor="rtx", profile=(1, 2, 4), machine=(lambda *_: DEVICE, run), note=print
     )
     manifest = read_manifest(engine)
     assert manifest.build.flavor == "rtx"

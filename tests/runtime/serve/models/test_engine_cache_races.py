@@ -79,7 +79,7 @@ def test_a_model_that_changes_while_its_server_waits_for_another_is_not_served_a
                 held.close()
 
         started = beside.submit(
-            prepare_engine, model, tmp_path / "cache", identify=lambda *_: DEVICE, run=Children(), note=note
+            prepare_engine, model, tmp_path / "cache", machine=(lambda *_: DEVICE, Children()), note=note
         )
         with pytest.raises(BuildError, match="changed while"):
             started.result(30)
@@ -98,8 +98,7 @@ def test_a_model_that_was_replaced_between_its_hash_and_its_copy_is_not_built(mo
         prepare_engine(
             model,
             tmp_path / "cache",
-            identify=lambda *_: DEVICE,
-            run=children,
+            machine=(lambda *_: DEVICE, children),
             note=lambda text: make_onnx(model, size=9) if text.startswith("building") else None,
         )
     assert not children.calls
