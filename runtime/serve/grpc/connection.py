@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import time
 from collections.abc import Mapping
 
 import h2.config
@@ -21,8 +22,10 @@ from runtime.serve.connection import LINGER, Listener
 from runtime.serve.errors import Code, RequestError
 from runtime.serve.grpc.stream import STATUS, Carrier, Method, Stream
 
-SLICE = 64 * 1024
-"""Bytes that are worked on before others get their turn of the event loop."""
+SLICE, LEAST_SLICE = 16 * 1024, 1024
+"""Bytes that are worked on before others get their turn of the event loop: fewer where they are many small frames."""
+TURN = 0.002
+"""Seconds that such a turn should not exceed."""
 READ_AHEAD = 256 * 1024
 STREAM_WINDOW = 1 << 20
 CONNECTION_WINDOW = 16 << 20
@@ -30,7 +33,7 @@ MAX_STREAMS = 256
 RESERVE = 256
 """Calls beyond the queue's size that may be under way or idle, in the whole process; as many again for probes."""
 MAX_NOISE = 500
-"""Pings, resets and settings that a client may send between two sweeps (0.1 s); a flood of them is all work for us."""
+"""Frames that carry nothing, which a client may send between two sweeps (0.1 s); a flood of them is all work for us."""
 
 
 class GrpcConnection(Carrier):
@@ -41,7 +44,8 @@ class GrpcConnection(Carrier):
         self._methods = methods
         self._input = bytearray()
         self._working = self._retiring = False
-        self._noise = 0
+        self._noise = 0.0
+        self._slice = 2 * LEAST_SLICE
         age = self.settings.max_connection_age  # a tenth more or less, so that clients do not all come back at once
         self._retire_at = listener.loop.time() + age * random.uniform(0.9, 1.1) if age else math.inf
 
@@ -70,8 +74,9 @@ class GrpcConnection(Carrier):
         self._working = False
         if self.closing:
             return
-        data = bytes(self._input[:SLICE])
-        del self._input[:SLICE]
+        data = bytes(self._input[: self._slice])
+        del self._input[: self._slice]
+        began = time.monotonic()
         try:
             for event in self.h2.receive_data(data):
                 self._handle(event)
@@ -84,6 +89,12 @@ class GrpcConnection(Carrier):
             self.transport.close()
             return
         self.flush()
+        if self._noise > MAX_NOISE:
+            self.service.refusals["grpc", "flood"] += 1
+            self.abort()
+            return
+        slow = time.monotonic() - began > TURN
+        self._slice = max(LEAST_SLICE, self._slice // 2) if slow else min(SLICE, self._slice * 2)
         if self._input:
             self._working = True
             self.listener.loop.call_soon(self._work)
@@ -99,6 +110,7 @@ class GrpcConnection(Carrier):
             case h2.events.RequestReceived():
                 self._open(number, dict(event.headers or ()))
             case h2.events.DataReceived():
+                self._noise += not event.data and event.stream_ended is None
                 if stream is None:
                     self.acknowledge(number, event.flow_controlled_length)
                     return
@@ -115,6 +127,7 @@ class GrpcConnection(Carrier):
                 if stream is not None:
                     self.forget(stream)
             case h2.events.WindowUpdated():
+                self._noise += 0.25  # one for each answer is usual
                 for waiting in [stream] if stream else [] if number else list(self.streams.values()):
                     waiting.pump()
             case h2.events.RemoteSettingsChanged():
@@ -200,11 +213,7 @@ class GrpcConnection(Carrier):
         super().sweep(now)
         if not self._established or self.closing:
             return
-        if self._noise > MAX_NOISE:
-            self.service.refusals["grpc", "flood"] += 1
-            self.abort()
-            return
-        self._noise = 0
+        self._noise = 0.0
         for stream in [s for s in self.streams.values() if now >= s.deadline]:
             late = RequestError("the message took too long to arrive or to be taken", Code.TIMEOUT_BODY)
             stream.refuse(late)

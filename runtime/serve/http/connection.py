@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import deque
 
 import httptools
@@ -24,6 +25,10 @@ SLICE = 1024
 LARGE = 64 * 1024
 """Bytes of an answer that are not copied to be sent together with its head."""
 MAX_HEADERS = 128
+TURN = 0.002
+"""Seconds for which bytes of one client are parsed before others get their turn of the event loop."""
+MAX_CHUNKS, CHUNK = 4096, 64
+"""Chunks that a body may always have, and the bytes that further ones must have on average."""
 DISCARD = 1 << 20
 """Bytes of a refused request's body that are read and dropped to keep the connection."""
 
@@ -49,7 +54,7 @@ class HttpConnection(Connection):
         self._task: asyncio.Task[None] | None = None
         self._rest = bytearray()
         """What came behind the request that is being answered."""
-        self._half_closed = False
+        self._half_closed = self._yielded = False
         self._malformed = False
         """What was read last is no HTTP: said once the requests before it are answered."""
         self._lingering = False
@@ -86,12 +91,16 @@ class HttpConnection(Connection):
 
     @property
     def _busy(self) -> bool:
-        return self._current is not None or self.stuck
+        return self._current is not None or self.stuck or self._yielded
 
     def _feed(self, data: memoryview) -> None:
         if self._reading is None and not self._bare:
             self.wait(self.settings.header_timeout)
+        end = time.monotonic() + TURN
         while len(data) and not self.closing and not self._lingering:
+            if not self._busy and time.monotonic() > end:
+                self._yielded = True
+                self.listener.loop.call_soon(self._resume)
             if self._busy:
                 self._keep(data)
                 return
@@ -113,6 +122,10 @@ class HttpConnection(Connection):
                 return
             data = data[step:]
 
+    def _resume(self) -> None:
+        self._yielded = False
+        self._next()
+
     def _read_without_offer(self) -> None:
         """RFC 9110, 7.8: an offer may be ignored. The parser would take the body for another protocol's."""
         self._parser = httptools.HttpRequestParser(self)
@@ -129,7 +142,7 @@ class HttpConnection(Connection):
         if self._lingering or self.closing or self.listener.tls is not None:
             return False
         self._half_closed = True
-        if self._current is None and not self.stuck:
+        if not self._busy:
             self._give_up()
             return False
         return True
@@ -209,6 +222,15 @@ class HttpConnection(Connection):
             request.add(body)
         except RequestError as error:
             self._reject(request, error)
+
+    def on_chunk_header(self) -> None:
+        """A chunk begins."""
+        request = self._reading
+        if request is None or request.error:
+            return
+        request.chunks += 1
+        if request.chunks > MAX_CHUNKS + request.received // CHUNK:
+            self._reject(request, RequestError("the body comes in chunks of too few bytes", Code.TOO_LARGE))
 
     def on_message_complete(self) -> None:
         """The request is in: answer it now, or after those that came before it."""

@@ -59,6 +59,7 @@ class Request:
     limit: int = 0
     """Bytes of body that the handler takes."""
     received: int = 0
+    chunks: int = 0
     _first: bytes = b""
     _rest: bytearray | None = None
     _offset: int = 0

@@ -171,16 +171,27 @@ def test_idle_streams_give_way_when_there_is_no_place(method: str, start: Start,
         connection.close()
 
 
-def test_a_flood_of_pings_is_cut_off_and_counted(server: Server) -> None:
+FRAMES = {  # length, type, flags, stream, content
+    "PING": b"\0\0\x08\6\0\0\0\0\0" + bytes(8),
+    "SETTINGS": b"\0\0\0\4\0\0\0\0\0",
+    "empty DATA": b"\0\0\0\0\0\0\0\0\1",
+    "WINDOW_UPDATE": b"\0\0\4\x08\0\0\0\0\1\0\0\0\1",
+}
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_a_flood_of_frames_that_carry_nothing_is_cut_off_and_counted(frame: str, server: Server) -> None:
+    counted = metric(server, 'gmconv_serve_refusals{protocol="grpc",reason="flood"}')
     client = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding=None))
     client.initiate_connection()
+    head = [(":method", "POST"), (":path", "/inference.GRPCInferenceService/ModelStreamInfer"), (":scheme", "http")]
+    client.send_headers(1, [*head, (":authority", "a"), ("te", "trailers"), ("content-type", "application/grpc")])
     with socket.create_connection(("127.0.0.1", server.grpc_port), 10) as raw:
         raw.sendall(client.data_to_send())
         with pytest.raises(OSError):  # noqa: PT012
             for _ in range(2000):
-                client.ping(b"12345678")
-                raw.sendall(client.data_to_send() * 100)
-    assert metric(server, 'gmconv_serve_refusals{protocol="grpc",reason="flood"}') >= 1
+                raw.sendall(FRAMES[frame] * 1000)
+    assert metric(server, 'gmconv_serve_refusals{protocol="grpc",reason="flood"}') > counted
 
 
 def test_a_connection_of_some_age_is_told_to_go_and_loses_nothing(start: Start, tmp_path: Path) -> None:

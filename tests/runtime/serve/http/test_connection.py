@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -260,6 +261,35 @@ def test_clients_that_never_read_are_given_up_and_probes_answered_meanwhile(star
     assert gauge(server, "bytes") == gauge(server, "requests") == 0
     for connection in held:
         connection.close()
+
+
+def test_a_body_of_many_tiny_chunks_is_refused(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.http_port), 10) as connection:
+        connection.sendall(b"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(b"1\r\n{\r\n" * 5000)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+
+def test_many_small_requests_of_one_client_hold_up_nobody(server: Server) -> None:
+    """A pipeline of refusals, each of which is answered without leaving the parser."""
+    count, probes = 20_000, 0
+    with socket.create_connection(("127.0.0.1", server.http_port), 30) as connection:
+        flood = threading.Thread(target=connection.sendall, args=(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n" * count,))
+        answers = 0
+
+        def read() -> None:
+            nonlocal answers
+            while answers < count and (data := connection.recv(1 << 20)):
+                answers += data.count(b"HTTP/1.1 404 ")
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        flood.start()
+        while reader.is_alive():
+            assert server.request("GET", "/v2/health/live")[0] == 200
+            probes += 1
+        flood.join()
+    assert probes > 20
 
 
 def test_every_refusal_is_logged_and_counted(start: Start, tmp_path: Path) -> None:
