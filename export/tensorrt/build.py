@@ -12,7 +12,7 @@ from typing import Any, Literal
 from export.tensorrt.checks import GraphFacts, read_graph
 from export.tensorrt.layers import EngineLayer, Fusion, count_fusions, precision_histogram, read_layers
 from export.tensorrt.process import BuilderFailedError, BuilderProcess, Progress
-from export.tensorrt.profiles import ProfileRequest, to_json
+from export.tensorrt.profiles import ProfileRequest, to_json, within_ranges
 from export.tensorrt.rephrase import rephrase
 from gmconv.errors import BuildError, RefusedError, UnavailableError
 from gmconv.files import staged
@@ -80,6 +80,10 @@ def build_engine(
     onnx_path, output = Path(onnx_path), Path(output)
     flavor, why = trt.choose_flavor(options.flavor)
     refuse_options(flavor, options)
+    known = find_manifest(onnx_path)
+    if known is not None:
+        profiles = within_ranges(options.profiles, known.inputs, known.ranges)
+        options = dataclasses.replace(options, profiles=profiles)
     with contextlib.ExitStack() as stack:
         # The native parser and builder have a process of their own, so the checks run beside it, not before it.
         worker = process or stack.enter_context(BuilderProcess())
@@ -89,7 +93,6 @@ def build_engine(
         plan = folder / output.name
         worker.send(_request(onnx_path, plan, output, flavor, options))
         # A file with a manifest is byte for byte the one that the exporter checked; any other is checked here.
-        known = find_manifest(onnx_path)
         facts = GraphFacts(known.inputs, known.outputs, {}) if known else read_graph(onnx_path)
         source = _Source(onnx_path, known, known.artefact if known else digest(onnx_path, "onnx"), facts)
         try:

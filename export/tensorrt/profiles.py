@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gmconv.errors import RefusedError
+
+if TYPE_CHECKING:
+    from runtime.manifest import TensorSpec
+    from runtime.records import AxisRange
 
 DEFAULT_BATCH = (1, 8, 32)
 MAX_PROFILES = 16
@@ -113,6 +117,41 @@ def resolve_profiles(
     if len(requests) > MAX_PROFILES:
         raise RefusedError(f"{len(requests)} profiles asked for; {MAX_PROFILES} at most")
     return tuple(_resolve(request, inputs, dynamic) for request in requests)
+
+
+def within_ranges(
+    requests: Sequence[ProfileRequest], inputs: Sequence[TensorSpec], ranges: Mapping[str, AxisRange]
+) -> tuple[ProfileRequest, ...]:
+    """The requests, none of which leaves the lengths that the graph holds for; the usual batches moved inside of them.
+
+    Args:
+        requests: as asked for; none stands for the usual batches.
+        inputs: of the graph.
+        ranges: by the name of a free axis, as a manifest has them; nothing is known of other axes.
+
+    Raises RefusedError, naming the axis and its range.
+    """
+    batches = [ranges[axis] for spec in inputs for axis in spec.shape[:1] if isinstance(axis, str) and axis in ranges]
+    if not requests and batches:
+        least = max(known.min for known in batches)
+        most = min((known.max for known in batches if known.max is not None), default=max(DEFAULT_BATCH[2], least))
+        low, opt, high = (min(max(size, least), most) for size in DEFAULT_BATCH)
+        requests = (ProfileRequest(batch=(low, opt, high)),)
+    described = [
+        NetworkInput(s.name, tuple(d if isinstance(d, int) else -1 for d in s.shape), tuple(map(str, s.shape)))
+        for s in inputs
+    ]
+    for profile in resolve_profiles(requests, described) if ranges else ():
+        for item in described:
+            for axis, *lengths in zip(item.axes, *profile.get(item.name, ()), strict=False):
+                outside = [length for length in lengths if axis in ranges and length not in ranges[axis]]
+                if outside:
+                    raise RefusedError(
+                        f"input {item.name!r}: a profile with {axis} {outside[0]} was asked for, and the graph holds "
+                        f"for {ranges[axis]}; beyond, the network's forward takes another branch: stay inside, or "
+                        f"export again with that size fixed"
+                    )
+    return tuple(requests)
 
 
 def _resolve(

@@ -11,14 +11,18 @@ from hypothesis import strategies as st
 from export.tensorrt.profiles import (
     NetworkInput,
     ProfileRequest,
+    Shape,
     batch_request,
     from_json,
     parse_shapes,
     resolve_profiles,
     shapes_request,
     to_json,
+    within_ranges,
 )
 from gmconv.errors import RefusedError
+from runtime.manifest import TensorSpec
+from runtime.records import AxisRange
 
 IMAGES = NetworkInput("input", (-1, 3, 8, 8), ("batch", "", "", ""))
 FIXED = NetworkInput("input", (4, 3, 8, 8))
@@ -115,3 +119,40 @@ def test_too_many_profiles_are_refused() -> None:
 def test_requests_cross_the_process_boundary_unchanged() -> None:
     requests = [batch_request(1, 2, 3), shapes_request(None, "input:2x3x8x8", None)]
     assert from_json(to_json(requests)) == requests
+
+
+AXES = (TensorSpec("input", "float32", ("batch", 3, 8, "width")),)
+PROVEN = {"batch": AxisRange(min=2, max=16), "width": AxisRange(min=8)}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        ((1, 3, 8, 8), (4, 3, 8, 8), "batch 1 was asked for, and the graph holds for 2 to 16"),
+        ((2, 3, 8, 8), (17, 3, 8, 8), "batch 17 was asked for, and the graph holds for 2 to 16"),
+        ((2, 3, 8, 7), (4, 3, 8, 8), "width 7 was asked for, and the graph holds for 8 and more"),
+    ],
+)
+def test_a_profile_beyond_what_the_graph_holds_for_is_refused(low: Shape, high: Shape, words: str) -> None:
+    with pytest.raises(RefusedError, match=words):
+        within_ranges([ProfileRequest(shapes={"input": (low, high, high)})], AXES, PROVEN)
+
+
+def test_a_profile_inside_stays_as_it_was_asked_for() -> None:
+    inside = (ProfileRequest(shapes={"input": ((2, 3, 8, 8), (8, 3, 8, 64), (16, 3, 8, 999))}),)
+    assert within_ranges(inside, AXES, PROVEN) == inside
+    assert within_ranges((), AXES, {}) == ()
+
+
+@pytest.mark.parametrize(
+    ("known", "batch"),
+    [
+        (AxisRange(max=16), (1, 8, 16)),
+        (AxisRange(min=17), (17, 17, 32)),
+        (AxisRange(min=40), (40, 40, 40)),
+        (AxisRange(max=4), (1, 4, 4)),
+    ],
+)
+def test_the_usual_batches_move_inside(known: AxisRange, batch: tuple[int, int, int]) -> None:
+    fixed = (TensorSpec("input", "float32", ("batch", 3, 8, 8)),)
+    assert within_ranges((), fixed, {"batch": known}) == (ProfileRequest(batch=batch),)

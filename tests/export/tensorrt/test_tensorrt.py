@@ -14,18 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from onnx import helper
 
+from export.graph.check import bare_manifest
 from export.tensorrt.build import BuildOptions, build_engine
 from export.tensorrt.layers import EngineLayer
 from export.tensorrt.process import BuilderFailedError, BuilderProcess
-from export.tensorrt.profiles import shapes_request
+from export.tensorrt.profiles import batch_request, shapes_request
 from gmconv.errors import BuildError, RefusedError, UnavailableError
 from gmconv.files import sha256_file
 from runtime.cuda import driver_problem
 from runtime.manifest import Manifest, ShapeRange, digest, read_manifest, sidecar
-from runtime.records import Parity, TimingCache
+from runtime.records import AxisRange, Parity, TimingCache
 
 Make = Callable[..., Path]
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -35,6 +37,18 @@ RTX = BuildOptions(flavor="rtx", verify=False)
 @pytest.fixture
 def onnx_file(tmp_path: Path, classifier: Make) -> Path:
     return classifier(tmp_path / "model.onnx")
+
+
+def test_a_profile_beyond_the_ranges_of_the_manifest_is_refused_before_anything_is_built(
+    onnx_file: Path, tmp_path: Path
+) -> None:
+    described = bare_manifest(onnx_file, onnx.load(onnx_file))
+    proven = dataclasses.replace(described, ranges={"batch": AxisRange(max=16)})
+    sidecar(onnx_file).write_text(proven.to_json())
+    options = dataclasses.replace(RTX, profiles=(batch_request(1, 8, 32),))
+    with pytest.raises(RefusedError, match="batch 32 was asked for, and the graph holds for 1 to 16"):
+        build_engine(onnx_file, tmp_path / "model.plan", options)
+    assert not (tmp_path / "model.plan").exists()
 
 
 def nothing_left(folder: Path, *, but: set[str]) -> bool:
