@@ -18,14 +18,15 @@ from runtime.records import AxisRange
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of a network's data: the shape of one input (C, H, W), where its samples come from, and how long
-    its free axes may be."""
+    """What is known of a network's data: the shape of one input (C, H, W), where its samples come from, how long its
+    free axes may be, and, where inputs differ, the shape of each by name."""
 
     input_shape: tuple[int, ...] | None = None
     preprocessing: Preprocessing | None = None
     dataset: dict[str, Any] | None = None
     labels: tuple[str, ...] | None = None
     ranges: Mapping[str, AxisRange] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __or__(self, other: Facts) -> Facts:
         """These, and of `other` what these do not say."""
@@ -35,6 +36,7 @@ class Facts:
             self.dataset if self.dataset is not None else other.dataset,
             self.labels if self.labels is not None else other.labels,
             {**other.ranges, **self.ranges},
+            {**other.shapes, **self.shapes},
         )
 
 

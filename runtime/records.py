@@ -262,7 +262,8 @@ class Tolerance:
     `rel_rms`: RMS(error) / RMS(reference). `max_rel_rms`: largest |error| / RMS(reference); never relative to a single
     value, which explodes near zero. `cosine`: at least this. `top1`: at least this share of the samples whose class the
     reference decides by more than twice `rel_rms` keeps its class. `agreement`: at least this share of the values of an
-    integer or boolean output. `source`: where the numbers come from.
+    integer or boolean output. `noise`, `noise_peak`: at most so many times the RMS and the largest error that the
+    precision's own rounding costs this network; None where that is not asked. `source`: where the numbers come from.
     """
 
     precision: str
@@ -271,6 +272,8 @@ class Tolerance:
     cosine: float
     top1: float
     agreement: float = 1.0
+    noise: float | None = None
+    noise_peak: float | None = None
     source: str = ""
     overridden: bool = False
 

@@ -3,27 +3,27 @@ golden pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gmconv.errors import RefusedError
+from gmconv.images import read_preprocessing
+from runtime.artefact import Facts
+from runtime.manifest import TensorSpec
+from runtime.parity import cases as parity
+from runtime.parity.cases import FREE_BATCHES, SMALL_BATCH, Wanted, make_cases
 from runtime.runners.base import Array, numpy_dtype
 
 if TYPE_CHECKING:
-    from export.onnx.options import ExportOptions
+    from export.onnx.options import ExportOptions, Note
     from gmconv import Checkpoint
     from gmconv.golden import Golden
-    from gmconv.inputs import Sides
-    from runtime.manifest import TensorSpec
+    from gmconv.inputs import Input
     from runtime.records import AxisRange
 
-#: A batch above what a forward may take for a small one.
-LARGE_BATCH = 17
-OTHER_SIDES: tuple[Sides, ...] = ("larger", "odd", "smaller")
 _YARDSTICK = 2**20  # numbers of a case that the float64 run may take
 
 
@@ -58,42 +58,58 @@ def comparison_cases(
     *,
     examples: Mapping[str, Array] | None = None,
     golden: Golden | None = None,
+    note: Note = lambda text: None,
 ) -> list[Case]:
-    """Noise at batch 1, 2, 3 and 17 (or the fixed batch), at other sizes if H and W are free, and what is real.
-
-    17 and odd sizes show a forward that takes another branch there than at what it was traced with.
-    """
-    from gmconv.inputs import noise
-
-    sizes = (1, 2, 3, LARGE_BATCH) if options.batch is None else (options.batch,)
-    label = f"noise, seed {options.seed}"
-    seeds = [(options.seed, index) for index in range(len(sizes))]
-    cases = [
-        Case(
-            label,
-            noise(loaded.inputs, size, seed),
-            yardstick=size not in (3, LARGE_BATCH),
-            noise=True,
-            probe=size == LARGE_BATCH,
-        )
-        for size, seed in zip(sizes, seeds, strict=True)
-    ]
-    if options.dynamic_hw:
-        for index, sides in enumerate(OTHER_SIDES):
-            feeds = noise(loaded.inputs, min(3, sizes[-1]), (options.seed, len(sizes) + index), sides=sides)
-            cases.append(Case(label, feeds, yardstick=index == 0, noise=True, probe=index > 0))
+    """Parity's cases, batch by batch: noise and images at the batches and sizes to be free; then what is the user's."""
+    given = options.images or (options.precision.calibration if options.precision else None)
+    between = {one.name: one.between for one in loaded.inputs}
+    wanted = Wanted(images=given, samples=options.samples, noise=0, seed=options.seed, calibrated=None, between=between)
+    facts = Facts(
+        loaded.input_shape,
+        read_preprocessing(loaded.preprocessing),
+        loaded.dataset,
+        loaded.labels,
+        shapes={one.name: one.shape for one in loaded.inputs},
+    )
+    made, notes = make_cases([_spec(one, options) for one in loaded.inputs], (), facts, wanted)
+    for text in notes:
+        note(text)
+    cases = [case for one in made for case in _flat(one, options)]
+    first = next((case for case in cases if case.probe and _samples(case) < FREE_BATCHES[-1]), None)
+    cases = [replace(case, probe=False) if case is first else case for case in cases]  # free sides were asked for
     if examples is not None:
         cases += _batches("examples", dict(examples), options)
-    images = images_of(loaded, options)
-    if images is not None:
-        label, samples, _ = images
-        cases += _batches(label, {loaded.inputs[0].name: samples}, options)
     if golden is not None:
         pairs = _batches(f"golden pairs, {golden.file}", {**golden.inputs, **golden.outputs}, options, whole=True)
         for case in pairs:
             recorded = {name: case.feeds[name] for name in golden.outputs}
             cases.append(replace(case, feeds={name: case.feeds[name] for name in golden.inputs}, recorded=recorded))
     return cases
+
+
+def _samples(case: Case) -> int:
+    return len(next(iter(case.feeds.values())))
+
+
+def _spec(given: Input, options: ExportOptions) -> TensorSpec:
+    """An input as the graph will have it."""
+    sides = (given.shape[0], "height", "width") if options.dynamic_hw and given.is_image else given.shape
+    return TensorSpec(given.name, given.dtype, (options.batch or "batch", *sides))
+
+
+def _flat(case: parity.Case, options: ExportOptions) -> Iterator[Case]:
+    """One batch of all that a case of parity yields; batches of a fixed size stay apart."""
+    label = f"noise, seed {options.seed}"
+    if case.real:
+        label = "held-out digits" if case.label == "digits" else f"images, {case.label}"
+    batches = list(case)
+    if options.batch is None:
+        batches = [{name: np.concatenate([feeds[name] for feeds in batches]) for name in batches[0]}]
+    for feeds in batches:
+        made = Case(label, feeds, noise=not case.real, probe=case.probe)
+        few = sum(array.size for array in feeds.values()) <= _YARDSTICK
+        quick = case.real or options.batch is not None or _samples(made) <= SMALL_BATCH
+        yield replace(made, yardstick=few and quick and not case.probe)
 
 
 def _batches(label: str, arrays: dict[str, Array], options: ExportOptions, *, whole: bool = False) -> list[Case]:
@@ -111,30 +127,6 @@ def _batches(label: str, arrays: dict[str, Array], options: ExportOptions, *, wh
             small = sum(array.size for array in feeds.values()) <= _YARDSTICK
             cases.append(Case(label, feeds, yardstick=small))
     return cases
-
-
-def images_of(loaded: Checkpoint, options: ExportOptions) -> tuple[str, Any, Any] | None:
-    """Label, float32 `(N, C, H, W)` and labels of real images: `--images`, or the data the checkpoint says it knows."""
-    given = options.images or (options.precision.calibration if options.precision else None)
-    source = str(given) if given else (loaded.dataset or {}).get("name")
-    if not given and source != "digits":
-        return None
-    from gmconv.data import load_samples
-    from gmconv.images import read_preprocessing
-
-    if len(loaded.inputs) > 1:
-        raise RefusedError("images fit networks of one image, and this one takes more; leave --images out")
-    samples = load_samples(
-        str(source),
-        input_shape=loaded.input_shape,
-        preprocessing=read_preprocessing(loaded.preprocessing),
-        dataset=loaded.dataset,
-        class_names=loaded.labels,
-        limit=options.samples,
-        seed=options.seed,
-    )
-    batch = np.concatenate([batch.images for batch in samples])
-    return ("held-out digits" if source == "digits" else f"images, {Path(str(source)).name}"), batch, samples.labels
 
 
 def taken(

@@ -90,8 +90,8 @@ def export_onnx(
         golden = None
         if options.golden is not None:
             golden = read_golden(options.golden, [given.name for given in loaded.inputs], names)
-        cases = comparison_cases(loaded, options, examples=trained.examples, golden=golden)
-        work = work_on(cases, names, options.bake_options)
+        cases = comparison_cases(loaded, options, examples=trained.examples, golden=golden, note=note)
+        work = work_on(cases, names, options.bake_options, options.precisions)
         crops = options.crop is not None or options.crop_budget is not None  # it times layers, which wants all cores
         trained.start(work, beside=not crops)
         name = output.name if "fp32" in options.precisions else f".fp32.{output.name}"

@@ -51,7 +51,8 @@ class Proof:
             tuple(outputs[index] for index in keep)
             for outputs in (self.reference.live, self.reference.baked, self.reference.yardstick)
         )
-        reference = replace(self.reference, live=live, baked=baked, yardstick=wide)
+        rounded = {p: tuple(outputs[index] for index in keep) for p, outputs in self.reference.rounded.items()}
+        reference = replace(self.reference, live=live, baked=baked, yardstick=wide, rounded=rounded)
         fused = None if self.fused is None else [self.fused[index] for index in keep]
         cropped = None if self.cropped is None else [self.cropped[index] for index in keep]
         shipped = [self.shipped[index] for index in keep]
@@ -89,11 +90,13 @@ class Proof:
         images = self.crop_on_data and not all(case.noise for case in self.cases)
         recorded = [(case, case.recorded, live) for case, live in zip(self.cases, self.reference.live, strict=True)]
         hops = list(
-            self._hops(RECORDED, [(c, r, live) for c, r, live in recorded if r is not None], self.recorded_limit)
+            self._hops(RECORDED, [(c, r, live, {}) for c, r, live in recorded if r is not None], self.recorded_limit)
         )
+        nothing: Sequence[Outputs] = [{} for _ in self.cases]
         for arrow, left, right, most in arrows:
             across = images and left is start
-            compared = [t for t in zip(self.cases, left, right, strict=True) if not (t[0].noise and across)]
+            rounded = self.reference.rounded.get(precision, nothing) if most is limit else nothing
+            compared = [t for t in zip(self.cases, left, right, rounded, strict=True) if not (t[0].noise and across)]
             hops += self._hops(arrow, compared, most)
         strict = precision == "fp32" and not self.lossy
         measure = Yardstick()
@@ -105,15 +108,17 @@ class Proof:
             found = tuple(replace(item, candidate_rel_rms=None) for item in found)
         return Verdict(tuple(hops), found)
 
-    def _hops(self, arrow: str, compared: Sequence[tuple[Case, Outputs, Outputs]], limit: Tolerance) -> Iterator[Hop]:
-        """One arrow, case by case."""
+    def _hops(
+        self, arrow: str, compared: Sequence[tuple[Case, Outputs, Outputs, Outputs]], limit: Tolerance
+    ) -> Iterator[Hop]:
+        """One arrow, case by case: its two sides, and the left one with the right one's rounding where it is known."""
         from runtime.parity.compare import Comparator
 
         comparator = Comparator(limit, classes=self.classes)
-        for index, (case, left, right) in enumerate(compared):
-            comparator.add(left, right, index, real=not case.noise)
+        for index, (case, left, right, rounded) in enumerate(compared):
+            comparator.add(left, right, index, real=not case.noise, rounded=rounded)
         reference, _, candidate = arrow.partition(" -> ")
-        for index, (case, left, right) in enumerate(compared):
+        for index, (case, left, right, _) in enumerate(compared):
             yield Hop(
                 name=arrow,
                 reference=reference,

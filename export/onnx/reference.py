@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -51,7 +51,8 @@ def is_large(model: nn.Module, limit: int = _LARGE) -> bool:
 class Reference:
     """What the network computed as trained (`live`), once baked (`baked`), in float64 (`yardstick`), case by case.
 
-    `notes`: what a reader of the proof should know.
+    `rounded`: baked, with the rounding of each lower precision; of the yardstick's cases. `notes`: what a reader of the
+    proof should know.
     """
 
     live: tuple[Outputs, ...]
@@ -59,6 +60,7 @@ class Reference:
     yardstick: tuple[Outputs, ...]
     certificate: BakeCertificate
     notes: tuple[str, ...] = ()
+    rounded: Mapping[str, tuple[Outputs, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class ReferenceProcess:
         self._folder = tempfile.TemporaryDirectory(prefix="gmconv-reference-")
         self._path = Path(self._folder.name)
         self._count = 0
+        self._precisions: tuple[str, ...] = ()
         self._log = (self._path / "log").open("w+")
         # Started before there is anything to do: importing torch takes as long here as in the parent.
         self._child = subprocess.Popen(
@@ -98,7 +101,7 @@ class ReferenceProcess:
 
     def start(self, checkpoint: Path, load_options: Mapping[str, Any], work: Work) -> None:
         """Hand over the work, on `gmconv.load_checkpoint(checkpoint, **load_options)`."""
-        self._count = len(work.feeds)
+        self._count, self._precisions = len(work.feeds), work.precisions
         for index, feeds in enumerate(work.feeds):
             _save(self._path / f"input.{index}.npz", feeds)
         task = {
@@ -110,6 +113,7 @@ class ReferenceProcess:
             "yardstick": sorted(work.yardstick),
             "noise": sorted(work.noise),
             "probes": sorted(work.probes),
+            "precisions": work.precisions,
         }
         assert self._child.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # a child that died says why in result()
@@ -127,12 +131,13 @@ class ReferenceProcess:
                 kind = RefusedError if status == RefusedError.exit_code else UnavailableError
                 raise kind(lines.splitlines()[-1].removeprefix("Error: "))
             raise RuntimeError(f"the reference process failed with status {status}:\n{lines}")
-        hops = {
-            hop: tuple(_load(folder / f"{hop}.{index}.npz") for index in range(self._count))
-            for hop in ("live", "baked", "yardstick")
-        }
+        live, baked, yardstick, *rounded = (
+            tuple(_load(folder / f"{hop}.{index}.npz") for index in range(self._count))
+            for hop in ("live", "baked", "yardstick", *self._precisions)
+        )
         said = msgspec.json.decode((folder / "said.json").read_bytes(), type=_Said)
-        return Reference(**hops, certificate=said.certificate, notes=said.notes)
+        lower = dict(zip(self._precisions, rounded, strict=True))
+        return Reference(live, baked, yardstick, said.certificate, said.notes, lower)
 
 
 def _save(path: Path, outputs: Outputs) -> None:
@@ -192,7 +197,7 @@ def _run_double(model: nn.Module, inputs: Sequence[Input], feeds: Feeds, names: 
 class Work:
     """What to run: batches of every input, the names of the outputs, which are noise, for the yardstick, or probes.
 
-    `bake_options`: keyword arguments of `gmconv.constants.bake_for_inputs`.
+    `bake_options`: keyword arguments of `gmconv.constants.bake_for_inputs`; `precisions`: whose rounding to run too.
     """
 
     feeds: tuple[Feeds, ...]
@@ -201,10 +206,13 @@ class Work:
     yardstick: frozenset[int]
     probes: frozenset[int]
     bake_options: dict[str, Any]
+    precisions: tuple[str, ...] = ()
 
 
-def work_on(cases: Sequence[Case], names: Sequence[str], bake_options: Mapping[str, Any]) -> Work:
-    """The cases as `Work`."""
+def work_on(
+    cases: Sequence[Case], names: Sequence[str], bake_options: Mapping[str, Any], precisions: Sequence[str] = ()
+) -> Work:
+    """The cases as `Work`; `precisions`: those asked for."""
     return Work(
         feeds=tuple(case.feeds for case in cases),
         names=tuple(names),
@@ -212,6 +220,7 @@ def work_on(cases: Sequence[Case], names: Sequence[str], bake_options: Mapping[s
         yardstick=frozenset(index for index, case in enumerate(cases) if case.yardstick),
         probes=frozenset(index for index, case in enumerate(cases) if case.probe),
         bake_options=dict(bake_options),
+        precisions=tuple(precision for precision in precisions if precision != "fp32"),
     )
 
 
@@ -221,6 +230,7 @@ def compute_reference(model: nn.Module, inputs: Sequence[Input], work: Work) -> 
 
     from gmconv.constants import bake_for_inputs
     from gmconv.constants.network import THREADS
+    from gmconv.rounding import Rounding
     from gmconv.surgery import copied
 
     before, notes = torch.get_num_threads(), []
@@ -265,13 +275,19 @@ def compute_reference(model: nn.Module, inputs: Sequence[Input], work: Work) -> 
         for index in range(len(work.feeds)):
             if kept is not None and not bitwise(live[index], baked[index]):  # kernels made by LAPACK follow the threads
                 live[index], baked[index] = run(kept, index, THREADS), run(model, index, THREADS)
+        rounded = {}
+        for precision in work.precisions:
+            with Rounding(precision):
+                rounded[precision] = tuple(
+                    run(model, index, THREADS) if index in work.yardstick else {} for index in range(len(work.feeds))
+                )
     finally:
         torch.set_num_threads(before)
-    return Reference(tuple(live), tuple(baked), yardstick, certificate, tuple(notes))
+    return Reference(tuple(live), tuple(baked), yardstick, certificate, tuple(notes), rounded)
 
 
 def _serve(folder: Path) -> None:
-    """The child's work: a task on stdin, `input.*.npz` in `folder`; writes `live.*`, `baked.*`, `yardstick.*` there."""
+    """The child's work: a task on stdin, `input.*.npz` in `folder`; writes `live.*`, `baked.*`, ... there."""
     import gmconv
 
     task = json.load(sys.stdin)
@@ -284,10 +300,12 @@ def _serve(folder: Path) -> None:
         yardstick=frozenset(task["yardstick"]),
         probes=frozenset(task["probes"]),
         bake_options=task["bake_options"],
+        precisions=tuple(task["precisions"]),
     )
     found = compute_reference(loaded.model, loaded.inputs, work)
-    for hop in ("live", "baked", "yardstick"):
-        for index, outputs in enumerate(getattr(found, hop)):
+    hops = {"live": found.live, "baked": found.baked, "yardstick": found.yardstick, **found.rounded}
+    for hop, cases in hops.items():
+        for index, outputs in enumerate(cases):
             if outputs:
                 _save(folder / f"{hop}.{index}.npz", outputs)
     (folder / "said.json").write_bytes(msgspec.json.encode(_Said(found.certificate, found.notes)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,14 @@ from runtime.artefact import Facts
 from runtime.manifest import ShapeRange, TensorSpec
 from runtime.runners.base import Array, numpy_dtype
 
-#: Batches tried where the batch is free and no profile bounds it: one, two, an odd one, a round one, one above 16.
-FREE_BATCHES = (1, 2, 5, 8, 17)
+#: Batches tried where the batch is free and no profile bounds it; the last is above what a forward may call small.
+FREE_BATCHES = (1, 2, 3, 17)
+#: The batch that most samples come in, where nothing says another.
+USUAL_BATCH = 8
+#: Corners up to this batch are filled with real samples too, beside noise, where some candidates are calibrated.
+SMALL_BATCH = 2
 #: Sizes tried besides the usual one where height and width are free.
-SIDES = ("wide", "larger", "odd", "smaller")
+SIDES = ("larger", "odd", "smaller")
 Feeds = dict[str, Array]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -47,47 +51,58 @@ class Case:
         return ", ".join("x".join(map(str, shape)) for shape in self.shapes.values())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What to compare on.
+
+    `images`: a folder, an .npz file of images or "digits", instead of the digits that a network was trained on.
+    `inputs`: an .npz file with one array per input, used alone. `samples`: of real data. `noise`: samples of noise at
+    the main shape where nothing is real. `seed`: of noise and draws. `calibrated`: ranges, or a crop, were calibrated
+    on data: real samples fill the corners then, because noise lies outside what the candidate was made for; None: some
+    candidates are, and there is noise beside real corners. `between`: the ends of whole numbers, by input.
+    """
+
+    images: str | Path | None = None
+    inputs: Path | None = None
+    samples: int = 64
+    noise: int = 64
+    seed: int = 0
+    calibrated: bool | None = False
+    between: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
 def make_cases(
-    specs: Sequence[TensorSpec],
-    profiles: Sequence[Mapping[str, ShapeRange]],
-    facts: Facts,
-    *,
-    images: str | Path | None,
-    inputs: Path | None,
-    samples: int,
-    seed: int,
-    calibrated: bool,
+    specs: Sequence[TensorSpec], profiles: Sequence[Mapping[str, ShapeRange]], facts: Facts, wanted: Wanted
 ) -> tuple[list[Case], list[str]]:
-    """The cases for one candidate, and notes on what was left out.
+    """The cases for one candidate, export's and parity's alike, and notes on what was left out.
 
     Args:
         specs, profiles: of the candidate.
         facts: its data; "digits" are used by themselves when it was trained on them.
-        images: a folder, an .npz file of images or "digits" to use instead.
-        inputs: an .npz file with one array per input, used alone.
-        samples: of real data, and of noise at the main shape.
-        seed: of noise and draws.
-        calibrated: the candidate's ranges, or its crop, were calibrated on data: corners are then filled with real
-            samples, because noise lies outside what it was made for.
+        wanted: see `Wanted`.
 
     Raises RefusedError when a source is missing or does not fit.
     """
-    if inputs is not None:
-        return _given(inputs, specs, profiles), []
+    if wanted.inputs is not None:
+        return _given(wanted.inputs, specs, profiles), []
     corners, main = corner_shapes(specs, profiles, facts)
     notes: list[str] = []
-    real = _real(specs, main, facts, images, samples, seed, notes)
-    cases = [] if real else [Case("noise", main, _noise(specs, main, seed, samples))]
+    real = _real(specs, main, facts, wanted, notes)
+    calibrated = wanted.calibrated
+    own = [corner for corner in corners if real and _same_image(corner, main)]
+    filled = [_corner(real[0], c) for c in own if calibrated or (calibrated is None and _batch(c) <= SMALL_BATCH)]
     if real and calibrated:
-        filled = [_corner(real[0], corner) for corner in corners if _same_image(corner, main)]
         return [*filled, *real], notes
     if calibrated:
         notes.append("no real images: a calibrated graph is judged on noise, not made for it perhaps; use --images")
-    probes = [not _same_image(c, main) or _batch(c) > _batch(main) for c in corners]
-    noise = [
-        Case("noise", c, _noise(specs, c, (seed, i)), probe=probes[i] and not profiles) for i, c in enumerate(corners)
-    ]
-    return [*noise, *cases, *real], notes
+
+    def noise(shapes: Shapes, seed: Any, samples: int | None = None) -> _noise:
+        return _noise(specs, shapes, seed, samples, wanted.between)
+
+    plain = [] if real or not wanted.noise else [Case("noise", main, noise(main, wanted.seed, wanted.noise))]
+    probes = [not profiles and (not _same_image(c, main) or _batch(c) > _batch(main)) for c in corners]
+    cases = [Case("noise", c, noise(c, (wanted.seed, i)), probe=probes[i]) for i, c in enumerate(corners)]
+    return [*cases, *plain, *filled, *real], notes
 
 
 def corner_shapes(
@@ -101,8 +116,7 @@ def corner_shapes(
         corners, main = [{**fixed, **c} for c in corners], {**fixed, **main}  # type: ignore[dict-item]
     else:
         corners = _free_corners(specs, facts)
-        own = [corner for corner in corners if _same_image(corner, corners[0])]
-        main = own[min(3, len(own) - 1)] if isinstance(specs[0].shape[0], str) else corners[0]
+        main = _usual(specs, corners[0], facts) if isinstance(specs[0].shape[0], str) else corners[0]
     unique: list[Shapes] = []
     for corner in corners:
         if corner not in unique:
@@ -128,14 +142,18 @@ def _free_corners(specs: Sequence[TensorSpec], facts: Facts) -> list[Shapes]:
     batches: Sequence[int] = FREE_BATCHES if free_batch else (0,)
     corners = [{s.name: _concrete(s, batch, facts, "own") for s in specs} for batch in batches]
     if free_side:
-        corners += [
-            {s.name: _concrete(s, batches[min(3, len(batches) - 1)], facts, side) for s in specs} for side in SIDES
-        ]
+        corners += [{s.name: _concrete(s, min(3, batches[-1]), facts, side) for s in specs} for side in SIDES]
     found = [corner for corner in corners if _takes(specs, corner, facts)]
     if not found:
         axes = ", ".join(f"{axis} {allowed}" for axis, allowed in facts.ranges.items())
         raise RefusedError(f"none of the usual shapes is one that the graph takes ({axes}); give --inputs")
     return found
+
+
+def _usual(specs: Sequence[TensorSpec], corner: Shapes, facts: Facts) -> Shapes:
+    """`corner` at the usual batch, or, where the graph does not hold for that, at the largest one below, or its own."""
+    usual = ({n: (batch, *shape[1:]) for n, shape in corner.items()} for batch in range(USUAL_BATCH, 0, -1))
+    return next((shapes for shapes in usual if _takes(specs, shapes, facts)), corner)
 
 
 def _takes(specs: Sequence[TensorSpec], corner: Shapes, facts: Facts) -> bool:
@@ -156,7 +174,7 @@ def _concrete(spec: TensorSpec, batch: int, facts: Facts, size: str) -> tuple[in
     """A spec's shape with numbers: free sides are the training size (`size` "own"), or another one."""
     shape: list[int] = []
     for axis, dim in enumerate(spec.shape):
-        known = facts.input_shape
+        known = facts.shapes.get(spec.name, facts.input_shape)
         if isinstance(dim, int):
             shape.append(dim)
         elif axis == 0:
@@ -171,10 +189,8 @@ def _concrete(spec: TensorSpec, batch: int, facts: Facts, size: str) -> tuple[in
 
 def _other(side: int, size: str, *, last: bool) -> int:
     """A side of another length: larger by multiples of 8, larger and odd, smaller and odd; `last` breaks squares."""
-    larger = side + (side // 4 + 7) // 8 * 8
     others = {
-        "wide": larger + 32 * last,
-        "larger": larger,
+        "larger": (side + side // 4 + 7) // 8 * 8 + 32 * last,
         "odd": side + side // (3 if last else 4) | 1,
         "smaller": max(1, side * (2 if last else 3) // (3 if last else 4)) | 1,
     }
@@ -185,39 +201,34 @@ def _other(side: int, size: str, *, last: bool) -> int:
 class _noise:  # noqa: N801
     """Standard normal batches; `samples` None is one batch.
 
-    Whole numbers are 0 to 127, but int32 and int64 0 or 1: they look something up, in a table of unknown length.
+    Whole numbers are `between` their ends; where nothing is said, 0 to 127, but int32 and int64 0 or 1: they look
+    something up, in a table of unknown length.
     """
 
     specs: Sequence[TensorSpec]
     shapes: Shapes
     seed: Any
-    samples: int | None = None
+    samples: int | None
+    between: Mapping[str, tuple[int, int]]
 
     def __iter__(self) -> Iterator[Feeds]:
         generator = np.random.default_rng(self.seed)
         batch = next(iter(self.shapes.values()))[0]
         for _ in range(1 if self.samples is None else -(-self.samples // batch)):
-            yield {spec.name: _draw(generator, self.shapes[spec.name], spec.dtype) for spec in self.specs}
+            yield {s.name: self._draw(generator, s) for s in self.specs}
+
+    def _draw(self, generator: np.random.Generator, spec: TensorSpec) -> Array:
+        shape, kind = self.shapes[spec.name], numpy_dtype(spec.dtype)
+        if kind == np.bool_:
+            return generator.random(shape) < 0.5
+        if kind.kind in "iu":
+            ends = self.between.get(spec.name, (0, 127 if kind.itemsize < 4 else 1))
+            return generator.integers(*ends, shape, endpoint=True).astype(kind)
+        return generator.standard_normal(shape, dtype=np.float32).astype(kind)
 
 
-def _draw(generator: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
-    kind = numpy_dtype(dtype)
-    if kind == np.bool_:
-        return generator.random(shape) < 0.5
-    if kind.kind in "iu":
-        return generator.integers(0, 128 if kind.itemsize < 4 else 2, shape).astype(kind)
-    return generator.standard_normal(shape, dtype=np.float32).astype(kind)
-
-
-def _real(
-    specs: Sequence[TensorSpec],
-    main: Shapes,
-    facts: Facts,
-    images: str | Path | None,
-    samples: int,
-    seed: int,
-    notes: list[str],
-) -> list[Case]:
+def _real(specs: Sequence[TensorSpec], main: Shapes, facts: Facts, wanted: Wanted, notes: list[str]) -> list[Case]:
+    images = wanted.images
     spec = images or ((facts.dataset or {}).get("name") == "digits" and "digits")
     if not spec:
         return []
@@ -233,8 +244,8 @@ def _real(
             preprocessing=facts.preprocessing,
             dataset=facts.dataset,
             class_names=facts.labels,
-            limit=samples,
-            seed=seed,
+            limit=wanted.samples,
+            seed=wanted.seed,
         )
     except (UnavailableError, RefusedError) as error:
         if images:

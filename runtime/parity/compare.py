@@ -36,11 +36,24 @@ class Comparator:
         self._cases: dict[int, dict[str, _Sums]] = {}
         self._real: dict[int, bool] = {}
         self._pools: dict[str, dict[bool, Pool]] = {}
+        self._overflows: dict[str, None] = {}
 
     def add(
-        self, reference: Mapping[str, Array], candidate: Mapping[str, Array], case: int = 0, *, real: bool = False
+        self,
+        reference: Mapping[str, Array],
+        candidate: Mapping[str, Array],
+        case: int = 0,
+        *,
+        real: bool = False,
+        rounded: Mapping[str, Array] | None = None,
     ) -> None:
-        """Account for one batch of both sides' outputs by name; axis 0 is the samples. `real`: not noise."""
+        """Account for one batch of both sides' outputs by name; axis 0 is the samples. `real`: not noise.
+
+        `rounded`: the reference's outputs with the rounding of the candidate's precision, where they were computed; of
+        noise they say nothing where ranges were calibrated on data.
+        """
+        if self._tolerance.calibrated and not real:
+            rounded = None
         outputs = self._cases.setdefault(case, {})
         self._real[case] = real
         for name in [*reference, *(name for name in candidate if name not in reference)]:
@@ -51,7 +64,10 @@ class Comparator:
                 sums.fail(f"output {name!r} is missing in the candidate")
             else:
                 pool = self._pools.setdefault(name, {}).setdefault(real, Pool())
-                sums.add(reference[name], candidate[name], pool, classes=self._classes)
+                beside = (rounded or {}).get(name)
+                if beside is not None and not np.isfinite(np.asarray(beside, dtype=np.float64)).all():
+                    self._overflows[name], beside = None, None
+                sums.add(reference[name], candidate[name], pool, beside, classes=self._classes)
 
     def refused(self, reference: Mapping[str, Array], why: str, case: int = 0) -> None:
         """The candidate would not run on inputs that the reference ran on."""
@@ -70,11 +86,21 @@ class Comparator:
         )
 
     def notes(self) -> list[str]:
-        """Outputs that are the same for every sample, where another one tells them apart."""
+        """Outputs that are the same for every sample, where another one tells them apart, and those that overflow in
+        the candidate's precision."""
+        precision = self._tolerance.precision
+        overflows = [
+            f"output {name!r} overflows where each operator rounds to {precision}, as on a GPU; layers kept in fp32 "
+            f"may prevent that, so it was compared by the table alone"
+            for name in self._overflows
+        ]
         constant = [name for name, pools in self._pools.items() if not any(p.varies for p in pools.values())]
         if len(constant) == len(self._pools):
-            return []
-        return [f"output {name!r} is the same for every sample; its values were compared" for name in constant]
+            constant = []
+        return [
+            *(f"output {name!r} is the same for every sample; its values were compared" for name in constant),
+            *overflows,
+        ]
 
     def _pool(self, name: str, case: int) -> Pool | None:
         return self._pools.get(name, {}).get(self._real.get(case, False))
@@ -132,7 +158,9 @@ class _Sums:
     def fail(self, reason: str) -> None:
         self.failure = self.failure or reason
 
-    def add(self, reference: Array, candidate: Array, pool: Pool, *, classes: bool) -> None:
+    def add(
+        self, reference: Array, candidate: Array, pool: Pool, rounded: Array | None = None, *, classes: bool
+    ) -> None:
         reference, candidate = np.asarray(reference), np.asarray(candidate)
         if reference.shape != candidate.shape:
             return self.fail(
@@ -158,7 +186,9 @@ class _Sums:
         self.error_sum += float(magnitude.sum())
         self.max_abs = max(self.max_abs, float(magnitude.max()))
         self.agreeing += int((ref == can).sum()) if self.integral else 0
-        pool.add(ref, can, integral=self.integral)
+        if rounded is not None:
+            rounded = np.atleast_1d(rounded).astype(np.float64) if rounded.shape == reference.shape else None
+        pool.add(ref, can, rounded, integral=self.integral)
         if classes and not self.integral and ref.ndim == 2 and ref.shape[1] >= 2:
             self._add_ranks(ref, can)
         return None

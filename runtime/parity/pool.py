@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,10 @@ SPARSE = 0.8
 SLOPE, CORRELATION = (1 / 3, 3.0), 0.25
 #: Up to this tolerance (that of fp16) an error is held to the variation as well; int8 may be as large as it is.
 FINE = 1e-2
+#: Whole numbers that may differ where the precision itself changes none.
+FLIPS = 4
+#: An error of this share of the tolerance is never too large for a precision: about its unit roundoff.
+FLOOR = 1 / 20
 #: Values counted one by one, to tell agreement from chance.
 COUNTED = 256
 
@@ -46,8 +51,14 @@ class _Positions:
     error2: Array | float = 0.0
     cross: Array | float = 0.0
     zeros: Array | float = 0.0
+    #: Of the samples that were also run with the rounding of the candidate's precision: its errors and the candidate's.
+    rounded: int = 0
+    noise2: Array | float = 0.0
+    told2: Array | float = 0.0
+    noise_peak: Array | float = 0.0
+    peak: Array | float = 0.0
 
-    def add(self, ref: Array, can: Array) -> None:
+    def add(self, ref: Array, can: Array, rounded: Array | None) -> None:
         change, error = ref - self.first, can - ref
         self.count += len(ref)
         self.change = self.change + change.sum(axis=0)
@@ -56,6 +67,13 @@ class _Positions:
         self.error2 = self.error2 + np.square(error).sum(axis=0)
         self.cross = self.cross + (change * error).sum(axis=0)
         self.zeros = self.zeros + (ref == 0).sum(axis=0)
+        if rounded is not None:
+            noise, error = np.abs(rounded - ref), np.abs(error)
+            self.rounded += len(ref)
+            self.noise2 = self.noise2 + np.square(noise).sum(axis=0)
+            self.told2 = self.told2 + np.square(error).sum(axis=0)
+            self.noise_peak = np.maximum(self.noise_peak, noise.max(axis=0))
+            self.peak = np.maximum(self.peak, error.max(axis=0))
 
     def maps(self) -> dict[str, Array]:
         """Per position, summed over samples: the reference's power and variation, the error's, and how they covary."""
@@ -68,7 +86,15 @@ class _Positions:
             "spread": np.maximum(np.asarray(self.error2) - np.square(error) / n, 0),
             "covariance": np.asarray(self.cross) - change * error / n,
             "zeros": np.asarray(self.zeros),
+            **self._noise(),
         }
+
+    def _noise(self) -> dict[str, Array]:
+        """What the precision costs by itself, beside the candidate's error on the same samples."""
+        if not self.rounded:
+            return {}
+        found = {"noise": self.noise2, "told": self.told2, "noise_peak": self.noise_peak, "peak": self.peak}
+        return {name: np.asarray(each) for name, each in found.items()}
 
 
 @dataclass(slots=True)
@@ -79,18 +105,27 @@ class Pool:
     elements: int = 0
     agreeing: int = 0
     integral: bool = False
+    #: Whole numbers that the precision's own rounding changed, and those that differ in the candidate on those samples.
+    flipped: int | None = None
+    differing: int = 0
     _values: dict[str, Counter[float]] | None = field(
         default_factory=lambda: {"reference": Counter[float](), "candidate": Counter[float]()}
     )
 
-    def add(self, ref: Array, can: Array, *, integral: bool) -> None:
-        """Account for one batch, float64, axis 0 the samples; both finite and of one shape."""
+    def add(self, ref: Array, can: Array, rounded: Array | None = None, *, integral: bool) -> None:
+        """Account for one batch, float64, axis 0 the samples; both finite and of one shape.
+
+        `rounded`: what the reference gives where it rounds as the candidate's precision does.
+        """
         self.elements += ref.size
         self.integral = integral
-        self.shapes.setdefault(ref.shape[1:], _Positions(ref[0].copy())).add(ref, can)
+        self.shapes.setdefault(ref.shape[1:], _Positions(ref[0].copy())).add(ref, can, rounded)
         if integral:
             self.agreeing += int((ref == can).sum())
             self._count(ref, can)
+            if rounded is not None:
+                self.flipped = (self.flipped or 0) + int((ref != rounded).sum())
+                self.differing += int((ref != can).sum())
 
     def _count(self, ref: Array, can: Array) -> None:
         if self._values is None:
@@ -155,7 +190,7 @@ class Pool:
             for axis in _channel_axes(shape):
                 if axis is not None and (positions.count - 1) * math.prod(shape) < FREEDOM * shape[axis]:
                     continue
-                for name, group in _scale_groups(maps, positions.count, axis):
+                for name, group in _scale_groups(maps, positions, axis):
                     if reason := _judge_group(group, tolerance):
                         found.append(f"{name}{reason}")
         return list(dict.fromkeys(found))[:3]
@@ -168,6 +203,11 @@ class Pool:
         least = max(0.5, 1 - 8 * (1 - tolerance.agreement))
         if kappa is not None and kappa < least:
             reasons.append(f"agreement above chance {kappa:.3g}, at least {least:.3g}")
+        if self.flipped is not None and tolerance.noise and self.differing > tolerance.noise * self.flipped + FLIPS:
+            reasons.append(
+                f"{self.differing} values differ, where {tolerance.precision} itself changes {self.flipped}; at most "
+                f"{tolerance.noise:g} times that is allowed"
+            )
         return reasons
 
 
@@ -177,18 +217,20 @@ def _channel_axes(shape: tuple[int, ...]) -> list[int | None]:
     return [None, *axes]
 
 
-def _scale_groups(maps: dict[str, Array], count: int, axis: int | None) -> Iterator[tuple[str, dict[str, float]]]:
+def _scale_groups(
+    maps: dict[str, Array], positions: _Positions, axis: int | None
+) -> Iterator[tuple[str, dict[str, float]]]:
     """The channels along `axis` by the scale of their variation, as sums; nothing where all are of one scale."""
+    count, rounded = positions.count, positions.rounded
+    size = float(maps["power"].size)
     if axis is None:
-        yield (
-            "",
-            {**{name: float(values.sum()) for name, values in maps.items()}, "elements": maps["power"].size * count},
-        )
+        total = {name: float(_over(name, values)) for name, values in maps.items()}
+        yield "", {**total, "elements": size * count, "rounded": size * rounded}
         return
     other = tuple(a for a in range(maps["power"].ndim) if a != axis)
-    sums = {name: np.asarray(values.sum(axis=other)) for name, values in maps.items()}
-    each = maps["power"].size * count / len(sums["power"])
-    told = (sums["variation"] > CONSTANT**2 * sums["power"]) & (sums["zeros"] <= SPARSE * each)
+    sums = {name: np.asarray(_over(name, values, other)) for name, values in maps.items()}
+    size /= len(sums["power"])
+    told = (sums["variation"] > CONSTANT**2 * sums["power"]) & (sums["zeros"] <= SPARSE * size * count)
     order = np.flatnonzero(told)[np.argsort(sums["variation"][told], kind="stable")]
     if len(order) < 2:
         return
@@ -197,9 +239,16 @@ def _scale_groups(maps: dict[str, Array], count: int, axis: int | None) -> Itera
     if not len(cuts):
         return
     for members in np.split(order, cuts):
-        group = {name: float(values[members].sum()) for name, values in sums.items()}
+        group = {name: float(_over(name, values[members])) for name, values in sums.items()}
         some = ", ".join(map(str, sorted(members.tolist())[:4])) + (", …" if len(members) > 4 else "")
-        yield f"channels {some} of axis {axis + 1}, of another scale: ", {**group, "elements": each * len(members)}
+        each = size * len(members)
+        group |= {"elements": each * count, "rounded": each * rounded}
+        yield f"channels {some} of axis {axis + 1}, of another scale: ", group
+
+
+def _over(name: str, values: Array, axes: tuple[int, ...] | None = None) -> Any:
+    """Sums over positions, or what is largest among them."""
+    return values.max(axis=axes) if name.endswith("peak") else values.sum(axis=axes)
 
 
 def _judge_group(group: dict[str, float], tolerance: Tolerance) -> str:
@@ -227,4 +276,28 @@ def _judge_group(group: dict[str, float], tolerance: Tolerance) -> str:
             f"the candidate does not follow the reference from sample to sample (slope {slope:.2f}, correlation "
             f"{correlation:.2f})"
         )
+    return _beyond_noise(group, tolerance)
+
+
+def _beyond_noise(group: dict[str, float], tolerance: Tolerance) -> str:
+    """Whether the error is more than the precision costs this very network, in a clause; "" where it is not.
+
+    Few numbers tell an RMS badly: the factor grows with the inverse root of their count.
+    """
+    if not group["rounded"] or tolerance.noise is None:
+        return ""
+    scale = math.sqrt(group["power"] / group["elements"])
+    # 8-bit operands make sums in float: an offset that is added to them costs nothing.
+    step = math.sqrt(group["variation"] / group["elements"]) if tolerance.calibrated else scale
+    floor, few = FLOOR * tolerance.rel_rms * step, 1 + 3 / math.sqrt(group["rounded"])
+    noise, error = (math.sqrt(group[name] / group["rounded"]) for name in ("noise", "told"))
+    judged = [("RMS error", error, noise, tolerance.noise)]
+    if tolerance.noise_peak is not None:
+        judged.append(("largest error", group["peak"], group["noise_peak"], tolerance.noise_peak))
+    for what, found, own, factor in judged:
+        if found > few * factor * max(own, floor):
+            return (
+                f"{what} {found / scale:.2g} of RMS, where {tolerance.precision} by itself costs this network "
+                f"{own / scale:.2g}; at most {few * factor:.2g} times that is allowed"
+            )
     return ""

@@ -14,9 +14,10 @@ from gmconv.errors import RefusedError
 from gmconv.foreign import NOTHING, Foreign
 from runtime.artefact import Artefact, artefact_kind, open_artefact
 from runtime.manifest import Manifest
-from runtime.parity.cases import Case, Feeds, make_cases
+from runtime.parity.beside import MOST_NUMBERS, Beside
+from runtime.parity.cases import Case, Feeds, Wanted, make_cases
 from runtime.parity.compare import Comparator
-from runtime.parity.tolerances import MAX_CROP_COST, crop_cost, judged_as, override, tolerance_for, widen
+from runtime.parity.tolerances import MAX_CROP_COST, crop_cost, for_engine, judged_as, override, tolerance_for, widen
 from runtime.parity.verdict import Verdict
 from runtime.parity.yardstick import Yardstick
 from runtime.records import Hop, OutputComparison, Parity, Tolerance
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from runtime.parity.bisection import Bisection
 
 Note = Callable[[str], None]
-#: The float64 run costs several fp32 runs: of each case it sees the first batch, up to this many numbers.
-_YARDSTICK_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,13 +145,13 @@ def compare_artefacts(
     is_checkpoint = artefact_kind(reference) == "checkpoint"
     extra: dict[str, Any] = {"dynamic_hw": True, "foreign": options.foreign} if is_checkpoint else {}
     with open_runner(reference, _device(reference, options.reference_device), **extra) as runner:
-        exact = open_runner(reference, dtype="float64", **extra) if is_checkpoint and options.yardstick else None
-        reports = tuple(_compare(runner, exact, Path(path), options, note) for path in candidates)
+        beside = Beside(reference, extra) if is_checkpoint and options.yardstick else None
+        reports = tuple(_compare(runner, beside, Path(path), options, note) for path in candidates)
     return ParityReport(reference, runner.name, reports)
 
 
 def _compare(
-    reference: Runner, exact: Runner | None, path: Path, options: ParityOptions, note: Note
+    reference: Runner, beside: Beside | None, path: Path, options: ParityOptions, note: Note
 ) -> CandidateReport:
     started = time.perf_counter()
     note(f"opening {path.name}")
@@ -160,29 +159,28 @@ def _compare(
     artefact, source = open_artefact(path), reference.artefact.manifest
     manifest = artefact.manifest
     precision = options.precision or _precision(artefact, notes)
-    tolerance = _tolerance(precision, manifest, source, options, notes)
+    tolerance = _tolerance(precision, artefact, source, options, notes)
     with open_candidate(artefact, options, precision, notes) as candidate:
         facts = candidate.artefact.facts | reference.artefact.facts
         _check_source(reference.artefact, artefact, notes)
-        cases, more = make_cases(
-            candidate.inputs,
-            candidate.profiles,
-            facts,
+        wanted = Wanted(
             images=options.images,
             inputs=options.inputs,
             samples=options.samples,
+            noise=options.samples,
             seed=options.seed,
             calibrated=tolerance.calibrated or any(m.crop.spent_on_data for m in (manifest, source) if m and m.crop),
         )
+        cases, more = make_cases(candidate.inputs, candidate.profiles, facts, wanted)
         pair = _Pair(reference, candidate)
-        judge = exact is not None and tolerance == tolerance_for("fp32")
+        judge = beside is not None and tolerance == tolerance_for("fp32")
         yardstick = Yardstick()
         recorded = _recorded(pair, tolerance, options)
         comparator = Comparator(tolerance, classes=options.classes)
         ran = []
         for index, case in enumerate(cases):
             note(f"comparing {path.name} on {case.label} {case.shape}")
-            if _run_case(pair, (index, case), comparator, exact if judge else None, yardstick):
+            if _run_case(pair, (index, case), comparator, tolerance, beside, yardstick if judge else None):
                 ran.append((index, case))
             else:
                 more.append(f"the reference itself does not run on {case.shape}; not compared there")
@@ -221,11 +219,16 @@ def _recorded(pair: _Pair, tolerance: Tolerance, options: ParityOptions) -> list
 
 
 def _run_case(
-    pair: _Pair, numbered: tuple[int, Case], comparator: Comparator, exact: Runner | None, yardstick: Yardstick
+    pair: _Pair,
+    numbered: tuple[int, Case],
+    comparator: Comparator,
+    tolerance: Tolerance,
+    beside: Beside | None,
+    yardstick: Yardstick | None,
 ) -> bool:
     """Compare one case; False where it is a probe that the reference does not take."""
-    number, case = numbered
-    for index, feeds in enumerate(case):
+    (number, case), numbers = numbered, 0
+    for feeds in case:
         try:
             expected = pair.run_reference(feeds)
         except RefusedError:
@@ -237,9 +240,15 @@ def _run_case(
         except RefusedError as error:
             comparator.refused(expected, error.message, number)
             return True
-        comparator.add(expected, found, number, real=case.real)
-        if exact is not None and index == 0 and sum(f.size for f in feeds.values()) <= _YARDSTICK_ELEMENTS:
-            yardstick.add(pair.run_reference(feeds, exact), expected, found)
+        first, numbers = numbers == 0, numbers + sum(array.size for array in feeds.values())
+        rounded = None
+        asked = tolerance.noise is not None and (case.real or not tolerance.calibrated)
+        if beside is not None and asked and numbers <= MOST_NUMBERS:
+            with beside.rounding(tolerance) as runner:
+                rounded = pair.run_reference(feeds, runner)
+        comparator.add(expected, found, number, real=case.real, rounded=rounded)
+        if beside is not None and yardstick is not None and first and numbers <= MOST_NUMBERS:
+            yardstick.add(pair.run_reference(feeds, beside.exact), expected, found)
     return True
 
 
@@ -313,10 +322,13 @@ def _device(path: Path, device: str) -> str:
 
 
 def _tolerance(
-    precision: str, manifest: Manifest | None, source: Manifest | None, options: ParityOptions, notes: list[str]
+    precision: str, artefact: Artefact, source: Manifest | None, options: ParityOptions, notes: list[str]
 ) -> Tolerance:
     """The table's row or the user's number, wider where one side is cropped, or both are, each in its own way."""
     tolerance = tolerance_for(precision)
+    manifest = artefact.manifest
+    if artefact.kind == "engine":
+        tolerance = for_engine(tolerance)
     if options.tolerance is not None:
         notes.append(f"tolerance {options.tolerance:g} was given; the table says {tolerance.rel_rms:g} for {precision}")
         return override(tolerance, options.tolerance)

@@ -342,6 +342,12 @@ class TorchRunner(Runner):
             raise RefusedError(f"the checkpoint's network does not run on this input: {text}") from error
 
 
+def rounding(precision: str) -> contextlib.AbstractContextManager[object]:
+    """What torch computes meanwhile rounds as in `precision`; see `gmconv.rounding`."""
+    found: contextlib.AbstractContextManager[object] = require("gmconv.rounding", "export").Rounding(precision)
+    return found
+
+
 def write_twin(checkpoint: Path, output: Path, foreign: Foreign = NOTHING) -> None:
     """Write the plain-convolution twin: the checkpoint with every sigma so large that its mask is exactly 1.
 

@@ -112,3 +112,75 @@ def test_an_output_that_is_zero_on_noise_is_judged_on_the_images() -> None:
     worse.add({"heat": zero}, {"heat": zero + 0.1}, 0)
     worse.add({"heat": heat}, {"heat": heat}, 1, real=True)
     assert [worse.result(case)[0].passed for case in (0, 1)] == [False, True]
+
+
+# --- what the precision costs this very network --------------------------------------------------------------------
+
+
+def beside(reference: Array, candidate: Array, rounded: Array, precision: str) -> OutputComparison:
+    comparator = Comparator(TOLERANCES[precision])
+    comparator.add({"o": reference}, {"o": candidate}, rounded={"o": rounded}, real=True)
+    return comparator.result()[0]
+
+
+LOW = ["fp16", "bf16", "int8", "fp8"]
+LOGITS = RNG.standard_normal((64, 10))
+
+
+@pytest.mark.parametrize("precision", LOW)
+def test_an_error_far_above_what_the_precision_costs_fails_inside_the_tolerance(precision: str) -> None:
+    unit = TOLERANCES[precision].rel_rms
+    rounded, clean = (LOGITS + 0.1 * unit * RNG.standard_normal(LOGITS.shape) for _ in range(2))
+    wrong = LOGITS + 0.7 * unit * RNG.standard_normal(LOGITS.shape)
+    assert beside(LOGITS, clean, rounded, precision).passed
+    assert one(LOGITS, wrong, precision).passed
+    found = beside(LOGITS, wrong, rounded, precision)
+    assert not found.passed
+    assert f"where {precision} by itself costs this network" in found.reason
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8"])
+def test_one_wrong_value_fails_that_every_sum_hides(precision: str) -> None:
+    unit, wrong = TOLERANCES[precision].rel_rms, np.tile(LOGITS, (64, 1))
+    reference = wrong.copy()
+    wrong[40, 3] += 8 * unit
+    rounded = reference + 0.1 * unit * RNG.standard_normal(reference.shape)
+    assert one(reference, wrong, precision).passed
+    assert "largest error" in beside(reference, wrong, rounded, precision).reason
+
+
+@pytest.mark.parametrize("precision", LOW)
+def test_a_rounding_that_costs_nothing_or_overflows_asks_for_nothing_beyond_the_roundoff(precision: str) -> None:
+    unit = TOLERANCES[precision].rel_rms
+    clean = LOGITS + unit / 20 * RNG.standard_normal(LOGITS.shape)
+    assert beside(LOGITS, clean, LOGITS, precision).passed
+    comparator = Comparator(TOLERANCES[precision])
+    comparator.add({"o": LOGITS}, {"o": LOGITS + 0.5 * unit}, rounded={"o": LOGITS * np.inf}, real=True)
+    assert comparator.result()[0].passed
+    assert f"overflows where each operator rounds to {precision}" in comparator.notes()[0]
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_of_noise_a_calibrated_artefact_is_not_asked_that(precision: str) -> None:
+    comparator = Comparator(TOLERANCES[precision])
+    wrong = LOGITS + 0.7 * TOLERANCES[precision].rel_rms * RNG.standard_normal(LOGITS.shape)
+    comparator.add({"o": LOGITS}, {"o": wrong}, rounded={"o": LOGITS}, real=False)
+    assert comparator.result()[0].passed
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_an_offset_hides_no_error_of_8_bit_operands(precision: str) -> None:
+    rounded = LOGITS + 0.02 * RNG.standard_normal(LOGITS.shape)
+    wrong = LOGITS + 0.3 * RNG.standard_normal(LOGITS.shape)
+    assert not beside(170 + LOGITS, 170 + wrong, 170 + rounded, precision).passed
+
+
+def test_whole_numbers_may_differ_as_often_as_the_precision_changes_them() -> None:
+    classes = RNG.integers(0, 5, (16, 20, 20))
+    rounded, clean, wrong = (classes.copy() for _ in range(3))
+    rounded[0, :2, :10] += 1
+    clean[1, :3, :10] += 1
+    wrong[:5, 0] += 1
+    assert beside(classes, clean, rounded, "bf16").passed
+    assert one(classes, wrong, "bf16").passed
+    assert "100 values differ, where bf16 itself changes 20" in beside(classes, wrong, rounded, "bf16").reason

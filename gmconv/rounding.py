@@ -1,0 +1,105 @@
+"""A network in float32 that rounds as a lower precision does: what of an artefact's error is its precision's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+#: Convolutions and matrix products.
+_PRODUCTS = {
+    *(f"conv{n}d" for n in (1, 2, 3)),
+    *(f"conv_transpose{n}d" for n in (1, 2, 3)),
+    *("linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm"),
+}
+_E4M3_MAX = 448.0
+_CLIPPED = 1e-4  # the share of values beyond the 99.99th percentile
+
+
+class Rounding(TorchFunctionMode):
+    """Within it, what torch computes is rounded to a precision, though its tensors stay float32.
+
+    `precision`: "fp16" or "bf16", to which operands and results of every function are rounded; "tf32", "int8" or "fp8",
+    to which the operands of convolutions and matrix products are: in 8 bits weights have a scale for each output
+    channel, others one for the tensor as it is, in int8 clipped as the default calibration does.
+    """
+
+    def __init__(self, precision: str) -> None:
+        super().__init__()
+        self._everything, self._operands = _EVERYTHING.get(precision), _OPERANDS.get(precision)
+        if self._everything is None and self._operands is None:
+            raise ValueError(f"{precision!r} is none of {', '.join((*_EVERYTHING, *_OPERANDS))}")
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
+        if self._operands is not None:
+            if name in _PRODUCTS:
+                args = [self._operand(name, index, value) for index, value in enumerate(args)]
+                kwargs = {key: self._operand(name, key, value) for key, value in kwargs.items()}
+            return func(*args, **kwargs)
+        if name in _PRODUCTS or name == "batch_norm":
+            args, kwargs = [self._rounded(v) for v in args], {key: self._rounded(v) for key, v in kwargs.items()}
+        result = func(*args, **kwargs)
+        if name.endswith("_") and not name.endswith("__") and isinstance(result, Tensor):
+            with torch.no_grad():
+                return result.copy_(self._rounded(result))
+        return self._rounded(result)
+
+    def _operand(self, name: str, place: int | str, value: Any) -> Any:
+        """A rounded operand: the first two, or `input` and `weight`; biases stay as they are."""
+        assert self._operands is not None
+        if place not in (0, 1, "input", "weight", "other") or not _is_float(value):
+            return value
+        weight = place in (1, "weight") and isinstance(value, torch.nn.Parameter)
+        axis = (1 if "transpose" in name else 0) if weight else None
+        return self._operands(value, axis)
+
+    def _rounded(self, value: Any) -> Any:
+        """`value` if it is no float tensor or needs no rounding: a view stays one."""
+        if not _is_float(value) or value.dtype not in (torch.float32, torch.float64):
+            return value
+        assert self._everything is not None
+        found = self._everything(value)
+        return value if torch.equal(found, value) else found
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _tf32(x: Tensor, _: int | None) -> Tensor:
+    """To 10 stored bits of the fraction, half away from zero."""
+    bits = x.float().contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(x.dtype)
+
+
+def _scale(x: Tensor, axis: int | None, most: float) -> Tensor:
+    """What one step is worth: the largest magnitude, of each channel along `axis`, over `most`."""
+    other = [a for a in range(x.ndim) if a != axis]
+    largest = x.abs().amax(other, keepdim=True) if x.numel() and x.ndim else x.abs()
+    return torch.where(largest > 0, largest, torch.ones_like(largest)) / most
+
+
+def _int8(x: Tensor, axis: int | None) -> Tensor:
+    step = _scale(x, axis, 127)
+    if axis is None and x.numel() > 1 / _CLIPPED:
+        kept = x.abs().flatten().kthvalue(int(x.numel() * (1 - _CLIPPED))).values
+        step = torch.where(kept > 0, kept / 127, step)
+    return (x / step).round().clamp(-127, 127) * step
+
+
+def _fp8(x: Tensor, axis: int | None) -> Tensor:
+    step = _scale(x, axis, _E4M3_MAX)
+    return (x / step).to(torch.float8_e4m3fn).to(x.dtype) * step
+
+
+_EVERYTHING: dict[str, Callable[[Tensor], Tensor]] = {
+    "fp16": lambda x: x.half().to(x.dtype),
+    "bf16": lambda x: x.bfloat16().to(x.dtype),
+}
+_OPERANDS: dict[str, Callable[[Tensor, int | None], Tensor]] = {"tf32": _tf32, "int8": _int8, "fp8": _fp8}

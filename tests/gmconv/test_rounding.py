@@ -1,0 +1,65 @@
+"""What a lower precision costs a network, without an artefact: operands and results round as there."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gmconv.rounding import Rounding
+
+X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+
+
+def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found.detach() - exact.detach()).square().mean().sqrt() / exact.detach().square().mean().sqrt())
+
+
+@pytest.mark.parametrize(
+    ("precision", "low", "high"),
+    [("tf32", 1e-4, 1e-3), ("fp16", 1e-4, 1e-3), ("bf16", 1e-3, 1e-2), ("int8", 3e-3, 3e-2), ("fp8", 1e-2, 8e-2)],
+)
+def test_a_product_is_off_by_about_the_roundoff_of_the_precision(precision: str, low: float, high: float) -> None:
+    torch.manual_seed(1)
+    layer = nn.Linear(8, 32)
+    with torch.no_grad():
+        exact = layer(X)
+        with Rounding(precision):
+            assert low < relative(layer(X), exact) < high
+        assert torch.equal(layer(X), exact)  # nothing is left behind
+
+
+def test_fp16_is_what_torch_computes_in_fp16() -> None:
+    x = X.half().float()
+    with Rounding("fp16"):
+        found = (x * 3 + 1).exp()
+    half = (x.half() * 3 + 1).exp()
+    assert torch.equal(found, half.float())
+
+
+def test_int8_weights_have_a_scale_for_each_output_channel() -> None:
+    weight = nn.Parameter(torch.tensor([[1.0, 0.5], [0.001, 0.0005]]))
+    with torch.no_grad(), Rounding("int8"):
+        found = nn.functional.linear(torch.eye(2), weight)
+    assert relative(found[:, 1], weight[1]) < 5e-3  # one scale for both would leave nothing of it
+
+
+def test_a_value_that_the_precision_does_not_hold_overflows() -> None:
+    with Rounding("fp16"):
+        assert torch.isinf(X.abs().max() * 1e6)
+
+
+def test_writes_in_place_and_through_views_arrive() -> None:
+    for precision in ("fp16", "int8"):
+        x = torch.zeros(2, 4)
+        with Rounding(precision):
+            x[:, :2].add_(1.0009765)  # half of a step in fp16
+            x.view(-1)[3] = 2
+        expected = np.float32(1.0009765) if precision == "int8" else np.float32(np.float16(1.0009765))
+        np.testing.assert_array_equal(x.numpy(), [[expected, expected, 0, 2], [expected, expected, 0, 0]])
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match="int4"):
+        Rounding("int4")
