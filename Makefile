@@ -8,7 +8,7 @@ export PYTHONPATH :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types fast coverage bench lock clean
-.PHONY: test-slow test-gpu proof-gpu test-docker bench-export bench-benchmark bench-engine bench-precision bench-crop bench-serve
+.PHONY: test-slow test-gpu proof-gpu test-docker bench-export bench-benchmark bench-engine bench-precision bench-crop bench-serve bench-verdict
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -68,9 +68,9 @@ proof-gpu: $(GPU)/bin/.installed  ## minutes on a card: what is right and how fa
 test-docker: $(BIN)/.installed  ## build and run the serving image (root, Debian)
 	$(BIN)/python -m pytest -m docker $(ARGS)
 
-bench: bench-export bench-benchmark bench-engine bench-precision bench-crop bench-serve  ## every ratio of the README
+bench: bench-export bench-benchmark bench-engine bench-precision bench-crop bench-serve bench-verdict  ## every ratio of the README
 
-bench-export bench-benchmark bench-engine bench-precision bench-crop bench-serve: $(BIN)/.installed
+bench-export bench-benchmark bench-engine bench-precision bench-crop bench-serve bench-verdict: $(BIN)/.installed
 	$(BIN)/python -m tests.bench.write $(subst bench-,,$@)
 
 lock: $(BIN)/.installed  ## write constraints.txt from what is installed
