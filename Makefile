@@ -36,9 +36,20 @@ $(DEMO)/digits.pt: $(BIN)/.installed
 	@mkdir -p $(DEMO)
 	$(BIN)/python -m gmconv.train --dataset digits --arch resnet20 --seed 1 -o $@
 
-demo: $(DEMO)/digits.pt  ## train on the digits, bake, export to ONNX and TensorRT-RTX, with proof
+# Kernels of 7x7 taps whose sigmas training shrinks: what a crop is for.
+$(DEMO)/wide.pt: $(BIN)/.installed
+	@mkdir -p $(DEMO)
+	$(BIN)/python -m gmconv.train --arch resnet8 --kernel-size 7 --sigma 1.5 --sigma-lr 0.1 --sigma-penalty 1 \
+	  --epochs 10 --input-shape 1,16,16 -o $@
+
+demo: $(DEMO)/digits.pt $(DEMO)/wide.pt  ## train on the digits, bake, crop, export with proof, report; OPEN=1 opens it
 	$(BIN)/python -m export.onnx $(DEMO)/digits.pt -o $(DEMO)/digits.onnx
 	$(BIN)/python -m export.tensorrt $(DEMO)/digits.onnx --flavor rtx --min 1 --opt 8 --max 32 -o $(DEMO)/digits.plan
+	$(BIN)/python -m runtime.parity $(DEMO)/digits.pt $(DEMO)/digits.onnx -q --report $(DEMO)/parity.html
+	$(BIN)/python -m export.onnx $(DEMO)/wide.pt -o $(DEMO)/cropped.onnx --crop 1e-3 -q
+	$(BIN)/python -m runtime.benchmark $(DEMO)/wide.pt $(DEMO)/cropped.onnx@threads=1 --twin --duration 2 \
+	  --report $(DEMO)/cropping.html
+	$(BIN)/python -m tests.demo $(DEMO) $(if $(OPEN),--open)
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff format --check .

@@ -329,7 +329,7 @@ def sensitivity_table(found: dict[str, Measurement]) -> Table:
     from gmconv.tables import Column, Table
 
     columns = [Column("layer", name=True), Column("drop [points]"), Column("SNR [dB]")]
-    table = Table("Each layer quantized alone", columns)
+    table = Table("each layer quantized alone", columns)
     for name, measured in found.items():
         table.add(name, f"{measured.top1_drop:+.2f}", f"{measured.snr_db:.1f}")
     return table
