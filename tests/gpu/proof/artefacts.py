@@ -13,10 +13,11 @@ from pathlib import Path
 
 import click
 
-from gmconv.errors import BuildError, RefusedError, UnavailableError
+from gmconv.errors import BuildError
 from runtime import trt
 from runtime.manifest import read_manifest, sidecar
 from runtime.runners import open_runner
+from tests.gpu.proof import probe
 from tests.gpu.proof.rows import NotRunError
 from tests.gpu.proof.steps import Context
 
@@ -90,7 +91,7 @@ def engine(context: Context, flavor: trt.Flavor, precision: str) -> tuple[Path, 
     carried = _carried(context, name)
     if carried is not None:
         _try_it_all_the_same(carried)
-        problem = _problem(carried)
+        problem = _problem(carried, context)
         if problem is None:
             return carried, "carried"
         said.append(f"the carried one: {problem}")
@@ -103,7 +104,7 @@ def engine(context: Context, flavor: trt.Flavor, precision: str) -> tuple[Path, 
         except BuildError as error:
             said.append(f"for this GPU alone: {error.message}")
             build(source, made, flavor, precision, current=False)
-    problem = _problem(made)
+    problem = _problem(made, context)
     if problem is not None:
         raise NotRunError("; ".join([*said, f"the one built here: {problem}"]))
     return made, "; ".join([*said, f"built in {time.monotonic() - began:.1f} s"])
@@ -122,13 +123,12 @@ def build(source: Path, target: Path, flavor: trt.Flavor, precision: str, *, cur
     build_engine(source, target, options)
 
 
-def _problem(plan: Path) -> str | None:
-    """Why an engine does not open here, or None."""
-    try:
-        with open_runner(plan, "cuda:0"):
-            return None
-    except (UnavailableError, RefusedError) as error:
-        return error.message
+def _problem(plan: Path, context: Context) -> str | None:
+    """Why an engine does not run here, or None. Raises RuntimeError for one that ends its process."""
+    if not context.rehearse:
+        return probe.problem(plan)
+    with open_runner(plan, "cuda:0"):  # the stand-ins are in this process alone
+        return None
 
 
 def _try_it_all_the_same(plan: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from gmconv.errors import UnavailableError
 from runtime import trt
 from runtime.runners import open_runner
 from tests.gpu.proof import artefacts
@@ -61,7 +62,10 @@ class Server:
             take(line)
 
     def start(self, seconds: float) -> float:
-        """Wait until it is ready; the seconds that took. Raises AssertionError with its last words."""
+        """Wait until it is ready; the seconds that took.
+
+        Raises AssertionError with its last words, NotRunError where the machine lacks what it needs.
+        """
         for event in ("listening", "ready"):
             found: dict[str, Any] = {}
             while found.get("event") != event:
@@ -76,6 +80,8 @@ class Server:
             try:
                 line = self._events.get(timeout=0.2)
             except queue.Empty:
+                if self.process.poll() == UnavailableError.exit_code:  # an engine called invalid on this card, say
+                    raise NotRunError(self.words) from None
                 require(self.process.poll() is None, f"it ended with {self.process.returncode}: {self.words}")
                 continue
             with contextlib.suppress(json.JSONDecodeError):
