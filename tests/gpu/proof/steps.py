@@ -27,7 +27,7 @@ STEPS = (
     Step("driver", "copies, events, graphs, and an engine's whole path with a kernel for an engine", 60, "driver"),
     Step("parity", "the trained network in torch: masks, baking, TF32, autocast, the float64 yardstick", 90, "parity"),
     Step("latency", "live, baked, twin and cropped in torch, each eager, as a CUDA graph and compiled", 170, "latency"),
-    Step("engines", "engines against the live network; graphs, contexts, threads, memory", 150, "engines"),
+    Step("engines", "engines against the live network; graphs, contexts, threads, memory", 180, "engines"),
     Step("comparison", "engine against the live network, interleaved, in one clock", 110, "comparison"),
     Step("serving", "first start, clients, reload, a full card, SIGTERM", 90, "serving"),
     Step("providers", "ONNX Runtime on CUDA; Torch-TensorRT-RTX as the anchor", 45, "providers"),
