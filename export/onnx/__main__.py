@@ -18,6 +18,7 @@ from export.precision.__main__ import options_from_flags, precision_flags
 from export.precision.converter import PRECISIONS, Precision
 from gmconv.cli import Command
 from gmconv.foreign import Foreign, foreign_options
+from runtime.report.artefacts import report_option, require_report, write_artefact_report
 
 
 def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -98,6 +99,7 @@ def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Prec
 @click.option("--keep-dynamic", is_flag=True, help="Export kernels that depend on the input as they are.")
 @click.option("--fuse", is_flag=True, help="Let modules merge their branches by their own fuse or reparameterize.")
 @click.option("--force", is_flag=True, help="Overwrite a file of another precision.")
+@report_option
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON; a list of several precisions.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no table.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what the exporter prints.")
@@ -128,8 +130,11 @@ def main(
         if verbose or not text.startswith("[exporter]"):
             console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
-    export_onnx(checkpoint, output, options, note=note)
     files = options.outputs(output)
+    require_report(flags["report"], checkpoint, *files)
+    export_onnx(checkpoint, output, options, note=note)
+    if flags["report"] is not None:
+        write_artefact_report(flags["report"], files)
     if as_json or quiet:
         manifests = [read_manifest(file, verify=False) for file in files]
         warn(dict.fromkeys(text for manifest in manifests for text in manifest.warnings))

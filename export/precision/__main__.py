@@ -23,6 +23,7 @@ from export.precision.converter import (
 )
 from gmconv.cli import Command, data_options, print_json, progress_console, result_console, warn
 from gmconv.files import require_writable
+from runtime.report.artefacts import report_option, require_report, write_artefact_report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,6 +89,7 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
     "--save-plan", type=click.Path(path_type=Path), help="Where --auto-precision writes it [OUTPUT.plan.json]."
 )
 @click.option("--force", is_flag=True, help="Overwrite a file of another precision.")
+@report_option
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def main(model: Path, precision: Precision | None, output: Path | None, **flags: Any) -> None:
@@ -109,6 +111,7 @@ def main(model: Path, precision: Precision | None, output: Path | None, **flags:
     wanted = str(automatic or precision)
     output = output or default_output(model, wanted)
     require_replaceable(model, output, wanted, options, force=flags["force"])
+    require_report(flags["report"], model, output)
     if flags["plan"] is not None:
         from export.precision.plan import read_plan
 
@@ -123,6 +126,8 @@ def main(model: Path, precision: Precision | None, output: Path | None, **flags:
         with progress_bar(console, "calibrating") as progress:
             manifest = convert_precision(model, output, precision, options, progress=progress, force=flags["force"])
     warn(manifest.warnings)
+    if flags["report"] is not None:
+        write_artefact_report(flags["report"], [output])
     if flags["as_json"]:
         import msgspec
 

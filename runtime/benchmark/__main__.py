@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from gmconv.cli import Command, print_json, require, result_console
+from gmconv.cli import Command, print_json, result_console
 from gmconv.errors import Interrupted
 from gmconv.files import write_text
 from gmconv.foreign import Foreign, foreign_options
@@ -22,6 +22,7 @@ from runtime.benchmark.measure import Artefact, Measured, Prepared, measure, par
 from runtime.benchmark.options import Options, collect, options, refuse_single_flags
 from runtime.benchmark.timing import Progress
 from runtime.benchmark.trtexec import Log, explanations, heading, profile_table, prolog, summary, trace_averages
+from runtime.report.artefacts import require_report
 from runtime.runners.base import LayerTime
 
 _PROFILE_RUNS = 100
@@ -50,8 +51,7 @@ def main(context: click.Context, /, artefacts: tuple[str, ...], as_json: bool, f
         if values[name]:
             exports.check_writable(values[name])
     if values["report"]:
-        for module in ("jinja2", "matplotlib"):
-            require(module)
+        require_report(values["report"], *(artefact.path for artefact in named))
     log = Log(silent=as_json)
     command = " ".join(["python -m runtime.benchmark", *sys.argv[1:]])
     log.verdict("RUNNING", command)

@@ -11,6 +11,7 @@ from gmconv.cli import Command, print_json, result_console, warn
 from gmconv.data import refuse_missing
 from gmconv.errors import ParityError
 from gmconv.foreign import foreign_options
+from runtime.report.artefacts import report_option, require_report
 
 if TYPE_CHECKING:
     from gmconv.tables import Table
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
 @foreign_options
 @click.option("--min-agreement", type=click.FloatRange(0, 100), help="Percent; exit 4 below it.")
 @click.option("--max-top1-drop", type=click.FloatRange(0, 100), help="Points below the reference; exit 4 above it.")
+@report_option
 @click.option("--json", "as_json", is_flag=True)
 def main(
     artefacts: tuple[Path, ...],
     min_agreement: float | None,
     max_top1_drop: float | None,
     as_json: bool,
+    report: Path | None,
     **flags: Any,
 ) -> None:
     """Accuracy of ARTEFACTS (checkpoints, ONNX files, engines) on labelled images."""
@@ -41,12 +44,15 @@ def main(
 
     if flags["images"] is not None:
         refuse_missing(flags["images"])
+    require_report(report, *artefacts)
     done = evaluate(artefacts, EvaluateOptions(**flags, labelled=max_top1_drop is not None))
     warn(done.warnings)
     if as_json:
         print_json(done.to_dict())
     else:
         _print(done)
+    if report is not None:
+        _write_report(report, done)
     for row in done.rows:
         _gate(row, done, min_agreement, max_top1_drop)
 
@@ -70,22 +76,39 @@ def _gate(row: ArtefactScore, done: Evaluation, min_agreement: float | None, max
         )
 
 
+def _write_report(path: Path, done: Evaluation) -> None:
+    from runtime.report import Facts, Section, Text, write_report
+
+    sections: list[Section] = [
+        Facts(rows={"Images": f"{done.samples} of {done.images}", "Reference": done.reference}, warnings=done.warnings)
+    ]
+    for row in done.rows:
+        found = {"Top-1 % [95 %]": _share(row.score.top1), "Agreement % [95 %]": _share(row.score.agreement)}
+        if row.score.top5 is not None:
+            found["Top-5 %"] = f"{100 * row.score.top5.value:.2f}"
+        found["Signal to noise"] = f"{row.score.snr_db:.1f} dB"
+        sections.append(Facts(rows={"Runs in": row.runner, **found}, title=f"{row.artefact}, {row.precision}"))
+        if lines := _confusions(row, done):
+            sections.append(Text(title=f"{row.artefact}: what changed", paragraphs=lines))
+    write_report(path, f"Accuracy of {', '.join(row.artefact for row in done.rows)}", sections)
+
+
 def _print(done: Evaluation) -> None:
     console = result_console()
     console.print(_table(done))
     for row in done.rows:
-        for confusion in row.score.confusions[:5]:
-            right = (
-                ""
-                if confusion.reference_right is None
-                else f" (reference right {confusion.reference_right}, artefact right {confusion.artefact_right})"
-            )
-            console.print(
-                f"  {row.artefact} {row.mode}: {_class(confusion.reference, done)} became "
-                f"{_class(confusion.artefact, done)} "
-                f"{confusion.count}x{right}",
-                highlight=False,
-            )
+        for line in _confusions(row, done):
+            console.print(f"  {row.artefact} {row.mode}: {line}", highlight=False, markup=False)
+
+
+def _confusions(row: ArtefactScore, done: Evaluation) -> list[str]:
+    """The most frequent classes that became others, in words."""
+    lines = []
+    for found in row.score.confusions[:5]:
+        right = f" (reference right {found.reference_right}, artefact right {found.artefact_right})"
+        became = f"{_class(found.reference, done)} became {_class(found.artefact, done)} {found.count}x"
+        lines.append(became + (right if found.reference_right is not None else ""))
+    return lines
 
 
 def _class(index: int, done: Evaluation) -> str:

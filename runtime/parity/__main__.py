@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gmconv.cli import Command, require
+from gmconv.cli import Command
 from gmconv.data import refuse_missing
 from gmconv.errors import ParityError
-from gmconv.files import require_writable
 from gmconv.foreign import foreign_options
 from gmconv.kinds import artefact_kind
+from runtime.report.artefacts import report_option, require_report
 
 if TYPE_CHECKING:
     from gmconv.tables import Table
@@ -47,7 +47,7 @@ _PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")
 @click.option("--force", is_flag=True, help="Try an engine that TensorRT-RTX calls invalid on this machine.")
 @foreign_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
-@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Also write an HTML report.")
+@report_option
 @click.option("-q", "--quiet", is_flag=True, help="Print the verdict lines alone.")
 def main(
     reference: Path,
@@ -69,10 +69,7 @@ def main(
         refuse_missing(flags["images"])
     for path in (reference, *candidates):
         artefact_kind(path)
-    if report is not None:
-        require("jinja2")
-        require("matplotlib")
-        require_writable(report, reference, *candidates)
+    require_report(report, reference, *candidates)
     progress = progress_console(quiet or as_json)
     with progress.status("") as status:
         found = compare_artefacts(

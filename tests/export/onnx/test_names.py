@@ -14,6 +14,7 @@ from export.onnx.refusals import NOTHING_BAKED
 from export.onnx.trained import Live
 from gmconv.errors import RefusedError
 from gmconv.foreign import NOTHING
+from runtime.report.artefacts import write_artefact_report
 
 
 class Named(nn.Module):
@@ -37,6 +38,11 @@ def test_an_output_may_be_called_like_a_node_or_a_parameter(tmp_path: Path) -> N
     assert manifest.parity is not None
     assert manifest.parity.passed
     assert manifest.warnings == (NOTHING_BAKED,)
+    write_artefact_report(tmp_path / "report.html", [tmp_path / "net.onnx"])
+    report = (tmp_path / "report.html").read_text()
+    assert "net.onnx: verdict" in report
+    assert "nothing was baked" in report
+    assert "Parity, as proven at export" in report
 
 
 def test_an_output_may_not_be_called_like_the_input(tmp_path: Path) -> None:

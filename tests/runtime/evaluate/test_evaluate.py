@@ -121,7 +121,10 @@ def test_json_and_table_say_the_same(tmp_path: Path, images: Path) -> None:
 def test_confusions_have_names_where_the_classes_have(tmp_path: Path, images: Path) -> None:
     names = tuple("abcdefgh")
     good, bad = (save(tmp_path / f"{n}.onnx", swapped=s, labels=names) for n, s in (("x", (0, 0)), ("y", (2, 5))))
-    assert "'c' became 'f' 10x" in invoke(good, bad, "--data", images).stdout
+    report = tmp_path / "report.html"
+    assert "'c' became 'f' 10x" in invoke(good, bad, "--data", images, "--report", report).stdout
+    assert "became &#39;f&#39; 10x" in report.read_text()
+    assert "is an input" in invoke(good, "--data", images, "--report", good, code=3).stderr
 
 
 @pytest.mark.parametrize("flags", [[], ["--data", "digits"]])
