@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import jsonschema
 import pytest
 import yaml
 
+import gmconv
 from runtime.serve.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -262,8 +262,7 @@ def test_the_final_stage_imports_nothing_from_the_model_volume() -> None:
 
 
 def test_the_version_label_is_the_projects() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert f"ARG VERSION={project['version']}\n" in stages()["final"]
+    assert f"ARG VERSION={gmconv.__version__}\n" in stages()["final"]
 
 
 def test_only_gpu_variants_ask_for_a_gpu_and_they_keep_what_the_driver_compiles() -> None:
