@@ -35,6 +35,8 @@ FINE = 1e-2
 FLIPS = 4
 #: An error of this share of the tolerance is never too large for a precision: about its unit roundoff.
 FLOOR = 1 / 20
+#: From so many numbers on a channel's noise is told alone, from their square on a single sample's.
+TELLING = 32
 #: Values counted one by one, to tell agreement from chance.
 COUNTED = 256
 
@@ -57,6 +59,8 @@ class _Positions:
     told2: Array | float = 0.0
     noise_peak: Array | float = 0.0
     peak: Array | float = 0.0
+    #: Of each such sample: the reference's power, and that of the two errors.
+    rows: list[Array] = field(default_factory=list)
 
     def add(self, ref: Array, can: Array, rounded: Array | None) -> None:
         change, error = ref - self.first, can - ref
@@ -74,6 +78,8 @@ class _Positions:
             self.told2 = self.told2 + np.square(error).sum(axis=0)
             self.noise_peak = np.maximum(self.noise_peak, noise.max(axis=0))
             self.peak = np.maximum(self.peak, error.max(axis=0))
+            each = tuple(range(1, ref.ndim))
+            self.rows.append(np.stack([np.square(a).sum(axis=each) for a in (ref, noise, error)]))
 
     def maps(self) -> dict[str, Array]:
         """Per position, summed over samples: the reference's power and variation, the error's, and how they covary."""
@@ -193,6 +199,10 @@ class Pool:
                 for name, group in _scale_groups(maps, positions, axis):
                     if reason := _judge_group(group, tolerance):
                         found.append(f"{name}{reason}")
+                if axis is not None and not found:
+                    found += _channels_beyond_noise(maps, positions, axis, tolerance)
+            if not found:
+                found += _samples_beyond_noise(positions, tolerance)
         return list(dict.fromkeys(found))[:3]
 
     def _disagreements(self, tolerance: Tolerance) -> list[str]:
@@ -301,3 +311,45 @@ def _beyond_noise(group: dict[str, float], tolerance: Tolerance) -> str:
                 f"{own / scale:.2g}; at most {few * factor:.2g} times that is allowed"
             )
     return ""
+
+
+def _channels_beyond_noise(
+    maps: dict[str, Array], positions: _Positions, axis: int, tolerance: Tolerance
+) -> Iterator[str]:
+    """The channel that is worst beside what the precision costs it, or all of them on average, if it is too far off.
+
+    Two classes that are alike may change places without moving the sum.
+    """
+    each = positions.rounded * maps["power"].size / maps["power"].shape[axis]
+    if tolerance.noise is None or each < TELLING:
+        return
+    other = tuple(a for a in range(maps["power"].ndim) if a != axis)
+    noise, error = (np.sqrt(maps[name].sum(axis=other) / each) for name in ("noise", "told"))
+    scale = np.sqrt(maps["variation"].sum(axis=other) / (positions.count * each / positions.rounded))
+    own = np.maximum(np.maximum(noise, math.sqrt(np.square(noise).mean())), FLOOR * tolerance.rel_rms * scale)
+    most, ratio = tolerance.noise * (1 + 3 / math.sqrt(each)), error / np.where(own > 0, own, np.inf)
+    worst = int(ratio.argmax())
+    if ratio[worst] > most:
+        yield (
+            f"channel {worst} of axis {axis + 1} is {ratio[worst]:.2g} times as far off as {tolerance.precision} by "
+            f"itself; at most {most:.2g} times is allowed"
+        )
+
+
+def _samples_beyond_noise(positions: _Positions, tolerance: Tolerance) -> Iterator[str]:
+    """The sample that is worst beside what the precision costs it: outputs of dark images are small.
+
+    Not where ranges were calibrated: there the cost of one sample depends on the range of all.
+    """
+    size = positions.first.size
+    if not positions.rows or tolerance.noise is None or tolerance.calibrated or size < TELLING**2:
+        return
+    power, noise, error = np.sqrt(np.concatenate(positions.rows, axis=1) / size)
+    own = np.maximum(noise, FLOOR * tolerance.rel_rms * power)
+    most, ratio = tolerance.noise * (1 + 3 / math.sqrt(size)), error / np.where(own > 0, own, np.inf)
+    worst = int(ratio.argmax())
+    if ratio[worst] > most:
+        yield (
+            f"a sample is {ratio[worst]:.2g} times as far off as {tolerance.precision} by itself; at most {most:.2g} "
+            f"times is allowed"
+        )

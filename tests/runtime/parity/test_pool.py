@@ -184,3 +184,25 @@ def test_whole_numbers_may_differ_as_often_as_the_precision_changes_them() -> No
     assert beside(classes, clean, rounded, "bf16").passed
     assert one(classes, wrong, "bf16").passed
     assert "100 values differ, where bf16 itself changes 20" in beside(classes, wrong, rounded, "bf16").reason
+
+
+@pytest.mark.parametrize("precision", LOW)
+def test_classes_that_are_alike_do_not_change_places(precision: str) -> None:
+    noise = 0.01 * RNG.standard_normal((2, *LOGITS.shape))
+    alike = LOGITS.copy()
+    alike[:, 4] = alike[:, 3] + 0.08 * RNG.standard_normal(len(alike))
+    order = [0, 1, 2, 4, 3, *range(5, 10)]
+    assert beside(alike, alike + noise[0], alike + noise[1], precision).passed
+    assert not beside(alike, alike[:, order] + noise[0], alike + noise[1], precision).passed
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_dark_image_has_an_answer_too(precision: str) -> None:
+    unit, maps = TOLERANCES[precision].rel_rms / 20, RNG.standard_normal((16, 4, 20, 20))
+    maps[:4] *= unit / 2
+    clean, rounded = (maps * (1 + 2 * unit * RNG.standard_normal(maps.shape)) for _ in range(2))
+    wrong = clean.copy()
+    wrong[1] = 0
+    assert one(maps, wrong, precision).passed
+    assert beside(maps, clean, rounded, precision).passed
+    assert "a sample is" in beside(maps, wrong, rounded, precision).reason
