@@ -39,10 +39,20 @@ def body_for(shape: tuple[int, ...], name: str = "input") -> tuple[bytes, dict[s
 
 
 async def fire(server: Server, path: str, body: bytes, headers: dict[str, str], count: int, after: float) -> Counter:
-    """`count` requests at once; SIGTERM after `after` seconds."""
+    """`count` requests at once; SIGTERM `after` seconds after all of them were sent, however long that took."""
     seen: Counter = Counter()
     connector = aiohttp.TCPConnector(limit=count)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(60)) as session:
+    trace, all_sent, left = aiohttp.TraceConfig(), asyncio.Event(), count
+
+    async def sent(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            all_sent.set()
+
+    trace.on_request_chunk_sent.append(sent)
+    timeout = aiohttp.ClientTimeout(60)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout, trace_configs=[trace]) as session:
 
         async def one() -> None:
             try:
@@ -53,6 +63,7 @@ async def fire(server: Server, path: str, body: bytes, headers: dict[str, str], 
                 seen[type(error).__name__] += 1
 
         tasks = [asyncio.create_task(one()) for _ in range(count)]
+        await asyncio.wait_for(all_sent.wait(), 50)
         await asyncio.sleep(after)
         server.process.send_signal(signal.SIGTERM)
         await asyncio.gather(*tasks)
@@ -64,9 +75,9 @@ async def fire(server: Server, path: str, body: bytes, headers: dict[str, str], 
 def test_sigterm_answers_everything_in_flight_and_exits_0(
     start: Start, tmp_path: Path, count: int, flags: tuple[str, ...]
 ) -> None:
-    server = start(heavy(tmp_path / "m.onnx", size=64, layers=24), *flags)
+    server = start(heavy(tmp_path / "m.onnx", size=64, layers=24), "--burst-window", "60", *flags)
     body, headers = body_for((1, 64, 64), "x")
-    seen = asyncio.run(fire(server, "/v2/models/m/infer", body, headers, count, 0.05))
+    seen = asyncio.run(fire(server, "/v2/models/m/infer", body, headers, count, 0))
     assert seen == {200: count}
     assert server.stop() == 0, server.log
 
