@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import logging
 import os
@@ -102,6 +103,7 @@ def to_onnx(
             f"asked for opset {opset}, the installed torch writes {written} instead; say --opset {written}"
         )
     strip_metadata(graph_model)
+    refuse_bfloat16(graph_model)
     keep_names_apart(graph_model)
     keep_pads_apart(graph_model)
     if program.exported_program is None:
@@ -186,6 +188,19 @@ def strip_metadata(model: ir.Model) -> None:
     model.graph.doc_string = None
     model.producer_name = "gmconv-deploy"
     model.producer_version = ""
+
+
+def refuse_bfloat16(model: ir.Model) -> None:
+    """Raise RefusedError where a layer computes in bfloat16, as under autocast: ONNX Runtime has no kernel for it."""
+    for node in model.graph.all_nodes():
+        dtype = node.outputs[0].dtype if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") else None
+        if dtype is not None and dtype.name == "BFLOAT16":
+            scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+            layer = next((name for name in reversed(scopes[:-1]) if name), node.name)
+            raise RefusedError(
+                f"layer {layer!r} computes in bfloat16 (autocast in its forward?), which ONNX Runtime does not; let it "
+                f"compute in float32 and ask for --precision bf16 or fp16"
+            )
 
 
 def keep_pads_apart(model: ir.Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -221,18 +222,11 @@ def _rewritten(
     memo: dict[int, Any] = {}
     target = model if inplace else copied(model, memo)
     modules = [memo.get(id(layer.module), layer.module) for layer in layers]
-    everywhere = any(layer.changes or layer.module in seen.strangers for layer in layers)
-    ways = [(way, frozen) for frozen in {seen.writes, False} for way in (("root",) if everywhere else _WAYS)]
     problem = ""
-    for way, frozen in sorted(ways, key=lambda way: not way[1]):
+    for frozen, way in sorted(itertools.product({seen.writes, False}, _WAYS), key=lambda each: not each[0]):
         undo = _Undo([target, *modules])
         try:
-            if way == "root":
-                names = _rewrite_at_root(layers, modules, target, seen, frozen=frozen)
-            else:
-                names = _rewrite(layers, modules, seen.values, whole=way == "whole")
-                if frozen:
-                    redirect(target, {}, (), frozen=True)
+            names = _rewrite(layers, modules, target, seen, way, frozen=frozen)
             problem = _difference(watch(target, runs), seen, {layer.name for layer in kept})
         except Exception as error:
             problem = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -261,48 +255,40 @@ class _Plain:
 
 
 def _rewrite(
-    layers: list[_Layer], modules: list[nn.Module], values: dict[nn.Module, list[Any]], *, whole: bool
+    layers: list[_Layer], modules: list[nn.Module], model: nn.Module, seen: Watched, way: str, *, frozen: bool
 ) -> list[list[str]]:
-    """Each module becomes the plain layer; one that is more than a call, or not `whole`, keeps its forward."""
-    plain, names = _Plain(), []
-    for layer, module in zip(layers, modules, strict=True):
+    """Each module becomes the plain layer; one that is more than a call, or "inside", keeps its forward.
+
+    Calls whose kernel changes, calls of modules outside of the module tree, which may not be this network's alone, and
+    all calls by the "root", are made by children of the network. Those are counted over the whole network, so every
+    module goes on making as many calls as before, and asking as many tensors for their values.
+    """
+    plain, hosted = _Plain(), dict[int, Use]()
+    names: list[list[str]] = []
+    elsewhere = [way == "root" or layer.changes or layer.module in seen.strangers for layer in layers]
+    for layer, module, away in zip(layers, modules, elsewhere, strict=True):
         uses = [call[0] for call in layer.calls]
-        if whole and layer.whole:
+        counts = any(elsewhere) and (any(use.index for use in uses) or layer.module in seen.values)
+        if way == "whole" and layer.whole and not away and not counts:
             become(module, plain(uses[0]))
             names.append([layer.name] * len(uses))
             continue
         for use in uses:
             use.pads = None  # the module's forward goes on padding
-        children = redirect(module, {use.index: plain(use) for use in uses}, values.get(layer.module, []))
-        names.append([f"{layer.name}.{children[use.index]}".lstrip(".") for use in uses])
-    return names
-
-
-def _rewrite_at_root(
-    layers: list[_Layer], modules: list[nn.Module], model: nn.Module, seen: Watched, *, frozen: bool
-) -> list[list[str]]:
-    """Modules that are one call become the plain layer; any other's calls are made by children of the network.
-
-    Those are counted over the whole network, so a module whose kernel itself takes such calls keeps making them. A
-    module outside of the module tree may not be this network's alone: it stays as it is.
-    """
-    plain, hosted = _Plain(), dict[int, Use]()
-    names: list[list[str]] = []
-    for layer, module in zip(layers, modules, strict=True):
-        uses = [call[0] for call in layer.calls]
-        if layer.whole and not any(use.index for use in uses) and layer.module not in seen.strangers:
-            become(module, plain(uses[0]))
-            names.append([layer.name] * len(uses))
+        if away:
+            hosted |= {use.place: use for use in uses}
+            names.append([])
             continue
-        for use in uses:
-            use.pads = None
-            hosted[use.place] = use
-        names.append([])
-    values = seen.values.get(seen.model, [])
+        children = redirect(module, {use.index: plain(use) for use in uses}, seen.values.get(layer.module, []))
+        names.append([f"{layer.name}.{children[use.index]}".lstrip(".") for use in uses])
+    if not hosted and not frozen:
+        return names
     stems = {place: f"{use.name.replace('.', '_')}_baked".lstrip("_") for place, use in hosted.items()}
+    values = seen.values.get(seen.model, []) if hosted else []
     children = redirect(model, {p: plain(use) for p, use in hosted.items()}, values, stems, frozen=frozen)
-    own = [[children[call[0].place] for call in layer.calls if call[0].place in children] for layer in layers]
-    return [names[i] or own[i] for i in range(len(layers))]
+    return [
+        found or [children[call[0].place] for call in layer.calls] for found, layer in zip(names, layers, strict=True)
+    ]
 
 
 class _Undo:

@@ -12,7 +12,7 @@ from torch import nn
 
 from export.onnx import ExportOptions, export_onnx
 from export.onnx.trained import Live
-from gmconv.errors import BakeError
+from gmconv.errors import BakeError, RefusedError
 from gmconv.foreign import Foreign
 from tests.gmconv.constants import calls, dynamic, layers
 from tests.gmconv.test_fusing import Branches
@@ -84,6 +84,11 @@ def test_kernels_of_layers_that_write_share_hide_or_follow_the_threads_are_store
     assert manifest.parity is not None
     assert all(hop.bitwise for hop in manifest.parity.hops if hop.name == "live -> baked")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "it stays as it was"
+
+
+def test_a_layer_under_autocast_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="layer 'a' computes in bfloat16"):
+        export_onnx(live(layers.net(calls.Autocast)), tmp_path / "net.onnx")
 
 
 def test_branches_are_merged_where_asked_and_that_is_a_hop(tmp_path: Path) -> None:

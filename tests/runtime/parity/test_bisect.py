@@ -1,6 +1,9 @@
 """`--bisect` names the corrupted layer in the words of the user's model, wherever the error was planted."""
 
+import sys
+import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,14 @@ from onnx import numpy_helper
 from torch import nn
 
 import gmconv
+from export.onnx import export_onnx
+from export.onnx.trained import Live
 from gmconv.foreign import Foreign
 from runtime.parity.bisect import judge_layers
 from runtime.parity.bisection import Bisection, LayerError
 from runtime.parity.run import ParityOptions, compare_artefacts
 from runtime.parity.tolerances import TOLERANCES
+from tests.gmconv.constants import calls
 
 pytestmark = pytest.mark.xdist_group("test_bisect")  # its networks are exported once
 
@@ -38,15 +44,17 @@ class Small(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-Plant = Callable[[str], Path]
+Plant = Callable[..., Path]
 
 
 def plant_in(source: Path, folder: Path) -> Plant:
-    def plant(name: str, change: Callable[[Any], Any] = lambda w: w * 1.3 + 0.05) -> Path:
+    def plant(
+        name: str, change: Callable[[Any], Any] = lambda w: w * 1.3 + 0.05, channels: slice = slice(0, 1)
+    ) -> Path:
         model = onnx.load(source)
         tensor = next(t for t in model.graph.initializer if t.name == name)
         weight = numpy_helper.to_array(tensor).copy()
-        weight[0] = change(weight[0])
+        weight[channels] = change(weight[channels])
         tensor.CopyFrom(numpy_helper.from_array(weight, name))
         onnx.save(model, folder / "bad.onnx")
         return folder / "bad.onnx"
@@ -83,9 +91,6 @@ def randomize_norms(model: nn.Module) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    import sys
-    import types
-
     module = types.ModuleType("bisect_small")
     module.Small = Small  # type: ignore[attr-defined]
     sys.modules["bisect_small"] = module
@@ -132,6 +137,34 @@ def test_twenty_of_twenty_in_resnet20(resnet: tuple[Path, Path], tmp_path: Path)
         found = found_in(resnet[0], plant(weight), LARGE)
         named[weight.removesuffix(".weight")] = found.culprit and found.culprit.name
     assert named == {name: name for name in named}
+
+
+class Own(nn.Module):
+    """Layers with children: a kernel of two parents' making, two convolutions in one forward, one weight twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block, self.scales = calls.Borrowed(3, 8), calls.Block(8, 8), calls.AtScales(8, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.scales(self.block(torch.relu(self.first(x)))).mean((2, 3)))
+
+
+def test_layers_of_a_users_own_are_named_and_none_behind_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("bisect_own")
+    module.Own = Own  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bisect_own", module)
+    torch.manual_seed(0)
+    model, path = randomize_norms(Own()).eval(), tmp_path / "own.onnx"
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    export_onnx(Live(model, torch.randn(2, 3, 12, 12), Foreign()), path)
+    options = replace(LARGE, foreign=Foreign(arch="bisect_own:Own", input_shape=(3, 12, 12)))
+    for layer in ("first.first", "block.baked_1", "scales_layer_baked_0", "scales.out"):
+        bad = plant_in(path, tmp_path)(f"{layer}.weight", channels=slice(None))
+        found = found_in(tmp_path / "own.pth", bad, options)
+        assert found.culprit is not None
+        assert found.culprit.name == layer
 
 
 def test_onnx_against_onnx_names_the_layer_too(resnet: tuple[Path, Path], tmp_path: Path) -> None:
