@@ -19,7 +19,7 @@ from gmconv.data import load_samples
 NEXT = """
 The last row above: the cropped network's latency over its plain twin's, on this machine, one thread.
 
-reports              {folder}/parity.html  {folder}/cropping.html
+reports              {folder}/index.html (parity.html, cropping.html)
 serve it             {bin}/gmconv serve {folder}/digits.onnx --model-name digits    # and a page: localhost:8000
 classify a digit {digit}   curl -s --data-binary @{folder}/digit.png localhost:8000/v2/models/digits/classify
 your own checkpoint  {bin}/gmconv onnx state.pth --arch mypackage.nets:make --input-shape 3,64,64"""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import html
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
@@ -34,6 +37,8 @@ from runtime.report.sections import (
 )
 from runtime.statistics import describe
 
+_LIST = "Reports"  # the title of an index
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -52,11 +57,35 @@ def write_report(path: Path, title: str, sections: Iterable[Section]) -> None:
         RefusedError: the file cannot be written.
     """
     write_text(path, render(title, sections))
+    if path.is_file():
+        _write_index(path.parent)
+
+
+def _write_index(folder: Path) -> None:
+    """List the reports of a folder that holds several in its index.html, unless that is anything but such a list."""
+    reports = {file.name: title for file in sorted(folder.glob("*.html")) if (title := _title(file)) is not None}
+    index = folder / "index.html"
+    if reports.pop("index.html", None if index.exists() else _LIST) == _LIST and len(reports) > 1:
+        write_text(index, _environment().get_template("index.html.j2").render(reports=reports))
+
+
+def _title(file: Path) -> str | None:
+    """The title of a report of ours; None for any other file."""
+    head = ""
+    with contextlib.suppress(OSError), file.open(errors="replace") as stream:
+        head = stream.read(2000)
+    found = re.search(r"<title>(.*?)</title>", head, re.DOTALL)
+    return html.unescape(found[1]) if found and '<meta name="generator" content="gmconv-deploy">' in head else None
 
 
 def render(title: str, sections: Iterable[Section]) -> str:
     """The HTML text. Everything that comes from a file or a network's author is escaped."""
     require("matplotlib", "report")
+    blocks = [block(section) for section in sections]
+    return str(_environment().get_template("report.html.j2").render(title=title, blocks=blocks, created=utc_now()))
+
+
+def _environment() -> Any:
     jinja2 = require("jinja2", "report")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -66,9 +95,7 @@ def render(title: str, sections: Iterable[Section]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "safe_svg": jinja2.utils.markupsafe.Markup}
-    blocks = [block(section) for section in sections]
-    text: str = environment.get_template("report.html.j2").render(title=title, blocks=blocks, created=utc_now())
-    return text
+    return environment
 
 
 @singledispatch

@@ -246,6 +246,19 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
         write_report(Path("/dev/full"), "t", [Facts(rows={})])
 
 
+def test_several_reports_in_a_folder_have_an_index_and_one_has_none(tmp_path: Path) -> None:
+    write_report(tmp_path / "a.html", "First <b>", [Facts(rows={})])
+    assert [file.name for file in tmp_path.iterdir()] == ["a.html"]
+    write_report(tmp_path / "b c.html", "Second", [Facts(rows={})])
+    index = (tmp_path / "index.html").read_text()
+    assert '<a href="a.html">First &lt;b&gt;</a>' in index
+    assert '<a href="b%20c.html">Second</a>' in index
+    for other in ("somebody else's", (tmp_path / "a.html").read_text()):
+        (tmp_path / "index.html").write_text(other)
+        write_report(tmp_path / "a.html", "First", [Facts(rows={})])
+        assert (tmp_path / "index.html").read_text() == other
+
+
 def test_a_row_without_a_number_can_be_drawn() -> None:
     row = ParityRow(case="nan", output="logits", passed=False, tolerance=1e-5, rel_rms=None, reason="NaN on both sides")
     assert "NaN on both sides" in render("t", [Parity(reference="a", candidate="b", rows=[row])])
