@@ -201,8 +201,11 @@ def _why_not(layer: _Layer, seen: Watched) -> str | None:
     if not all(bool(torch.isfinite(use.kernel).all()) for use in uses if use.kernel is not None):
         return "its kernel holds NaN or Inf"
     for call in layer.calls:
-        if len({(use.digest, str(use.settings)) for use in call}) > 1:
+        found = [(use.digest, str(use.settings)) for use in call]
+        if len(set(found[:2])) > 1:
             return "two inputs gave two kernels, in a way that no operator shows"
+        if len(set(found)) > 1:
+            return "its kernel follows the input's height and width: export it for one size, without --dynamic-hw"
     if any(use.hidden for use in uses):
         return "its kernel is used by compiled code (TorchScript), where no stored one can be put"
     if any(use.bias_varies and "Transpose" in use.layer.__name__ for use in uses):

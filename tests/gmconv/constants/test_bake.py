@@ -139,7 +139,7 @@ def test_another_size_must_give_the_same_kernel() -> None:
             return F.conv2d(x, self.weight * gauss(5, x.shape[-1] / 8), self.bias, padding=2)
 
     assert len(bake_constants(net(BySize), image()).certificates) == 2
-    with pytest.raises(BakeError, match="layer 'a'.*two kernels"):
+    with pytest.raises(BakeError, match="layer 'a'.*follows the input's height and width"):
         bake_constants(net(BySize), image(), sizes=[(image(size=24),)])
 
 
