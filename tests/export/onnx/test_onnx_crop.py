@@ -108,7 +108,7 @@ def test_what_stays_in_fp32_keeps_the_taps_that_only_fp16_loses(tmp_path: Path) 
         model.layer1[0].bn1.running_var *= 1e-14
         model.layer1[0].bn1.eps = 1e-30
     gmconv.save_checkpoint(tmp_path / "net.pt", model, "gmconv.models:resnet8", (3, 16, 16), {"kernel_size": 5})
-    flags = ["--precision", "fp16", "--crop", "lossless", "-q"]
+    flags = ["-o", tmp_path / "net.onnx", "--precision", "fp16", "--crop", "lossless", "-q"]
     assert export(tmp_path / "net.pt", *flags, "--keep-fp32", "layer1.0.conv1") == 0
     manifest = read_manifest(tmp_path / "net.onnx")
     assert manifest.crop is not None
@@ -139,7 +139,7 @@ def test_taps_that_fp16_stores_as_zero_go_with_a_crop_of_zeros(tmp_path: Path) -
     torch.manual_seed(0)
     model = gmconv.models.create("resnet8", kernel_size=7, sigma=0.5)
     gmconv.save_checkpoint(tmp_path / "net.pt", model, "gmconv.models:resnet8", (3, 16, 16), {"kernel_size": 7})
-    assert export(tmp_path / "net.pt", "--crop", "0", "--precision", "fp16", "-q") == 0
+    assert export(tmp_path / "net.pt", "-o", tmp_path / "net.onnx", "--crop", "0", "--precision", "fp16", "-q") == 0
     manifest = read_manifest(tmp_path / "net.onnx")
     assert manifest.crop is not None
     assert max(kernel_sizes(tmp_path / "net.onnx")) < 7
