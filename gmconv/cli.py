@@ -103,9 +103,8 @@ def version_option() -> click.Option:
 
     def show(context: click.Context, _: click.Parameter, asked: bool) -> None:
         if asked and not context.resilient_parsing:
-            from importlib.metadata import version
-
-            click.echo(f"gmconv-deploy {version('gmconv-deploy')}, Python {sys.version.split()[0]}")
+            ours = sys.modules["gmconv"].__version__  # the package around us; it may run without being installed
+            click.echo(f"gmconv-deploy {ours}, Python {sys.version.split()[0]}")
             context.exit()
 
     return click.Option(
