@@ -35,6 +35,8 @@ FINE = 1e-2
 FLIPS = 4
 #: An error of this share of the tolerance is never too large for a precision: about its unit roundoff.
 FLOOR = 1 / 20
+#: The largest of a million Gaussian errors over their RMS.
+PEAK = 5.5
 #: From so many numbers on a channel's noise is told alone, from their square on a single sample's.
 TELLING = 32
 #: Values counted one by one, to tell agreement from chance.
@@ -301,11 +303,11 @@ def _beyond_noise(group: dict[str, float], tolerance: Tolerance) -> str:
     step = math.sqrt(group["variation"] / group["elements"]) if tolerance.calibrated else scale
     floor, few = FLOOR * tolerance.rel_rms * step, 1 + 3 / math.sqrt(group["rounded"])
     noise, error = (math.sqrt(group[name] / group["rounded"]) for name in ("noise", "told"))
-    judged = [("RMS error", error, noise, tolerance.noise)]
+    judged = [("RMS error", error, max(noise, floor), tolerance.noise)]
     if tolerance.noise_peak is not None:
-        judged.append(("largest error", group["peak"], group["noise_peak"], tolerance.noise_peak))
+        judged.append(("largest error", group["peak"], max(group["noise_peak"], PEAK * floor), tolerance.noise_peak))
     for what, found, own, factor in judged:
-        if found > few * factor * max(own, floor):
+        if found > few * factor * own:
             return (
                 f"{what} {found / scale:.2g} of RMS, where {tolerance.precision} by itself costs this network "
                 f"{own / scale:.2g}; at most {few * factor:.2g} times that is allowed"

@@ -155,7 +155,7 @@ def test_a_budget_that_bought_nothing_is_judged_on_noise_too(tmp_path: Path, two
 
 def test_a_half_precision_file_with_a_budget_is_compared_at_every_size(tmp_path: Path, two_kernels: TwoKernels) -> None:
     assert export(*two_kernels(0.6), "--crop-budget", "0.05", "--dynamic-hw", "--precision", "fp16") == 0
-    manifest = read_manifest(tmp_path / "net.onnx")
+    manifest = read_manifest(tmp_path / "net.fp16.onnx")
     assert manifest.parity is not None
     shapes = {hop.shapes["input"] for hop in manifest.parity.hops if hop.name == "cropped -> ORT fp16"}
     assert (3, 3, 24, 56) in shapes

@@ -97,7 +97,7 @@ def test_the_search_is_one_function_whose_result_prints_as_tables(
     )
     assert found.chosen.kept == ()
     assert next(iter(found.alone)) == "block.conv1"
-    assert "Each layer quantized alone" in repr(found)
+    assert "each layer quantized alone" in repr(found)
     assert repr(found).endswith(f"agreement with fp32 (no classes known) on 8 images of {npz.name}")
 
 

@@ -34,6 +34,7 @@ def test_convolutions_and_masks_keep_their_onnx_names(classifier: Make, tmp_path
         "convolutions": ["conv1", "conv2"],
         "masks": ["mask1"],
         "precisions": {"fp32": 2},
+        "transposed": [],
     }
     assert describe(classifier(tmp_path / "n.onnx", dtype="float16"))["precisions"] == {"fp16": 2}
 

@@ -119,9 +119,7 @@ def test_pycuda_is_used_where_it_is_installed_and_cuda_bindings_where_it_is_not(
     assert subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.strip() == chosen
 
 
-@pytest.mark.parametrize(
-    ("driver", "words"), [("cuda-bindings", "gmconv-deploy[cuda]"), ("pycuda", "gmconv-deploy[pycuda]")]
-)
+@pytest.mark.parametrize(("driver", "words"), [("cuda-bindings", "[cuda]'"), ("pycuda", "[pycuda]'")])
 def test_without_the_package_the_one_to_install_is_named(
     monkeypatch: pytest.MonkeyPatch, driver: cuda.Driver, words: str
 ) -> None:

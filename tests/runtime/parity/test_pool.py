@@ -11,7 +11,14 @@ from runtime.records import OutputComparison
 from runtime.runners.base import Array
 
 RNG = np.random.default_rng(0)
+SEED = RNG.bit_generator.state
 PRECISIONS = list(TOLERANCES)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test draws the same numbers whatever ran before it."""
+    RNG.bit_generator.state = SEED
 
 
 def one(reference: Array, candidate: Array, precision: str) -> OutputComparison:
@@ -188,7 +195,7 @@ def test_whole_numbers_may_differ_as_often_as_the_precision_changes_them() -> No
 
 @pytest.mark.parametrize("precision", LOW)
 def test_classes_that_are_alike_do_not_change_places(precision: str) -> None:
-    noise = 0.01 * RNG.standard_normal((2, *LOGITS.shape))
+    noise = 0.006 * RNG.standard_normal((2, *LOGITS.shape))
     alike = LOGITS.copy()
     alike[:, 4] = alike[:, 3] + 0.08 * RNG.standard_normal(len(alike))
     order = [0, 1, 2, 4, 3, *range(5, 10)]
