@@ -303,11 +303,11 @@ def _beyond_noise(group: dict[str, float], tolerance: Tolerance) -> str:
     step = math.sqrt(group["variation"] / group["elements"]) if tolerance.calibrated else scale
     floor, few = FLOOR * tolerance.rel_rms * step, 1 + 3 / math.sqrt(group["rounded"])
     noise, error = (math.sqrt(group[name] / group["rounded"]) for name in ("noise", "told"))
-    judged = [("RMS error", error, max(noise, floor), tolerance.noise)]
+    judged = [("RMS error", error, noise, floor, tolerance.noise)]
     if tolerance.noise_peak is not None:
-        judged.append(("largest error", group["peak"], max(group["noise_peak"], PEAK * floor), tolerance.noise_peak))
-    for what, found, own, factor in judged:
-        if found > few * factor * own:
+        judged.append(("largest error", group["peak"], group["noise_peak"], PEAK * floor, tolerance.noise_peak))
+    for what, found, own, least, factor in judged:
+        if found > few * factor * max(own, least):
             return (
                 f"{what} {found / scale:.2g} of RMS, where {tolerance.precision} by itself costs this network "
                 f"{own / scale:.2g}; at most {few * factor:.2g} times that is allowed"
@@ -329,13 +329,8 @@ def _channels_beyond_noise(
     noise, error = (np.sqrt(maps[name].sum(axis=other) / each) for name in ("noise", "told"))
     scale = np.sqrt(maps["variation"].sum(axis=other) / (positions.count * each / positions.rounded))
     own = np.maximum(np.maximum(noise, math.sqrt(np.square(noise).mean())), FLOOR * tolerance.rel_rms * scale)
-    most, ratio = tolerance.noise * (1 + 3 / math.sqrt(each)), error / np.where(own > 0, own, np.inf)
-    worst = int(ratio.argmax())
-    if ratio[worst] > most:
-        yield (
-            f"channel {worst} of axis {axis + 1} is {ratio[worst]:.2g} times as far off as {tolerance.precision} by "
-            f"itself; at most {most:.2g} times is allowed"
-        )
+    if worst := _worst(error, own, each, tolerance):
+        yield f"channel {worst[0]} of axis {axis + 1} {worst[1]}"
 
 
 def _samples_beyond_noise(positions: _Positions, tolerance: Tolerance) -> Iterator[str]:
@@ -348,10 +343,15 @@ def _samples_beyond_noise(positions: _Positions, tolerance: Tolerance) -> Iterat
         return
     power, noise, error = np.sqrt(np.concatenate(positions.rows, axis=1) / size)
     own = np.maximum(noise, FLOOR * tolerance.rel_rms * power)
-    most, ratio = tolerance.noise * (1 + 3 / math.sqrt(size)), error / np.where(own > 0, own, np.inf)
+    if worst := _worst(error, own, size, tolerance):
+        yield f"a sample {worst[1]}"
+
+
+def _worst(error: Array, own: Array, numbers: float, tolerance: Tolerance) -> tuple[int, str] | None:
+    """Which RMS error, over so many numbers, is too far beyond what the precision costs there, and a clause on it."""
+    most, ratio = (tolerance.noise or 0) * (1 + 3 / math.sqrt(numbers)), error / np.where(own > 0, own, np.inf)
     worst = int(ratio.argmax())
-    if ratio[worst] > most:
-        yield (
-            f"a sample is {ratio[worst]:.2g} times as far off as {tolerance.precision} by itself; at most {most:.2g} "
-            f"times is allowed"
-        )
+    if ratio[worst] <= most:
+        return None
+    far = f"is {ratio[worst]:.2g} times as far off as {tolerance.precision} by itself"
+    return worst, f"{far}; at most {most:.2g} times is allowed"
