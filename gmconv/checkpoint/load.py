@@ -16,6 +16,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gmconv.architecture import build, plain_kwargs
 from gmconv.checkpoint.file import read_file
@@ -237,10 +238,22 @@ def _is_input(value: Any) -> bool:
     return known and len(sizes) == len(shape) <= 8 and math.prod(sizes) <= _LARGEST_INPUT
 
 
+class _Unfilled(TorchFunctionMode):
+    """Skips random fills: meta tensors hold no values, and torch's Python for filling them takes 1.5 s to import."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def _require_small(raw: Mapping[str, Any], arch: str, kwargs: dict[str, Any], path: Path, *, trusted: bool) -> None:
     """Refuse a file that names a network larger than its weights, before that network takes memory."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             skeleton = build(arch, kwargs, str(path), trusted=trusted)
     except CheckpointError:
         return  # what is wrong with it is said when it is built for real; a constructor that computes is not
