@@ -48,7 +48,7 @@ class ShapeRange:
 class FileDigest:
     """A file by its base name (never a path of the exporting machine), what it is, and the sha256 of its bytes."""
 
-    kind: Literal["checkpoint", "onnx", "external-data", "engine"]
+    kind: Literal["checkpoint", "onnx", "external-data", "engine", "golden"]
     file: str
     sha256: str
     bytes: int
@@ -59,7 +59,8 @@ class Manifest:
     """The sidecar of an artefact. `chain` lists what it was made from, oldest first (checkpoint, then ONNX).
 
     `export` says how the ONNX file was written, `build` and `device` how and where the engine was built. `ranges`: of
-    the free axes that may not have any length, because the network's forward computes something else beyond.
+    the free axes that may not have any length, because the network's forward computes something else beyond. `golden`:
+    the pairs that it was proven with; who builds an engine for it compares that with them where they lie beside it.
     """
 
     artefact: FileDigest
@@ -82,6 +83,7 @@ class Manifest:
     calibration: Calibration | None = None
     quantization: Quantization | None = None
     parity: Parity | None = None
+    golden: FileDigest | None = None
     benchmark: Benchmark | None = None
     export: Export | None = None
     build: Build | None = None
@@ -156,7 +158,7 @@ def _tensors(message: Any) -> Iterator[Any]:
                 yield from _tensors(item)
 
 
-def digest(path: Path, kind: Literal["checkpoint", "onnx", "external-data", "engine"]) -> FileDigest:
+def digest(path: Path, kind: Literal["checkpoint", "onnx", "external-data", "engine", "golden"]) -> FileDigest:
     """The `FileDigest` of a file on disk."""
     return FileDigest(kind, path.name, sha256_file(path), path.stat().st_size)
 
@@ -199,7 +201,8 @@ def read_manifest(artefact: Path, *, verify: bool = True) -> Manifest:
         raise RefusedError(f"{path}: not a manifest ({error}); export the artefact again") from error
     except OSError as error:
         raise RefusedError(f"{path}: cannot be read ({error.strerror})") from error
-    if any(Path(entry.file).name != entry.file for entry in manifest.external):
+    named = (*manifest.external, *([manifest.golden] if manifest.golden else []))
+    if any(Path(entry.file).name != entry.file for entry in named):
         raise RefusedError(f"{path}: names a file outside its folder; export the artefact again")
     if verify:
         external = [(entry, artefact.with_name(entry.file)) for entry in manifest.external if entry.file]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import TYPE_CHECKING
 
@@ -24,15 +25,20 @@ def input_names(loaded: Checkpoint, options: ExportOptions) -> list[str]:
     return list(options.input_names) or own
 
 
-def output_names(loaded: Checkpoint, options: ExportOptions) -> list[str]:
-    """The graph's, from one run. Raises RefusedError when the network does not run on its inputs."""
+def output_names(loaded: Checkpoint, options: ExportOptions, *, in_memory: bool = False) -> list[str]:
+    """The graph's, from one run.
+
+    Raises RefusedError when the network does not run on its inputs, or computes with what its checkpoint lacks.
+    """
     import torch
 
+    from gmconv.checkpoint.unsaved import saved_alone
     from gmconv.outputs import named_outputs
 
     given = examples(loaded, options)
+    checked = contextlib.nullcontext() if in_memory else saved_alone(loaded.model)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), checked:
             outputs = loaded.model(*(example[:1] if options.batch is None else example for example in given))
     except RefusedError:
         raise

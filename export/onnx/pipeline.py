@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.onnx.interface import examples, input_names, output_names
 from export.onnx.options import ExportOptions, Note
-from export.onnx.refusals import NOTHING_BAKED, refuse_early, refuse_precisions
+from export.onnx.refusals import NOTHING_BAKED, refuse_early, refuse_precisions, refuse_two_networks
 from gmconv.errors import ParityError, RefusedError
 from gmconv.golden import read_golden
 from runtime.runners.base import numpy_dtype
@@ -34,7 +34,10 @@ _EXTERNAL_ABOVE = 2**31 - 2**20  # protobuf cannot hold 2 GiB; the graph itself 
 
 @dataclass(slots=True)
 class _Exported:
-    """The graph as written, and what of the network is still needed once its memory is free."""
+    """The graph as written, and what of the network is still needed once its memory is free.
+
+    `first`: what the network returned for the first case before anything was done to it.
+    """
 
     file: Path
     facts: Checkpoint
@@ -42,6 +45,7 @@ class _Exported:
     outputs: tuple[Any, ...]
     operators: dict[str, int]
     baked_sha256: dict[str, str]
+    first: Outputs
     fused: list[Outputs] | None
     crop: CropCertificate | None
     cropped: list[Outputs] | None
@@ -85,7 +89,8 @@ def export_onnx(
     from export.onnx.reference import work_on
 
     with staged(written[0]) as folder, _opened(source, options, note) as trained:
-        loaded, names = trained.loaded, output_names(trained.loaded, options)
+        loaded = trained.loaded
+        names = output_names(loaded, options, in_memory=not trained.chain)
         refuse_precisions(loaded, options)
         golden = None
         if options.golden is not None:
@@ -95,7 +100,7 @@ def export_onnx(
         crops = options.crop is not None or options.crop_budget is not None  # it times layers, which wants all cores
         trained.start(work, beside=not crops)
         name = output.name if "fp32" in options.precisions else f".fp32.{output.name}"
-        exported = _write_fp32(loaded, cases, folder / name, options, note)
+        exported = _write_fp32(loaded, names, cases, folder / name, options, note)
         del loaded  # ONNX Runtime is about to need as much memory again
         note("running ONNX Runtime and comparing")
         with ThreadPoolExecutor(1) as beside_it:
@@ -112,20 +117,23 @@ def _opened(source: str | Path | Live, options: ExportOptions, note: Note) -> Fr
     return InMemory(source) if isinstance(source, Live) else FromFile(Path(source), options.foreign, note)
 
 
-def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: ExportOptions, note: Note) -> _Exported:
+def _write_fp32(
+    loaded: Checkpoint, names: list[str], cases: list[Case], file: Path, options: ExportOptions, note: Note
+) -> _Exported:
     from export.graph import capture
     from export.graph.kernels import require_stored_kernels
+    from export.onnx.changes import crop_kernels, merge_branches
     from export.onnx.reference import run_torch
     from gmconv.constants import bake_for_inputs
 
-    names = output_names(loaded, options)
+    first = run_torch(loaded.model, loaded.inputs, cases[:1], names)[0]
     note("baking masks and other constant kernels")
     model, certificate = bake_for_inputs(loaded.model, loaded.inputs, **options.bake_options)
     baked = certificate.sha256()
     kept = {kernel.name: kernel.reason for kernel in certificate.kernels if kernel.kind == "kept"}
-    model, merged = _fuse(model, loaded, options)
+    model, merged = merge_branches(model, loaded, options)
     fused = run_torch(model, loaded.inputs, cases, names) if merged else None
-    model, crop = _crop(model, loaded, options, note)
+    model, crop = crop_kernels(model, loaded, options, note)
     cropped = run_torch(model, loaded.inputs, cases, names) if crop and crop.cropped else None
     note("exporting to ONNX")
     written = _to_onnx(model, loaded, names, file, options, note)
@@ -146,7 +154,7 @@ def _write_fp32(loaded: Checkpoint, cases: list[Case], file: Path, options: Expo
     import torch
 
     facts = replace(loaded, model=torch.nn.Identity(), notes=(*loaded.notes, *notes))
-    return _Exported(file, facts, inputs, outputs, operators, baked, fused, crop, cropped, written.ranges)
+    return _Exported(file, facts, inputs, outputs, operators, baked, first, fused, crop, cropped, written.ranges)
 
 
 def _to_onnx(
@@ -174,50 +182,6 @@ def _to_onnx(
         if chatter:
             note(f"{said} {chatter}")
         log.unlink(missing_ok=True)
-
-
-def _fuse(model: nn.Module, loaded: Checkpoint, options: ExportOptions) -> tuple[nn.Module, tuple[str, ...]]:
-    """The network with branches merged, where that was asked for, and the modules that merged theirs."""
-    if not options.fuse:
-        return model, ()
-    from gmconv.fusing import fuse_modules
-    from gmconv.inputs import noise, tensors_of
-    from runtime.parity.tolerances import tolerance_for
-
-    examples = tensors_of(model, loaded.inputs, noise(loaded.inputs, options.batch or 2))
-    return fuse_modules(model, *examples, tolerance=tolerance_for("fp32").rel_rms)
-
-
-def _crop(
-    model: nn.Module, loaded: Checkpoint, options: ExportOptions, note: Note
-) -> tuple[nn.Module, CropCertificate | None]:
-    """The model with smaller kernels, where that was asked for; chosen on training images, never on held-out ones."""
-    if options.crop is None and options.crop_budget is None:
-        return model, None
-    if len(loaded.inputs) != 1 or not loaded.inputs[0].is_image:
-        raise RefusedError("cropping knows networks of one image, and this one takes something else; leave --crop out")
-    from export.crop.budget import parse_budget
-    from export.crop.request import CropRequest, crop_for_export, stored_as
-    from gmconv.images import read_preprocessing
-
-    try:
-        budget = None if options.crop_budget is None else parse_budget(options.crop_budget)
-    except ValueError as error:
-        raise RefusedError(f"--crop-budget: {error}") from error
-    request = CropRequest(
-        tolerance=options.crop, budget=budget, gain=options.crop_gain, images=options.images, seed=options.seed
-    )
-    precision, fp32_layers = stored_as(model, options.precisions, options.precision)
-    return crop_for_export(
-        model,
-        request,
-        input_shape=loaded.input_shape,
-        precision=precision,
-        fp32_layers=fp32_layers,
-        dataset=loaded.dataset,
-        preprocessing=read_preprocessing(loaded.preprocessing),
-        note=note,
-    )
 
 
 def _save(exported: ir.Model, file: Path, options: ExportOptions) -> None:
@@ -262,10 +226,7 @@ def _prove(exported: _Exported, cases: list[Case], reference: Any, note: Note) -
     from runtime.parity.tolerances import crop_cost
     from runtime.records import Crop
 
-    other = reference.certificate.sha256()
-    for name in sorted(other.keys() | exported.baked_sha256.keys()):
-        if other.get(name) != exported.baked_sha256.get(name):
-            raise ParityError(f"layer {name!r}: two processes baked different weights; refusing to ship either")
+    refuse_two_networks(exported.first, reference.live[0], exported.baked_sha256, reference.certificate.sha256())
     proof = Proof(cases, reference, [{} for _ in cases], exported.classifies, exported.fused, exported.cropped)
     inputs, ranges = exported.inputs, exported.ranges
     proof = proof.where([taken(c, o, inputs, ranges, note) for c, o in zip(cases, reference.live, strict=True)])
@@ -300,11 +261,12 @@ def _manifest(
 ) -> Manifest:
     """Judge the fp32 file and describe it. Raises ParityError when it does not hold."""
     from gmconv.images import read_preprocessing
-    from runtime.manifest import Manifest, sidecar, utc_now
+    from runtime.manifest import Manifest, digest, sidecar, utc_now
     from runtime.metadata import refuse_untrue
     from runtime.records import Export
 
     facts, file, baked = exported.facts, exported.file, proof.reference.certificate
+    golden = None if options.golden is None else digest(options.golden, "golden")
     verdict = proof.judge("fp32")
     if not verdict.passed:
         raise ParityError(f"{file.name.removeprefix('.fp32.')}: not written, parity failed: {verdict.summary()}")
@@ -324,6 +286,7 @@ def _manifest(
         certificate=baked.to_dict(),
         crop=crop_record(exported.crop),
         parity=verdict.record(chain[0].file if chain else IN_MEMORY, "onnxruntime cpu"),
+        golden=golden,
         export=Export(
             opset=options.opset,
             batch=options.batch or "dynamic",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.onnx.options import ExportOptions
 from gmconv.data import refuse_missing
-from gmconv.errors import RefusedError
+from gmconv.errors import ParityError, RefusedError
 from gmconv.files import require_writable
 from gmconv.images import read_preprocessing
 from gmconv.kinds import refuse_other_kinds
@@ -17,11 +17,13 @@ from runtime.manifest import refuse_other_precision, sidecar
 
 if TYPE_CHECKING:
     from gmconv import Checkpoint
+    from runtime.runners.base import Array
 
 NOTHING_BAKED = (
     "nothing was baked: the network has no mask and computes no kernel; if it was trained with Gaussian masks, this "
     "checkpoint lacks them, or --arch builds another network"
 )
+_SAME = 1e-3  # of the RMS: far beyond what another number of threads changes
 
 
 def refuse_early(source: object, written: Sequence[Path], options: ExportOptions) -> None:
@@ -57,3 +59,27 @@ def refuse_precisions(loaded: Checkpoint, options: ExportOptions) -> None:
         raise RefusedError("int8 and fp8 are calibrated on images, and this network takes something else")
     preprocessing = read_preprocessing(loaded.preprocessing)
     open_calibration(options.calibrated, loaded.input_shape, preprocessing, loaded.dataset)
+
+
+def refuse_two_networks(
+    here: Mapping[str, Array], there: Mapping[str, Array], baked_here: Mapping[str, str], baked_there: Mapping[str, str]
+) -> None:
+    """Where two processes loaded one checkpoint: their outputs for one batch, and the sha256 of each kernel.
+
+    Raises RefusedError when the outputs say that these are two networks, ParityError when only a kernel does.
+    """
+    for name in here.keys() & there.keys():
+        left, right = (side[name].astype("float64") for side in (here, there))
+        if left.shape != right.shape or here[name].dtype.kind != "f":  # a class may flip where two are as good
+            continue
+        scale, off = (float((values**2).mean()) ** 0.5 for values in (right, left - right))
+        if off > _SAME * scale > 0:
+            raise RefusedError(
+                f"loaded twice, the network gives two answers (output {name!r} differs by {off / scale:.1e} of its RMS)"
+                f": it holds random values that are no parameters or buffers, so that no checkpoint has them, or its "
+                f"forward draws random numbers; register them (self.register_buffer), or hand the network itself to "
+                f"gmconv.deploy"
+            )
+    for name in sorted(baked_here.keys() | baked_there.keys()):
+        if baked_here.get(name) != baked_there.get(name):
+            raise ParityError(f"layer {name!r}: two processes baked different weights; refusing to ship either")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gmconv.constants.gaussian import fit_gaussian
 from gmconv.constants.observe import Use
+from gmconv.constants.operators import Product
 from gmconv.records import GaussianFit, KernelCertificate, KernelKind
 
 
@@ -22,11 +23,17 @@ def kept_certificate(name: str, reason: str) -> KernelCertificate:
 def certify(use: Use, raw: Mapping[str, Tensor]) -> KernelCertificate:
     """Describe the kernel of `use`; `raw` are the parameters and buffers of the live network by name."""
     assert use.kernel is not None
-    kernel = use.kernel
+    kernel, sources = use.kernel, tuple(sorted(use.origin.sources))
+    name = _trained_tensor(kernel, sources, raw) if kernel.is_floating_point() else None
+    if name is None and use.layer is Product and kernel.dim() == 2:  # with its channels in columns
+        name = _trained_tensor(kernel.t(), sources, raw)
+        kernel = kernel if name is None else kernel.t()
+    if name is not None and raw[name].dim() > kernel.dim():  # as a product has it, its taps in a row
+        kernel = kernel.reshape(raw[name].shape)
     found = KernelCertificate(
         name=use.name,
         kind="generated",
-        made_from=tuple(sorted(use.origin.sources)),
+        made_from=sources,
         operators=tuple(sorted(use.origin.operators)),
         shape=tuple(kernel.shape),
         dtype=str(kernel.dtype).removeprefix("torch."),
@@ -36,9 +43,6 @@ def certify(use: Use, raw: Mapping[str, Tensor]) -> KernelCertificate:
     )
     if not kernel.any():
         return replace(found, kind="zero", energy_centre=None)
-    if not kernel.is_floating_point():
-        return found
-    name = _trained_tensor(kernel, found.made_from, raw)
     if name is None:
         return found
     weight = raw[name].reshape(kernel.shape)
@@ -69,7 +73,7 @@ def _trained_tensor(kernel: Tensor, names: Sequence[str], raw: Mapping[str, Tens
     """The one tensor of the kernel's size that it was made from; of several the one that is no mask of 0 and 1."""
     same = [n for n in names if n in raw and raw[n].numel() == kernel.numel() and raw[n].is_floating_point()]
     exact = [n for n in same if raw[n].shape == kernel.shape]
-    same = exact or [n for n in same if raw[n].dim() == kernel.dim()]
+    same = exact or [n for n in same if raw[n].dim() == kernel.dim() or raw[n].shape[:1] == kernel.shape[:1]]
     if len(same) > 1:
         same = [n for n in same if not bool(((raw[n] == 0) | (raw[n] == 1)).all())]
     if len(same) > 1:  # a mask is not negative

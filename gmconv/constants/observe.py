@@ -6,11 +6,11 @@ import copy
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -20,28 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gmconv.certificate import tensor_sha256
+from gmconv.constants.operators import Call, Product, kernel_call, product_operands
 from gmconv.constants.origins import INPUT, Origin, Origins, unwrapped
 from gmconv.errors import BakeError
-
-_PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-_GENERAL = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
-_LAYERS: dict[str, type[nn.Module]] = {
-    "conv1d": nn.Conv1d,
-    "conv2d": nn.Conv2d,
-    "conv3d": nn.Conv3d,
-    "conv_transpose1d": nn.ConvTranspose1d,
-    "conv_transpose2d": nn.ConvTranspose2d,
-    "conv_transpose3d": nn.ConvTranspose3d,
-    "linear": nn.Linear,
-}
-_FUNCTIONS: dict[Any, str] = {
-    F.linear: "linear",
-    torch.convolution: "convolution",
-    **{getattr(torch, name): name for name in _LAYERS if name != "linear"},
-    **{getattr(torch.ops.aten, name): name for name in (*_LAYERS, "convolution")},
-}
-
 
 #: What `tensor.data = other` calls.
 SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
@@ -49,44 +30,15 @@ SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 VALUES = frozenset({"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__bool__", "__index__"})
 
 
-class Call(NamedTuple):
-    """A call of a convolution or linear operator: as which layer, and with what."""
-
-    layer: type[nn.Module]
-    input: Tensor
-    kernel: Tensor
-    bias: Tensor | None
-    settings: dict[str, Any]  # stride, padding, dilation, groups, output_padding; as given
-
-
-def kernel_call(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Call | None:
-    """The call `func(*args, **kwargs)` if `func` convolves or multiplies with a kernel; else None."""
-    try:
-        name = _FUNCTIONS.get(getattr(func, "overloadpacket", func))
-    except TypeError:  # not hashable
-        return None
-    if name is None:
-        return None
-    order = _GENERAL if name == "convolution" else _TRANSPOSED if "transpose" in name else _PLAIN
-    given = {**dict(zip(order, args, strict=False)), **(kwargs or {})}
-    x, kernel, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
-    if name == "convolution":
-        transposed = given.pop("transposed", False)
-        name = f"conv{'_transpose' if transposed else ''}{kernel.dim() - 2}d"
-        if not transposed:
-            given.pop("output_padding", None)
-    return Call(_LAYERS[name], x, kernel, bias, given)
-
-
 @dataclass
 class Use:
     """One call in a run: by which module, with which kernel, made from what.
 
     `index` counts the operators that ran inside the module's forward, those of its children included, `place` those
-    of the whole network. `stored`: the
-    kernel is a parameter or buffer as it stands; any other has its sha256 in `digest` and, unless it varies, a copy in
-    `kernel`. `fed`: the input reaches the call. `pads`: an `F.pad` between the module's input and the operator's.
-    `whole`: the module is this one call and nothing else. `hidden`: the call came from code below Python.
+    of the whole network. `stored`: the kernel is a parameter or buffer as it stands; any other has its sha256 in
+    `digest` and, unless it varies, a copy in `kernel`. `fed`: the input reaches the call. `pads`: an `F.pad` between
+    the module's input and the operator's. `whole`: the module is this one call and nothing else. `hidden`: the call
+    came from code below Python.
     """
 
     name: str
@@ -178,6 +130,8 @@ class _Kernels(TorchFunctionMode):
             self._note_padding(out, *args, **(kwargs or {}))
         elif (call := kernel_call(func, args, kwargs)) is not None:
             self._note(call, out)
+        elif (operands := product_operands(func, args, kwargs)) is not None:
+            self._note_product(operands, out)
         elif getattr(func, "__name__", "") in VALUES:
             for outer in self.frames:
                 outer.values.append(copy.copy(out))
@@ -225,6 +179,38 @@ class _Kernels(TorchFunctionMode):
                 outer.count += 1
         frame.calls.append((use, out))
         self.watched.uses[-1].append(use)
+
+    def _note_product(self, operands: list[Tensor], out: Any) -> None:
+        """A product of the input with what was computed from no input; any other is counted alone."""
+        if self.origins.dispatching:
+            return
+        frame, found = self.frames[-1], [self.origins.of(operand) for operand in operands]
+        fed = any(INPUT in origin.sources for origin in found)
+        for place, (kernel, origin) in enumerate(zip(operands, found, strict=True)):
+            if fed and origin.operators and not origin.varies and unwrapped(kernel) is kernel:
+                use = Use(
+                    name=frame.name,
+                    module=frame.module,
+                    index=frame.count,
+                    place=self.frames[0].count,
+                    layer=Product,
+                    settings={"place": place},
+                    bias=None,
+                    bias_varies=False,
+                    kernel=kernel.detach().clone() if len(self.watched.uses) == 1 else None,
+                    stored=False,
+                    digest=_digest(kernel),
+                    origin=origin,
+                    fed=True,
+                    pads=None,
+                    whole=False,
+                    hidden=False,
+                )
+                frame.calls.append((use, None))
+                self.watched.uses[-1].append(use)
+                break
+        for outer in self.frames:
+            outer.count += 1
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """A global hook: a module's forward begins."""
@@ -288,7 +274,22 @@ def watch(model: nn.Module, runs: Sequence[tuple[Any, ...]]) -> Watched:
             watched.writes |= kernels.origins.written
             watched.outputs.append([t.detach().clone() for t in tree_leaves(out) if isinstance(t, Tensor)])
             kernels.origins.busy = False
+    _pass_over_products(watched)
     return watched
+
+
+def _pass_over_products(watched: Watched) -> None:
+    """Of products keep those that every run made alike: attention multiplies what follows the batch or the input."""
+    runs = [{u.place: u for u in run if u.layer is Product} for run in watched.uses]
+    for run, products in zip(watched.uses, runs, strict=True):
+        kept = {
+            place
+            for place, use in products.items()
+            if not watched.escapes
+            and all(place in other and other[place].digest == use.digest for other in runs)
+            and bool(torch.isfinite(runs[0][place].kernel).all())  # type: ignore[arg-type]
+        }
+        run[:] = [use for use in run if use.layer is not Product or use.place in kept]
 
 
 @contextmanager

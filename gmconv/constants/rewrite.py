@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gmconv.constants.observe import SET_DATA, VALUES, Use, kernel_call
+from gmconv.constants.observe import SET_DATA, VALUES, Use
+from gmconv.constants.operators import Product, kernel_call, product_operands
 from gmconv.errors import BakeError
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
@@ -23,6 +24,8 @@ _WRITES = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itrue
 def plain_layer(use: Use, weight: nn.Parameter) -> nn.Module:
     """The plain layer that makes the call `use` with `weight`. Raises BakeError where no plain layer can state it."""
     settings = dict(use.settings)
+    if use.layer is Product:
+        return Product(weight, settings["place"]).eval()
     if use.layer is nn.Linear:
         plain: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], False, device="meta")
     else:
@@ -146,13 +149,15 @@ class _Redirect(TorchFunctionMode):
             if name in _WRITES or (name.endswith("_") and not name.endswith("__")):
                 return func(args[0].detach().clone(), *args[1:], **(kwargs or {}))
         call = kernel_call(func, args, kwargs)
-        if call is None:
+        if call is None and product_operands(func, args, kwargs) is None:
             return func(*args, **(kwargs or {}))
         self.count += 1
         child = self.names.get(self.count)
         if child is None:
             return func(*args, **(kwargs or {}))
         layer: Any = getattr(self.module, child)
+        if call is None:
+            return layer.call(func, args, kwargs)
         if call.bias is None or layer.bias is not None:
             return layer(call.input)
         if isinstance(layer, nn.Linear):  # a bias that varies

@@ -261,7 +261,8 @@ class TorchRunner(Runner):
     def _learn_outputs(self) -> tuple[TensorSpec, ...]:
         """Output names and shapes, from one run at batch 2."""
         noise = require("gmconv.inputs", "export").noise
-        with self.mode(), self._words():
+        saved_alone = require("gmconv.checkpoint.unsaved", "export").saved_alone
+        with saved_alone(self.model), self.mode(), self._words():
             named = self.named(self.model(*self.tensors(noise(self.checkpoint.inputs, 2))))
         free = any(isinstance(side, str) for spec in self.inputs for side in spec.shape[1:])
         return tuple(

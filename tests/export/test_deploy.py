@@ -103,6 +103,8 @@ def test_several_inputs_and_outputs_of_any_nesting(tmp_path: Path) -> None:
     gmconv.save_golden(net, examples, tmp_path / "golden.npz")
     done = gmconv.deploy(net, examples, tmp_path / "net.onnx", golden=tmp_path / "golden.npz")
     (manifest,) = done.manifests
+    assert manifest.golden is not None
+    assert manifest.golden.file == "golden.npz"
     assert [(i.name, i.dtype) for i in manifest.inputs] == [("image", "float32"), ("mask", "float32"), ("age", "int64")]
     assert [output.name for output in manifest.outputs] == ["scores", "maps.0", "maps.1"]
     with open_runner(done.path) as runner, torch.no_grad():

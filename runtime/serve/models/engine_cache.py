@@ -1,7 +1,8 @@
 """Engines for the GPU found here, built from ONNX files once and kept in a cache that several servers may share.
 
 `prepare_engine` builds in a child process (`python -m export.tensorrt`), compares the engine with ONNX Runtime on the
-ONNX file (`python -m runtime.parity`), and keeps it with the verdict in its manifest. A cache entry belongs to one GPU
+ONNX file and with the golden pairs that its manifest names, where they lie beside it (`python -m runtime.parity`), and
+keeps it with the verdict in its manifest. A cache entry belongs to one GPU
 model, compute capability, driver, TensorRT version, gmconv-deploy version, ONNX file (with its manifest and external
 data) and batch profile; change one and another entry is built.
 """
@@ -31,7 +32,7 @@ import msgspec
 from gmconv.child import child_command, child_environment
 from gmconv.errors import BuildError, Interrupted, ParityError, RefusedError, UnavailableError
 from gmconv.files import locked, sha256_file
-from runtime.manifest import external_files, find_manifest, own_version, read_manifest, sidecar, utc_now
+from runtime.manifest import Manifest, external_files, find_manifest, own_version, read_manifest, sidecar, utc_now
 from runtime.records import Parity
 
 Profile = tuple[int, int, int]
@@ -141,9 +142,23 @@ def hash_sources(onnx_path: Path, require_manifest: bool) -> list[str]:
         known = {onnx_path: manifest.artefact.sha256} if manifest else {}
         known |= {onnx_path.with_name(data.file): data.sha256 for data in (manifest.external if manifest else ())}
         files = [onnx_path, *external_files(onnx_path), *([sidecar(onnx_path)] if manifest else [])]
+        files += [golden] if (golden := golden_pairs(onnx_path, manifest)) else []
         return [known.get(file) or sha256_file(file) for file in files]
     except OSError as error:
         raise RefusedError(f"{onnx_path}: cannot be read ({error.strerror or error})") from error
+
+
+def golden_pairs(onnx_path: Path, manifest: Manifest | None) -> Path | None:
+    """The golden pairs that the ONNX file was proven with, if they lie beside it.
+
+    Raises RefusedError when others have their name.
+    """
+    if manifest is None or manifest.golden is None:
+        return None
+    file = onnx_path.with_name(manifest.golden.file)
+    if file.is_file() and sha256_file(file) != manifest.golden.sha256:
+        raise RefusedError(f"{file}: not the golden pairs that {onnx_path.name} was proven with; export it again")
+    return file if file.is_file() else None
 
 
 def run_child(
@@ -223,8 +238,13 @@ def _build(onnx_path: Path, entry: Path, identity: dict[str, Any], run: RunChild
         link = manifest.source("onnx")
         if link is None or link.sha256 != identity["sources"][0]:
             raise BuildError(f"{onnx_path}: the engine's manifest names another ONNX file as its source; start again")
-        note("comparing the engine with ONNX Runtime")
-        compare = ["runtime.parity", str(source), str(engine), "--device", "cuda", "--no-yardstick", "--json"]
+        known, compare = find_manifest(source), ["runtime.parity", str(source), str(engine), "--device", "cuda"]
+        compare += ["--no-yardstick", "--json"]
+        if pairs := golden_pairs(source, known):
+            compare += ["--golden", str(pairs)]
+        elif known and known.golden:
+            note(f"{known.golden.file} is not beside the model: the engine is not compared with those golden pairs")
+        note("comparing the engine with ONNX Runtime" + (f" and with {pairs.name}" if pairs else ""))
         _succeed(run(compare, output=report), f"{onnx_path}: the engine was not served")
         verdict = _verdict(report, onnx_path)
         sidecar(engine).write_text(replace(manifest, parity=verdict).to_json())
@@ -239,10 +259,11 @@ def _build(onnx_path: Path, entry: Path, identity: dict[str, Any], run: RunChild
 
 
 def _copy(onnx_path: Path, folder: Path) -> Path:
-    """The ONNX file, its manifest and its external data in `folder`; the copy's path."""
+    """The ONNX file, its manifest, external data and golden pairs in `folder`; the copy's path."""
     folder.mkdir()
-    manifest = [sidecar(onnx_path)] if sidecar(onnx_path).exists() else []
-    for file in (onnx_path, *external_files(onnx_path), *manifest):
+    beside = [sidecar(onnx_path)] if sidecar(onnx_path).exists() else []
+    beside += [pairs] if (pairs := golden_pairs(onnx_path, find_manifest(onnx_path))) else []
+    for file in (onnx_path, *external_files(onnx_path), *beside):
         shutil.copyfile(file, folder / file.name)
     return folder / onnx_path.name
 

@@ -86,6 +86,42 @@ def test_kernels_of_layers_that_write_share_hide_or_follow_the_threads_are_store
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "it stays as it was"
 
 
+class Shuffled(nn.Module):
+    """Convolves channels in an order that is drawn once and that no state_dict holds."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.conv, self.order = nn.Conv2d(i, o, 3, padding=1), torch.randperm(i)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x[:, self.order])
+
+
+def listed() -> nn.Module:
+    return layers.Net(calls.Unregistered)
+
+
+def shuffled() -> nn.Module:
+    return layers.Net(Shuffled)
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        (listed, r"^a\.layers\[0\]\.sigma, a\.layers\[0\]\.weight, .* and 3 more: .*nn\.ModuleList"),
+        (shuffled, "^loaded twice, the network gives two answers .*random values that are no parameters or buffers"),
+    ],
+)
+def test_what_no_checkpoint_holds_is_not_exported_from_one(
+    factory: Callable[[], nn.Module], words: str, tmp_path: Path
+) -> None:
+    torch.save(factory().state_dict(), tmp_path / "net.pth")
+    foreign = Foreign(arch=f"{factory.__module__}:{factory.__name__}", input_shape=(3, 16, 16))
+    with pytest.raises(RefusedError, match=words):
+        export_onnx(tmp_path / "net.pth", tmp_path / "net.onnx", ExportOptions(foreign=foreign))
+    assert [file.name for file in tmp_path.iterdir()] == ["net.pth"]
+
+
 def test_a_layer_under_autocast_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="layer 'a' computes in bfloat16"):
         export_onnx(live(layers.net(calls.Autocast)), tmp_path / "net.onnx")

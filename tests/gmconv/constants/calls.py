@@ -376,6 +376,46 @@ class Cayley(Base):
         return torch.linalg.solve(one + skew, one - skew)[: len(flat)].view_as(self.weight)
 
 
+class Unfolded(Base):
+    """The convolution as a product: patches in columns, the kernel's taps in a row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = F.unfold(x, self.k, padding=self.k // 2)
+        return (self.kernel().flatten(1) @ columns + self.bias[:, None]).view(len(x), -1, *x.shape[2:])
+
+
+class UnfoldedRows(Base):
+    """The same with patches in rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = F.unfold(x, self.k, padding=self.k // 2).movedim(1, 2).flatten(0, 1)
+        made = torch.addmm(self.bias * self.sigma, rows, self.kernel().flatten(1).t())
+        return made.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+class Einsum(Base):
+    """Tap by tap over windows of the padded input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = F.pad(x, (2, 2, 2, 2)).unfold(2, self.k, 1).unfold(3, self.k, 1)
+        return torch.einsum("bihwyx,oiyx->bohw", windows, self.kernel()) + self.bias.view(1, -1, 1, 1)
+
+
+class Tokens(Base):
+    """Attention: keys and queries follow the input, queries the batch too; only the mixing matrix is a kernel."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__(i, o)
+        self.query, self.value = nn.Linear(o, o), nn.Parameter(torch.randn(1, 4, o))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        tokens = out.flatten(2).movedim(1, 2)
+        asked = self.query(self.value.expand(len(x), -1, -1))
+        found = (asked @ tokens.mT).softmax(-1) @ tokens
+        return out + (found.mean(1) @ (self.query.weight * self.sigma))[:, :, None, None]
+
+
 class PlainAttribute(Base):
     """A kernel that is no parameter at all."""
 
@@ -448,5 +488,6 @@ CALLS = [
     InPlace, Cached, ByName, Aten, Convolution, FunctionalCall, SetsData, CopiesData, ReadsChild, Block, ItemBlock,
     Twice, Borrowed, OwnFunction, Padded, Circular, Depthwise, Dilated, Transposed, OneD, ThreeD, Lora, ScaledBias,
     Autocast, Blur, Slice, ScriptedMask, Detached, Half, Vmapped, Made, Unregistered, InClosure, MasksChild, AtScales,
-    LastKernel, Cayley, PlainAttribute, patched, hooked, stacked, grouped, strided, normed, spectral, pruned,
+    LastKernel, Cayley, Unfolded, UnfoldedRows, Einsum, Tokens, PlainAttribute, patched, hooked, stacked, grouped,
+    strided, normed, spectral, pruned,
 ]  # fmt: skip

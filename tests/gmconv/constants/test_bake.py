@@ -191,6 +191,20 @@ def test_several_and_nested_inputs_and_whole_numbers() -> None:
     assert type(baked.conv) is nn.Conv2d
 
 
+@pytest.mark.parametrize("layer", [calls.Unfolded, calls.UnfoldedRows, calls.Einsum], ids=lambda layer: layer.__name__)
+def test_a_kernel_that_a_product_uses_is_the_mask_that_it_is(layer: Layer) -> None:
+    baked, certificates = bake_constants(net(layer), image())
+    assert [(c.name, c.kind) for c in certificates] == [("a.baked_0", "mask"), ("b.baked_0", "mask")]
+    traced = torch.export.export(baked, (image(),)).module()
+    with torch.no_grad():
+        assert torch.equal(traced(image()), baked(image()))
+
+
+def test_of_products_only_what_no_input_and_no_batch_changes_is_stored() -> None:
+    _, certificates = bake_constants(net(calls.Tokens), image())
+    assert [c.name for c in certificates] == ["a.baked_0", "a.baked_1", "b.baked_0", "b.baked_1"]
+
+
 def test_a_forward_that_asks_a_constant_for_its_value_can_be_traced() -> None:
     baked, _ = bake_constants(net(calls.ItemBlock), image())
     traced = torch.export.export(baked, (image(),)).module()

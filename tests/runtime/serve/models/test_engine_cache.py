@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 
 from gmconv.errors import BuildError, Interrupted, ParityError, RefusedError, UnavailableError
 from gmconv.files import sha256_file
-from runtime.manifest import read_manifest, sidecar
+from runtime.manifest import digest, read_manifest, sidecar
 from runtime.serve.__main__ import main, make_settings
 from runtime.serve.models import engine_cache
 from runtime.serve.models.engine_cache import DeviceIdentity, prepare_engine, run_child, visible_device
@@ -204,6 +204,28 @@ def test_the_cached_manifest_says_that_the_engine_was_compared_and_with_what(mod
     assert manifest.parity.reference == "net.onnx"
     assert manifest.parity.hops[0].shapes == {"input": (1, 3, 8, 8)}
     assert str(tmp_path) not in sidecar(engine).read_text(), "a manifest travels"
+
+
+def test_golden_pairs_that_lie_beside_the_model_are_compared_with_and_part_of_the_identity(
+    model: Path, tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.npz"
+    pairs.write_bytes(b"recorded")
+    manifest = replace(read_manifest(model), golden=digest(pairs, "golden"))
+    sidecar(model).write_text(manifest.to_json())
+
+    def engine(children: Children) -> tuple[Path, list[str]]:
+        return prepare(model, tmp_path / "cache", children), children.calls[-1]
+
+    first, compared = engine(Children())
+    assert Path(compared[compared.index("--golden") + 1]).name == "pairs.npz"
+    pairs.unlink()
+    second, compared = engine(Children())
+    assert "--golden" not in compared
+    assert second != first
+    pairs.write_bytes(b"others")
+    with pytest.raises(RefusedError, match="not the golden pairs that net.onnx was proven with"):
+        engine(Children())
 
 
 def test_words_of_a_native_library_around_the_comparisons_result_do_no_harm(model: Path, tmp_path: Path) -> None:

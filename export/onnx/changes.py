@@ -1,0 +1,58 @@
+"""What may be done to a baked network before it is captured: its own branches merged, its kernels cropped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from export.onnx.options import ExportOptions, Note
+from gmconv.errors import RefusedError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from gmconv import Checkpoint
+    from gmconv.cropping.certificate import CropCertificate
+
+
+def merge_branches(model: nn.Module, loaded: Checkpoint, options: ExportOptions) -> tuple[nn.Module, tuple[str, ...]]:
+    """The network with branches merged, where that was asked for, and the modules that merged theirs."""
+    if not options.fuse:
+        return model, ()
+    from gmconv.fusing import fuse_modules
+    from gmconv.inputs import noise, tensors_of
+    from runtime.parity.tolerances import tolerance_for
+
+    examples = tensors_of(model, loaded.inputs, noise(loaded.inputs, options.batch or 2))
+    return fuse_modules(model, *examples, tolerance=tolerance_for("fp32").rel_rms)
+
+
+def crop_kernels(
+    model: nn.Module, loaded: Checkpoint, options: ExportOptions, note: Note
+) -> tuple[nn.Module, CropCertificate | None]:
+    """The model with smaller kernels, where that was asked for; chosen on training images, never on held-out ones."""
+    if options.crop is None and options.crop_budget is None:
+        return model, None
+    if len(loaded.inputs) != 1 or not loaded.inputs[0].is_image:
+        raise RefusedError("cropping knows networks of one image, and this one takes something else; leave --crop out")
+    from export.crop.budget import parse_budget
+    from export.crop.request import CropRequest, crop_for_export, stored_as
+    from gmconv.images import read_preprocessing
+
+    try:
+        budget = None if options.crop_budget is None else parse_budget(options.crop_budget)
+    except ValueError as error:
+        raise RefusedError(f"--crop-budget: {error}") from error
+    request = CropRequest(
+        tolerance=options.crop, budget=budget, gain=options.crop_gain, images=options.images, seed=options.seed
+    )
+    precision, fp32_layers = stored_as(model, options.precisions, options.precision)
+    return crop_for_export(
+        model,
+        request,
+        input_shape=loaded.input_shape,
+        precision=precision,
+        fp32_layers=fp32_layers,
+        dataset=loaded.dataset,
+        preprocessing=read_preprocessing(loaded.preprocessing),
+        note=note,
+    )
