@@ -15,8 +15,8 @@ from export.graph.kernels import require_stored_kernels
 from gmconv.errors import RefusedError
 from gmconv.surgery import masked_layers
 
-ZOO = [("resnet20", 32), ("resnet18", 64), ("mobilenet_v2", 64), ("alexnet", 96)]
-REST = [("vgg11_bn", 64), ("resnet50", 64), ("vgg16", 64), ("resnet56", 32)]
+ZOO = [("resnet20", 32), ("resnet18", 64), ("alexnet", 96)]
+REST = [("mobilenet_v2", 64), ("vgg11_bn", 64), ("resnet50", 64), ("vgg16", 64), ("resnet56", 32)]
 
 
 def exported(model: nn.Module, shape: tuple[int, ...], log: Path, opset: int = 20) -> capture.ir.Model:  # type: ignore[name-defined]
