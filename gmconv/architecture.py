@@ -8,7 +8,7 @@ import inspect
 import re
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,20 @@ def build(arch: str, kwargs: Mapping[str, Any], where: str, *, trusted: bool) ->
     return model
 
 
+def factory_keywords(arch: str, where: str) -> set[str]:
+    """Which keywords the user's own factory `"package.module:factory"` takes, the usual ones where it takes any.
+
+    Raises CheckpointError, ArchitectureUnavailableError.
+    """
+    factory = _own_factory(*arch.rpartition(":")[::2], where, arch)
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):  # of a class written in C
+        return set()
+    names = {one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+    return names | ({"num_classes"} if any(one.kind == one.VAR_KEYWORD for one in parameters) else set())
+
+
 def _make(namespace: str, name: str, kwargs: dict[str, Any], where: str, arch: str, trusted: bool) -> object:
     if namespace == "gmconv.models":
         from gmconv import models
@@ -122,6 +136,10 @@ def _make(namespace: str, name: str, kwargs: dict[str, Any], where: str, arch: s
             f"{where}: its architecture {arch[:80]!r} is outside gmconv.models, torchvision.models and timm; a file "
             f"may not choose code to run: if you trust it, say --arch {arch[:80]}"
         )
+    return _own_factory(namespace, name, where, arch)(**kwargs)
+
+
+def _own_factory(namespace: str, name: str, where: str, arch: str) -> Callable[..., object]:
     if (here := str(Path.cwd())) not in sys.path and not sys.flags.safe_path:
         sys.path.append(here)  # the user's own code; behind everything else, so that it shadows nothing of ours
     module = _module(namespace, arch, where)
@@ -129,7 +147,7 @@ def _make(namespace: str, name: str, kwargs: dict[str, Any], where: str, arch: s
     if not callable(factory):
         own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise CheckpointError(f"{where}: {namespace} has no factory {name!r}; {_close(name, own, f'{namespace}:')}")
-    return factory(**kwargs)
+    return factory  # type: ignore[no-any-return]
 
 
 def _module(name: str, arch: str, where: str) -> Any:

@@ -2,51 +2,78 @@
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gmconv.errors import RefusedError
-from gmconv.images import SUFFIXES, Preprocessing, load_image
+from gmconv.images import SUFFIXES, Preprocessing, load_image, load_mask
+from gmconv.npz import npz_array, npz_header, npz_names, npz_rows
 from gmconv.packages import require
+from gmconv.splits import Labels, Part, recognize, split_indices
 
 Floats = NDArray[np.float32]
-Labels = NDArray[np.int64]
-Reader = Callable[[Labels], Iterator[Floats]]
-Part = Literal["held-out", "train", "all"]
+Array = NDArray[Any]
+Reader = Callable[[Labels], Iterator[Array]]
 
 NOISE_SAMPLES = 64
 _BATCH = 32  # samples, where nobody says
 _IMAGE_NAMES = ("input", "images", "x")
-_LABEL_NAMES = ("labels", "targets", "y")
+_LABEL_NAMES = ("labels", "targets", "y", "masks")
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`images` float32 (N, C, H, W), ready for the network; `labels` int64 (N,) where they are known."""
+    """`images` float32 (N, C, H, W), ready for the network; where they are known, `labels` int64 (N,), or `masks`:
+    a class for each pixel, integers (N, H, W)."""
 
     images: Floats
     labels: Labels | None
+    masks: Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """All samples of one place, in order; `chosen` of them where `part` is not all.
+
+    `targets`: further arrays of one row per sample; `entries` say of each sample which it is (`gmconv.splits`).
+    """
+
+    name: str
+    total: int
+    images: Reader
+    labels: Labels | None = None
+    classes: tuple[str, ...] | None = None
+    masks: Reader | None = None
+    targets: Mapping[str, Callable[[Labels], Array]] | None = None
+    part: Part | Literal["changed"] = "all"
+    chosen: Labels | None = None
+    entries: Callable[[], list[str]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
     """Samples of one source, read batch by batch each time it is iterated; memory is that of one batch.
 
-    `name` for tables; `labels` int64 (count,) or None; `classes` the names behind them, where the source has some.
+    `name` for tables; `labels` int64 (count,) or None; `classes` the names behind them, where the source has some;
+    `masked`: a class per pixel is known. `part`: which of the source they are, as far as training left a record: all of
+    a source without one, and "changed" all of one that training split and that is not what it was.
     """
 
     name: str
     count: int
     labels: Labels | None
     classes: tuple[str, ...] | None
+    masked: bool
+    part: Part | Literal["changed"]
     _indices: Labels
-    _read: Reader
+    _source: Source
 
     def __len__(self) -> int:
         return self.count
@@ -56,15 +83,31 @@ class Samples:
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Batches of `size` samples, the last one possibly smaller."""
-        held: list[Floats] = []
+        masks = self._source.masks(self._indices) if self._source.masks else None
+        held: list[Array] = []
         done = 0
-        for image in self._read(self._indices):
+        for image in self._source.images(self._indices):
             held.append(image)
             if len(held) == size or done + len(held) == self.count:
                 labels = None if self.labels is None else self.labels[done : done + len(held)]
-                yield Batch(np.stack(held), labels)
+                yield Batch(np.stack(held), labels, None if masks is None else np.stack([next(masks) for _ in held]))
                 done += len(held)
                 held = []
+
+    def targets(self) -> dict[str, Array]:
+        """What is known of each sample besides its image, by name, one row per sample: `labels`, `masks`, and of an
+        .npz file every array but the images, as it is there. All of it is in memory."""
+        found = {name: read(self._indices) for name, read in (self._source.targets or {}).items()}
+        if self.labels is not None:
+            found.setdefault("labels", self.labels)
+        if self._source.masks is not None and "masks" not in found:
+            found["masks"] = np.stack(list(self._source.masks(self._indices)))
+        return found
+
+
+def trained_on(dataset: Mapping[str, Any] | None) -> str | None:
+    """The data that a manifest names and that is at hand without being given: "digits", or None."""
+    return "digits" if (dataset or {}).get("name") == "digits" else None
 
 
 def load_samples(
@@ -82,14 +125,15 @@ def load_samples(
 
     Args:
         spec: "noise" (standard normal, 64 samples unless `limit` says more), "digits", a folder of images (with one
-            sub-folder per class, their labels), or an .npz file of float32 images (and labels).
+            sub-folder per class, their labels; with `images` and `masks`, a class per pixel), or an .npz file of
+            float32 images (and labels or masks).
         input_shape: (C, H, W).
         preprocessing: the manifest's; needed for image files.
-        dataset: the manifest's, which knows how the digits were split.
+        dataset: the manifest's, which knows how training split the digits, a folder or an .npz file.
         class_names: the manifest's labels: sub-folders are matched with them by name.
         limit: at most this many, drawn by `seed` without repetition and kept in their order.
         seed: of the noise and of the draw.
-        part: of the digits, and of a folder split in train and val: those not trained on, those that were, or all.
+        part: of what training split, or lies in train and val: those not trained on, those that were, or all.
 
     Raises:
         RefusedError: the source is missing, empty, unreadable, or does not have that shape.
@@ -97,29 +141,51 @@ def load_samples(
     """
     if limit is not None and limit < 1:
         raise RefusedError(f"{limit} samples were asked for; at least 1 is needed")
-    classes: tuple[str, ...] | None = None
     if str(spec) == "noise":
-        name, total, labels, read = "noise", limit or NOISE_SAMPLES, None, _noise(input_shape, seed)
+        source = Source("noise", limit or NOISE_SAMPLES, _noise(input_shape, seed))
     elif str(spec) == "digits":
-        name, (total, labels, classes, read) = "digits", _digits(input_shape, dataset or {}, part)
+        source = _digits(input_shape, dataset or {}, part)
     elif Path(spec).is_dir():
-        name = Path(spec).name
-        total, labels, classes, read = _folder(Path(spec), input_shape, preprocessing, class_names, part)
+        source = _folder(Path(spec), input_shape, preprocessing, class_names, part)
     elif Path(spec).suffix == ".npz" and Path(spec).is_file():
-        name, (total, labels, read) = Path(spec).name, _npz(Path(spec), input_shape)
+        source = _npz(Path(spec), input_shape)
     else:
         raise RefusedError(f"{spec}: no such data; give 'digits', a folder of images or an .npz file")
-    if total == 0:
+    if source.total == 0:
         raise RefusedError(f"{spec}: holds no samples")
-    indices = np.arange(total)
-    if limit is not None and limit < total:
-        indices = np.sort(np.random.default_rng(seed).permutation(total)[:limit])
-    chosen = None if labels is None else labels[indices]
-    return Samples(name, len(indices), chosen, classes, indices, read)
+    if part != "all" and source.part == "all" and source.entries and "digest" in (dataset or {}):
+        source = _as_trained(source, source.entries(), dataset or {}, part)
+    indices = np.arange(source.total) if source.chosen is None else source.chosen
+    if limit is not None and limit < len(indices):
+        indices = indices[np.sort(np.random.default_rng(seed).permutation(len(indices))[:limit])]
+    labels = None if source.labels is None else source.labels[indices]
+    masked = source.masks is not None
+    return Samples(source.name, len(indices), labels, source.classes, masked, source.part, indices, source)
+
+
+def _as_trained(source: Source, entries: list[str], dataset: Mapping[str, Any], part: Part) -> Source:
+    """The part of a source that training split at random, if this is that source."""
+    match recognize(dataset, entries):
+        case "changed":
+            return replace(source, part="changed")
+        case "same" if source.labels is not None:
+            train, held_out = split_indices(source.labels, dataset.get("test_size"), dataset.get("split_seed"))
+            return replace(source, part=part, chosen=np.sort(train if part == "train" else held_out))
+    return source
+
+
+def file_entries(folder: Path, files: Sequence[Path]) -> list[str]:
+    """What tells the files of a data set apart: their names in its folder, and their sizes."""
+    return [f"{file.relative_to(folder).as_posix()}\t{file.stat().st_size}" for file in files]
+
+
+def array_entries(images: Iterable[Array]) -> list[str]:
+    """What tells the images of an array apart: the hash of each."""
+    return [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
 
 
 def _noise(shape: tuple[int, int, int], seed: int) -> Reader:
-    def read(indices: Labels) -> Iterator[Floats]:
+    def read(indices: Labels) -> Iterator[Array]:
         generator = np.random.default_rng(seed)
         for _ in indices:
             yield generator.standard_normal(shape, dtype=np.float32)
@@ -145,33 +211,26 @@ def refuse_missing(spec: str | Path) -> None:
         raise RefusedError(f"{spec}: no such data; give 'digits', a folder of images or an .npz file")
 
 
-def _digits(
-    shape: tuple[int, int, int], dataset: dict[str, Any], part: Part
-) -> tuple[int, Labels, tuple[str, ...], Reader]:
+def _digits(shape: tuple[int, int, int], dataset: Mapping[str, Any], part: Part) -> Source:
     """The 1,797 digits of scikit-learn in [0, 1], pixels and channels repeated; split as `gmconv.train` splits them."""
-    load_digits = require("sklearn.datasets", "export").load_digits
-    split = require("sklearn.model_selection", "export").train_test_split
     channels, height, width = shape
     if height % 8 or width % 8:
         raise RefusedError(f"digits are 8 x 8 and grow by whole factors; this network takes {height} x {width}")
-    raw = load_digits()
-    chosen = np.arange(len(raw.target))
+    raw = require("sklearn.datasets", "export").load_digits()
+    labels = np.asarray(raw.target, np.int64)
+    chosen = None
     if part != "all":
-        size, seed = dataset.get("test_size", 0.2), dataset.get("split_seed", 0)
-        try:
-            train, held_out = split(chosen, test_size=size, random_state=seed, stratify=raw.target)
-        except (ValueError, TypeError) as error:
-            raise RefusedError(f"the digits cannot be split with test_size {size!r}, split_seed {seed!r}") from error
+        train, held_out = split_indices(labels, dataset.get("test_size", 0.2), dataset.get("split_seed", 0))
         chosen = train if part == "train" else held_out
     pixels = np.ones((height // 8, width // 8), np.float32)
 
-    def read(indices: Labels) -> Iterator[Floats]:
-        for index in chosen[indices]:
+    def read(indices: Labels) -> Iterator[Array]:
+        for index in indices:
             image = np.kron(np.asarray(raw.images[index], np.float32) / np.float32(16), pixels)
             yield np.repeat(image[None], channels, axis=0)
 
-    labels = np.asarray(raw.target[chosen], np.int64)
-    return len(chosen), labels, tuple(str(name) for name in raw.target_names), read
+    names = tuple(str(name) for name in raw.target_names)
+    return Source("digits", len(labels), read, labels, names, part=part, chosen=chosen)
 
 
 def _folder(
@@ -180,33 +239,57 @@ def _folder(
     preprocessing: Preprocessing | None,
     class_names: Sequence[str] | None,
     part: Part,
-) -> tuple[int, Labels | None, tuple[str, ...] | None, Reader]:
+) -> Source:
     if preprocessing is None:
         raise RefusedError(f"{folder}: the manifest has no preprocessing, so image files cannot be turned into inputs")
     channels = 1 if preprocessing.channel_order == "L" else 3
     prepared = (channels, *preprocessing.size)
     if prepared != tuple(shape):
         raise RefusedError(f"{folder}: the preprocessing makes {prepared} images, the network takes {tuple(shape)}")
-    parts = _folders(folder)
-    held = [entry for entry in parts if entry.name in ("val", "test")]
-    train = [entry for entry in parts if entry.name == "train"]
-    if part != "all" and len(parts) == 2 and len(held) == len(train) == 1:
-        folder = train[0] if part == "train" else held[0]
-        parts = _folders(folder)
-    files = _images(folder)
-    labels: Labels | None = None
-    classes: tuple[str, ...] | None = None
-    if parts and all(file.parent != folder for file in files):
-        classes = tuple(entry.name for entry in parts)
+    roots = _roots(folder, part)
+    names = sorted({entry.name for root in roots for entry in _folders(root)})
+    held = [(root, file) for root in roots for file in _images(root)]
+    labels, classes, masks, entries = None, None, None, None
+    if names == ["images", "masks"]:
+        inner = [(root, inside) for root in roots for inside in _roots(root / "images", part)]
+        held = [(root, file) for root, inside in inner for file in _images(inside)]
+        drawn = [_mask_of(root, file) for root, file in held]
+        masks = _files_reader(drawn, lambda file: load_mask(file, preprocessing))
+        roots = [inside for _, inside in inner if inside.name != "images"] or roots
+    elif names and all(file.parent != root for root, file in held):
+        classes = tuple(names)
         positions = _positions(folder, classes, class_names)
-        files = [file for entry in parts for file in _images(entry)]
-        labels = np.asarray([positions[file.relative_to(folder).parts[0]] for file in files], np.int64)
+        held = [(root, file) for root in roots for name in names for file in _images(root / name)]
+        labels = np.asarray([positions[file.relative_to(root).parts[0]] for root, file in held], np.int64)
+        entries = functools.partial(file_entries, folder, [file for _, file in held])
+    images = _files_reader([file for _, file in held], lambda file: load_image(file, preprocessing))
+    found: Part = "all" if roots == [folder] else part
+    return Source(folder.name, len(held), images, labels, classes, masks, part=found, entries=entries)
 
-    def read(indices: Labels) -> Iterator[Floats]:
+
+def _roots(folder: Path, part: Part) -> list[Path]:
+    """The folder; of one that holds just `train` and `val` or `test`, the sub-folders that hold `part`."""
+    parts = {entry.name: entry for entry in _folders(folder)}
+    other = next((name for name in ("val", "test") if set(parts) == {"train", name}), None)
+    if other is None:
+        return [folder]
+    return {"train": [parts["train"]], "held-out": [parts[other]], "all": [parts["train"], parts[other]]}[part]
+
+
+def _mask_of(root: Path, file: Path) -> Path:
+    """The mask of an image: the PNG file of its name. Raises RefusedError where it is missing."""
+    mask = root / "masks" / file.relative_to(root / "images").with_suffix(".png")
+    if not mask.is_file():
+        raise RefusedError(f"{file}: its mask {mask} is missing; write one class index per pixel into a PNG there")
+    return mask
+
+
+def _files_reader(files: Sequence[Path], load: Callable[[Path], Array]) -> Reader:
+    def read(indices: Labels) -> Iterator[Array]:
         for index in indices:
-            yield load_image(files[index], preprocessing)
+            yield load(files[index])
 
-    return len(files), labels, classes, read
+    return read
 
 
 def _positions(folder: Path, classes: tuple[str, ...], names: Sequence[str] | None) -> dict[str, int]:
@@ -227,7 +310,7 @@ def _images(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
-def _npz(path: Path, shape: tuple[int, int, int]) -> tuple[int, Labels | None, Reader]:
+def _npz(path: Path, shape: tuple[int, int, int]) -> Source:
     names = npz_names(path)
     image = next((name for name in _IMAGE_NAMES if name in names), None)
     others = [name for name in names if name not in _LABEL_NAMES]
@@ -235,83 +318,31 @@ def _npz(path: Path, shape: tuple[int, int, int]) -> tuple[int, Labels | None, R
         image = others[0]
     if image is None:
         raise RefusedError(f"{path}: holds {', '.join(names) or 'nothing'}; name the images' array 'input'")
-    label = next((name for name in _LABEL_NAMES if name in names), None)
     rows, dtype = npz_header(path, image)
     if rows[1:] != tuple(shape) or dtype != np.float32:
         raise RefusedError(
             f"{path}: {image!r} is {dtype} {rows}; the network takes float32 (N, {', '.join(map(str, shape))})"
         )
-    labels = None
-    if label is not None:
-        labels = npz_array(path, label)
-        if labels.dtype.kind not in "iu" or labels.shape != (rows[0],):
-            raise RefusedError(f"{path}: {label!r} is {labels.dtype} {labels.shape}; one integer per image is needed")
-        labels = labels.astype(np.int64)
-
-    def read(indices: Labels) -> Iterator[Floats]:
-        size = int(np.prod(shape)) * dtype.itemsize
-        wanted = set(indices.tolist())
-        with _member(path, image) as (stream, _, _):
-            for index in range(int(indices[-1]) + 1):
-                raw = stream.read(size)
-                if len(raw) != size:
-                    raise RefusedError(f"{path}: {image!r} is truncated")
-                if index in wanted:
-                    yield np.frombuffer(raw, dtype).reshape(shape)
-
-    return rows[0], labels, read
+    labels, masks = None, None
+    if (label := next((name for name in _LABEL_NAMES if name in names), None)) is not None:
+        known, kind = npz_header(path, label)
+        if kind.kind not in "iub" or known[:1] != rows[:1] or len(known) not in (1, 3):
+            raise RefusedError(
+                f"{path}: {label!r} is {kind} {known}; one integer per image is needed, or per pixel (N, H, W); what "
+                f"only --metric knows has another name"
+            )
+        masks = npz_rows(path, label) if len(known) == 3 else None
+        labels = npz_array(path, label).astype(np.int64) if len(known) == 1 else None
+    targets = {name: functools.partial(_chosen_rows, path, name, rows[0]) for name in names if name != image}
+    images = npz_rows(path, image)
+    entries = lambda: array_entries(images(np.arange(rows[0])))  # noqa: E731
+    return Source(path.name, rows[0], images, labels, None, masks, targets, entries=entries)
 
 
-def npz_names(path: Path) -> list[str]:
-    """The arrays in an .npz file. Raises RefusedError when it is not one."""
-    if not path.is_file():
-        raise RefusedError(f"{path}: no such file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-    except (zipfile.BadZipFile, OSError) as error:
-        raise RefusedError(f"{path}: not a readable .npz file ({error})") from error
-
-
-def npz_header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of one array of an .npz file, without reading it."""
-    with _member(path, name) as (_, shape, dtype):
-        return shape, dtype
-
-
-def npz_array(path: Path, name: str) -> NDArray[Any]:
-    """One array of an .npz file; plain numbers in C order only, nothing is unpickled."""
-    with _member(path, name) as (stream, shape, dtype):
-        size = int(np.prod(shape)) * dtype.itemsize
-        raw = stream.read(size)
-        if len(raw) != size:
-            raise RefusedError(f"{path}: {name!r} is truncated")
-        return np.frombuffer(raw, dtype).reshape(shape)
-
-
-class _member:  # noqa: N801 (a context manager used like a function)
-    """One open array of an .npz file: its stream after the header, its shape and dtype."""
-
-    def __init__(self, path: Path, name: str) -> None:
-        self._path, self._name = path, name
-
-    def __enter__(self) -> tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]:
-        self._archive = self._stream = None
-        try:
-            self._archive = zipfile.ZipFile(self._path)
-            self._stream = self._archive.open(f"{self._name}.npy")
-            version = np.lib.format.read_magic(self._stream)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(self._stream)
-        except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError, NotImplementedError) as error:
-            self.__exit__()
-            raise RefusedError(f"{self._path}: array {self._name!r} cannot be read ({error})") from error
-        if dtype.hasobject or (fortran and len(shape) > 1):
-            self.__exit__()
-            raise RefusedError(f"{self._path}: array {self._name!r} must be plain numbers in C order; save it so")
-        return self._stream, tuple(shape), dtype
-
-    def __exit__(self, *_: object) -> None:
-        for opened in (self._stream, self._archive):
-            if opened is not None:
-                opened.close()
+def _chosen_rows(path: Path, name: str, count: int, indices: Labels) -> Array:
+    found = npz_array(path, name)
+    if found.shape[:1] != (count,):
+        raise RefusedError(
+            f"{path}: {name!r} has shape {found.shape}; one row for each of the {count} images is needed"
+        )
+    return found[indices]

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gmconv.data import npz_array, npz_header, npz_names
 from gmconv.errors import RefusedError
 from gmconv.files import sha256_file
+from gmconv.npz import npz_array, npz_header, npz_names
 
 Arrays = dict[str, NDArray[Any]]
 _MOST = 2**31  # bytes of all arrays together

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Floats = NDArray[np.float32]
+T = TypeVar("T")
 
 #: Decoders that a stranger's bytes may reach; the others of PIL stay shut.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
@@ -63,6 +65,32 @@ def load_image(source: bytes | Path, preprocessing: Preprocessing) -> Floats:
         RefusedError: not such an image, truncated, or more than 33 million pixels.
         UnavailableError: pillow is not installed.
     """
+    return _decoded(source, lambda image: preprocess(image, preprocessing))
+
+
+def load_mask(source: Path, preprocessing: Preprocessing) -> NDArray[Any]:
+    """Decode a mask, one class index per pixel, and cut and size it as its image: integers `(H, W)`, nearest neighbour.
+
+    An indexed or a greyscale PNG of 8 or 16 bit. Raises as `load_image`, and RefusedError for one in colours.
+    """
+
+    def prepared(image: Image) -> NDArray[Any]:
+        from PIL.Image import Resampling, fromarray
+
+        if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
+            raise RefusedError(f"{source}: a mask of mode {image.mode}; one class index per pixel is needed (L or P)")
+        values = np.asarray(image)
+        height, width = preprocessing.size
+        cut = fromarray(values.astype(np.int32)).resize(
+            (width, height), Resampling.NEAREST, _box(image.size, preprocessing)
+        )
+        return np.asarray(cut).astype(np.uint8 if values.dtype.itemsize == 1 else np.int32)
+
+    return _decoded(source, prepared)
+
+
+def _decoded(source: bytes | Path, use: Callable[[Image], T]) -> T:
+    """What `use` makes of the opened image; every failure in one sentence."""
     pil = require("PIL.Image", "serve")
     name = str(source) if isinstance(source, Path) else "the image"
     try:
@@ -73,7 +101,7 @@ def load_image(source: bytes | Path, preprocessing: Preprocessing) -> Floats:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise RefusedError(f"{name}: {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")
-                return preprocess(image, preprocessing)
+                return use(image)
     except FileNotFoundError as error:
         raise RefusedError(f"{name}: no such file") from error
     except pil.UnidentifiedImageError as error:

@@ -35,7 +35,9 @@ GROUND = {
         "golden",
         "kinds",
         "lazy",
+        "npz",
         "packages",
+        "splits",
         "startup",
         "tables",
     )

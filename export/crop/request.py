@@ -213,11 +213,10 @@ def calibration_data(
     Raises:
         RefusedError: the data was refused, or a top-1 budget has no images to be spent on.
     """
-    from gmconv.data import load_samples
+    from gmconv.data import load_samples, trained_on
 
-    digits = (dataset or {}).get("name") == "digits"
-    source = request.images or ("digits" if digits else "noise")
-    if request.images is None and not digits and request.budget is not None and request.budget.kind == "top1":
+    source = request.images or trained_on(dataset) or "noise"
+    if source == "noise" and request.images is None and request.budget is not None and request.budget.kind == "top1":
         raise RefusedError("a top-1 budget is spent on images, and the checkpoint knows none: give --images DIR")
     samples = load_samples(
         source,

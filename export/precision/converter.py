@@ -258,8 +258,9 @@ def open_calibration(
     Raises RefusedError as `open_images`, and when neither names any.
     """
     from export.precision.calibration_images import open_images
+    from gmconv.data import trained_on
 
-    source = options.calibration or (dataset or {}).get("name")
+    source = options.calibration or trained_on(dataset)
     if source is None:
         raise RefusedError(
             "int8 and fp8 need calibration images: give --data DIR, --data FILE.npz or, for networks trained on them, "

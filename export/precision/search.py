@@ -338,10 +338,10 @@ def sensitivity_table(found: dict[str, Measurement]) -> Table:
 def read_evaluation_images(source: str | Path | None, converter: PrecisionConverter, limit: int) -> EvaluationImages:
     """The images a budget is measured on: held-out digits, or a folder; never those of the calibration."""
     from export.graph.check import image_shape
-    from gmconv.data import load_samples
+    from gmconv.data import load_samples, trained_on
 
     batch, shape = image_shape(converter.model)
-    source = source or (converter.dataset or {}).get("name")
+    source = source or trained_on(converter.dataset)
     if source is None:
         raise RefusedError("--auto-precision needs images to measure on: give --images DIR or --images digits")
     samples = load_samples(

@@ -161,6 +161,11 @@ def load_checkpoint(
     path = Path(path)
     raw = read_file(path)
     ours = raw.get("schema") == SCHEMA
+    if str(raw.get("schema")).startswith("gmconv-deploy.training/"):
+        raise CheckpointError(
+            f"{path}: is the state of a training run, for gmconv train --resume; the network to deploy is in the file "
+            f"without .last"
+        )
     if not ours and isinstance(raw.get("schema"), str):
         raise CheckpointError(
             f"{path}: schema {printable(raw['schema'])!r} is unknown here; this version reads {SCHEMA!r}"

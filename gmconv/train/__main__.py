@@ -1,4 +1,4 @@
-"""`python -m gmconv.train`: train a network of the zoo, with Gaussian masks or as its plain twin."""
+"""`python -m gmconv.train`: train a network of the zoo or one's own, with Gaussian masks or without."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gmconv.cli import Command
+from gmconv.errors import Interrupted, RefusedError
+from gmconv.files import require_writable, write_text
 
 if TYPE_CHECKING:
-    from gmconv.train.loop import Epoch, TrainOptions, TrainResult
-
-
-class Interrupted(click.ClickException):
-    """Exit 130: the user pressed Ctrl-C."""
-
-    exit_code = 130
+    from gmconv.train.loop import Epoch, TrainResult
+    from gmconv.train.options import TrainOptions
+    from gmconv.train.resume import RunState
 
 
 class DeviceUnavailableError(click.ClickException):
@@ -63,8 +61,14 @@ _NOT_NEGATIVE = click.FloatRange(min=0)
     metavar="DIR|FILE.npz|digits",
     help="DIR: a sub-folder per class; FILE.npz: float32 input, integer labels.",
 )
-@click.option("--arch", default="resnet20", show_default=True, metavar="NAME", help="A network of gmconv.models.")
-@click.option("--plain", is_flag=True, help="Train the plain twin: no masks.")
+@click.option(
+    "--arch",
+    default="resnet20",
+    show_default=True,
+    metavar="NAME",
+    help="A network of gmconv.models; timm:NAME, torchvision:NAME, or your own package.module:factory.",
+)
+@click.option("--plain", is_flag=True, help="Put no masks on it: the plain twin, or your network as it is.")
 @click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**63 - 1))
 @click.option("-o", "--output", default="ckpt.pt", show_default=True, type=click.Path(path_type=Path))
 @click.option("--epochs", default=8, show_default=True, type=click.IntRange(min=1))
@@ -101,31 +105,80 @@ _NOT_NEGATIVE = click.FloatRange(min=0)
 @click.option("--flip", is_flag=True, help="Augmentation: mirror half of the images.")
 @click.option("--bf16", is_flag=True, help="bfloat16 autocast (held-out accuracy stays float32).")
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="NAME.last.pt",
+    help="Go on with a run that was stopped, with its own options; say --data again.",
+)
+@click.option(
+    "--log", type=click.Path(path_type=Path), metavar="FILE.csv", help="Loss and accuracy of each epoch, as they come."
+)
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def main(output: Path, plain: bool, as_json: bool, quiet: bool, **values: Any) -> None:
+@click.pass_context
+def main(context: click.Context, /, output: Path, plain: bool, as_json: bool, quiet: bool, **values: Any) -> None:
     """Train a network and keep its best epoch as a checkpoint.
 
-    The epoch is chosen by the held-out images, so the printed accuracy is the best of that many looks at them.
+    Of a network that is not of the zoo each plain nn.Conv2d larger than 1x1 becomes a GMConv2d, unless it has GMConv2d
+    layers already. The epoch is chosen by the held-out images, so the printed accuracy is the best of that many looks
+    at them. Until a run is done, all that --resume needs lies beside the checkpoint, as NAME.last.pt.
     """
     started = time.perf_counter()
     values["arch"] = values["arch"].removeprefix("gmconv.models:")
+    resume, log = values.pop("resume"), values.pop("log")
     if values["crop_tolerance"] >= 1:
         raise click.BadParameter("it is a share of a kernel, below 1", param_hint="--crop-tolerance")
     if plain and values["sigma_penalty"]:
         raise click.UsageError("a plain network has no sigma to penalize: drop --plain or --sigma-penalty")
     if values["kernel_size"] == 1 and not plain:
         raise click.UsageError("kernels of one tap have nothing to mask: give --kernel-size 3 or more, or --plain")
+    if log is not None:
+        require_writable(log, output, resume)
+    state = None
     try:
         _require_device(values["device"])
-        from gmconv.train.loop import TrainOptions
+        from gmconv.train.options import TrainOptions
 
-        options = TrainOptions(gmconv=not plain, **values)
-        result = _train_with_progress(options, output, quiet)
+        values["gmconv"] = not plain
+        if resume is not None:
+            state, output = _resumed(context, resume, output, values)
+        options = TrainOptions(**values)
+        result = _train_with_progress(options, output, quiet, log, state)
     except KeyboardInterrupt as error:
         exec("")  # else CPython exits by SIGINT where the interrupt left an exec of a string
-        raise Interrupted(f"interrupted; the best epoch that finished, if any did, is in {output}") from error
+        raise Interrupted(_interrupted(output)) from error
     _report(options, output, result, time.perf_counter() - started, as_json)
+
+
+def _interrupted(output: Path) -> str:
+    from gmconv.train.resume import state_path
+
+    said = f"interrupted; the best epoch that finished, if any did, is in {output}"
+    return f"{said}; go on with --resume {state}" if (state := state_path(output)).is_file() else said
+
+
+def _resumed(context: click.Context, file: Path, output: Path, values: dict[str, Any]) -> tuple[RunState, Path]:
+    """The state in `file` and the checkpoint of its run; `values` become the options of that run.
+
+    Raises CheckpointError, and UsageError for an option that says something else than the run.
+    """
+    from gmconv.train.resume import output_path, read_state
+
+    state = read_state(file)
+    said = {name for name in values if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE}
+    for name in sorted(said - {"dataset", "device"}):
+        if values[name] != state.options.get(name):
+            raise click.UsageError(
+                f"--{name.replace('_', '-')}: the run of {file} has {state.options.get(name)}, and goes on with it: "
+                f"leave it out"
+            )
+    if not values["gmconv"] and state.options.get("gmconv"):
+        raise click.UsageError(f"--plain: the run of {file} has masks; leave it out")
+    if set(state.options) != set(values) - {"dataset"} | {"test_size", "split_seed"}:
+        raise RefusedError(f"{file}: is the state of a run of another version; begin again")
+    values |= {name: value for name, value in state.options.items() if name != "device"}
+    return state, output_path(file)
 
 
 def _require_device(device: str) -> None:
@@ -135,7 +188,9 @@ def _require_device(device: str) -> None:
         raise DeviceUnavailableError("torch finds no CUDA device here; use --device cpu")
 
 
-def _train_with_progress(options: TrainOptions, output: Path, quiet: bool) -> TrainResult:
+def _train_with_progress(
+    options: TrainOptions, output: Path, quiet: bool, log: Path | None, resume: RunState | None
+) -> TrainResult:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -149,12 +204,17 @@ def _train_with_progress(options: TrainOptions, output: Path, quiet: bool) -> Tr
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, transient=True, disable=quiet or not sys.stderr.isatty()) as bar:
+        history = list(resume.history) if resume else []
         task = bar.add_task(f"{options.arch} on {options.dataset}, steps", total=None)
 
         def on_step(epoch: Epoch | None) -> None:
             if epoch is None:
                 bar.advance(task)
                 return
+            history.append(dataclasses.asdict(epoch))
+            if log is not None:
+                lines = [",".join(history[0]), *(",".join(map(str, row.values())) for row in history)]
+                write_text(log, "\n".join(lines) + "\n")
             bar.update(task, total=bar.tasks[0].completed / epoch.epoch * options.epochs)
             console.print(
                 f"epoch {epoch.epoch}/{options.epochs}  loss {epoch.loss:.4f}  held-out loss {epoch.held_out_loss:.4f}"
@@ -162,7 +222,7 @@ def _train_with_progress(options: TrainOptions, output: Path, quiet: bool) -> Tr
                 highlight=False,
             )
 
-        return train(options, output, on_step)
+        return train(options, output, on_step, resume)
 
 
 def _report(options: TrainOptions, output: Path, result: TrainResult, seconds: float, as_json: bool) -> None:
@@ -170,6 +230,7 @@ def _report(options: TrainOptions, output: Path, result: TrainResult, seconds: f
         record = {
             "checkpoint": str(output),
             "arch": options.arch,
+            "note": result.network.note,
             "gmconv": options.gmconv,
             "held_out_accuracy": result.best.held_out_accuracy,
             "held_out_images": result.held_out_images,
@@ -184,13 +245,14 @@ def _report(options: TrainOptions, output: Path, result: TrainResult, seconds: f
         }
         click.echo(json.dumps(record, indent=2))
         return
-    kind = "GMConv" if options.gmconv else "plain"
+    kind = "GMConv" if any(layer.sigma is not None for layer in result.layers) else "plain"
     click.echo(
         f"{output}: {options.arch} ({kind}), held-out accuracy {result.best.held_out_accuracy:.2%} on "
         f"{result.held_out_images} images (epoch {result.best.epoch} of {options.epochs}), {seconds:.0f} s"
     )
-    if options.gmconv:
-        sigmas = [layer.sigma for layer in result.layers if layer.sigma is not None]
+    if result.network.note:
+        click.echo(result.network.note)
+    if sigmas := [layer.sigma for layer in result.layers if layer.sigma is not None]:
         kept: dict[str, int] = {}
         for layer in result.layers:
             name = f"{layer.kernel[0]}x{layer.kernel[1]} -> {layer.kept[0]}x{layer.kept[1]}"
@@ -199,6 +261,10 @@ def _report(options: TrainOptions, output: Path, result: TrainResult, seconds: f
         click.echo(
             f"sigma {min(sigmas):.3g} to {max(sigmas):.3g}; cropping at {options.crop_tolerance:g} would keep "
             f"{result.macs_kept:.1%} of the convolutions' multiply-adds ({windows})"
+        )
+    if result.network.own:
+        click.echo(
+            f"a file may not choose code to run, so name yours again: gmconv onnx {output} --arch {options.arch}"
         )
 
 

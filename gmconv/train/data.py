@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gmconv.data import load_samples
+from gmconv.data import array_entries, file_entries, load_samples
 from gmconv.errors import DataError
 from gmconv.images import SUFFIXES, Preprocessing, load_image, read_preprocessing
 from gmconv.packages import require
+from gmconv.splits import split_indices, split_record
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -37,8 +38,8 @@ class Samples(Protocol):
 class Dataset:
     """What `gmconv.train` learns from and is measured on.
 
-    `record` is what a checkpoint keeps so that parity and evaluation find the same held-out images (None: they need
-    to be told). `preprocessing` has the fields of `runtime.manifest.Preprocessing`.
+    `record` is what a checkpoint keeps so that calibration and evaluation find the same parts again (None: they lie in
+    folders of their own). `preprocessing` has the fields of `runtime.manifest.Preprocessing`.
     """
 
     name: str
@@ -133,13 +134,14 @@ def arrays(file: Path, input_shape: tuple[int, int, int], test_size: float, spli
         raise DataError(f"{file}: holds no labels; add an integer array 'labels', one per image")
     images = np.concatenate([batch.images for batch in found])
     train, held_out = split_indices(found.labels, test_size, split_seed)
+    record = split_record("npz", array_entries(images), test_size, split_seed)
     return Dataset(
         name=file.name,
         train=ArraySamples(images[train], found.labels[train]),
         held_out=ArraySamples(images[held_out], found.labels[held_out]),
         labels=tuple(str(index) for index in range(int(found.labels.max()) + 1)),
         preprocessing=None,
-        record=None,
+        record=record,
     )
 
 
@@ -166,6 +168,7 @@ def image_folder(folder: Path, input_shape: tuple[int, int, int], test_size: flo
     ready = read_preprocessing(preprocessing)
     assert ready is not None
     parts = {entry.name: entry for entry in _folders(folder)}
+    record = None
     other = next((name for name in ("val", "test") if set(parts) == {"train", name}), None)
     if other:
         files, targets, labels = _scan(parts["train"])
@@ -178,25 +181,10 @@ def image_folder(folder: Path, input_shape: tuple[int, int, int], test_size: flo
     else:
         files, targets, labels = _scan(folder)
         inside, outside = split_indices(targets, test_size, split_seed)
+        record = split_record("folder", file_entries(folder, files), test_size, split_seed)
         train = FileSamples(tuple(files[i] for i in inside), targets[inside], ready)
         held_out = FileSamples(tuple(files[i] for i in outside), targets[outside], ready)
-    return Dataset(folder.name, train, held_out, labels, preprocessing, record=None)
-
-
-def split_indices(targets: Indices, test_size: float, split_seed: int) -> tuple[Indices, Indices]:
-    """Indices for training and held out: stratified by class, the same for the same seed.
-
-    Raises DataError when there are too few images to have every class on both sides.
-    """
-    from sklearn.model_selection import train_test_split
-
-    try:
-        train, held_out = train_test_split(
-            np.arange(len(targets)), test_size=test_size, random_state=split_seed, stratify=targets
-        )
-    except ValueError as error:
-        raise DataError(f"{len(targets)} images cannot be split with every class on both sides ({error})") from error
-    return np.asarray(train, np.int64), np.asarray(held_out, np.int64)
+    return Dataset(folder.name, train, held_out, labels, preprocessing, record)
 
 
 def _folders(folder: Path) -> list[Path]:

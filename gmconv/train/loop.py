@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,59 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmconv import models
 from gmconv.checkpoint import save_checkpoint
 from gmconv.errors import CheckpointError
 from gmconv.files import require_writable
 from gmconv.surgery import masked_layers
 from gmconv.train.data import Dataset, Samples, batches, load_dataset
+from gmconv.train.network import Network, make_network
+from gmconv.train.options import TrainOptions
 from gmconv.train.penalty import LayerReach, reach, sigma_penalty
+from gmconv.train.resume import RunState, data_identity, random_state, restore_random, state_path, write_state
 
 
 class TrainingError(click.ClickException):
     """Exit 5: training did not yield a network."""
 
     exit_code = 5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainOptions:
-    """What `train` needs to know; the defaults reach 99 % on digits with resnet20 in 8 epochs.
-
-    `arch` is a name of `gmconv.models`. `input_shape` is (C, H, W). `sigma` is the initial one, in taps, and `sigma_lr`
-    its learning rate. `shift` is the augmentation's largest translation in pixels (None: an eighth of the height).
-    """
-
-    arch: str
-    dataset: str = "digits"
-    gmconv: bool = True
-    seed: int = 1
-    epochs: int = 8
-    batch_size: int = 32
-    lr: float = 3e-3
-    weight_decay: float = 0.05
-    sigma: float = 5.0
-    sigma_per: str = "layer"
-    sigma_lr: float = 0.02
-    sigma_penalty: float = 0.0
-    crop_tolerance: float = 1e-3
-    kernel_size: int | None = None
-    input_shape: tuple[int, int, int] = (3, 32, 32)
-    test_size: float = 0.2
-    split_seed: int = 0
-    shift: int | None = None
-    flip: bool = False
-    bf16: bool = False
-    device: str = "cpu"
-
-    def arch_kwargs(self, num_classes: int) -> dict[str, Any]:
-        """Keywords that rebuild the network with `gmconv.models.create`."""
-        kwargs: dict[str, Any] = {"gmconv": self.gmconv, "num_classes": num_classes, "in_channels": self.input_shape[0]}
-        if self.gmconv:
-            kwargs |= {"sigma": self.sigma, "sigma_per": self.sigma_per}
-        if self.kernel_size is not None:
-            kwargs["kernel_size"] = self.kernel_size
-        return kwargs
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +49,16 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """The best epoch (held-out accuracy, then loss), every epoch, and each layer's reach at the crop tolerance."""
+    """The best epoch (held-out accuracy, then loss), every epoch, and each layer's reach at the crop tolerance.
+
+    `network` says what was trained; its weights are those of the last epoch.
+    """
 
     best: Epoch
     history: tuple[Epoch, ...]
     layers: tuple[LayerReach, ...]
     held_out_images: int
+    network: Network
 
     @property
     def macs_kept(self) -> float:
@@ -101,12 +68,16 @@ class TrainResult:
 
 
 def train(
-    options: TrainOptions, output: Path, on_step: Callable[[Epoch | None], None] = lambda epoch: None
+    options: TrainOptions,
+    output: Path,
+    on_step: Callable[[Epoch | None], None] = lambda epoch: None,
+    resume: RunState | None = None,
 ) -> TrainResult:
     """Train and write the best epoch's checkpoint to `output` (atomically, each time it improves).
 
-    The same options on the same machine and thread count give the same file. `on_step` is called with None after each
-    optimizer step and with the `Epoch` after each epoch.
+    The same options on the same machine and thread count give the same file, also where `resume` goes on with a run
+    that stopped: until it is done its state lies beside `output` (`gmconv.train.resume.state_path`). `on_step` is
+    called with None after each optimizer step and with the `Epoch` after each epoch.
 
     Raises:
         DataError: the data was refused.
@@ -116,22 +87,24 @@ def train(
     _require_writable(output)
     torch.manual_seed(options.seed)
     data = load_dataset(options.dataset, options.input_shape, options.test_size, options.split_seed)
-    model = models.create(options.arch, **options.arch_kwargs(len(data.labels)))
-    _require_fit(model, options)
-    model = model.to(options.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(parameter_groups(model, options), lr=options.lr)
-    history: list[Epoch] = []
-    best: Epoch | None = None
-    run = _Run(model, optimizer, data, options, on_step)
-    for number in range(1, options.epochs + 1):
-        epoch = run.epoch(number)
-        history.append(epoch)
-        if best is None or epoch.better_than(best):
-            best = epoch
-            layers = _save(output, model, data, options, history)
-        on_step(epoch)
-    assert best is not None
-    return TrainResult(best, tuple(history), layers, len(data.held_out.targets))
+    network = make_network(options, len(data.labels))
+    model = network.model.to(options.device, memory_format=network.layout)  # type: ignore[call-overload]
+    run = _Run(network, torch.optim.AdamW(parameter_groups(model, options), lr=options.lr), data, options, on_step)
+    if resume is not None:
+        run.restore(resume, output)
+    try:
+        while len(run.history) < options.epochs:
+            epoch = run.epoch(len(run.history) + 1)
+            run.history.append(epoch)
+            if run.best is epoch:
+                run.layers = _save(output, network, data, options, run.history)
+            write_state(state_path(output), run.state())
+            on_step(epoch)
+    except TrainingError:
+        state_path(output).unlink(missing_ok=True)  # what is resumed would diverge again
+        raise
+    state_path(output).unlink(missing_ok=True)
+    return TrainResult(run.best, tuple(run.history), run.layers, len(data.held_out.targets), network)
 
 
 def parameter_groups(model: nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
@@ -171,11 +144,52 @@ def augment(images: Tensor, shift: int, flip: bool) -> Tensor:
 
 @dataclass(slots=True)
 class _Run:
-    model: nn.Module
+    network: Network
     optimizer: torch.optim.Optimizer
     data: Dataset
     options: TrainOptions
     on_step: Callable[[Epoch | None], None]
+    history: list[Epoch] = field(default_factory=list)
+    layers: tuple[LayerReach, ...] = ()
+
+    @property
+    def model(self) -> nn.Module:
+        return self.network.model
+
+    @property
+    def best(self) -> Epoch:
+        """The first of those that no other is better than."""
+        return functools.reduce(lambda best, epoch: epoch if epoch.better_than(best) else best, self.history)
+
+    def state(self) -> RunState:
+        """All that the next epoch depends on."""
+        return RunState(
+            options=self.options.recorded(),
+            data=data_identity(self.data),
+            history=[dataclasses.asdict(epoch) for epoch in self.history],
+            layers=[dataclasses.asdict(layer) for layer in self.layers],
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            random=random_state(self.options.device),
+        )
+
+    def restore(self, state: RunState, output: Path) -> None:
+        """Be where the run was that `state` is of, whose best epoch is in `output`. Raises CheckpointError."""
+        if state.data != data_identity(self.data):
+            raise CheckpointError(
+                f"{self.options.dataset}: is not the data that the run began with; give that as --data, or train anew"
+            )
+        if not output.is_file():
+            raise CheckpointError(f"{output}: the best epoch of the run is not there; put it back, or train anew")
+        try:
+            self.model.load_state_dict(state.model)
+            self.optimizer.load_state_dict(state.optimizer)
+            self.history = [Epoch(**epoch) for epoch in state.history]
+            self.layers = tuple(LayerReach(**layer) for layer in state.layers)
+            restore_random(state.random, self.options.device)
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{state_path(output)}: does not fit the network ({reason}); train anew") from error
 
     def epoch(self, number: int) -> Epoch:
         """Train for one epoch, then measure."""
@@ -226,7 +240,7 @@ class _Run:
         return logits
 
     def _to_device(self, images: Tensor) -> Tensor:
-        return images.to(self.options.device, memory_format=torch.channels_last)
+        return images.to(self.options.device, memory_format=self.network.layout)
 
 
 def _diverged(loss: float, epoch: int) -> TrainingError:
@@ -237,22 +251,23 @@ def _diverged(loss: float, epoch: int) -> TrainingError:
 
 
 def _save(
-    output: Path, model: nn.Module, data: Dataset, options: TrainOptions, history: list[Epoch]
+    output: Path, network: Network, data: Dataset, options: TrainOptions, history: list[Epoch]
 ) -> tuple[LayerReach, ...]:
+    model = network.model
     layers = reach(model, options.input_shape, options.crop_tolerance)
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     save_checkpoint(
         output,
         model,
-        f"gmconv.models:{options.arch}",
+        network.arch,
         options.input_shape,
-        options.arch_kwargs(len(data.labels)),
+        network.kwargs,
         preprocessing=data.preprocessing,
         labels=data.labels,
         dataset=data.record,
         training={
             "dataset": data.name,
-            "options": {k: v for k, v in dataclasses.asdict(options).items() if k != "dataset"},
+            "options": options.recorded(),
             "best_epoch": history[-1].epoch,
             "held_out_accuracy": history[-1].held_out_accuracy,
             "held_out_images": len(data.held_out.targets),
@@ -261,7 +276,7 @@ def _save(
             "macs_kept": sum(layer.kept_macs for layer in layers),
         },
     )
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=network.layout)  # type: ignore[call-overload]
     return layers
 
 
@@ -273,22 +288,3 @@ def _require_writable(output: Path) -> None:
             pass
     except OSError as error:
         raise CheckpointError(f"{output}: cannot be written ({error.strerror or error}); choose another -o") from error
-
-
-def _require_fit(model: nn.Module, options: TrainOptions) -> None:
-    """Refuse an input too small for the network's pools and strides before the first epoch."""
-
-    probe = torch.zeros(2, *options.input_shape)
-    state = {
-        key: value.clone() for key, value in model.state_dict().items() if "running" in key or "num_batches" in key
-    }
-    try:
-        with torch.no_grad():
-            model.train()(probe)
-    except (RuntimeError, ValueError) as error:
-        shape = "x".join(map(str, options.input_shape))
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{options.arch} cannot train on {shape} input ({reason}); give a larger --input-shape"
-        ) from error
-    model.load_state_dict(state, strict=False)

@@ -4,15 +4,56 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gmconv.data import Batch
 from gmconv.errors import RefusedError
 
 Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One value of a score as tables show it: heading with unit, how spare the column is, text."""
+
+    heading: str
+    spare: int
+    text: str
+
+
+def class_name(index: int, labels: Sequence[str]) -> str:
+    """A class as sentences say it."""
+    return repr(labels[index]) if index < len(labels) else f"class {index}"
+
+
+def decibels(ratio: float) -> str:
+    """A signal-to-noise ratio in dB as tables show it."""
+    return f"{ratio:.1f}" if ratio < math.inf else "exact"
+
+
+@dataclass(slots=True)
+class Noise:
+    """Energy of a reference's outputs, and of what others make of them, summed up batch by batch."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, reference: NDArray[Any], candidate: NDArray[Any]) -> None:
+        """Two arrays of one shape."""
+        self.signal += float(np.square(reference, dtype=np.float64).sum())
+        self.noise += float(np.square(reference.astype(np.float64) - candidate).sum())
+
+    @property
+    def snr_db(self) -> float:
+        """Signal to noise; infinite where they are equal."""
+        if self.noise == 0:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +72,11 @@ class Share:
     def interval(self) -> tuple[float, float]:
         """Lower and upper end, each in [0, 1]."""
         return wilson(self.hits, self.total)
+
+    def shown(self) -> str:
+        """In percent, with its interval."""
+        low, high = self.interval
+        return f"{100 * self.value:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -65,6 +111,31 @@ class Score:
     agreement: Share
     snr_db: float
     confusions: tuple[Confusion, ...]
+
+    @property
+    def lost(self) -> float | None:
+        """Points of top-1 below the reference; None without labels."""
+        if self.top1 is None:
+            return None
+        return 100 * sum((c.reference_right or 0) - (c.artefact_right or 0) for c in self.confusions) / self.samples
+
+    def cells(self) -> list[Cell]:
+        """For tables."""
+        return [
+            Cell("top-1 % [95 %]", 0, self.top1.shown() if self.top1 else "-"),
+            Cell("top-5 %", 3, f"{100 * self.top5.value:.2f}" if self.top5 else "-"),
+            Cell("agreement % [95 %]", 2, self.agreement.shown()),
+            Cell("SNR [dB]", 4, decibels(self.snr_db)),
+        ]
+
+    def remarks(self, labels: Sequence[str]) -> list[str]:
+        """The most frequent classes that became others, in words."""
+        lines = []
+        for found in self.confusions[:5]:
+            became = f"{class_name(found.reference, labels)} became {class_name(found.artefact, labels)} {found.count}x"
+            right = f" (reference right {found.reference_right}, artefact right {found.artefact_right})"
+            lines.append(became + (right if found.reference_right is not None else ""))
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; an infinite ratio becomes None."""
@@ -102,7 +173,8 @@ def score(logits: NDArray[Any], reference: NDArray[Any], labels: NDArray[np.int6
     """
     if logits.shape != reference.shape or logits.ndim != 2 or logits.shape[1] < 2:
         raise RefusedError(
-            f"outputs of shape {logits.shape} and {reference.shape}: evaluation needs (N, classes) from both"
+            f"outputs of shape {logits.shape} and {reference.shape}: evaluation needs (N, classes) from both; what "
+            f"answers per pixel is judged by masks in --data, anything else by --metric"
         )
     if not len(logits):
         raise RefusedError("no samples to evaluate on")
@@ -113,6 +185,8 @@ def score(logits: NDArray[Any], reference: NDArray[Any], labels: NDArray[np.int6
             f"labels go from {labels.min()} to {labels.max()}, the network has {logits.shape[1]} classes"
         )
     classes, expected = logits.argmax(1), reference.argmax(1)
+    noise = Noise()
+    noise.add(reference, logits)
     count = len(logits)
     top1 = top5 = None
     if labels is not None:
@@ -125,7 +199,7 @@ def score(logits: NDArray[Any], reference: NDArray[Any], labels: NDArray[np.int6
         top1=top1,
         top5=top5,
         agreement=Share(int((classes == expected).sum()), count),
-        snr_db=_snr_db(reference, logits),
+        snr_db=noise.snr_db,
         confusions=_confusions(expected, classes, labels),
     )
 
@@ -143,9 +217,22 @@ def _confusions(
     return tuple(found)
 
 
-def _snr_db(reference: NDArray[Any], candidate: NDArray[Any]) -> float:
-    signal = float(np.square(reference, dtype=np.float64).sum())
-    noise = float(np.square(reference.astype(np.float64) - candidate).sum())
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+@dataclass(slots=True)
+class ClassJudge:
+    """Collects logits batch by batch, of the reference (first) and of each artefact."""
+
+    output: str
+    _logits: list[list[NDArray[Any]]] = field(default_factory=list)
+    _labels: list[NDArray[np.int64]] = field(default_factory=list)
+
+    def add(self, outputs: Sequence[dict[str, NDArray[Any]]], batch: Batch) -> None:
+        """One batch: each runner's outputs, the reference's first."""
+        self._logits.append([found[self.output].astype(np.float32) for found in outputs])
+        if batch.labels is not None:
+            self._labels.append(batch.labels)
+
+    def scores(self) -> list[Score]:
+        """One score per runner, in the order of `add`'s outputs."""
+        all_logits = [np.concatenate(parts) for parts in zip(*self._logits, strict=True)]
+        labels = np.concatenate(self._labels) if self._labels else None
+        return [score(logits, all_logits[0], labels) for logits in all_logits]

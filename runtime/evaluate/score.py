@@ -1,34 +1,40 @@
 """Accuracy of artefacts on labelled images: the function behind `python -m runtime.evaluate`.
 
-Top-1, top-5 and the agreement with a reference, each with its 95 % interval, and what the disagreements are. The
-reference is the live fp32 network where its checkpoint is given or lies beside the artefact, else the first artefact.
-A Q/DQ graph runs as it is served (`runtime.runners.qdq`).
+Top-1 and top-5 of classes, intersection over union of masks, or a metric of the user's own; each with its 95 % interval
+and with what the artefact loses against a reference: the live fp32 network where its checkpoint is given or lies beside
+the artefact, else the first artefact. A Q/DQ graph runs as it is served (`runtime.runners.qdq`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gmconv.errors import ArchitectureUnavailableError, CheckpointError, RefusedError, UnavailableError
 from gmconv.foreign import NOTHING, Foreign
+from gmconv.splits import Part
 from runtime.artefact import Artefact, Facts, open_artefact
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from gmconv.data import Samples
-    from runtime.evaluate.accuracy import Score
+    from runtime.evaluate.accuracy import ClassJudge, Score
+    from runtime.evaluate.metric import Metric, MetricJudge, MetricScore
+    from runtime.evaluate.pixels import PixelJudge, PixelScore
     from runtime.runners.base import Runner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateOptions:
     """How to evaluate. `images` None are the held-out digits, of a network trained on them; `limit` samples at most,
-    drawn by `seed`; `reference` None is found (see the module); `labelled`: refuse images without labels."""
+    drawn by `seed`; `reference` None is found (see the module); `labelled`: refuse images without labels.
+
+    `part`: of data that training split, or that lies in train and val. `output`: the one that is judged, of several.
+    `metric`: a function as `runtime.evaluate.metric` says, or its name, `"package.module:function"`."""
 
     images: str | Path | None = None
     device: str = "cpu"
@@ -38,6 +44,9 @@ class EvaluateOptions:
     batch: int = 32
     foreign: Foreign = NOTHING
     labelled: bool = False
+    part: Part = "held-out"
+    output: str | None = None
+    metric: str | Metric | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +57,7 @@ class ArtefactScore:
     precision: str
     runner: str
     mode: str
-    score: Score
+    score: Score | PixelScore | MetricScore
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -58,13 +67,18 @@ class ArtefactScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """All rows, the reference they are measured against, and what to be wary of."""
+    """All rows, the reference they are measured against, and what to be wary of.
+
+    `part`: which of the images' source they are; `output`: the one judged, where there are several.
+    """
 
     reference: str
     images: str
+    part: str
     samples: int
     rows: tuple[ArtefactScore, ...]
     labels: tuple[str, ...] | None = None
+    output: str | None = None
     warnings: tuple[str, ...] = field(default_factory=tuple)
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,9 +86,11 @@ class Evaluation:
         return {
             "reference": self.reference,
             "images": self.images,
+            "part": self.part,
             "samples": self.samples,
             "rows": [row.to_dict() for row in self.rows],
             "labels": self.labels,
+            "output": self.output,
             "warnings": list(self.warnings),
         }
 
@@ -82,50 +98,87 @@ class Evaluation:
 def evaluate(artefacts: Sequence[str | Path], options: EvaluateOptions | None = None) -> Evaluation:
     """Run every artefact on the same labelled images.
 
-    Raises RefusedError when an artefact or the images are unfit or the artefacts take different inputs, and
+    Raises RefusedError when an artefact, the images or the metric are unfit or the artefacts take different inputs, and
     UnavailableError when the device is missing.
     """
-    from runtime.evaluate.accuracy import score
+    from runtime.evaluate.metric import load_metric
     from runtime.runners import open_runner
     from runtime.runners.qdq import layout_warning, session_options
 
     options = options or EvaluateOptions()
+    if isinstance(options.metric, str):
+        options = replace(options, metric=load_metric(options.metric))
     if not artefacts:
         raise RefusedError("no artefact given")
     found = [open_artefact(path) for path in artefacts]
-    reference, runner = _open_reference(found, options)
-    with runner:
+    with ExitStack() as stack:
+        reference, runner = _open_reference(found, options)
+        runners = [stack.enter_context(runner)]
+        for artefact in found:
+            same = artefact.path == reference.path
+            opened = runner if same else open_runner(artefact.path, options.device, foreign=options.foreign)
+            runners.append(runner if same else stack.enter_context(opened))
         known = runner.artefact.facts
         for artefact in found:
             known = known | artefact.facts
         samples = _samples(known, runner, options)
-        expected, labels = _logits(runner, samples, options.batch)
-        name = runner.name
-    rows, warnings = [], []
-    for artefact in found:
-        if warning := layout_warning(artefact.manifest, options.device):
-            warnings.append(warning)
-        logits, engine = expected, name
-        if artefact.path != reference.path:
-            with open_runner(artefact.path, options.device, foreign=options.foreign) as runner:
-                logits, engine = _logits(runner, samples, options.batch)[0], runner.name
-        rows.append(
+        names = _output_names(runners, found)
+        judge = _judge(samples, names, options)
+        for batch in samples.batches(options.batch):
+            given = {id(one): _outputs(one, names, batch.images) for one in dict.fromkeys(runners)}
+            judge.add([given[id(one)] for one in runners], batch)
+        scores: Sequence[Score | PixelScore | MetricScore] = judge.scores()[1:]
+        rows = [
             ArtefactScore(
                 artefact=artefact.path.name,
                 precision=artefact.precision,
-                runner=engine,
+                runner=opened.name,
                 mode="as written" if session_options(artefact.manifest, "evaluate").as_written else "",
-                score=score(logits, expected, labels),
+                score=score,
             )
-        )
+            for artefact, opened, score in zip(found, runners[1:], scores, strict=True)
+        ]
+    layouts = (layout_warning(artefact.manifest, options.device) for artefact in found)
     return Evaluation(
         reference=_title(reference),
         images=samples.name,
-        samples=len(expected),
+        part=samples.part,
+        samples=len(samples),
         rows=tuple(rows),
         labels=known.labels or samples.classes,
-        warnings=tuple(warnings),
+        output=getattr(judge, "output", None) if len(names) > 1 else None,
+        warnings=tuple(warning for warning in layouts if warning),
     )
+
+
+def _judge(samples: Samples, names: Sequence[str], options: EvaluateOptions) -> ClassJudge | PixelJudge | MetricJudge:
+    """Who scores: the user's metric, the masks, or the classes."""
+    from runtime.evaluate.accuracy import ClassJudge
+    from runtime.evaluate.metric import MetricJudge
+    from runtime.evaluate.pixels import PixelJudge
+
+    if options.metric is not None:
+        assert not isinstance(options.metric, str)
+        return MetricJudge(options.metric, getattr(options.metric, "__name__", "metric"), samples.targets())
+    if options.output is not None and options.output not in names:
+        raise RefusedError(f"there is no output {options.output!r} (--output); there are {', '.join(names)}")
+    return (PixelJudge if samples.masked else ClassJudge)(options.output or names[0])
+
+
+def _output_names(runners: Sequence[Runner], found: Sequence[Artefact]) -> tuple[str, ...]:
+    """The outputs, as an exported file among the artefacts names them, else as the reference does.
+
+    Raises RefusedError where the artefacts have not the same number.
+    """
+    exported = (one for one, artefact in zip(runners[1:], found, strict=True) if artefact.kind != "checkpoint")
+    chosen = next(exported, runners[0])
+    for one in runners:
+        if len(one.outputs) != len(chosen.outputs):
+            raise RefusedError(
+                f"{one.artefact.path} has {len(one.outputs)} outputs, {chosen.artefact.path} {len(chosen.outputs)}: "
+                f"they are not the same network"
+            )
+    return tuple(spec.name for spec in chosen.outputs)
 
 
 def _title(reference: Artefact) -> str:
@@ -191,14 +244,20 @@ def _samples(about: Facts, runner: Runner, options: EvaluateOptions) -> Samples:
         class_names=about.labels,
         limit=options.limit,
         seed=options.seed,
+        part=options.part,
     )
-    if samples.labels is None and options.labelled:
-        raise RefusedError(f"{images} has no labels, so --max-top1-drop cannot be judged; use --min-agreement")
+    if samples.part == "changed":
+        raise RefusedError(
+            f"{images}: the network was trained on a random part of it, and it has changed since, so which images were "
+            f"held out is not known: restore it, give others, or say --split all, which counts training images too"
+        )
+    if options.labelled and options.metric is None and samples.labels is None and not samples.masked:
+        raise RefusedError(f"{images} has no labels, so --max-drop cannot be judged; use --min-agreement")
     return samples
 
 
-def _logits(runner: Runner, samples: Samples, batch: int) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
-    """The first output (N, K) float32 on all samples, and their labels. A fixed batch is padded and cut again."""
+def _outputs(runner: Runner, names: Sequence[str], images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """What `runner` makes of a batch, by the common names. A fixed batch is padded and cut again."""
     import numpy as np
 
     from runtime.runners.base import numpy_dtype
@@ -206,15 +265,19 @@ def _logits(runner: Runner, samples: Samples, batch: int) -> tuple[NDArray[np.fl
     spec = runner.inputs[0]
     limits = [profile[spec.name].max[0] for profile in runner.profiles if spec.name in profile]
     fixed = spec.shape[0] if isinstance(spec.shape[0], int) else None
-    size = fixed or min(batch, *limits) if limits else fixed or batch
-    outputs, labels = [], []
-    for part in samples.batches(size):
-        images = part.images
-        if fixed and len(images) < fixed:
-            images = np.concatenate([images, np.repeat(images[-1:], fixed - len(images), axis=0)])
-        feeds = {spec.name: np.ascontiguousarray(images.astype(numpy_dtype(spec.dtype)))}
-        first = runner.run(feeds)[runner.outputs[0].name][: len(part.images)]
-        outputs.append(first.astype(np.float32))
-        if part.labels is not None:
-            labels.append(part.labels)
-    return np.concatenate(outputs), np.concatenate(labels) if labels else None
+    size = fixed or min([len(images), *limits])
+    own = [found.name for found in runner.outputs]
+    own = list(names) if set(own) == set(names) else own  # else by their place
+    parts: list[dict[str, NDArray[Any]]] = []
+    for start in range(0, len(images), size):
+        part = images[start : start + size]
+        if fixed and len(part) < fixed:
+            part = np.concatenate([part, np.repeat(part[-1:], fixed - len(part), axis=0)])
+        found = runner.run({spec.name: np.ascontiguousarray(part.astype(numpy_dtype(spec.dtype)))})
+        parts.append({name: _plain(found[ours])[: len(images) - start] for name, ours in zip(names, own, strict=True)})
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+def _plain(output: NDArray[Any]) -> NDArray[Any]:
+    """Floating point of any precision as float32; whole numbers as they are."""
+    return output if output.dtype.kind in "iub" else output.astype("float32")

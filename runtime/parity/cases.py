@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from gmconv.data import load_samples, npz_array, npz_header, npz_names
+from gmconv.data import load_samples, trained_on
 from gmconv.errors import RefusedError, UnavailableError
+from gmconv.npz import npz_array, npz_header, npz_names
 from runtime.artefact import Facts
 from runtime.manifest import ShapeRange, TensorSpec
 from runtime.runners.base import Array, numpy_dtype
@@ -229,7 +230,7 @@ class _noise:  # noqa: N801
 
 def _real(specs: Sequence[TensorSpec], main: Shapes, facts: Facts, wanted: Wanted, notes: list[str]) -> list[Case]:
     images = wanted.images
-    spec = images or ((facts.dataset or {}).get("name") == "digits" and "digits")
+    spec = images or trained_on(facts.dataset)
     if not spec:
         return []
     shape = main[specs[0].name]

@@ -105,8 +105,8 @@ def subset(images: Path, target: Path, counts: dict[str, int | None]) -> Path:
 
 def train(settings: Settings, images: Path, seed: int, kind: str) -> dict[str, Any]:
     """The history of one training and where its checkpoint is; what is there from an earlier run is used again."""
-    from gmconv.train.loop import TrainOptions
     from gmconv.train.loop import train as run
+    from gmconv.train.options import TrainOptions
 
     options = TrainOptions(
         arch=settings.arch,

@@ -1,6 +1,8 @@
 """Where samples come from, how they are drawn, and that memory is bounded by one batch."""
 
+import shutil
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gmconv.data import load_samples
+from gmconv.data import array_entries, file_entries, load_samples
 from gmconv.errors import RefusedError
 from gmconv.images import Preprocessing
+from gmconv.splits import split_record
 
 SHAPE = (3, 8, 8)
 PLAIN = Preprocessing(size=(8, 8), mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -110,6 +113,127 @@ def test_a_folder_split_in_train_and_val_gives_val(classes: Path) -> None:
     (classes / "cat").rename(classes / "train")
     (classes / "dog").rename(classes / "val")
     assert len(load_samples(classes, input_shape=SHAPE, preprocessing=PLAIN)) == 3
+
+
+def test_train_and_val_are_classes_of_one_name_each_and_all_is_both(classes: Path, tmp_path: Path) -> None:
+    for part, names in (("train", ("cat", "dog")), ("val", ("dog",))):
+        for name in names:
+            shutil.copytree(classes / name, tmp_path / "root" / part / name)
+    counts = {}
+    for part in ("held-out", "train", "all"):
+        found = load_samples(
+            tmp_path / "root", input_shape=SHAPE, preprocessing=PLAIN, part=part, class_names=("cat", "dog")
+        )
+        assert found.labels is not None
+        counts[found.part] = found.labels.tolist()
+    assert counts == {"held-out": [1, 1, 1], "train": [0, 0, 1, 1, 1], "all": [0, 0, 1, 1, 1, 1, 1, 1]}
+
+
+def split_by_training(entries: list[str]) -> dict[str, Any]:
+    return split_record("folder", entries, 0.4, 1)
+
+
+def test_a_folder_that_training_split_gives_what_was_held_out(classes: Path) -> None:
+    files = [classes / name for name in ("cat/10.png", "cat/20.png", "dog/60.png", "dog/70.png", "dog/80.png")]
+    record = split_by_training(file_entries(classes, files))
+    parts = {
+        part: load_samples(classes, input_shape=SHAPE, preprocessing=PLAIN, dataset=record, part=part)
+        for part in ("held-out", "train", "all")
+    }
+    assert [len(parts[part]) for part in parts] == [2, 3, 5]
+    greys = {part: stack(found)[:, 0, 0, 0].tolist() for part, found in parts.items()}
+    assert sorted(greys["held-out"] + greys["train"]) == sorted(greys["all"])
+    assert parts["held-out"].labels is not None
+    assert sorted(parts["held-out"].labels) == [0, 1]
+    Image.new("RGB", (8, 8)).save(classes / "dog" / "new.png")
+    changed = load_samples(classes, input_shape=SHAPE, preprocessing=PLAIN, dataset=record)
+    assert (changed.part, len(changed)) == ("changed", 6)
+    assert load_samples(classes, input_shape=SHAPE, preprocessing=PLAIN, dataset=record, part="all").part == "all"
+
+
+def test_an_npz_that_training_split_is_known_by_its_images(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).standard_normal((10, *SHAPE), dtype=np.float32)
+    record = split_by_training(array_entries(images))
+    np.savez(tmp_path / "a.npz", input=images, labels=np.arange(10) % 2)
+    found = load_samples(tmp_path / "a.npz", input_shape=SHAPE, dataset=record)
+    train = load_samples(tmp_path / "a.npz", input_shape=SHAPE, dataset=record, part="train")
+    assert (len(found), len(train)) == (4, 6)
+    both = np.concatenate([stack(found), stack(train)])
+    np.testing.assert_array_equal(np.sort(both.reshape(10, -1), 0), np.sort(images.reshape(10, -1), 0))
+    np.savez(tmp_path / "a.npz", input=images[:9], labels=np.arange(9) % 2)
+    assert load_samples(tmp_path / "a.npz", input_shape=SHAPE, dataset=record).part == "changed"
+
+
+def masked_folder(root: Path, names: tuple[str, ...] = ("b", "a")) -> Path:
+    """Images of one grey each, and masks whose left half is class 1; 8 x 12, so that the middle is cut out."""
+    for sub in ("images", "masks"):
+        (root / sub).mkdir(parents=True)
+    mask = np.zeros((8, 12), np.uint8)
+    mask[:, :6] = 1
+    mask[0, 0] = 255
+    for name in names:
+        Image.new("RGB", (12, 8), (ord(name),) * 3).save(root / "images" / f"{name}.jpg", quality=100)
+        Image.fromarray(mask).save(root / "masks" / f"{name}.png")
+    return root
+
+
+def test_images_and_masks_give_a_class_per_pixel_cut_as_the_images_are(tmp_path: Path) -> None:
+    cropped = replace(PLAIN, resize="shortest-then-crop")
+    found = load_samples(masked_folder(tmp_path), input_shape=SHAPE, preprocessing=cropped)
+    assert (found.masked, found.labels, found.classes, len(found)) == (True, None, None, 2)
+    batches = list(found.batches(1))
+    assert [round(float(batch.images[0, 0, 0, 0]) * 255) for batch in batches] == [ord("a"), ord("b")]
+    mask = batches[0].masks
+    assert mask is not None
+    assert mask.shape == (1, 8, 8)
+    np.testing.assert_array_equal(mask[0, 1], [1, 1, 1, 1, 0, 0, 0, 0])
+    assert found.targets()["masks"].shape == (2, 8, 8)
+    stretched = next(iter(load_samples(tmp_path, input_shape=SHAPE, preprocessing=PLAIN))).masks
+    assert stretched is not None
+    assert stretched[0, 0, 0] == 255
+
+
+@pytest.mark.parametrize("outer", [True, False])
+def test_masks_of_train_and_val_are_found_either_way_round(tmp_path: Path, outer: bool) -> None:
+    for part, names in (("train", ("a", "b")), ("val", ("c",))):
+        folder = masked_folder(tmp_path / "made" / part, names)
+        for sub in ("images", "masks"):
+            where = tmp_path / "root" / (f"{part}/{sub}" if outer else f"{sub}/{part}")
+            shutil.copytree(folder / sub, where)
+    found = {
+        part: load_samples(tmp_path / "root", input_shape=SHAPE, preprocessing=PLAIN, part=part)
+        for part in ("held-out", "train", "all")
+    }
+    assert {part: (len(one), one.part, one.masked) for part, one in found.items()} == {
+        "held-out": (1, "held-out", True),
+        "train": (2, "train", True),
+        "all": (3, "all", True),
+    }
+
+
+def test_masks_that_are_missing_or_in_colour_are_refused_by_name(tmp_path: Path) -> None:
+    masked_folder(tmp_path)
+    Image.new("RGB", (12, 8)).save(tmp_path / "masks" / "b.png")
+    with pytest.raises(RefusedError, match=r"b\.png: a mask of mode RGB"):
+        list(load_samples(tmp_path, input_shape=SHAPE, preprocessing=PLAIN))
+    (tmp_path / "masks" / "b.png").unlink()
+    with pytest.raises(RefusedError, match=r"b\.jpg: its mask .*b\.png is missing"):
+        load_samples(tmp_path, input_shape=SHAPE, preprocessing=PLAIN)
+
+
+def test_an_npz_gives_masks_and_every_other_array_by_name(tmp_path: Path) -> None:
+    images, masks = np.zeros((5, *SHAPE), np.float32), np.arange(5 * 64, dtype=np.int16).reshape(5, 8, 8)
+    boxes = np.arange(30.0).reshape(5, 3, 2)
+    np.savez(tmp_path / "a.npz", input=images, masks=masks, boxes=boxes)
+    found = load_samples(tmp_path / "a.npz", input_shape=SHAPE, limit=2, seed=1)
+    chosen = [int(batch.masks[0, 0, 0]) // 64 for batch in found.batches(1) if batch.masks is not None]
+    targets = found.targets()
+    assert set(targets) == {"masks", "boxes"}
+    np.testing.assert_array_equal(targets["boxes"], boxes[chosen])
+    np.testing.assert_array_equal(targets["masks"], masks[chosen])
+    np.savez(tmp_path / "a.npz", input=images, boxes=boxes[:4])
+    with pytest.raises(RefusedError, match="one row for each of the 5 images"):
+        load_samples(tmp_path / "a.npz", input_shape=SHAPE).targets()
 
 
 def test_npz_files_with_and_without_labels(tmp_path: Path) -> None:

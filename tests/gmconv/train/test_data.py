@@ -73,7 +73,15 @@ def test_a_folder_is_split_by_class(folder: Path) -> None:
     assert np.bincount(data.train.targets).tolist() == [8, 8]
     assert np.bincount(data.held_out.targets).tolist() == [2, 2]
     assert data.train.batch(np.array([0, 3])).shape == (2, 3, 16, 24)
-    assert data.record is None
+    assert data.preprocessing is not None
+    found = load_samples(
+        folder, input_shape=(3, 16, 24), preprocessing=Preprocessing(**data.preprocessing), dataset=data.record
+    )
+    assert (found.part, len(found)) == ("held-out", 4)
+    (batch,) = found.batches(4)
+    np.testing.assert_array_equal(
+        np.sort(batch.images.reshape(4, -1), 0), np.sort(data.held_out.batch(np.arange(4)).reshape(4, -1), 0)
+    )
 
 
 def test_a_folder_with_train_and_val_is_taken_as_split(folder: Path, tmp_path: Path) -> None:
@@ -85,6 +93,7 @@ def test_a_folder_with_train_and_val_is_taken_as_split(folder: Path, tmp_path: P
                 shutil.copy(folder / name / f"{index}.png", root / part / name)
     data = image_folder(root, (1, 8, 8), 0.2, 0)
     assert (len(data.train.targets), len(data.held_out.targets)) == (6, 4)
+    assert data.record is None, "the parts lie in folders of their own"
     assert data.train.batch(np.array([5])).shape == (1, 1, 8, 8)
     (root / "val" / "dog").rename(root / "val" / "wolf")
     with pytest.raises(DataError, match="same classes"):
@@ -111,6 +120,8 @@ def test_an_npz_of_arrays_is_split_by_class(tmp_path: Path) -> None:
     assert data.labels == ("0", "1", "2", "3")
     assert (len(data.train.targets), len(data.held_out.targets)) == (32, 8)
     assert data.train.batch(np.arange(3)).shape == (3, 1, 8, 8)
+    found = load_samples(tmp_path / "own.npz", input_shape=(1, 8, 8), dataset=data.record)
+    assert sorted(found.labels if found.labels is not None else ()) == sorted(data.held_out.targets)
     np.savez(tmp_path / "own.npz", input=np.zeros((4, 1, 8, 8), np.float32))
     with pytest.raises(DataError, match="no labels"):
         load_dataset(str(tmp_path / "own.npz"), (1, 8, 8))
@@ -120,7 +131,7 @@ def test_a_class_of_one_image_cannot_be_split(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (4, 4)).save(tmp_path / name / "only.png")
-    with pytest.raises(DataError, match="cannot be split"):
+    with pytest.raises(RefusedError, match="cannot be split"):
         load_dataset(str(tmp_path), (3, 8, 8))
 
 

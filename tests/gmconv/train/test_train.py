@@ -26,7 +26,8 @@ import gmconv
 from gmconv.errors import RefusedError
 from gmconv.train.__main__ import main
 from gmconv.train.data import digits
-from gmconv.train.loop import Epoch, TrainingError, TrainOptions, augment, parameter_groups, schedule, train
+from gmconv.train.loop import Epoch, TrainingError, augment, parameter_groups, schedule, train
+from gmconv.train.options import TrainOptions
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -160,7 +161,8 @@ def test_an_image_folder_trains_too(tmp_path: Path) -> None:
     assert checkpoint.labels == ("dark", "light")
     assert checkpoint.preprocessing is not None
     assert checkpoint.preprocessing["resize"] == "shortest-then-crop"
-    assert checkpoint.dataset is None
+    assert checkpoint.dataset is not None
+    assert (checkpoint.dataset["name"], checkpoint.dataset["samples"]) == ("folder", 20)
     assert str(tmp_path).encode() not in (tmp_path / "c.pt").read_bytes()
 
 
@@ -208,11 +210,11 @@ def test_an_output_whose_folder_is_gone_is_refused_before_training(tmp_path: Pat
 
 
 def test_ctrl_c_exits_130_and_keeps_the_best_finished_epoch(tmp_path: Path) -> None:
-    output = tmp_path / "c.pt"
+    output, state = tmp_path / "c.pt", tmp_path / "c.last.pt"
     command = [sys.executable, "-m", "gmconv.train", "--epochs", "500", *TINY_ARGS[2:], "-o", str(output)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not output.exists() and time.monotonic() < deadline:
+    while not state.exists() and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
@@ -221,7 +223,8 @@ def test_ctrl_c_exits_130_and_keeps_the_best_finished_epoch(tmp_path: Path) -> N
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert gmconv.load_checkpoint(output).labels == tuple("0123456789")
-    assert list(tmp_path.iterdir()) == [output]
+    assert f"go on with --resume {state}" in errors
+    assert set(tmp_path.iterdir()) == {output, state}
 
 
 @pytest.mark.slow

@@ -40,8 +40,8 @@ def checkpoint(context: Context) -> Path:
 
 def train(path: Path, epochs: int, size: int = 32) -> None:
     """Train on the CPU; the checkpoint's own arithmetic is no matter here."""
-    from gmconv.train.loop import TrainOptions
     from gmconv.train.loop import train as run
+    from gmconv.train.options import TrainOptions
 
     run(TrainOptions(arch="resnet20", epochs=epochs, input_shape=(3, size, size)), path)
 

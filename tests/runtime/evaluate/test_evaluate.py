@@ -12,7 +12,9 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
+from gmconv.data import array_entries
 from gmconv.errors import RefusedError
+from gmconv.splits import split_record
 from runtime.evaluate.__main__ import main
 from runtime.evaluate.score import EvaluateOptions, evaluate
 from runtime.manifest import Manifest, TensorSpec, digest, sidecar
@@ -160,3 +162,86 @@ def test_a_network_that_gives_nan_has_no_accuracy(tmp_path: Path, images: Path) 
     sidecar(path).unlink()
     done = invoke(path, "--images", images, code=3)
     assert "NaN" in done.stderr
+
+
+def save_pixels(path: Path, *, classes: int = 2, gain: float = 1.0) -> Path:
+    """A network of two outputs: logits of 2 classes at half its input's size, and the input's mean."""
+    weight = np.zeros((classes, 1, 2, 2), np.float32)
+    weight[1] = gain
+    tensors = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.array([2, 3]), "axes")]
+    nodes = [
+        helper.make_node("Conv", ["input", "w"], ["map"], strides=[2, 2]),
+        helper.make_node("ReduceMean", ["input", "axes"], ["mean"], keepdims=0),
+    ]
+    values = [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", 1, 8, 8])]
+    out = [
+        helper.make_tensor_value_info("mean", TensorProto.FLOAT, ["n", 1]),
+        helper.make_tensor_value_info("map", TensorProto.FLOAT, ["n", classes, 4, 4]),
+    ]
+    graph = helper.make_graph(nodes, "g", values, out, tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+@pytest.fixture
+def masks(tmp_path: Path) -> Path:
+    """Six images of -1 and 1 in blocks of two pixels, masks of their sign, and their means."""
+    signs = np.random.default_rng(0).random((6, 1, 4, 4)) < 0.5
+    images = np.kron(np.where(signs, 1, -1), np.ones((1, 1, 2, 2))).astype(np.float32)
+    found = {"masks": (images[:, 0] > 0).astype(np.uint8), "mean": images.mean((1, 2, 3))}
+    np.savez(tmp_path / "masks.npz", input=images, **found)
+    return tmp_path / "masks.npz"
+
+
+def test_masks_judge_the_output_that_is_named(tmp_path: Path, masks: Path) -> None:
+    good, bad = save_pixels(tmp_path / "a.onnx"), save_pixels(tmp_path / "b.onnx", gain=-1)
+    table = invoke(good, bad, "--data", masks, "--output", "map").stdout
+    assert "output 'map'" in table
+    assert "mIoU % [95 %]" in table
+    parsed = json.loads(invoke(good, bad, "--data", masks, "--output", "map", "--json").stdout)
+    first, second = parsed["rows"]
+    assert parsed["output"] == "map"
+    assert first["accuracy"]["value"] > 0.75, "enlarged from half the size, only edges may differ"
+    assert second["accuracy"]["value"] < 0.5
+    assert second["drop"]["value"] > 0.5
+    report = tmp_path / "report.html"
+    done = invoke(good, bad, "--data", masks, "--output", "map", "--max-drop", "10", "--report", report, code=4)
+    assert "b.onnx: mIoU is" in done.stderr
+    assert "points below a.onnx" in done.stderr
+    assert "IoU of class 0" in report.read_text()
+    assert "masks judge logits" in invoke(good, "--data", masks, code=3).stderr, "the first output is (N, 1)"
+    assert "there are mean, map" in invoke(good, "--data", masks, "--output", "maps", code=3).stderr
+
+
+def test_an_own_metric_sees_every_output_and_every_array(
+    tmp_path: Path, masks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "metric_of_test_evaluate.py").write_text(
+        "def close(outputs, targets):\n"
+        "    assert outputs['map'].shape == (6, 2, 4, 4) and set(targets) == {'mean', 'masks'}\n"
+        "    return 1 - abs(outputs['mean'][:, 0] - targets['mean'])\n"
+    )
+    path = save_pixels(tmp_path / "a.onnx")
+    found = json.loads(invoke(path, "--data", masks, "--metric", "metric_of_test_evaluate:close", "--json").stdout)
+    assert found["rows"][0]["value"]["value"] == pytest.approx(1, abs=1e-6)
+    assert "close (metric)" in invoke(path, "--data", masks, "--metric", "metric_of_test_evaluate:close").stdout
+    refused = invoke(path, "--data", masks, "--metric", "metric_of_test_evaluate:far", code=3)
+    assert "it has close" in refused.stderr
+    invoke(path, "--data", masks, "--metric", "metric_of_test_evaluate:close", "--output", "map", code=2)
+
+
+def test_what_training_held_out_is_judged_alone(tmp_path: Path, images: Path) -> None:
+    path = save(tmp_path / "a.onnx")
+    with np.load(images) as arrays:
+        record = split_record("npz", array_entries(arrays["input"]), 0.25, 0)
+    manifest = json.loads(sidecar(path).read_text())
+    sidecar(path).write_text(json.dumps(manifest | {"dataset": record}))
+    found = json.loads(invoke(path, "--data", images, "--json").stdout)
+    assert (found["samples"], found["part"]) == (20, "held-out")
+    assert "80 images of images.npz;" in invoke(path, "--data", images, "--split", "all").stdout
+    assert "60 images of images.npz (training images)" in invoke(path, "--data", images, "--split", "train").stdout
+    with np.load(images) as arrays:
+        np.savez(images, input=arrays["input"][1:], labels=arrays["labels"][1:])
+    assert "has changed since" in invoke(path, "--data", images, code=3).stderr
+    assert "79 images" in invoke(path, "--data", images, "--split", "all").stdout

@@ -1,0 +1,164 @@
+"""A metric of the user's own: what it is given, what it may return, and how sure the result is.
+
+    def metric(outputs, targets):
+        ...
+
+is called once per artefact. `outputs` are all outputs of the network by name, `targets` what is known of the samples by
+name: `labels` (N,) of a folder with a sub-folder per class, `masks` (N, H, W) of one with images and masks, and of an
+.npz file every array but the images. All are numpy arrays with one row per sample. It returns one number per sample,
+shape (N,), whose mean is shown with a bootstrap interval, or one number for all of them, shown without. Larger is
+better.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmconv.data import Batch
+from gmconv.errors import RefusedError, printable
+from runtime.evaluate.accuracy import Cell, Noise, decibels
+from runtime.evaluate.bootstrap import Estimate, bootstrap
+
+Array = NDArray[Any]
+Metric = Callable[[dict[str, Array], dict[str, Array]], Any]
+
+
+def load_metric(spec: str) -> Metric:
+    """The function that `package.module:function` names, from Python's path or the working directory.
+
+    Raises RefusedError.
+    """
+    module, _, name = spec.partition(":")
+    if not module or not name:
+        raise RefusedError(f"--metric {printable(spec)}: is not package.module:function, for example metrics:mean_ap")
+    if (here := str(Path.cwd())) not in sys.path and not sys.flags.safe_path:
+        sys.path.append(here)
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # somebody's own code
+        raise RefusedError(f"--metric {printable(spec)}: {module} does not import ({_said(error)})") from error
+    metric = getattr(found, name, None)
+    if not callable(metric):
+        own = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
+        raise RefusedError(f"--metric {printable(spec)}: {module} has no function {name!r}; it has {', '.join(own)}")
+    return metric  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricScore:
+    """One artefact by a user's metric: its value, and how much less than the reference's it is (paired)."""
+
+    samples: int
+    metric: str
+    value: Estimate
+    drop: Estimate
+    snr_db: float
+    agreement: None = None
+
+    @property
+    def lost(self) -> float:
+        """How much the reference has more."""
+        return self.drop.value
+
+    def cells(self) -> list[Cell]:
+        """For tables."""
+        interval = " [95 %]" if self.value.interval else ""
+        return [
+            Cell(f"{self.metric} (metric){interval}", 0, self.value.shown(1, ".4g")),
+            Cell(f"below the reference{interval}", 1, self.drop.shown(1, ".3g")),
+            Cell("SNR [dB]", 2, decibels(self.snr_db)),
+        ]
+
+    def remarks(self, labels: Sequence[str]) -> list[str]:
+        """None: what it means is the user's."""
+        return []
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; an infinite ratio becomes None."""
+        snr = self.snr_db if np.isfinite(self.snr_db) else None
+        found = {"samples": self.samples, "metric": self.metric, "snr_db": snr}
+        return found | {"value": self.value.to_dict(), "drop": self.drop.to_dict()}
+
+
+@dataclass(slots=True)
+class MetricJudge:
+    """Collects all outputs, of the reference (first) and of each artefact, in memory; then asks the metric."""
+
+    metric: Metric
+    name: str
+    targets: dict[str, Array]
+    _outputs: list[list[dict[str, Array]]] = field(default_factory=list)
+
+    def add(self, outputs: Sequence[dict[str, Array]], batch: Batch) -> None:
+        """One batch: each runner's outputs, the reference's first."""
+        self._outputs.append(list(outputs))
+
+    def scores(self) -> list[MetricScore]:
+        """One score per runner, in the order of `add`'s outputs."""
+        found = [
+            {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            for parts in zip(*self._outputs, strict=True)
+        ]
+        count = len(next(iter(found[0].values())))
+        values = [self._values(outputs, count) for outputs in found]
+        return [self._score(outputs, own, found[0], values[0]) for outputs, own in zip(found, values, strict=True)]
+
+    def _values(self, outputs: dict[str, Array], count: int) -> NDArray[np.float64]:
+        """One value, or one per sample."""
+        try:
+            given = np.asarray(self.metric(dict(outputs), dict(self.targets)), np.float64)
+        except Exception as error:  # somebody's own code
+            raise RefusedError(
+                f"--metric {self.name} failed: {_said(error)}; it was given outputs {_shapes(outputs)} and targets "
+                f"{_shapes(self.targets) or 'none'}"
+            ) from error
+        if given.shape not in ((), (count,)):
+            raise RefusedError(
+                f"--metric {self.name} returned shape {given.shape}: one number, or one for each of {count} samples"
+            )
+        if not np.isfinite(given).all():
+            where = f" for sample {int(np.flatnonzero(~np.isfinite(given))[0])}" if given.ndim else ""
+            raise RefusedError(f"--metric {self.name} returned NaN or infinity{where}; return a number")
+        return given
+
+    def _score(
+        self,
+        outputs: dict[str, Array],
+        own: NDArray[np.float64],
+        reference: dict[str, Array],
+        before: NDArray[np.float64],
+    ) -> MetricScore:
+        noise = Noise()
+        for name, array in reference.items():
+            noise.add(array, outputs[name])
+        if own.ndim:
+
+            def statistics(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+                return np.array([weights @ own, weights @ (before - own)]) / float(weights.sum())
+
+            value, drop = bootstrap(len(own), statistics)
+        else:
+            value, drop = Estimate(float(own)), Estimate(float(before - own))
+        samples = len(next(iter(outputs.values())))
+        return MetricScore(samples=samples, metric=self.name, value=value, drop=drop, snr_db=noise.snr_db)
+
+
+def _shapes(arrays: dict[str, Array]) -> str:
+    return ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
+
+
+def _said(error: BaseException) -> str:
+    """An error of somebody's own code, with the line it comes from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "importlib" not in f.filename and not f.filename.endswith("runtime/evaluate/metric.py")]
+    where = f" in {Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
+    return printable(f"{type(error).__name__}: {error}{where}", 300)

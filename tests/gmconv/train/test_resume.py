@@ -1,0 +1,105 @@
+"""A run that stopped goes on as if it had not: same weights, same history, bit for bit."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from gmconv.errors import CheckpointError
+from gmconv.train.__main__ import main
+from gmconv.train.loop import Epoch, train
+from gmconv.train.options import TrainOptions
+from gmconv.train.resume import output_path, read_state, state_path
+
+
+class Stopped(Exception):  # noqa: N818
+    """A power cut."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 images of two classes that take more than one epoch."""
+    random, labels = np.random.default_rng(0), np.arange(160) % 2
+    images = random.normal(size=(160, 1, 8, 8)) + 0.3 * labels[:, None, None, None]
+    path = tmp_path_factory.mktemp("data") / "own.npz"
+    np.savez(path, input=images.astype(np.float32), labels=labels)
+    return path
+
+
+def options(data: Path) -> TrainOptions:
+    """Three epochs with augmentation, which draws numbers too."""
+    shape = {"input_shape": (1, 8, 8), "batch_size": 40, "epochs": 3, "flip": True}
+    return TrainOptions(arch="resnet8", dataset=str(data), **shape)  # type: ignore[arg-type]
+
+
+def stopped(data: Path, output: Path, after: int) -> None:
+    """Begin the run and stop it at once when `after` epochs are done."""
+
+    def stop(epoch: Epoch | None) -> None:
+        if epoch is not None and epoch.epoch == after:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(options(data), output, stop)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """The checkpoint of the run that nothing stopped."""
+    path = tmp_path_factory.mktemp("whole") / "ckpt.pt"
+    train(options(data), path)
+    assert list(path.parent.iterdir()) == [path], "a run that is done leaves its checkpoint alone"
+    return path
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, data: Path, whole: Path, after: int) -> None:
+    output, log = tmp_path / "ckpt.pt", tmp_path / "log.csv"
+    stopped(data, output, after)
+    assert state_path(output).name == "ckpt.last.pt"
+    done = CliRunner().invoke(main, ["--resume", str(state_path(output)), "--data", str(data), "--log", str(log), "-q"])
+    assert done.exit_code == 0, done.output
+    assert output.read_bytes() == whole.read_bytes()
+    assert not state_path(output).exists()
+    rows = list(csv.DictReader(log.open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert set(rows[0]) == {"epoch", "loss", "held_out_loss", "held_out_accuracy"}
+
+
+def test_what_does_not_go_with_the_run_is_refused_in_one_sentence(tmp_path: Path, data: Path, whole: Path) -> None:
+    output = tmp_path / "ckpt.pt"
+    stopped(data, output, 1)
+    state = str(state_path(output))
+    with np.load(data) as arrays:
+        np.savez(tmp_path / "other.npz", input=arrays["input"][:-2], labels=arrays["labels"][:-2])
+    for arguments, code, words in (
+        (["--resume", state], 3, "digits: is not the data that the run began with"),
+        (["--resume", state, "--data", str(tmp_path / "other.npz")], 3, "is not the data"),
+        (["--resume", state, "--data", str(data), "--lr", "0.1"], 2, "--lr: the run of"),
+        (["--resume", state, "--data", str(data), "--plain"], 2, "--plain: the run of"),
+        (["--resume", str(output), "--data", str(data)], 3, f"resume from {state}"),
+        (["--resume", str(whole), "--data", str(data)], 3, "is no state of a training run"),
+        (["--resume", str(tmp_path / "no.last.pt")], 3, "no such file"),
+    ):
+        done = CliRunner().invoke(main, arguments)
+        assert (done.exit_code, words in done.stderr) == (code, True), done.output
+    output.unlink()
+    done = CliRunner().invoke(main, ["--resume", state, "--data", str(data)])
+    assert (done.exit_code, "the best epoch of the run is not there" in done.stderr) == (3, True)
+
+
+def test_a_checkpoint_is_no_state_and_a_state_no_checkpoint(tmp_path: Path, data: Path, whole: Path) -> None:
+    import gmconv
+
+    (tmp_path / "ckpt.last.pt").write_bytes(whole.read_bytes())
+    with pytest.raises(CheckpointError, match="is no state of a training run"):
+        read_state(tmp_path / "ckpt.last.pt")
+    stopped(data, tmp_path / "ckpt.pt", 1)
+    with pytest.raises(CheckpointError, match="is the state of a training run, for gmconv train --resume"):
+        gmconv.load_checkpoint(tmp_path / "ckpt.last.pt")
+    assert output_path(tmp_path / "ckpt.last.pt") == tmp_path / "ckpt.pt"
+    assert str(data).encode() not in (tmp_path / "ckpt.last.pt").read_bytes()

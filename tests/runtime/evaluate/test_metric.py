@@ -1,0 +1,76 @@
+"""A user's metric: what it is given, what it may return, and one sentence for everything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gmconv.data import Batch
+from gmconv.errors import RefusedError
+from runtime.evaluate.metric import MetricJudge, MetricScore, load_metric
+
+TARGETS = {"boxes": np.arange(6.0).reshape(3, 2)}
+
+
+def scores(metric: Any, outputs: list[np.ndarray]) -> list[MetricScore]:
+    judge = MetricJudge(metric, "near", TARGETS)
+    for rows in (slice(0, 2), slice(2, 3)):
+        judge.add([{"a": one[rows], "b": one[rows, :1]} for one in outputs], Batch(np.zeros(0, np.float32), None))
+    return judge.scores()
+
+
+def near(outputs: dict[str, np.ndarray], targets: dict[str, np.ndarray]) -> np.ndarray:
+    assert set(outputs) == {"a", "b"}
+    assert outputs["b"].shape == (3, 1)
+    return -np.abs(outputs["a"] - targets["boxes"]).mean(1)
+
+
+def test_it_sees_all_samples_once_and_gives_one_value_for_each() -> None:
+    right = TARGETS["boxes"].astype(np.float32)
+    first, second = scores(near, [right, right + np.array([[0], [1], [2]], np.float32)])
+    assert first.value.value == 0
+    assert (second.samples, second.value.value, second.lost) == (3, -1, 1)
+    assert second.value.interval is not None
+    assert second.drop.interval is not None
+    assert second.cells()[0].heading == "near (metric) [95 %]"
+    assert second.to_dict()["value"]["value"] == -1
+
+
+def test_one_number_for_all_has_no_interval() -> None:
+    first, second = scores(lambda outputs, _: float(outputs["a"].max()), [np.ones((3, 2)), np.zeros((3, 2))])
+    assert (first.value.interval, second.lost) == (None, 1)
+    assert second.cells()[0].text == "0"
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        (
+            lambda outputs, targets: targets["labels"],
+            r"failed: KeyError: 'labels' in test_metric.py, line \d+; .*boxes",
+        ),
+        (lambda outputs, targets: np.ones(2), r"returned shape \(2,\): one number, or one for each of 3 samples"),
+        (lambda outputs, targets: np.array([0, 1, np.nan]), "NaN or infinity for sample 2"),
+        (lambda outputs, targets: float("nan"), "NaN or infinity; return"),
+        (lambda outputs, targets: {"map": 1}, "failed"),
+    ],
+)
+def test_a_metric_that_fails_is_one_sentence(metric: Any, words: str) -> None:
+    with pytest.raises(RefusedError, match=words):
+        scores(metric, [np.ones((3, 2))])
+
+
+def test_it_is_found_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_metric_of_a_test.py").write_text("import os\n\ndef near(outputs, targets):\n    return 1\n")
+    assert load_metric("own_metric_of_a_test:near")({}, {}) == 1
+    for spec, words in (
+        ("own_metric_of_a_test:far", "has no function 'far'; it has near"),
+        ("near", "is not package.module:function"),
+        ("nowhere_at_all:near", "does not import"),
+    ):
+        with pytest.raises(RefusedError, match=words):
+            load_metric(spec)
