@@ -1,4 +1,7 @@
-"""Run an artefact, compare it, time it, serve it. Imports no torch outside `runtime.runners.torch`."""
+"""Run an artefact, compare it, time it, serve it. Imports no torch outside `runtime.runners.torch`.
+
+`serve` is a package: `runtime.serve.serve("net.onnx", http_port=8000)` serves, as `python -m runtime.serve` does.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ __getattr__, __dir__ = attach(
         "open_artefact": ".artefact",
         "open_runner": ".runners",
         "score_artefacts": ".evaluate.score:evaluate",
+        "serve": ".serve:",
         "time_artefacts": ".benchmark.comparison",
     },
 )

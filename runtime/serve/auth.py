@@ -1,14 +1,17 @@
-"""The one place that decides whether a caller may go on: HTTP and gRPC both ask `Gate.allows`."""
+"""Tokens and certificates. HTTP and gRPC both ask `Gate.allows` whether a caller may go on."""
 
 from __future__ import annotations
 
 import hmac
+import ssl
 from hashlib import sha256
 from pathlib import Path
 
 from gmconv.errors import RefusedError
+from runtime.serve.settings import Settings
 
 MIN_TOKEN = 16
+ALPN = {"http": "http/1.1", "grpc": "h2"}
 
 
 class Gate:
@@ -49,3 +52,21 @@ def check_token(text: str, origin: str) -> str:
     if not token.isascii() or not token.isprintable() or " " in token:
         raise RefusedError(f"{origin}: the token must be printable ASCII without spaces; try `openssl rand -hex 32`")
     return token
+
+
+def make_tls(settings: Settings, protocol: str) -> ssl.SSLContext | None:
+    """The context of a port for `protocol`; None without a certificate, and for metrics. Raises RefusedError."""
+    if not (settings.tls_cert and settings.tls_key) or protocol not in ALPN:
+        return None
+
+    def ask() -> str:
+        raise RefusedError(f"{settings.tls_key}: the key has a passphrase; give one without")
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols([ALPN[protocol]])
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password=ask)
+    except (OSError, ValueError) as error:
+        raise RefusedError(f"{settings.tls_cert}: the TLS pair cannot be used ({error})") from error
+    return context

@@ -8,11 +8,11 @@ import math
 import socket
 import ssl
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gmconv.errors import UnavailableError
-from runtime.serve.service import Service
+from runtime.serve.service import Call, Service
 from runtime.serve.tls import TlsTransport
 
 log = logging.getLogger("gmconv.serve")
@@ -57,14 +57,14 @@ class Connection(asyncio.Protocol):
         self.client = (name[0], name[1]) if name else None
         self.listener.add(self)
         self.wait(self.settings.header_timeout)
-        transport.set_write_buffer_limits(WRITE_BUFFER)  # type: ignore[attr-defined]
         if self.listener.tls is None:
             self._establish()
         else:
-            self.transport = self._tls = TlsTransport(transport, self.listener.tls)  # type: ignore[arg-type]
+            self.transport = self._tls = TlsTransport(self.transport, self.listener.tls)
 
     def _establish(self) -> None:
         self._established = True
+        self.transport.set_write_buffer_limits(WRITE_BUFFER)
         self.made()
 
     def data_received(self, data: bytes) -> None:
@@ -72,7 +72,7 @@ class Connection(asyncio.Protocol):
         if self._tls is not None:
             try:
                 data = self._tls.decrypt(data)
-            except (ssl.SSLError, OSError):  # no TLS, or not one that we speak
+            except OSError:  # no TLS, or not one that we speak
                 self.service.refusals[self.listener.protocol, "TLS"] += 1
                 self.abort()
                 return
@@ -110,6 +110,13 @@ class Connection(asyncio.Protocol):
         """Nothing that is written now would arrive."""
         return self.transport is None or self.transport.is_closing()
 
+    def begin(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> Call:
+        """Account for a request, or a message, that begins."""
+        call = Call(self.service, self.listener.protocol, self.client[0] if self.client else None, method, path)
+        call.request_id = call.entry["request_id"] = self.service.request_id(headers.get(b"x-request-id"))
+        call.trace = {k.decode(): headers[k].decode("latin-1") for k in headers if k.startswith(b"trace")}
+        return call
+
     def wait(self, seconds: float) -> None:
         """Expect something of the client within `seconds` (infinity: nothing is expected)."""
         self.deadline = self.listener.loop.time() + seconds
@@ -140,7 +147,7 @@ class Connection(asyncio.Protocol):
 
     def expired(self) -> None:
         """The client did not do in time what it had to."""
-        raise NotImplementedError
+        self.transport.close()
 
     def writable(self) -> None:
         """The client has read what was written."""

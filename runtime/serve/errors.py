@@ -6,7 +6,10 @@ from enum import Enum
 
 
 class Code(Enum):
-    """Triton's error codes: (HTTP status, name of the gRPC status, reason label of the failure metric)."""
+    """Triton's error codes: HTTP status, name of the gRPC status, `reason` label of nv_inference_request_failure.
+
+    REJECTED is for want of capacity alone: the autoscaler adds replicas for it.
+    """
 
     INVALID = (400, "INVALID_ARGUMENT", "OTHER")
     UNAUTHENTICATED = (401, "UNAUTHENTICATED", "OTHER")
@@ -23,21 +26,8 @@ class Code(Enum):
     UNAVAILABLE = (503, "UNAVAILABLE", "REJECTED")
     EXPIRED = (503, "DEADLINE_EXCEEDED", "REJECTED")
 
-    @property
-    def http(self) -> int:
-        """HTTP status."""
-        return self.value[0]
-
-    @property
-    def grpc(self) -> str:
-        """Name of the grpc.StatusCode member."""
-        return self.value[1]
-
-    @property
-    def reason(self) -> str:
-        """`reason` label of nv_inference_request_failure (Triton's values). REJECTED is for want of capacity alone: the
-        autoscaler adds replicas for it."""
-        return self.value[2]
+    def __init__(self, http: int, grpc: str, reason: str) -> None:
+        self.http, self.grpc, self.reason = http, grpc, reason
 
 
 class RequestError(Exception):
@@ -49,6 +39,11 @@ class RequestError(Exception):
         self.code = code
         self.allow = allow
         """Methods that a path takes, where the request's was another."""
+
+
+def too_large(limit: int) -> RequestError:
+    """A body of more than `limit` bytes."""
+    return RequestError(f"the request body is larger than {limit:,} bytes, the most that is taken here", Code.TOO_LARGE)
 
 
 def without_paths(message: str) -> str:

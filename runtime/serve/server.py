@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import resource
 import signal
-import ssl
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from gmconv.errors import RefusedError
-from runtime.serve.connection import RESERVE, Listener, bind
+from runtime.serve.auth import make_tls
+from runtime.serve.connection import RESERVE, Connection, Listener, bind
 from runtime.serve.models.source import find_sources, read_source
 from runtime.serve.observe.access_log import logging_to
 from runtime.serve.service import Service
 from runtime.serve.settings import Settings
-from runtime.serve.tls import make_tls
 
 log = logging.getLogger("gmconv.serve")
 QUIET = 0.25
@@ -38,40 +39,82 @@ ENGINE_FAILED = 6
 METRICS_CONNECTIONS = 64
 OTHER_FILES = METRICS_CONNECTIONS + RESERVE + 100
 """What is open besides the connections of REST and gRPC."""
-ED25519 = bytes.fromhex("06032b6570")
-"""The object identifier of its public keys, as a certificate has it."""
 
 
 def check(settings: Settings) -> None:
     """Everything that can be refused before a port is opened. Raises UsageError, RefusedError or UnavailableError."""
-    ports = {"--http-port": settings.http_port, "--grpc-port": settings.grpc_port}
-    ports["--metrics-port"] = settings.metrics_port
-    served = [o for o, on in zip(ports, (settings.http, settings.grpc, settings.metrics), strict=True) if on]
     if not (settings.http or settings.grpc):
         raise click.UsageError("--no-http and --no-grpc: nothing would be served")
-    fixed = [ports[option] for option in served if ports[option]]
-    for option in served:
-        if fixed.count(ports[option]) > 1:
-            raise click.UsageError(f"{option} {ports[option]}: two services cannot share a port")
+    names = [name for name in ("http", "grpc", "metrics") if getattr(settings, name)]
+    ports = [getattr(settings, f"{name}_port") for name in names]
+    for name, port in zip(names, ports, strict=True):
+        if port and ports.count(port) > 1:
+            raise click.UsageError(f"--{name}-port {port}: two services cannot share a port")
     for source in find_sources(settings):
         read_source(source, settings)
     if bool(settings.tls_cert) != bool(settings.tls_key):
         raise RefusedError("--tls-cert and --tls-key go together: give both")
-    make_tls(settings)
-    if settings.grpc and settings.tls_cert:
-        certificates = settings.tls_cert.read_text("latin-1").partition("-----END CERTIFICATE-----")
-        with contextlib.suppress(ValueError):
-            if ED25519 in ssl.PEM_cert_to_DER_cert(
-                certificates[0][certificates[0].find("-----BEGIN C") :] + certificates[1]
-            ):
-                log.warning("%s: gRPC clients refuse Ed25519 certificates; use RSA or ECDSA", settings.tls_cert)
+    make_tls(settings, "http")
 
 
-async def serve(settings: Settings, announce: Callable[[dict[str, Any]], None]) -> int:
-    """Serve until SIGTERM or SIGINT; the exit code. `announce` gets the ports when bound, then when ready."""
-    service = Service(settings)
-    with logging_to(service.log):
-        return await _Life(service, announce).run()
+def serve(source: str | Path, *, as_json: bool = False, **choices: Any) -> int:
+    """Serve an artefact, or a folder of them, until SIGTERM or Ctrl-C; the exit code, 0 or 6 where an engine failed.
+
+    `choices` are fields of `Settings`: the options of `python -m runtime.serve`, under the same names. Blocks, and
+    belongs into the main thread: it handles the process's signals. Tells on stdout where it listens and when it is
+    ready, in words or as JSON. Raises RefusedError, UnavailableError, click.UsageError.
+    """
+    return run(Settings(source=Path(source), **choices), as_json=as_json)
+
+
+def run(settings: Settings, *, as_json: bool = False) -> int:
+    """As `serve`."""
+    logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr, level=logging.WARNING)
+    log.setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a full or closed stderr is no reason to print about it there
+    check(settings)
+    # How long a thread may hold the interpreter while another waits: the default 5 ms is longer than an inference.
+    sys.setswitchinterval(0.0001)
+    try:
+        import uvloop
+
+        factory: Any = uvloop.new_event_loop
+    except ImportError:
+        factory = None
+
+    async def live() -> int:
+        service = Service(settings)
+        with logging_to(service.log):
+            return await _Life(service, lambda event: _say(json.dumps(event) if as_json else _sentence(event))).run()
+
+    with asyncio.Runner(loop_factory=factory) as runner:
+        code = runner.run(live())
+    _say(None)
+    return code
+
+
+def _say(line: str | None) -> None:
+    """Print, as long as there is somebody to print to; a closed or full stdout is no reason to stop serving."""
+    try:
+        if line is not None:
+            print(line, flush=True)  # noqa: T201
+        elif sys.stdout:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.close()  # with what could not be written, which the interpreter would try again at its end
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+
+
+def _sentence(event: dict[str, Any]) -> str:
+    if event["event"] == "ready":
+        models = ", ".join(f"{name} (version {', '.join(versions)})" for name, versions in event["models"].items())
+        return f"ready after {event['seconds']:.2f} s: {models}"
+    host = f"[{event['host']}]" if ":" in event["host"] else event["host"]
+    scheme = "https" if event["tls"] else "http"
+    texts = {"http_port": f"{scheme}://{host}:%d", "grpc_port": f"gRPC {host}:%d"}
+    texts["metrics_port"] = f"metrics http://{host}:%d/metrics"
+    return "listening on " + ", ".join(text % event[port] for port, text in texts.items() if port in event)
 
 
 class _Life:
@@ -120,25 +163,19 @@ class _Life:
         from runtime.serve.http.connection import HttpConnection
 
         service, settings, ports = self.service, self.settings, {}
-
-        def listen(name: str, port: int, make: Any, limit: int, tls: ssl.SSLContext | None) -> None:
-            sock = bind(settings.host, port, f"--{name}-port")
-            ports[f"{name}_port"] = sock.getsockname()[1]
-            self.listeners.append(Listener(service, name, sock, make, limit=limit, tls=tls))
-
-        limit = self._places()
-        if settings.http:
-            app = App(service)
-            tls = make_tls(settings, "http/1.1")
-            listen("http", settings.http_port, lambda listener: HttpConnection(listener, app), limit, tls)
-        if settings.grpc:
-            methods = Methods(service).table
-            make: Any = lambda listener: GrpcConnection(listener, methods)  # noqa: E731
-            listen("grpc", settings.grpc_port, make, limit, make_tls(settings, "h2"))
-        if settings.metrics:
-            metrics = MetricsApp(service)
-            make = lambda listener: HttpConnection(listener, metrics)  # noqa: E731
-            listen("metrics", settings.metrics_port, make, METRICS_CONNECTIONS, None)
+        app, metrics, methods = App(service), MetricsApp(service), Methods(service).table
+        kinds: dict[str, Callable[[Listener], Connection]] = {
+            "http": lambda listener: HttpConnection(listener, app),
+            "grpc": lambda listener: GrpcConnection(listener, methods),
+            "metrics": lambda listener: HttpConnection(listener, metrics),
+        }
+        places = self._places()
+        for name, make in kinds.items():
+            if getattr(settings, name):
+                sock = bind(settings.host, getattr(settings, f"{name}_port"), f"--{name}-port")
+                ports[f"{name}_port"] = sock.getsockname()[1]
+                limit = METRICS_CONNECTIONS if name == "metrics" else places
+                self.listeners.append(Listener(service, name, sock, make, limit=limit, tls=make_tls(settings, name)))
         return ports
 
     def _places(self) -> int:
@@ -178,8 +215,7 @@ class _Life:
         """New connections get the certificate that is in the files now; a pair that does not fit changes nothing."""
         try:
             for listener in self.listeners:
-                if listener.tls:
-                    listener.tls = make_tls(self.settings, "h2" if listener.protocol == "grpc" else "http/1.1")
+                listener.tls = make_tls(self.settings, listener.protocol)
         except RefusedError as error:
             log.error("reload: %s; the certificate stays as it was", error)
 

@@ -18,22 +18,20 @@ from gmconv.errors import RefusedError
 from runtime.runners.base import Array
 from runtime.serve.auth import Gate, read_token
 from runtime.serve.batching.fair_queue import Item
-from runtime.serve.errors import Code, RequestError
+from runtime.serve.errors import Code, RequestError, too_large
 from runtime.serve.http.images import Decoders
 from runtime.serve.models.repository import Repository
 from runtime.serve.models.version import ModelVersion
 from runtime.serve.observe.access_log import AccessLog
 from runtime.serve.observe.tracing import Tracer
 from runtime.serve.protocol.codec import Decoded
-from runtime.serve.protocol.documents import LogSettings
+from runtime.serve.protocol.documents import log_settings
 from runtime.serve.settings import Settings, available_cores
 
 log = logging.getLogger("gmconv.serve")
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 MAX_DECODERS = 2
 """Whatever the cores: a decoder of a large image takes 300 MiB."""
-
-
 MAX_TEXT = 256
 """Characters of a path or an error in the access log."""
 
@@ -46,7 +44,7 @@ class Service:
         self.repository = Repository(settings, self.break_down)
         self.gate = Gate(settings.token)
         self.log = AccessLog()
-        self.log_settings = LogSettings(settings.access_log)
+        self.log_settings = log_settings(settings.access_log)
         self.tracer = Tracer(settings.otel) if settings.otel else None
         self.decoders = Decoders(min(MAX_DECODERS, max(1, available_cores() // 2)), settings.queue_timeout)
         self.inflight = 0
@@ -109,28 +107,20 @@ class Service:
     def check_size(self, size: int) -> None:
         """Raise RequestError where a request body of `size` bytes is more than one may have."""
         if size > self.settings.max_request_bytes:
-            raise RequestError(
-                f"the request body is larger than {self.settings.max_request_bytes} bytes", Code.TOO_LARGE
-            )
+            raise too_large(self.settings.max_request_bytes)
 
     async def infer(self, call: Call, decoded: Decoded, client: object) -> tuple[dict[str, Array], Item]:
         """Run one request through its model's batcher. Raises RequestError."""
         model = call.model
         assert model is not None
         settings = model.settings
-        timeout = int(settings.queue_timeout * 1e9)
-        if decoded.timeout_us and settings.timeout_override:
-            timeout = min(decoded.timeout_us * 1000, timeout) if timeout else decoded.timeout_us * 1000
-        levels = settings.priority_levels
-        item = Item(
-            decoded.feeds,
-            decoded.rows,
-            client=client,
-            timeout_ns=timeout,
-            priority=decoded.priority
-            if 0 < decoded.priority <= levels
-            else settings.default_priority or (levels + 1) // 2,
-        )
+        timeout, own = int(settings.queue_timeout * 1e9), decoded.timeout_us * 1000
+        if own and settings.timeout_override:
+            timeout = min(own, timeout or own)
+        priority = decoded.priority
+        if not 0 < priority <= settings.priority_levels:
+            priority = settings.usual_priority
+        item = Item(decoded.feeds, decoded.rows, client=client, timeout_ns=timeout, priority=priority)
         return await model.batcher.submit(item, alone=call.alone), item
 
     async def apart(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -141,7 +131,7 @@ class Service:
         """Write a finished request to the access log and, where asked for, to the trace."""
         if self.tracer:
             self.tracer.span(trace, entry)
-        if self.log_settings.values["log_info"]:
+        if self.log_settings["log_info"]:
             self.log.add(entry)
 
 
@@ -179,10 +169,6 @@ class Call:
         """Nothing else is under way in the process."""
         return self.service.inflight == 1
 
-    def identify(self, given: bytes | None) -> None:
-        """Take the caller's request id if it is sane, else a new one."""
-        self.request_id = self.entry["request_id"] = self.service.request_id(given)
-
     def take(self, size: int) -> None:
         """Account for `size` more bytes that arrived; raises RequestError where there is no room for them."""
         service = self.service
@@ -214,8 +200,7 @@ class Call:
         assert batch is not None
         assert model is not None
         queue = batch.taken - item.queued
-        fed, inferred, split = batch.fed - batch.taken, batch.inferred - batch.fed, batch.done - batch.inferred
-        model.stats.succeeded(monotonic_ns() - self.started, queue, fed, inferred, split)
+        model.stats.succeeded(monotonic_ns() - self.started, queue, batch)
         self.entry.update(
             model=model.source.name,
             version=model.source.version,
@@ -253,7 +238,7 @@ class Call:
         service.inflight -= self.counted
         service.last_active = time.monotonic()
         service.responses[entry["protocol"], str(entry["status"])] += 1
-        if self.counted and (service.tracer or service.log_settings.values["log_info"]):
+        if self.counted and (service.tracer or service.log_settings["log_info"]):
             entry["time"] = time.time()
             entry["client"] = self.client
             entry["total_us"] = (monotonic_ns() - self.started) // 1000

@@ -76,7 +76,7 @@ class Settings:
     )
     priority_levels: int = _option(0, "Levels of the priority parameter.", click.IntRange(0, 100))
     default_priority: int = 0
-    """Of a request that names none; 0: the middle of the levels."""
+    """0: the middle of the levels."""
     timeout_override: bool = True
     """Whether a request may shorten its time in the queue."""
     max_request_mib: int = _option(64, "Largest request body.", click.IntRange(1, 1024))
@@ -112,6 +112,11 @@ class Settings:
     def max_inflight_bytes(self) -> int:
         """Of all requests and answers together; one request fits always."""
         return max(self.max_inflight_mib, self.max_request_mib) * MIB
+
+    @property
+    def usual_priority(self) -> int:
+        """Of a request that names none."""
+        return self.default_priority or (self.priority_levels + 1) // 2
 
     @property
     def intra_op_threads(self) -> int:

@@ -1,6 +1,7 @@
 """TLS under a connection's own limits: a handshake that stalls has a place and a deadline like any other request.
 
-The event loops' own TLS shows a connection only after its handshake, so it can be neither counted nor refused before.
+The event loops' own TLS shows a connection only after its handshake, so it can be neither counted nor refused before;
+and uvloop may read from a connection before `start_tls` has taken it over.
 """
 
 from __future__ import annotations
@@ -9,9 +10,6 @@ import asyncio
 import contextlib
 import ssl
 from typing import Any
-
-from gmconv.errors import RefusedError
-from runtime.serve.settings import Settings
 
 CHUNK = 256 * 1024
 
@@ -66,21 +64,3 @@ class TlsTransport:
             self._tls.unwrap()
         self._flush()
         self._raw.close()
-
-
-def make_tls(settings: Settings, *protocols: str) -> ssl.SSLContext | None:
-    """The context of a port that offers `protocols` (ALPN); None without a certificate. Raises RefusedError."""
-    if not (settings.tls_cert and settings.tls_key):
-        return None
-
-    def ask() -> str:
-        raise RefusedError(f"{settings.tls_key}: the key has a passphrase; give one without")
-
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(list(protocols))
-    try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key, password=ask)
-    except (OSError, ValueError) as error:
-        raise RefusedError(f"{settings.tls_cert}: the TLS pair cannot be used ({error})") from error
-    return context

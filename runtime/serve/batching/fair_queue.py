@@ -29,6 +29,11 @@ class Batch:
     inferred: int = 0
     done: int = 0
 
+    @property
+    def stages(self) -> tuple[int, int, int]:
+        """Time for gathering inputs, executing, splitting outputs."""
+        return self.fed - self.taken, self.inferred - self.fed, self.done - self.inferred
+
 
 class Item:
     """One request in the queue. `future` resolves to its outputs (views of the batch's); cancelled, it is dropped."""

@@ -140,8 +140,8 @@ def decode(parts: Parts, signature: Signature) -> Decoded:
             feeds[port.name] = codec.from_bytes(port, tensor.shape, elements, raw[index])
         else:
             feeds[port.name] = _typed(port, contents or memoryview(b""), elements).reshape(tuple(tensor.shape))
-    outputs = [(output.name, _parameters(output)) for output in request.outputs]
-    return codec.finish(feeds, _parameters(request), outputs, request.id, True, signature)
+    outputs = [(output.name, parameters(output.parameters)) for output in request.outputs]
+    return codec.finish(feeds, parameters(request.parameters), outputs, request.id, True, signature)
 
 
 def _typed(port: Port, contents: memoryview, elements: int) -> Array:
@@ -184,8 +184,9 @@ def _pieces(packed: memoryview, port: Port) -> Iterator[memoryview]:
         start = end
 
 
-def _parameters(message: Any) -> dict[str, Any]:
-    chosen = ((key, value, value.WhichOneof("parameter_choice")) for key, value in message.parameters.items())
+def parameters(given: Any) -> dict[str, Any]:
+    """A map of protobuf's parameters, or settings, as plain values."""
+    chosen = ((key, value, value.WhichOneof("parameter_choice")) for key, value in given.items())
     return {key: which and getattr(value, which) for key, value, which in chosen}
 
 

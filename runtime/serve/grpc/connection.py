@@ -20,7 +20,7 @@ from hyperframe.frame import GoAwayFrame
 
 from runtime.serve.connection import LINGER, Listener
 from runtime.serve.errors import Code, RequestError
-from runtime.serve.grpc.stream import STATUS, Carrier, Method, Stream
+from runtime.serve.grpc.stream import Carrier, Method, Stream
 
 SLICE, LEAST_SLICE = 16 * 1024, 1024
 """Bytes that are worked on before others get their turn of the event loop: fewer where they are many small frames."""
@@ -82,7 +82,7 @@ class GrpcConnection(Carrier):
                 self._handle(event)
         except (h2.exceptions.ProtocolError, ValueError, KeyError, IndexError) as error:  # h2 says so in its last frame
             self.service.refusals["grpc", "malformed"] += 1
-            call = self.begin({}, "")
+            call = self.begin("", "", {})
             call.failed(RequestError(f"malformed HTTP/2: {type(error).__name__}: {error}"))
             call.end(Code.INVALID.grpc)
             self.flush()
@@ -158,14 +158,11 @@ class GrpcConnection(Carrier):
             self._take_place(RESERVE if method.open else 0)
         except RequestError as error:
             self.service.refusals["grpc", error.code.grpc] += 1
-            call = self.begin(headers, path)
+            call = self.begin(path, "", headers)
             call.failed(error)
             call.end(error.code.grpc)
-            trailers = [(b":status", b"200"), (b"content-type", b"application/grpc")]
-            trailers += [(b"grpc-status", b"%d" % STATUS[error.code.grpc]), (b"grpc-message", error.message.encode())]
             with contextlib.suppress(h2.exceptions.NoSuchStreamError):
-                self.h2.send_headers(number, trailers, end_stream=True)
-                self.h2.reset_stream(number, h2.errors.ErrorCodes.NO_ERROR)
+                self.conclude(number, error.code.grpc, error.message)
             return
         self.deadline = math.inf
         stream = self.streams[number] = Stream(self, number, headers, method)
@@ -180,7 +177,7 @@ class GrpcConnection(Carrier):
         except RequestError as error:
             status, text = error.code.grpc, error.message
         except Exception as error:
-            refusal = self.begin(stream.headers, stream.method.name)
+            refusal = self.begin(stream.method.name, "", stream.headers)
             hidden = stream.fail(refusal, error)
             status, text = hidden.code.grpc, hidden.message
         stream.task = None
@@ -233,10 +230,6 @@ class GrpcConnection(Carrier):
         self.transport.write(GoAwayFrame(0, last_stream_id=2**31 - 1).serialize())
         if not self.streams:
             self.wait(LINGER)
-
-    def expired(self) -> None:
-        """No preface in time, or idle for long enough."""
-        self.transport.close()
 
     def pause_writing(self) -> None:
         """Read no more of a client that does not read."""

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha.reflection import ReflectionServicer
@@ -19,6 +20,7 @@ from runtime.serve.errors import Code, RequestError
 from runtime.serve.grpc import codec
 from runtime.serve.grpc.stream import MAX_UNREAD, Method, Stream
 from runtime.serve.protocol import documents
+from runtime.serve.protocol.documents import Document
 from runtime.serve.service import Call, Service
 
 INFERENCE = "inference.GRPCInferenceService"
@@ -34,62 +36,35 @@ class Methods:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        unary: dict[str, Callable[[Any], Any]] = {
-            "ServerLive": lambda request: service_pb2.ServerLiveResponse(live=True),
-            "ServerReady": lambda request: service_pb2.ServerReadyResponse(ready=service.ready),
+        repository = service.repository
+        unary: dict[str, Callable[[Any], Document]] = {
+            "ServerLive": lambda request: {"live": True},
+            "ServerReady": lambda request: {"ready": service.ready},
             "ModelReady": self._model_ready,
-            "ServerMetadata": lambda request: documents.server_metadata(),
-            "ModelMetadata": lambda request: documents.model_metadata(self._model(request), service.repository),
-            "ModelConfig": lambda request: service_pb2.ModelConfigResponse(
-                config=documents.model_config(self._model(request))
-            ),
-            "ModelStatistics": lambda request: documents.statistics(
-                service.repository.select(request.name, request.version)
-            ),
-            "RepositoryIndex": lambda request: service_pb2.RepositoryIndexResponse(
-                models=[
-                    service_pb2.RepositoryIndexResponse.ModelIndex(**entry)
-                    for entry in service.repository.index(request.ready)
-                ]
-            ),
-            "TraceSetting": self._trace,
+            "ServerMetadata": lambda request: documents.SERVER,
+            "ModelMetadata": lambda request: documents.model_metadata(self._model(request), repository),
+            "ModelConfig": lambda request: {"config": documents.model_config(self._model(request))},
+            "ModelStatistics": lambda request: documents.statistics(repository.select(request.name, request.version)),
+            "RepositoryIndex": lambda request: {"models": repository.index(request.ready)},
             "LogSettings": self._logging,
         }
-        inputs = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name
+        described = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name
         self.table = {
             f"/{INFERENCE}/{name}": Method(
-                name,
-                self._unary(inputs[name].input_type._concrete_class, answer),
-                open=name in ("ServerLive", "ServerReady"),
+                name, _unary(described[name], answer), open=name in ("ServerLive", "ServerReady")
             )
             for name, answer in unary.items()
         }
+        check = health_pb2.DESCRIPTOR.services_by_name["Health"].methods_by_name["Check"]
         self.table |= {
             f"/{INFERENCE}/ModelInfer": Method("ModelInfer", self._infer),
             f"/{INFERENCE}/ModelStreamInfer": Method("ModelInfer", self._stream_infer, streaming=True),
-            f"/{HEALTH}/Check": Method(
-                "Health.Check", self._unary(health_pb2.HealthCheckRequest, self._health), open=True
-            ),
+            f"/{HEALTH}/Check": Method("Health.Check", _unary(check, self._health), open=True),
             f"/{HEALTH}/Watch": Method("Health.Watch", self._watch, streaming=True),
         }
         self._reflection: Any = ReflectionServicer([INFERENCE, HEALTH, *REFLECTION])
         for name in REFLECTION:
             self.table[f"/{name}/ServerReflectionInfo"] = Method("ServerReflectionInfo", self._reflect, streaming=True)
-
-    def _unary(self, kind: Any, answer: Callable[[Any], Any]) -> Callable[[Stream], Awaitable[None]]:
-        """A method that answers one small message with another."""
-
-        async def run(stream: Stream) -> None:
-            message, call = await _only(stream)
-            try:
-                if len(message) > SMALL_MESSAGE:
-                    raise RequestError("the message is too large for this method", Code.TOO_LARGE)
-                reply = answer(_parse(kind, bytes(message))).SerializeToString()
-            except Exception as error:
-                raise stream.fail(call, error) from None
-            await stream.write(reply, call)
-
-        return run
 
     async def _infer(self, stream: Stream) -> None:
         message, call = await _only(stream)
@@ -158,53 +133,36 @@ class Methods:
     def _model(self, request: Any) -> Any:
         return self.service.repository.get(request.name, request.version)
 
-    def _model_ready(self, request: Any) -> Any:
+    def _model_ready(self, request: Any) -> Document:
         try:
             self._model(request)
         except RequestError:
-            return service_pb2.ModelReadyResponse(ready=False)
-        return service_pb2.ModelReadyResponse(ready=self.service.ready)
+            return {"ready": False}
+        return {"ready": self.service.ready}
 
-    def _trace(self, request: Any) -> Any:
-        if request.model_name:
-            self.service.repository.get(request.model_name)
-        traced = self.service.tracer is not None
-        documents.check_trace_update({k: list(v.value) for k, v in request.settings.items()}, traced)
-        answer = service_pb2.TraceSettingResponse()
-        for key, values in documents.trace_settings(traced).items():
-            answer.settings[key].value.extend(values)
-        return answer
+    def _logging(self, request: Any) -> Document:
+        settings, fields = self.service.log_settings, {bool: "bool_param", int: "uint32_param", str: "string_param"}
+        documents.change_log_settings(settings, codec.parameters(request.settings))
+        return {"settings": {key: {fields[type(value)]: value} for key, value in settings.items()}}
 
-    def _logging(self, request: Any) -> Any:
-        fields = ("bool_param", "uint32_param", "string_param")
-        changes = {k: getattr(v, f) for k, v in request.settings.items() for f in fields if v.HasField(f)}
-        self.service.log_settings.update(changes)
-        answer = service_pb2.LogSettingsResponse()
-        for key, value in self.service.log_settings.values.items():
-            field = fields[0] if isinstance(value, bool) else fields[1] if isinstance(value, int) else fields[2]
-            setattr(answer.settings[key], field, value)
-        return answer
-
-    def _health(self, request: Any) -> Any:
+    def _health(self, request: Any) -> Document:
         """Readiness of the server (no name, or a service's), of one model by its name, or liveness (`live`)."""
-        states = health_pb2.HealthCheckResponse
-        serving = True if request.service == "live" else self.service.ready
         if request.service not in ("", "live", INFERENCE, HEALTH, *REFLECTION):
             self.service.repository.get(request.service)
-        return states(status=states.SERVING if serving else states.NOT_SERVING)
+        return {"status": "SERVING" if request.service == "live" or self.service.ready else "NOT_SERVING"}
 
     async def _watch(self, stream: Stream) -> None:
         message, call = await _only(stream)
         request = _parse(health_pb2.HealthCheckRequest, bytes(message))
-        last: bytes | None = None
+        last: Document = {}
         while True:
             try:
                 state = self._health(request)
             except RequestError:
-                state = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
-            if (now := state.SerializeToString()) != last:
-                last = now
-                await stream.write(now, call)
+                state = {"status": "SERVICE_UNKNOWN"}
+            if state != last:
+                last = state
+                await stream.write(ParseDict(state, health_pb2.HealthCheckResponse()).SerializeToString(), call)
             await asyncio.sleep(WATCH_PERIOD)
 
     async def _reflect(self, stream: Stream) -> None:
@@ -217,6 +175,23 @@ class Methods:
                 raise stream.fail(call, error) from None
             answer = next(self._reflection.ServerReflectionInfo(iter((request,)), None))
             await stream.write(answer.SerializeToString(), call)
+
+
+def _unary(described: Any, answer: Callable[[Any], Document]) -> Callable[[Stream], Awaitable[None]]:
+    """A method that answers one small message with another."""
+    kind, reply = described.input_type._concrete_class, described.output_type._concrete_class
+
+    async def run(stream: Stream) -> None:
+        message, call = await _only(stream)
+        try:
+            if len(message) > SMALL_MESSAGE:
+                raise RequestError("the message is too large for this method", Code.TOO_LARGE)
+            content = ParseDict(answer(_parse(kind, bytes(message))), reply()).SerializeToString()
+        except Exception as error:
+            raise stream.fail(call, error) from None
+        await stream.write(content, call)
+
+    return run
 
 
 async def _only(stream: Stream) -> tuple[bytes | memoryview, Call]:

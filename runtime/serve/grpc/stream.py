@@ -24,6 +24,7 @@ MAX_UNREAD = 64
 STATUS = {"OK": 0, "CANCELLED": 1, "INVALID_ARGUMENT": 3, "DEADLINE_EXCEEDED": 4, "NOT_FOUND": 5}
 STATUS |= {"RESOURCE_EXHAUSTED": 8, "UNIMPLEMENTED": 12, "INTERNAL": 13, "UNAVAILABLE": 14, "UNAUTHENTICATED": 16}
 UNITS = {b"H": 3600e6, b"M": 60e6, b"S": 1e6, b"m": 1e3, b"u": 1.0, b"n": 1e-3}
+HEAD = ((b":status", b"200"), (b"content-type", b"application/grpc"))
 PREFIX = 5
 COMPACT = 64 * 1024
 Message = tuple[bytes | memoryview, Call]
@@ -53,12 +54,15 @@ class Carrier(Connection):
         if not self.closing and (data := self.h2.data_to_send()):
             self.transport.write(data)
 
-    def begin(self, headers: dict[bytes, bytes], method: str) -> Call:
-        """Account for a message that begins."""
-        call = Call(self.service, "grpc", self.client[0] if self.client else None, method, "")
-        call.identify(headers.get(b"x-request-id"))
-        call.trace = {k.decode(): headers[k].decode("latin-1") for k in headers if k.startswith(b"trace")}
-        return call
+    def conclude(self, number: int, status: str, text: str, *, begun: bool = False, ended: bool = False) -> None:
+        """The last word of a call whose answer has `begun` or not, and whose client has `ended` or not."""
+        trailers = [] if begun else [*HEAD]
+        trailers.append((b"grpc-status", b"%d" % STATUS[status]))
+        if text:
+            trailers.append((b"grpc-message", quote(text, safe=" !\"#$&'()*+,-./:;<=>?@[]^_`{|}~").encode()))
+        self.h2.send_headers(number, trailers, end_stream=True)
+        if not ended:  # what still comes is not wanted
+            self.h2.reset_stream(number, h2.errors.ErrorCodes.NO_ERROR)
 
     def acknowledge(self, number: int, size: int | None) -> None:
         """Open the windows again for what was taken."""
@@ -119,7 +123,7 @@ class Stream:
             self.deadline = math.inf
         while size := len(self._buffer) - self._at:
             if self._call is None:
-                self._call = self.connection.begin(self.headers, self.method.name)
+                self._call = self.connection.begin(self.method.name, "", self.headers)
                 self._calls = [c for c in self._calls if c.open]
                 self._calls.append(self._call)
             self._call.take(size - self._call.held)
@@ -225,7 +229,7 @@ class Stream:
         connection = self.connection
         if self._outbox and not self._begun:
             self._begun = True
-            connection.h2.send_headers(self.number, [(b":status", b"200"), (b"content-type", b"application/grpc")])
+            connection.h2.send_headers(self.number, HEAD)
         while self._outbox and not connection.stuck:
             data, call = self._outbox[0]
             size = min(
@@ -250,15 +254,8 @@ class Stream:
             self._sent.set_result(None)
         if self._status:
             (status, text), self._status = self._status, None
-            trailers = [(b"grpc-status", b"%d" % STATUS[status])]
-            if text:
-                trailers.append((b"grpc-message", quote(text, safe=" !\"#$&'()*+,-./:;<=>?@[]^_`{|}~").encode()))
-            if not self._begun:
-                trailers = [(b":status", b"200"), (b"content-type", b"application/grpc"), *trailers]
-            connection.h2.send_headers(self.number, trailers, end_stream=True)
+            connection.conclude(self.number, status, text, begun=self._begun, ended=self._ended)
             connection.forget(self)
-            if not self._ended:  # what still comes is not wanted
-                connection.h2.reset_stream(self.number, h2.errors.ErrorCodes.NO_ERROR)
 
     @property
     def idle(self) -> bool:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import msgspec
-from google.protobuf.message import Message
 
 from runtime.manifest import Manifest
-from runtime.serve.errors import Code, RequestError
+from runtime.serve.errors import Code, RequestError, too_large
 from runtime.serve.http.body import encode_body, inflate_body
 from runtime.serve.http.classify import check_classifiable, classify_image
-from runtime.serve.http.messages import JSON, Answer, Headers, Request, error_answer, json_answer, too_large
+from runtime.serve.http.messages import JSON, Answer, Headers, Request, error_answer, json_answer
 from runtime.serve.models.version import ModelVersion
 from runtime.serve.observe.metrics import Exposition
 from runtime.serve.protocol import codec, documents
@@ -38,6 +38,7 @@ PAGE_HEADERS: Headers = [
 PROBES = frozenset(("/v2/health/live", "/v2/health/ready"))
 OPEN_PATHS = PROBES | {"/", "/page.css", "/page.js"}
 """Answered without a token: probes, and the page's own files, which hold nothing of the models."""
+OF_MODEL = re.compile(r"/v2/models/(?P<name>[^/]+)(/versions/(?P<version>[^/]+))?(/(?P<verb>\w+))?")
 SMALL_BODY = 64 * 1024
 OFF_LOOP = 64 * 1024
 """Bytes of JSON from which on they are read and written beside the event loop."""
@@ -48,24 +49,20 @@ class App:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self._page = {p.name: p.read_bytes() for p in PAGE.iterdir() if p.suffix in MEDIA}
-        self._openapi = documents.openapi(OPENAPI.read_bytes(), secured=service.settings.token is not None)
         repository = service.repository
         statistics = _document(lambda request: documents.statistics(repository.select(*request.target)))
-        logging = dict.fromkeys(("GET", "POST"), _document(self._logging))
-        trace = dict.fromkeys(("GET", "POST"), _document(self._trace))
+        described = documents.openapi(OPENAPI.read_bytes(), secured=service.settings.token is not None)
         page = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
         self._fixed: dict[str, dict[str, Handler]] = {
-            "/v2": {"GET": _document(lambda request: documents.server_metadata())},
+            "/v2": {"GET": _document(lambda request: documents.SERVER)},
             "/v2/health/live": {"GET": _document(lambda request: {"live": True})},
             "/v2/health/ready": {"GET": _document(self._ready)},
             "/v2/models": {"GET": _document(self._names)},
             "/v2/models/stats": {"GET": statistics},
             "/v2/repository/index": {"POST": _document(self._index)},
-            "/v2/logging": logging,
-            "/v2/trace/setting": trace,
-            "/openapi.json": {"GET": self.openapi},
-            **{path: {"GET": self.page_file(name)} for path, name in page.items()},
+            "/v2/logging": dict.fromkeys(("GET", "POST"), _document(self._logging)),
+            "/openapi.json": {"GET": _file(described, [JSON])},
+            **{path: {"GET": _page_file(PAGE / name)} for path, name in page.items()},
         }
         self._of_model: dict[str, dict[str, Handler]] = {
             "": {"GET": _document(lambda request: documents.model_metadata(self._model(request), repository))},
@@ -75,7 +72,6 @@ class App:
             "manifest": {"GET": _document(self._manifest)},
             "infer": {"POST": self.infer},
             "classify": {"POST": self.classify},
-            "trace/setting": trace,
         }
         self._limits: dict[Handler, int] = {
             self.infer: service.settings.max_request_bytes,
@@ -106,21 +102,14 @@ class App:
                 check_classifiable(model)
         if declared > request.limit:
             raise too_large(request.limit)
-        request.call.trace = {k.decode(): headers[k].decode("latin-1") for k in headers if k.startswith(b"trace")}
 
     def _find(self, request: Request) -> dict[str, Handler]:
         if methods := self._fixed.get(request.path):
             return methods
-        parts = request.path.split("/")
-        if parts[:3] == ["", "v2", "models"] and len(parts) > 3 and parts[3]:
-            name, rest, version = parts[3], parts[4:], ""
-            if len(rest) > 1 and rest[0] == "versions" and rest[1]:
-                version, rest = rest[1], rest[2:]
-            verb = "/".join(rest)
-            methods = self._of_model.get(verb)
-            if methods and (not rest or rest[-1]) and not (version and verb == "trace/setting"):
-                request.target = unquote(name), unquote(version)
-                return methods
+        found = OF_MODEL.fullmatch(request.path)
+        if found and (methods := self._of_model.get(found["verb"] or "")):
+            request.target = unquote(found["name"]), unquote(found["version"] or "")
+            return methods
         raise RequestError("Not Found", Code.NOT_FOUND)
 
     async def answer(self, request: Request) -> Answer:
@@ -196,30 +185,8 @@ class App:
     def _logging(self, request: Request) -> dict[str, Any]:
         """Log settings, shown or changed."""
         if request.method == "POST":
-            self.service.log_settings.update(_json_object(request))
-        return self.service.log_settings.values
-
-    def _trace(self, request: Request) -> dict[str, Any]:
-        """Trace settings. They are chosen at start; an update to what is already so is accepted."""
-        traced = self.service.tracer is not None
-        if request.method == "POST":
-            documents.check_trace_update(_json_object(request), traced)
-        if request.target[0]:
-            self._model(request)
-        return {k: list(v) if k == "trace_level" else v[0] for k, v in documents.trace_settings(traced).items()}
-
-    async def openapi(self, request: Request) -> Answer:
-        """This API, described."""
-        return Answer(self._openapi)
-
-    def page_file(self, name: str) -> Handler:
-        """A handler for one of the page's files."""
-        answer_headers = [(b"content-type", MEDIA[Path(name).suffix]), *PAGE_HEADERS]
-
-        async def answer(request: Request) -> Answer:
-            return Answer(self._page[name], list(answer_headers))
-
-        return answer
+            documents.change_log_settings(self.service.log_settings, _json_object(request))
+        return self.service.log_settings
 
 
 class MetricsApp(App):
@@ -243,13 +210,23 @@ class MetricsApp(App):
 
 
 def _document(make: Callable[[Request], Any]) -> Handler:
-    """A handler that answers with JSON; a protobuf message looks as Triton's REST side shows it."""
+    """A handler that answers with JSON."""
 
     async def answer(request: Request) -> Answer:
-        value = make(request)
-        return json_answer(documents.to_dict(value) if isinstance(value, Message) else value)
+        return json_answer(make(request))
 
     return answer
+
+
+def _file(content: bytes, headers: Headers) -> Handler:
+    async def answer(request: Request) -> Answer:
+        return Answer(content, list(headers))
+
+    return answer
+
+
+def _page_file(path: Path) -> Handler:
+    return _file(path.read_bytes(), [(b"content-type", MEDIA[path.suffix]), *PAGE_HEADERS])
 
 
 def header_size(value: bytes | None) -> int | None:

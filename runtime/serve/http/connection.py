@@ -18,7 +18,6 @@ from runtime.serve.connection import LINGER, Connection, Listener
 from runtime.serve.errors import Code, RequestError
 from runtime.serve.http.app import App
 from runtime.serve.http.messages import STATUS_LINES, Answer, Request, error_answer
-from runtime.serve.service import Call
 
 SLICE = 1024
 """Bytes that are parsed at a time outside of a body, so that few requests are read ahead of the one being answered."""
@@ -181,8 +180,7 @@ class HttpConnection(Connection):
             headers[name] = headers[name] + b", " + value if name in headers else value
         target, _, query = self._url.partition(b"#")[0].partition(b"?")
         path = target.decode("latin-1")
-        call = Call(self.service, self.listener.protocol, self.client[0] if self.client else None, self._method, path)
-        call.identify(headers.get(b"x-request-id"))
+        call = self.begin(self._method, path, headers)
         request = self._reading = Request(call, self._method, path, query.decode("latin-1"), headers)
         request.client = self.client
         request.keep_alive = self._parser.should_keep_alive()
@@ -261,9 +259,7 @@ class HttpConnection(Connection):
         """The connection itself is at fault: say so and close it."""
         request, self._reading = self._reading, None
         if request is None:
-            call = Call(self.service, self.listener.protocol, self.client[0] if self.client else None, "", "")
-            call.identify(None)
-            request = Request(call, "", "", "", {})
+            request = Request(self.begin("", "", {}), "", "", "", {})
         else:
             request.drop()
         if request.answered:

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from runtime.serve.errors import Code, RequestError
+from runtime.serve.errors import too_large
 from runtime.serve.service import Call
 
 Headers = list[tuple[bytes, bytes]]
@@ -91,11 +91,6 @@ class Request:
         """Forget the body: the request is refused."""
         self.body()
         self.call.release()
-
-
-def too_large(limit: int) -> RequestError:
-    """A body of more than `limit` bytes."""
-    return RequestError(f"the request body is larger than {limit:,} bytes, the most that is taken here", Code.TOO_LARGE)
 
 
 def error_answer(call: Call, error: BaseException) -> Answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,36 +13,38 @@ from runtime.serve.settings import Settings
 
 log = logging.getLogger("gmconv.serve")
 CONFIG = "config.pbtxt"
-SILENT = frozenset(("name", "platform", "backend", "input", "output", "default_model_filename", "parameters"))
+ARTEFACT = frozenset(("name", "platform", "backend", "input", "output", "default_model_filename", "parameters"))
 """Fields that describe the artefact. Its manifest does, and the server shows what it found."""
-BATCHING = frozenset(
-    ("max_queue_delay_microseconds", "priority_levels", "default_priority_level", "default_queue_policy")
+GROUPS = frozenset(("dynamic_batching", "default_queue_policy"))
+DONE = frozenset(
+    (
+        *("max_batch_size", "version_policy", "instance_group", "instance_group.name", "instance_group.count"),
+        *("dynamic_batching.max_queue_delay_microseconds", "dynamic_batching.priority_levels"),
+        *("dynamic_batching.default_priority_level", "default_queue_policy.max_queue_size"),
+        *("default_queue_policy.default_timeout_microseconds", "default_queue_policy.allow_timeout_override"),
+    )
 )
-QUEUE = frozenset(("max_queue_size", "default_timeout_microseconds", "allow_timeout_override", "timeout_action"))
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The settings of one model. `honoured` and `ignored` are what the server says about them when it starts."""
+    """The settings of one model, and which fields of the file the server does not follow."""
 
     path: Path
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]
     """Fields of `Settings` that differ for this model."""
-    max_batch: int | None = None
+    max_batch: int
     """Rows per execution at most; 0: requests are not batched."""
-    versions: frozenset[str] | None = None
-    """Which versions; None: see `latest`."""
-    latest: int = 0
-    """How many of the highest versions; 0: all."""
-    honoured: tuple[str, ...] = ()
+    policy: dict[str, Any] = field(default_factory=dict)
+    """Which versions, as the file has it: `all`, `latest` or `specific`."""
     ignored: tuple[str, ...] = ()
 
     def chosen(self, found: list[str]) -> set[str]:
         """Of the versions found in the folder those that the version policy serves."""
-        if self.versions is not None:
-            return set(found) & self.versions
+        if "specific" in self.policy:
+            return set(found) & set(map(str, self.policy["specific"]["versions"]))
         ordered = sorted(set(found), key=int)
-        return set(ordered[-self.latest :] if self.latest else ordered)
+        return set(ordered[-self.policy["latest"]["num_versions"] :] if "latest" in self.policy else ordered)
 
     def apply(self, settings: Settings) -> Settings:
         """The server's settings with this model's own."""
@@ -49,9 +52,10 @@ class ModelConfig:
 
     def say(self, name: str) -> None:
         """Tell the operator what of the file is done."""
-        done = "; ".join(self.honoured) or "nothing that this server does"
+        done = {"max_batch_size": self.max_batch, "version_policy": self.policy, **self.settings}
+        said = ", ".join(f"{key} {value}" for key, value in done.items())
         left = f"; not done by this server: {', '.join(self.ignored)}" if self.ignored else ""
-        log.info("%s: %s: %s%s", name, CONFIG, done, left)
+        log.info("%s: %s: %s%s", name, CONFIG, said, left)
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -66,63 +70,42 @@ def read_config(path: Path) -> ModelConfig:
         raise RefusedError(f"{path}: not a Triton model configuration ({str(error)[:200]})") from error
     if config.max_batch_size < 0:
         raise RefusedError(f"{path}: max_batch_size {config.max_batch_size} is negative")
-    present = {descriptor.name: value for descriptor, value in config.ListFields()}
+    ignored = set(_fields(config, "")) - ARTEFACT - DONE
+    for group in config.instance_group:
+        ignored |= {f"instance_group.{descriptor.name}" for descriptor, _ in group.ListFields()} - DONE
     settings: dict[str, Any] = {}
-    honoured = [f"max_batch_size {config.max_batch_size}"]
-    ignored = sorted(set(present) - SILENT - {"max_batch_size", "version_policy", "instance_group", "dynamic_batching"})
-    versions, latest = _versions(config.version_policy, honoured)
-    if "dynamic_batching" in present:
-        _batching(config.dynamic_batching, settings, honoured, ignored)
-    if "instance_group" in present:
-        _instances(config.instance_group, settings, honoured, ignored)
-    return ModelConfig(path, settings, config.max_batch_size, versions, latest, tuple(honoured), tuple(ignored))
+    if config.HasField("dynamic_batching"):
+        settings = _batching(config.dynamic_batching)
+    if config.instance_group:
+        settings["instances"] = min(sum(max(1, group.count) for group in config.instance_group), 64)
+    return ModelConfig(path, settings, config.max_batch_size, _policy(config.version_policy), tuple(sorted(ignored)))
 
 
-def _versions(policy: Any, honoured: list[str]) -> tuple[frozenset[str] | None, int]:
+def _fields(message: Any, group: str) -> Iterator[str]:
+    """The names of the fields that are there, those of a group after its own name."""
+    for descriptor, value in message.ListFields():
+        if descriptor.name in GROUPS:
+            yield from _fields(value, f"{descriptor.name}.")
+        else:
+            yield group + descriptor.name
+
+
+def _policy(policy: Any) -> dict[str, Any]:
     """Triton serves the highest version alone where no policy is given."""
     kind = policy.WhichOneof("policy_choice")
     if kind == "specific":
-        versions = [str(v) for v in policy.specific.versions]
-        honoured.append(f"versions {', '.join(versions)}")
-        return frozenset(versions), 0
-    if kind == "all":
-        honoured.append("all versions")
-        return None, 0
-    latest = (policy.latest.num_versions if kind else 0) or 1
-    honoured.append(f"the latest {latest} version{'s' if latest > 1 else ''}")
-    return None, latest
+        return {"specific": {"versions": list(policy.specific.versions)}}
+    return {"all": {}} if kind == "all" else {"latest": {"num_versions": policy.latest.num_versions or 1}}
 
 
-def _batching(batching: Any, settings: dict[str, Any], honoured: list[str], ignored: list[str]) -> None:
-    fields = {descriptor.name for descriptor, _ in batching.ListFields()}
-    ignored += sorted(f"dynamic_batching.{name}" for name in fields - BATCHING)
-    settings["max_queue_delay"] = batching.max_queue_delay_microseconds / 1e6
-    honoured.append(f"max_queue_delay {batching.max_queue_delay_microseconds} us")
-    if levels := int(min(batching.priority_levels, 100)):
-        settings |= {"priority_levels": levels, "default_priority": int(min(batching.default_priority_level, 100))}
-        honoured.append(f"{levels} priority levels")
-    if "default_queue_policy" not in fields:
-        return
-    policy = batching.default_queue_policy
-    given = {descriptor.name for descriptor, _ in policy.ListFields()}
-    ignored += sorted(f"default_queue_policy.{name}" for name in given - QUEUE)
-    if policy.timeout_action:  # DELAY; what is late is refused here
-        ignored.append("default_queue_policy.timeout_action DELAY")
-    if size := policy.max_queue_size:
-        settings["queue_size"] = size
-        honoured.append(f"max_queue_size {size}")
-    if timeout := policy.default_timeout_microseconds:
-        settings["queue_timeout"] = timeout / 1e6
-        honoured.append(f"queue timeout {timeout} us")
-    settings["timeout_override"] = policy.allow_timeout_override
-    honoured.append(f"timeout override {'allowed' if policy.allow_timeout_override else 'not allowed'}")
-
-
-def _instances(groups: Any, settings: dict[str, Any], honoured: list[str], ignored: list[str]) -> None:
-    count = sum(max(1, group.count) for group in groups)
-    settings["instances"] = min(count, 64)
-    honoured.append(f"{settings['instances']} instance{'s' if count > 1 else ''}")
-    for group in groups:
-        fields = {descriptor.name for descriptor, _ in group.ListFields()} - {"name", "count", "kind"}
-        ignored += sorted(f"instance_group.{name}" for name in fields)
-    ignored += sorted({"instance_group.kind (see --device)" for group in groups if group.kind})
+def _batching(batching: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {"max_queue_delay": batching.max_queue_delay_microseconds / 1e6}
+    if levels := min(batching.priority_levels, 100):
+        settings |= {"priority_levels": levels, "default_priority": min(batching.default_priority_level, 100)}
+    if batching.HasField("default_queue_policy"):
+        policy = batching.default_queue_policy
+        settings["timeout_override"] = policy.allow_timeout_override
+        settings |= {"queue_size": policy.max_queue_size} if policy.max_queue_size else {}
+        if timeout := policy.default_timeout_microseconds:
+            settings["queue_timeout"] = timeout / 1e6
+    return settings

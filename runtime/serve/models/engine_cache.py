@@ -19,11 +19,9 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import click
@@ -169,40 +167,32 @@ def run_child(
     `environment` is added to this process's own. SIGTERM and Ctrl-C end the child first and raise Interrupted: a
     container that is told to stop during a build stops.
     """
-    asked: list[float] = []
-    child: subprocess.Popen[bytes] | None = None
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        asked.append(time.monotonic())
-        if child is not None:
-            child.terminate()
-
+    asked: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
     main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)} if main_thread else {}
+    before = {n: signal.signal(n, lambda number, _: asked.append(number)) for n in numbers if main_thread}
     try:
-        with contextlib.ExitStack() as stack:
-            stdout = stack.enter_context(output.open("wb")) if output else 2
+        with output.open("wb") if output else contextlib.nullcontext(2) as stdout:
             child = subprocess.Popen(
                 child_command(*arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 env=child_environment(**(environment or {})),
             )
-        if asked:  # before `child` was known to the handler
-            child.terminate()
-        while True:
-            try:
-                code = child.wait(1)
-                break
-            except subprocess.TimeoutExpired:
-                if asked and time.monotonic() - asked[0] > STOP_SECONDS:
-                    child.kill()
+        while child.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(0.2)
+            if asked:
+                child.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(STOP_SECONDS)
+                child.kill()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if asked:
         raise Interrupted("stopped while the engine was being prepared; nothing was cached")
-    return code
+    return child.returncode
 
 
 def _build(onnx_path: Path, entry: Path, identity: dict[str, Any], run: RunChild, note: Note) -> None:

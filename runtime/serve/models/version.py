@@ -19,11 +19,9 @@ from runtime.metadata import refuse_untrue
 from runtime.runners.base import Runner, numpy_dtype
 from runtime.runners.qdq import layout_warning
 from runtime.serve.batching.batcher import Batcher, Policy
-from runtime.serve.batching.fair_queue import Batch
-from runtime.serve.batching.instance import RunsFeeds
 from runtime.serve.models.source import Source, device_for, read_source
 from runtime.serve.observe.stats import Stats
-from runtime.serve.protocol.signature import ITEM_BYTES, Signature, make_port
+from runtime.serve.protocol.signature import Signature, make_port
 from runtime.serve.settings import Settings
 
 log = logging.getLogger("gmconv.serve")
@@ -47,11 +45,6 @@ class ModelVersion:
     users: int = 0
 
     @property
-    def sha256(self) -> str:
-        """Of the artefact; empty without a manifest."""
-        return self.manifest.artefact.sha256 if self.manifest else ""
-
-    @property
     def platform(self) -> str:
         """Triton's platform string of the artefact."""
         return "tensorrt_plan" if self.source.runtime == "tensorrt" else "onnxruntime_onnx"
@@ -70,13 +63,14 @@ class ModelVersion:
             shed_target_ns=int(settings.shed_target * 1e9),
             burst_ns=int(settings.burst_window * 1e9),
         )
-
-        def count(batch: Batch) -> None:
-            stats.executed(batch.rows, batch.fed - batch.taken, batch.inferred - batch.fed, batch.done - batch.inferred)
-
-        engines: list[RunsFeeds] = list(self.runners)
-        name = self.source.name
-        self.batcher = Batcher(engines, policy, on_batch=count, on_fatal=on_fatal, name=name, solo=self.solo)
+        self.batcher = Batcher(
+            list(self.runners),
+            policy,
+            solo=self.solo,
+            on_batch=stats.executed,
+            on_fatal=on_fatal,
+            name=self.source.name,
+        )
 
     async def close(self, timeout: float) -> bool:
         """Let the requests that hold this version finish, then end its threads and release its engines.
@@ -188,7 +182,7 @@ def make_signature(
         most = [h for _, h in limits[name]] if name in limits else [max_rows if d < 0 else d for d in port.shape[:1]]
         rest = [] if name in limits else list(port.shape[1:])
         known = all(d >= 0 for d in rest)
-        cap = settings.max_request_bytes // ITEM_BYTES[port.datatype]
+        cap = settings.max_request_bytes // port.dtype.itemsize
         elements += min(cap, math.prod([*most, *rest])) if known else cap
     return Signature(
         inputs=inputs,

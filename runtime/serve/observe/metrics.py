@@ -24,9 +24,9 @@ COUNTERS: dict[str, tuple[str, Callable[[Stats], int]]] = {
     "nv_inference_exec_count": ("Batches executed", lambda s: s.executions),
     "nv_inference_request_duration_us": ("Total request time", lambda s: s.success.ns // 1000),
     "nv_inference_queue_duration_us": ("Total time in the queue", lambda s: s.queue.ns // 1000),
-    "nv_inference_compute_input_duration_us": ("Gathering inputs", lambda s: s.compute_input.ns // 1000),
-    "nv_inference_compute_infer_duration_us": ("Executing", lambda s: s.compute_infer.ns // 1000),
-    "nv_inference_compute_output_duration_us": ("Splitting outputs", lambda s: s.compute_output.ns // 1000),
+    "nv_inference_compute_input_duration_us": ("Gathering inputs", lambda s: s.compute[0].ns // 1000),
+    "nv_inference_compute_infer_duration_us": ("Executing", lambda s: s.compute[1].ns // 1000),
+    "nv_inference_compute_output_duration_us": ("Splitting outputs", lambda s: s.compute[2].ns // 1000),
 }
 HISTOGRAMS: tuple[tuple[str, str, Callable[[Stats], Histogram]], ...] = (
     ("gmconv_inference_latency_us", "Request latency in microseconds", lambda s: s.latency),
@@ -51,9 +51,7 @@ class ServiceCollector(Collector):
         service = self._service
         models = [(m, {"model": m.source.name, "version": m.source.version}) for m in service.repository.all()]
         failures = [
-            ({**labels, "reason": reason}, count)
-            for model, labels in models
-            for reason, count in model.stats.failures.items()
+            ({**of, "reason": why}, count) for model, of in models for why, count in model.stats.failures.items()
         ]
         failures.append(({"model": "", "version": "", "reason": "REJECTED"}, service.rejected))
         yield _family("nv_inference_request_failure", "Requests not answered, by reason", failures)
@@ -74,13 +72,13 @@ class ServiceCollector(Collector):
             ("gmconv_serve_inflight_bytes", "Request bytes held", service.inflight_bytes),
         ):
             yield _family(name, text, [({}, value)], "gauge")
-        for name, text, kind, second, counts in (
-            ("gmconv_serve_responses", "Answers by protocol and status", "counter", "status", service.responses),
-            ("gmconv_serve_refusals", "Turned away before a model was chosen", "counter", "reason", service.refusals),
-            ("gmconv_serve_connections", "Open connections", "gauge", "", service.connections),
-            ("gmconv_serve_accepted_connections", "Accepted so far", "counter", "", service.accepted),
+        yield _pairs("gmconv_serve_responses", "Answers by protocol and status", "status", service.responses)
+        yield _pairs("gmconv_serve_refusals", "Turned away before a model was chosen", "reason", service.refusals)
+        for name, text, kind, counts in (
+            ("gmconv_serve_connections", "Open connections", "gauge", service.connections),
+            ("gmconv_serve_accepted_connections", "Accepted so far", "counter", service.accepted),
         ):
-            yield _family(name, text, _by_protocol(counts, second), kind)
+            yield _family(name, text, (({"protocol": key}, count) for key, count in sorted(counts.items())), kind)
         yield from gpu_metrics()
 
 
@@ -91,10 +89,8 @@ def _family(name: str, text: str, samples: Iterable[tuple[dict[str, str], float]
     return family
 
 
-def _by_protocol(counts: Mapping[Any, int], second: str) -> Iterator[tuple[dict[str, str], float]]:
-    """Samples of counts by protocol, or by protocol and what the label `second` is called for."""
-    for key, count in sorted(counts.items()):
-        yield {"protocol": key[0], second: key[1]} if second else {"protocol": key}, count
+def _pairs(name: str, text: str, second: str, counts: Mapping[tuple[str, str], int]) -> Metric:
+    return _family(name, text, (({"protocol": key[0], second: key[1]}, n) for key, n in sorted(counts.items())))
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:

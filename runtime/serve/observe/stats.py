@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from dataclasses import dataclass, field
 
+from runtime.serve.batching.fair_queue import Batch
 from runtime.serve.errors import Code
 
 LATENCY_BUCKETS_US = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000, 1_000_000, 5_000_000)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
+STAGES = ("compute_input", "compute_infer", "compute_output")
 
 
+@dataclass(slots=True)
 class Timer:
-    """How often something happened and how long it took in total, in ns."""
+    """How often something happened and how long it took in total."""
 
-    __slots__ = ("count", "ns")
+    count: int = 0
+    ns: int = 0
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.ns = 0
-
-    def add(self, ns: int, count: int = 1) -> None:
-        """Count `count` events of `ns` together."""
-        self.count += count
+    def add(self, ns: int) -> None:
+        """Once more."""
+        self.count += 1
         self.ns += ns
+
+
+def _stages() -> tuple[Timer, ...]:
+    return tuple(Timer() for _ in STAGES)
 
 
 class Histogram:
     """Cumulative-bucket histogram over fixed upper bounds."""
-
-    __slots__ = ("bounds", "counts", "total")
 
     def __init__(self, bounds: tuple[int, ...]) -> None:
         self.bounds = bounds
@@ -43,40 +46,42 @@ class Histogram:
         self.total += value
 
 
+@dataclass(slots=True)
 class Stats:
     """Triton's statistics of one model version. Written on the event loop only; it outlives a reload."""
 
-    def __init__(self) -> None:
-        self.inferences = 0
-        """Rows inferred (nv_inference_count)."""
-        self.executions = 0
-        self.last_inference_ms = 0
-        self.success, self.fail, self.queue = Timer(), Timer(), Timer()
-        self.compute_input, self.compute_infer, self.compute_output = Timer(), Timer(), Timer()
-        self.failures = dict.fromkeys(REASONS, 0)
-        self.batches: dict[int, tuple[Timer, Timer, Timer]] = {}
-        self.latency = Histogram(LATENCY_BUCKETS_US)
-        self.batch_size = Histogram(BATCH_BUCKETS)
+    inferences: int = 0
+    """Rows inferred (nv_inference_count)."""
+    executions: int = 0
+    last_inference_ms: int = 0
+    success: Timer = field(default_factory=Timer)
+    fail: Timer = field(default_factory=Timer)
+    queue: Timer = field(default_factory=Timer)
+    compute: tuple[Timer, ...] = field(default_factory=_stages)
+    """Of requests, by `STAGES`."""
+    failures: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    batches: dict[int, tuple[Timer, ...]] = field(default_factory=dict)
+    """Of executions, by their rows."""
+    latency: Histogram = field(default_factory=lambda: Histogram(LATENCY_BUCKETS_US))
+    batch_size: Histogram = field(default_factory=lambda: Histogram(BATCH_BUCKETS))
 
-    def executed(self, rows: int, input_ns: int, infer_ns: int, output_ns: int) -> None:
+    def executed(self, batch: Batch) -> None:
         """One batch ran."""
         self.executions += 1
-        self.inferences += rows
+        self.inferences += batch.rows
         self.last_inference_ms = time.time_ns() // 1_000_000
-        self.batch_size.add(rows)
-        timers = self.batches.get(rows)
-        if timers is None:
-            timers = self.batches[rows] = (Timer(), Timer(), Timer())
-        for timer, ns in zip(timers, (input_ns, infer_ns, output_ns), strict=True):
+        self.batch_size.add(batch.rows)
+        if batch.rows not in self.batches:
+            self.batches[batch.rows] = _stages()
+        for timer, ns in zip(self.batches[batch.rows], batch.stages, strict=True):
             timer.add(ns)
 
-    def succeeded(self, total_ns: int, queue_ns: int, input_ns: int, infer_ns: int, output_ns: int) -> None:
+    def succeeded(self, total_ns: int, queue_ns: int, batch: Batch) -> None:
         """One request was answered."""
         self.success.add(total_ns)
         self.queue.add(queue_ns)
-        self.compute_input.add(input_ns)
-        self.compute_infer.add(infer_ns)
-        self.compute_output.add(output_ns)
+        for timer, ns in zip(self.compute, batch.stages, strict=True):
+            timer.add(ns)
         self.latency.add(total_ns / 1000)
 
     def failed(self, total_ns: int, code: Code) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from gmconv.cli import require
-from gmconv.errors import UnavailableError
-
-EXPORTERS = ("console", "otlp")
 
 
 class Tracer:
@@ -21,10 +18,8 @@ class Tracer:
         resources = require("opentelemetry.sdk.resources", "otel")
         if exporter == "console":
             sink = export.ConsoleSpanExporter()
-        elif exporter == "otlp":
-            sink = require("opentelemetry.exporter.otlp.proto.http.trace_exporter", "otel").OTLPSpanExporter()
         else:
-            raise UnavailableError(f"--otel {exporter}: one of {', '.join(EXPORTERS)}")
+            sink = require("opentelemetry.exporter.otlp.proto.http.trace_exporter", "otel").OTLPSpanExporter()
         self._provider = sdk.TracerProvider(resource=resources.Resource.create({"service.name": "gmconv-deploy"}))
         self._provider.add_span_processor(export.BatchSpanProcessor(sink))
         self._tracer = self._provider.get_tracer("runtime.serve")

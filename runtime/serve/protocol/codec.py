@@ -52,6 +52,8 @@ class _Request(msgspec.Struct):
     outputs: Annotated[list[_Output], msgspec.Meta(max_length=64)] = []
 
 
+Tail = tuple[Port, tuple[int, ...], int]
+"""Input, shape and elements of a tensor that comes as bytes."""
 _NOT_FINITE = (b"NaN", b"Infinity")
 _decode_request = msgspec.json.Decoder(_Request).decode
 _encode = msgspec.json.Encoder().encode
@@ -61,10 +63,8 @@ _encode = msgspec.json.Encoder().encode
 class Plan:
     """What a JSON header that was accepted once asks for: clients repeat theirs, so it need not be parsed again."""
 
-    ports: list[tuple[Port, tuple[int, ...], int, int]]
-    """Input, shape, elements and bytes, in the order of the tail."""
-    size: int
-    """Bytes of the tail."""
+    tensors: list[Tail]
+    """What follows the header."""
     decoded: Decoded
     """The request without its feeds: the same for all."""
     answers: dict[tuple[tuple[int, ...], ...], bytes] = field(default_factory=dict)
@@ -93,47 +93,42 @@ def decode(body: bytes | bytearray | memoryview, header_length: int | None, sign
     if header_length == 0:
         return _decode_raw(body, signature)
     view = memoryview(body)
-    key = bytes(view[:header_length]) if header_length is not None and header_length <= MAX_PLANNED else None
-    plan = signature.plans.get(key) if key is not None else None
-    if plan is not None and header_length is not None and len(view) - header_length == plan.size:
-        return _decode_planned(view[header_length:], plan)
+    header, tail = view[:header_length], view[len(view) if header_length is None else header_length :]
+    key = bytes(header) if len(tail) and len(header) <= MAX_PLANNED else b""
+    feeds: dict[str, Array] = {}
+    if plan := signature.plans.get(key):
+        first = plan.decoded
+        _cut(tail, plan.tensors, feeds)
+        return Decoded(feeds, first.rows, first.wanted, first.id, first.timeout_us, first.priority, plan)
     if header_length is None:
         _bound_json(body, signature)
     elif header_length > len(view):
         raise RequestError("Inference-Header-Content-Length is beyond the end of the body")
     elif header_length > MAX_HEADER:
         raise RequestError("the JSON header is larger than this server takes", Code.TOO_LARGE)
-    request, strict = _parse(view if header_length is None else view[:header_length])
-    tail = view[len(view) if header_length is None else header_length :]
-    feeds: dict[str, Array] = {}
-    ports: list[tuple[Port, tuple[int, ...], int, int]] = []
+    request, strict = _parse(header)
+    tensors: list[Tail] = []
     for tensor in request.inputs:
         port, elements = open_input(feeds, tensor, signature)
         size = tensor.parameters.get("binary_data_size")
         if size is None:
             feeds[port.name] = from_json(port, tensor.shape, elements, bytes(tensor.data), strict)
             continue
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise RequestError(f"input '{port.name}': 'binary_data_size' must be a whole number of bytes")
         if bytes(tensor.data):
             raise RequestError(f"input '{port.name}' has both 'data' and 'binary_data_size'")
-        if size > len(tail):
-            raise RequestError(f"input '{port.name}': binary_data_size is beyond the end of the body")
-        feeds[port.name] = from_bytes(port, tensor.shape, elements, tail[:size])
-        ports.append((port, tuple(tensor.shape), elements, size))
-        tail = tail[size:]
-    if len(tail):
-        raise RequestError(f"{len(tail)} bytes follow the last binary tensor")
+        check_bytes(port, tensor.shape, elements, size)
+        feeds[port.name] = np.empty(0)  # its bytes are cut out below
+        tensors.append((port, tuple(tensor.shape), elements))
+    _cut(tail, tensors, feeds)
     binary = request.parameters.get("binary_data_output", False)
     if not isinstance(binary, bool):
         raise RequestError("'binary_data_output' must be true or false")
     outputs = [(output.name, output.parameters) for output in request.outputs]
     decoded = finish(feeds, request.parameters, outputs, request.id, binary, signature)
-    if key is not None and len(ports) == len(feeds):
+    if key and len(tensors) == len(feeds):
         if len(signature.plans) >= MAX_PLANS:
             signature.plans.clear()
-        decoded.plan = Plan(ports, sum(p[3] for p in ports), replace(decoded, feeds={}))
-        signature.plans[key] = decoded.plan
+        decoded.plan = signature.plans[key] = Plan(tensors, replace(decoded, feeds={}))
     return decoded
 
 
@@ -166,14 +161,15 @@ def _quote_not_finite(text: bytes) -> bytes:
     return text
 
 
-def _decode_planned(tail: memoryview, plan: Plan) -> Decoded:
-    feeds: dict[str, Array] = {}
+def _cut(tail: memoryview, tensors: list[Tail], feeds: dict[str, Array]) -> None:
+    """Make arrays of the bytes behind a JSON header. Raises RequestError unless they are all of them."""
     start = 0
-    for port, shape, elements, size in plan.ports:
-        feeds[port.name] = from_bytes(port, shape, elements, tail[start : start + size])
-        start += size
-    first = plan.decoded
-    return Decoded(feeds, first.rows, first.wanted, first.id, first.timeout_us, first.priority, plan)
+    for port, shape, elements in tensors:
+        end = start + elements * port.dtype.itemsize
+        feeds[port.name] = from_bytes(port, shape, elements, tail[start:end])
+        start = end
+    if start != len(tail):
+        raise RequestError(f"{len(tail)} bytes follow the JSON, its binary tensors have {start}")
 
 
 def _bound_json(body: bytes | bytearray | memoryview, signature: Signature) -> None:
@@ -210,14 +206,20 @@ def _decode_raw(body: bytes | bytearray | memoryview, signature: Signature) -> D
 
 def from_bytes(port: Port, shape: Sequence[int], elements: int, data: memoryview | bytes) -> Array:
     """A view of `data` (little-endian, C order) as `shape`; nothing is copied."""
-    expected = elements * port.dtype.itemsize
-    if len(data) != expected:
-        raise RequestError(
-            f"unexpected total byte size {len(data)} for input '{port.name}', expecting {expected} for {short(shape)}"
-        )
+    check_bytes(port, shape, elements, len(data))
     if port.datatype == "BOOL" and elements and np.frombuffer(data, np.uint8).max() > 1:
         raise RequestError(f"input '{port.name}': a BOOL is one byte, 0 or 1")
     return np.frombuffer(data, port.dtype).reshape(shape)
+
+
+def check_bytes(port: Port, shape: Sequence[int], elements: int, size: Parameter) -> None:
+    """Raise RequestError unless a tensor of `shape` has `size` bytes."""
+    expected = elements * port.dtype.itemsize
+    if type(size) is not int or size != expected:
+        given = clip(str(size))
+        raise RequestError(
+            f"unexpected total byte size {given} for input '{port.name}', expecting {expected} for {short(shape)}"
+        )
 
 
 def open_input(feeds: Mapping[str, Array], tensor: Any, signature: Signature) -> tuple[Port, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import msgspec
@@ -14,13 +13,19 @@ from runtime.serve.errors import RequestError
 from runtime.serve.protocol.signature import Port, clip, short
 
 BLANKS = b" \t\r\n"
+BRACKETS = b"[]"
+OTHER = bytes(set(range(256)) - set(b"[],{:"))
+"""What is left out where only the nesting is looked at."""
 PIECE = 128 * 1024
 """Bytes of a list of numbers that are read at a time: between two pieces the interpreter serves other threads."""
-_rows = msgspec.json.Decoder(list[msgspec.Raw])
+_KINDS: dict[str, Any] = {"b": list[bool], "i": list[int], "u": list[int]}
 
 
 def from_json(port: Port, shape: Sequence[int], elements: int, raw: bytes, strict: bool) -> Array:
-    """The `data` of an input as `shape`, flat or nested; without `strict` quoted numbers too. Raises RequestError."""
+    """The `data` of an input as `shape`, flat or nested; without `strict` quoted numbers too. Raises RequestError.
+
+    `raw` is JSON; so a list that has the brackets and commas of its shape, and in between numbers, is nested so.
+    """
     if not raw:
         raise RequestError(f"input '{port.name}' has neither 'data' nor 'binary_data_size'")
     # The number of commas bounds what decoding can allocate, flat or nested, before it is begun.
@@ -28,51 +33,33 @@ def from_json(port: Port, shape: Sequence[int], elements: int, raw: bytes, stric
         raise RequestError(
             f"input '{port.name}': 'data' has {raw.count(b',') + 1} values, expecting {elements} for {short(shape)}"
         )
-    kind = "bool" if port.datatype == "BOOL" else "float" if port.dtype.kind not in "iu" else "int"
+    kind = _KINDS.get(port.dtype.kind, list[float])
+    decode = msgspec.json.Decoder(kind, strict=strict or kind != list[float]).decode
+    expected = _nesting(shape if raw[1:].lstrip(BLANKS)[:1] == b"[" else [elements])
     array = np.empty(elements, port.dtype)
-    nested = raw[:1] == b"[" and raw[1:].lstrip(BLANKS)[:1] == b"["
+    start = filled = seen = 0
     try:
         with np.errstate(over="ignore"):
-            if nested:
-                _fill(array.reshape(shape), raw, kind, strict)
-            else:
-                _fill(array, raw, kind, strict)
+            while start < len(raw):
+                end = raw.find(b",", start + PIECE) + 1 or len(raw)
+                piece, start = raw[start:end], end
+                nesting = piece.translate(None, OTHER)
+                if nesting != expected[seen : seen + len(nesting)]:
+                    raise ValueError(f"nested otherwise than its 'shape' {short(shape)} says")
+                seen += len(nesting)
+                values = np.array(decode(b"[%b]" % piece.translate(None, BRACKETS).rstrip(b"," + BLANKS)), port.dtype)
+                array[filled : filled + len(values)] = values
+                filled += len(values)
+        if filled != elements or seen != len(expected):
+            raise ValueError(f"{filled} values for {elements}")
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError, OverflowError, TypeError) as error:
         raise RequestError(f"input '{port.name}': unable to parse 'data': {clip(str(error), 160)}") from None
     return array.reshape(shape)
 
 
-def _fill(array: Array, raw: bytes, kind: str, strict: bool) -> None:
-    """Write JSON nested as `array` into it, little by little; raises ValueError and msgspec's errors."""
-    if len(raw) <= PIECE:
-        values = np.array(_decoder(kind, array.ndim, strict).decode(raw), dtype=array.dtype)
-        if values.shape != array.shape:
-            raise ValueError(f"nested as {list(values.shape)}, its 'shape' says {short(array.shape)}")
-        array[...] = values
-    elif array.ndim > 1:
-        rows = _rows.decode(raw)
-        if len(rows) != len(array):
-            raise ValueError(f"{len(rows)} rows, its 'shape' says {short(array.shape)}")
-        for row, part in zip(array, rows, strict=True):
-            _fill(row, bytes(part), kind, strict)
-    else:
-        inner = raw.strip(BLANKS)
-        if inner[:1] != b"[" or inner[-1:] != b"]":
-            raise ValueError("not a list")
-        start, filled, last = 1, 0, len(inner) - 1
-        while start < last:
-            end = inner.find(b",", min(start + PIECE, last))
-            end = last if end < 0 else end
-            values = np.array(_decoder(kind, 1, strict).decode(b"[%b]" % inner[start:end]), dtype=array.dtype)
-            array[filled : filled + len(values)] = values
-            start, filled = end + 1, filled + len(values)
-        if filled != len(array):
-            raise ValueError(f"{filled} values for {len(array)}")
-
-
-@cache
-def _decoder(kind: str, rank: int, strict: bool) -> msgspec.json.Decoder[Any]:
-    nested: Any = {"bool": bool, "int": int, "float": float}[kind]
-    for _ in range(rank):
-        nested = list[nested]
-    return msgspec.json.Decoder(nested, strict=strict or kind != "float")
+def _nesting(shape: Sequence[int]) -> bytes:
+    """The brackets and commas of a list of `shape`."""
+    inner = b""
+    for length in reversed(shape):
+        inner = b"[%b]" % ((inner + b",") * length)[:-1]
+    return inner

@@ -21,9 +21,6 @@ TO_TRITON = {
     "float64": "FP64",
     "bfloat16": "BF16",
 }
-ITEM_BYTES = {"BOOL": 1, "FP16": 2, "BF16": 2, "FP32": 4, "FP64": 8} | {
-    f"{s}INT{b}": b // 8 for s in ("", "U") for b in (8, 16, 32, 64)
-}
 Parameter = bool | int | float | str | None
 
 
@@ -81,7 +78,7 @@ class Signature:
                     + (f" with axis {axis} in {low}..{high}" if limits and low != high else "")
                 )
         elements = math.prod(shape)
-        if elements * ITEM_BYTES[port.datatype] > self.max_tensor_bytes:
+        if elements * port.dtype.itemsize > self.max_tensor_bytes:
             raise RequestError(f"input '{port.name}' is larger than this server takes", Code.TOO_LARGE)
         return elements
 

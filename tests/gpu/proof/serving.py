@@ -32,14 +32,14 @@ MODEL = "digits"
 
 
 class Server:
-    """`python -m runtime.serve.first_start` on free ports. A context manager that leaves no process behind."""
+    """`python -m runtime.serve` on free ports. A context manager that leaves no process behind."""
 
     def __init__(self, source: Path, kind: str, cache: Path, flags: tuple[str, ...] = ()) -> None:
         ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--json", "--no-access-log"]
         command = [
             sys.executable,
             "-m",
-            "runtime.serve.first_start",
+            "runtime.serve",
             str(source),
             "--model-name",
             MODEL,

@@ -15,8 +15,7 @@ import pytest
 
 from gmconv.errors import RefusedError
 from runtime.manifest import read_manifest
-from runtime.serve import first_start
-from runtime.serve.first_start import batch_profile
+from runtime.serve.__main__ import main
 from runtime.serve.models.source import find_sources
 from runtime.serve.settings import Settings
 
@@ -77,20 +76,21 @@ def test_a_model_name_that_cannot_be_given_is_refused_before_anything_is_built(t
             find_sources(Settings(source=tmp_path, prepare=pytest.fail, **chosen))
 
 
-@pytest.mark.parametrize(("text", "profile"), [(None, None), ("", None), ("1,8,32", (1, 8, 32)), ("4,4,4", (4, 4, 4))])
-def test_a_batch_profile_is_three_rising_numbers(text: str | None, profile: Any) -> None:
-    assert batch_profile(text) == profile
+@pytest.mark.parametrize(("text", "profile"), [("", None), ("1,8,32", (1, 8, 32)), ("4,4,4", (4, 4, 4))])
+def test_a_batch_profile_is_three_rising_numbers(text: str, profile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GMCONV_ENGINE_BATCH", text)
+    assert main.make_context("serve", ["x.onnx"]).params["engine_batch"] == profile
 
 
 @pytest.mark.parametrize("text", ["1", "1,2", "3,2,1", "0,1,2", "a,b,c", "1,2,3,4", "-1,2,3", ",,"])
 def test_any_other_batch_profile_is_a_usage_error(text: str) -> None:
-    with pytest.raises(click.UsageError, match="GMCONV_ENGINE_BATCH"):
-        batch_profile(text)
+    with pytest.raises(click.UsageError, match="smallest, tuned and largest"):
+        main.make_context("serve", ["x.onnx", f"--engine-batch={text}"])
 
 
 def entry_point(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "runtime.serve.first_start", *arguments],
+        [sys.executable, "-m", "runtime.serve", *arguments],
         capture_output=True, text=True, timeout=60, check=False, env=os.environ | variables,
     )  # fmt: skip
 
@@ -105,6 +105,7 @@ def test_the_entry_point_takes_the_servers_arguments(tmp_path: Path) -> None:
     assert "none.onnx" in missing.stderr
     assert "Traceback" not in missing.stderr
     assert entry_point("x.onnx", GMCONV_ENGINE="fast").returncode == 2
+    assert entry_point("x.onnx", "--engine", "rtx").returncode == 2, "no place to keep it"
 
 
 def test_an_engine_image_without_a_gpu_says_so_and_exits_6(model: Path, tmp_path: Path) -> None:
@@ -131,14 +132,14 @@ def test_an_engine_is_prepared_with_the_servers_own_options(
         asked.append({"path": path, **options})
         return write_engine(path, tmp_path / "model.plan")
 
-    monkeypatch.setattr(first_start, "prepare_engine", prepare)
-    monkeypatch.setattr("runtime.serve.__main__.run", lambda settings, **_: served.append(settings) or 0)
+    monkeypatch.setattr("runtime.serve.models.engine_cache.prepare_engine", prepare)
+    monkeypatch.setattr("runtime.serve.server.run", lambda settings, **_: served.append(settings) or 0)
     monkeypatch.setenv("GMCONV_ENGINE", "rtx")
     monkeypatch.setenv("GMCONV_ENGINE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("GMCONV_ENGINE_BATCH", "1,2,4")
-    with pytest.raises(click.exceptions.Exit) as done:
-        first_start.main.callback((str(tmp_path / source), *flags))  # type: ignore[misc]
-    assert done.value.exit_code == 0
+    with pytest.raises(SystemExit) as done:
+        main.main([str(tmp_path / source), *flags])
+    assert done.value.code == 0
     assert not asked, "not before the server has looked at everything else"
     found = find_sources(served[0])
     device = "cuda:1" if flags else "cuda"
@@ -158,7 +159,6 @@ def test_an_engine_is_prepared_with_the_servers_own_options(
 
 ENTRIES = {
     "runtime.serve": ["--help"],
-    "runtime.serve.first_start": ["--help"],
     "gmconv": ["serve", "--help"],
 }
 
@@ -180,14 +180,14 @@ def test_signals_are_handled_before_anything_slow_is_imported(number: str, entry
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     packages = {"runtime", "runtime.serve", "gmconv", "gmconv.lazy", "gmconv.startup"}
-    entries = {"runtime.serve.__main__", "runtime.serve.first_start", "gmconv.__main__"}
+    entries = {"runtime.serve.__main__", "gmconv.__main__"}
     assert set(done.stderr.split()) <= packages | entries | {"__future__"}, "imported first"
 
 
 def test_sigterm_during_the_start_ends_it_with_130(tmp_path: Path) -> None:
     """Sent as soon as the process handles it, long before the server is up."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "runtime.serve.first_start", str(tmp_path)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "runtime.serve", str(tmp_path)], stderr=subprocess.PIPE, text=True
     )
     bit = 1 << (signal.SIGTERM - 1)
     while not int(re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[0], 16) & bit:

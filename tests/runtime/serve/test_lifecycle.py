@@ -170,6 +170,17 @@ def test_idle_server_stops_quickly(start: Start, tmp_path: Path) -> None:
     assert time.monotonic() - began < 3
 
 
+def test_a_program_serves_by_a_call(tmp_path: Path) -> None:
+    options = "http_port=0, grpc=False, metrics=False, as_json=True"
+    code = f"import runtime, sys; sys.exit(runtime.serve.serve({str(classifier(tmp_path / 'm.onnx'))!r}, {options}))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        events = [json.loads(process.stdout.readline()) for _ in range(2)]
+        process.terminate()
+    assert [event["event"] for event in events] == ["listening", "ready"]
+    assert process.returncode == 0
+
+
 def test_one_protocol_alone_stops_quietly(start: Start, tmp_path: Path) -> None:
     for flags in (("--no-http", "--no-metrics"), ("--no-grpc", "--no-metrics")):
         server = start(classifier(tmp_path / "m.onnx"), *flags)
@@ -270,14 +281,11 @@ def test_reloading_under_load_loses_nothing(start: Start, tmp_path: Path) -> Non
 
 
 FAILING = """
-import asyncio, json, sys
-from pathlib import Path
-import numpy as np
+import sys
 from runtime.manifest import TensorSpec
 from runtime.runners.base import Runner
+from runtime.serve import serve
 from runtime.serve.models import version
-from runtime.serve.server import serve
-from runtime.serve.settings import Settings
 
 class Failing(Runner):
     name, device = "failing", "cpu"
@@ -292,8 +300,7 @@ class Failing(Runner):
     def close(self): pass
 
 version.open_runners = lambda source, settings: ([Failing()], None)
-settings = Settings(source=Path(sys.argv[1]), http_port=0, grpc_port=0, metrics_port=0)
-sys.exit(asyncio.run(serve(settings, lambda e: print(json.dumps(e), flush=True))))
+sys.exit(serve(sys.argv[1], http_port=0, grpc_port=0, metrics_port=0, as_json=True))
 """
 
 

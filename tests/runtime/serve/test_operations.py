@@ -196,7 +196,6 @@ def test_opentelemetry_spans_continue_the_callers_trace(start: Start, tmp_path: 
     server = start(classifier(tmp_path / "m.onnx"), "--otel", "console")
     trace = "0af7651916cd43dd8448eb211c80319c"
     server.request("GET", "/v2/models/m", headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"})
-    assert server.json("/v2/trace/setting")["trace_level"] == ["TIMESTAMPS"]
     process = server.process
     process.terminate()
     assert process.stdout

@@ -59,8 +59,6 @@ def test_documents(server: Server, kind: str) -> None:
     assert config["max_batch_size"] == 32
     assert [int(d) for d in config["input"][0]["dims"]] == [3, 8, 8]
     assert client.get_log_settings(**json)
-    assert client.get_trace_settings(**json)
-    assert client.get_trace_settings("tiny", **json)
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
@@ -223,11 +221,8 @@ def test_settings_over_the_network(server: Server, kind: str) -> None:
     _, client = connect(server, kind)
     json = {"as_json": True} if kind == "grpc" else {}
     client.update_log_settings({"log_info": True}, **json)
-    client.update_trace_settings(settings={"trace_level": "OFF"}, **json)
     with pytest.raises(InferenceServerException, match="network"):
         client.update_log_settings({"log_file": "/etc/passwd"})
-    with pytest.raises(InferenceServerException, match="network"):
-        client.update_trace_settings(settings={"trace_file": "/etc/passwd"})
 
 
 @pytest.mark.parametrize("kind", CLIENTS)

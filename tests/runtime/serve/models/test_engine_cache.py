@@ -414,5 +414,6 @@ def test_the_servers_command_line_prepares_with_its_own_options(
     flags = ["--engine-cache", str(tmp_path / "cache"), "--device", "cuda:1", "--no-require-manifest"]
     settings = make_settings(main.make_context("serve", [str(model), *flags]).params)
     (source,) = find_sources(settings)
-    assert asked == [(model, {"cache_dir": tmp_path / "cache", "device": "cuda:1", "require_manifest": False})]
+    chosen = {"cache_dir": tmp_path / "cache", "flavor": "auto", "profile": None}
+    assert asked == [(model, {**chosen, "device": "cuda:1", "require_manifest": False})]
     assert (source.name, source.path) == ("net", tmp_path / "model.plan")
