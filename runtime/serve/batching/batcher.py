@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
+from queue import SimpleQueue
 from time import monotonic_ns
 from typing import Any
 
@@ -65,13 +66,13 @@ class Batcher:
         self.draining = False
         self._loop = asyncio.get_running_loop()
         self._on_batch, self._on_fatal = on_batch, on_fatal
-        self._lock = threading.Lock()
+        self._wakeup = threading.Condition(threading.Lock())
+        """Held for whatever is shared with the engines' threads, which wait for it."""
         self._queue = FairQueue()
         self._idle: list[Instance] = []
-        self._filling: Instance | None = None
+        self._filling = 0
+        """Engines that wait for a fuller batch."""
         self._waking = False
-        self._woken = 0
-        """Instances that were woken and have not looked at the queue yet."""
         self._closing = False
         self._row_ns = 0.0
         self._least_ns = 0.0
@@ -83,6 +84,8 @@ class Batcher:
         self._sweeping = False
         self._instances = [Instance(runner) for runner in runners]
         self._solo = Instance(solo) if solo else None
+        self._lone: SimpleQueue[list[Item]] = SimpleQueue()
+        """What the engine for lone requests has to run."""
         self._threads = [
             threading.Thread(target=self._work, args=(i,), name=f"{name}-{n}", daemon=True)
             for n, i in enumerate(self._instances)
@@ -157,7 +160,7 @@ class Batcher:
         self.check()
         if alone:
             item.deadline = 0  # there is nothing that it would have to wait for
-        with self._lock:
+        with self._wakeup:
             if self._closing:
                 raise RequestError("the model is being unloaded", Code.UNAVAILABLE)
             if alone and not self._queue and not self.policy.delay_ns and self._run_alone(item):
@@ -182,29 +185,17 @@ class Batcher:
         item.batch = Batch(item.rows, taken=monotonic_ns())
         if solo and not inline:
             solo.items = [item]
-            solo.wake.release()
+            self._lone.put(solo.items)
             return True
-        instance = solo or self._idle.pop()
-        self._execute(instance, [item], _now)
-        if not solo:
-            self._idle.append(instance)
+        self._execute(solo or self._idle[-1], [item], _now)
         return True
 
     def _wake_engines(self) -> None:
-        """Let idle engines see what was queued."""
+        """Let idle engines see what was queued; one that waits for a fuller batch takes it when its delay is over."""
         self._waking = False
-        with self._lock:
-            self._wake()
-
-    def _wake(self) -> None:
-        if self._filling and self._queue.rows < self.policy.max_rows:
-            return  # it takes what there is when its delay is over, and wakes the others then
-        while self._idle and self._woken < len(self._queue):
-            self._woken += 1
-            self._idle.pop().wake.release()
-        if self._filling and self._queue.rows >= self.policy.max_rows:
-            self._filling.wake.release()
-            self._filling = None
+        with self._wakeup:
+            if not self._filling or self._queue.rows >= self.policy.max_rows:
+                self._wakeup.notify(len(self._queue))
 
     def _take_share(self, instance: Instance, dropped: list[Item]) -> list[Item]:
         """The batch of the engine that takes now; the lock is held.
@@ -226,7 +217,7 @@ class Batcher:
     def _sweep(self) -> None:
         """Answer requests that expired behind a long execution; those at the head are caught when taken."""
         now = monotonic_ns()
-        with self._lock:
+        with self._wakeup:
             late = self._queue.expired(now)
         _fail_all(late, _expired())
         self._sweeping = len(self._queue) > 0
@@ -235,17 +226,10 @@ class Batcher:
 
     async def close(self, timeout: float = 30.0) -> bool:
         """Run what is queued, then end the threads. False if a thread was still busy at the timeout."""
-        with self._lock:
+        with self._wakeup:
             self._closing = True
-            for instance in self._idle:
-                instance.wake.release()
-            self._woken += len(self._idle)
-            self._idle.clear()
-            if self._filling:
-                self._filling.wake.release()
-                self._filling = None
-            if self._solo:
-                self._solo.wake.release()
+            self._wakeup.notify_all()
+            self._lone.put([])
         end = monotonic_ns() + timeout * 1e9
         while any(t.is_alive() for t in self._threads) and monotonic_ns() < end:
             await asyncio.sleep(0.005)
@@ -253,7 +237,7 @@ class Batcher:
 
     def abort(self, error: RequestError) -> int:
         """Fail everything queued or being executed (the drain's limit is reached); how many that was."""
-        with self._lock:
+        with self._wakeup:
             items = self._queue.clear()
             for instance in (*self._instances, *([self._solo] if self._solo else [])):
                 items += instance.items
@@ -269,51 +253,36 @@ class Batcher:
     def _work_solo(self, solo: Instance) -> None:
         if self.policy.on_cpu:
             give_way()
-        while solo.wake.acquire() and solo.items:
-            self._execute(solo, solo.items, self._call)
+        while items := self._lone.get():
+            self._execute(solo, items, self._call)
 
     def _take(self, instance: Instance) -> list[Item] | None:
         """The next batch; blocks while there is none; None when closed and empty."""
-        dropped: list[Item] = []
-        woken = False
-        while True:
-            wait = -1.0
-            with self._lock:
-                if woken:
-                    self._woken -= 1
-                    woken = False
-                if self._filling is instance:
-                    self._filling = None
-                if self._queue and not (self._filling and not self._closing):
+        with self._wakeup:
+            while True:
+                wait = None
+                if self._queue:
                     wait = self._still_filling()
                     if wait <= 0:
+                        dropped: list[Item] = []
                         items = self._take_share(instance, dropped)
-                        if self.policy.delay_ns:
-                            self._wake()
                         if dropped:
                             self._call(_fail_all, dropped, _expired())
-                            dropped = []
                         if items:
+                            if self.policy.delay_ns:
+                                self._wakeup.notify(len(self._queue))
                             return items
-                        wait = 0
-                    else:
-                        self._filling = instance
+                        continue
                 elif self._closing:
                     return None
                 else:
-                    if not self._queue:
-                        self._queue.reset()
-                        self._standing = 0
-                    self._idle.append(instance)
-            if wait < 0:
-                instance.wake.acquire()
-                woken = True
-            elif wait > 0 and not instance.wake.acquire(timeout=wait):
-                with self._lock:
-                    if self._filling is instance:
-                        self._filling = None
-                    else:  # woken between the timeout and the lock: use the wake-up up
-                        instance.wake.acquire(blocking=False)
+                    self._queue.reset()
+                    self._standing = 0
+                self._idle.append(instance)
+                self._filling += wait is not None
+                self._wakeup.wait(wait)
+                self._filling -= wait is not None
+                self._idle.remove(instance)
 
     def _still_filling(self) -> float:
         """Seconds that the opt-in queue delay still allows this batch to grow."""

@@ -1,4 +1,4 @@
-"""One engine of a batcher: its wake-up lock, the buffer its batches are gathered in, its thread's priority."""
+"""One engine of a batcher: the buffer its batches are gathered in, its thread's priority."""
 
 from __future__ import annotations
 
@@ -28,12 +28,10 @@ class RunsFeeds(Protocol):
 
 
 class Instance:
-    """One engine, its thread's wake-up lock and the buffer its batches are gathered in."""
+    """One engine and the buffer its batches are gathered in."""
 
     def __init__(self, runner: RunsFeeds) -> None:
         self.runner = runner
-        self.wake = threading.Lock()
-        self.wake.acquire()
         self.staging: dict[str, Array] = {}
         self.items: list[Item] = []
         """What is being executed."""
