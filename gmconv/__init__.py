@@ -6,8 +6,8 @@ The names below are imported when first used, so that a command's `--help` does 
 from __future__ import annotations
 
 from gmconv.lazy import attach
+from gmconv.version import __version__ as __version__
 
-__version__ = "0.2.0"
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from gmconv import models as models

@@ -16,6 +16,7 @@ import click
 from gmconv.errors import printable
 from gmconv.packages import missing
 from gmconv.packages import require as require
+from gmconv.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,8 +104,7 @@ def version_option() -> click.Option:
 
     def show(context: click.Context, _: click.Parameter, asked: bool) -> None:
         if asked and not context.resilient_parsing:
-            ours = sys.modules["gmconv"].__version__  # the package around us; it may run without being installed
-            click.echo(f"gmconv-deploy {ours}, Python {sys.version.split()[0]}")
+            click.echo(f"gmconv-deploy {__version__}, Python {sys.version.split()[0]}")
             context.exit()
 
     return click.Option(

@@ -6,7 +6,6 @@ holds a `Manifest`. Nothing is prepended to the artefact itself, so trtexec and 
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -161,14 +160,6 @@ def _tensors(message: Any) -> Iterator[Any]:
 def digest(path: Path, kind: Literal["checkpoint", "onnx", "external-data", "engine", "golden"]) -> FileDigest:
     """The `FileDigest` of a file on disk."""
     return FileDigest(kind, path.name, sha256_file(path), path.stat().st_size)
-
-
-def own_version() -> str:
-    """This package's version; "0" where it is run from its sources without being installed."""
-    try:
-        return importlib.metadata.version("gmconv-deploy")
-    except importlib.metadata.PackageNotFoundError:
-        return "0"
 
 
 def utc_now() -> str:

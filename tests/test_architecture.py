@@ -40,6 +40,7 @@ GROUND = {
         "splits",
         "startup",
         "tables",
+        "version",
     )
 }
 

@@ -30,7 +30,8 @@ import msgspec
 from gmconv.child import child_command, child_environment
 from gmconv.errors import BuildError, Interrupted, ParityError, RefusedError, UnavailableError
 from gmconv.files import locked, sha256_file
-from runtime.manifest import Manifest, external_files, find_manifest, own_version, read_manifest, sidecar, utc_now
+from gmconv.version import __version__
+from runtime.manifest import Manifest, external_files, find_manifest, read_manifest, sidecar, utc_now
 from runtime.records import Parity
 
 Profile = tuple[int, int, int]
@@ -85,7 +86,7 @@ def prepare_engine(
     identify, run = machine or (identify_device, run_child)
     found = identify(flavor, index)
     sources = hash_sources(onnx_path, require_manifest)
-    identity = {**asdict(found), "profile": profile, "sources": sources, "gmconv-deploy": own_version()}
+    identity = {**asdict(found), "profile": profile, "sources": sources, "gmconv-deploy": __version__}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     entry = cache_dir / key
     try:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from runtime.manifest import own_version
+from gmconv.version import __version__
 from runtime.serve.errors import Code, RequestError
 from runtime.serve.models.repository import Repository
 from runtime.serve.models.source import device_for
@@ -15,10 +15,10 @@ from runtime.serve.observe.stats import STAGES, Timer
 from runtime.serve.protocol.signature import Port
 
 Document = dict[str, Any]
-VERSION = own_version()
+
 SERVER: Document = {
     "name": "gmconv-deploy",
-    "version": VERSION,
+    "version": __version__,
     "extensions": [
         "binary_tensor_data",
         "classification",
@@ -114,7 +114,7 @@ def _statistics(model: ModelVersion) -> Document:
 def openapi(document: bytes, *, secured: bool) -> bytes:
     """The OpenAPI document with this package's version and, where a token is asked for, the bearer scheme."""
     described = json.loads(document)
-    described["info"]["version"] = VERSION
+    described["info"]["version"] = __version__
     if secured:
         described["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         described["security"] = [{"token": []}]
