@@ -131,7 +131,7 @@ def _energy(weight: Tensor) -> float:
 
 def tensor_sha256(tensor: Tensor) -> str:
     """Hex sha256 of a tensor's values: row-major, little-endian, in its own dtype."""
-    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    values = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(values.numpy().data).hexdigest()
 
 

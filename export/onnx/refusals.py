@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from runtime.runners.base import Array
 
 NOTHING_BAKED = (
-    "nothing was baked: the network has no mask and computes no kernel; if it was trained with Gaussian masks, this "
-    "checkpoint lacks them, or --arch builds another network"
+    "nothing was baked: no convolution and no product of matrices has a mask or computes its kernel; if the network "
+    "was trained with Gaussian masks, this checkpoint lacks them, or --arch builds another network"
 )
 _SAME = 1e-3  # of the RMS: far beyond what another number of threads changes
 

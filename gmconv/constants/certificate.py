@@ -24,12 +24,12 @@ def certify(use: Use, raw: Mapping[str, Tensor]) -> KernelCertificate:
     """Describe the kernel of `use`; `raw` are the parameters and buffers of the live network by name."""
     assert use.kernel is not None
     kernel, sources = use.kernel, tuple(sorted(use.origin.sources))
-    name = _trained_tensor(kernel, sources, raw) if kernel.is_floating_point() else None
-    if name is None and use.layer is Product and kernel.dim() == 2:  # with its channels in columns
-        name = _trained_tensor(kernel.t(), sources, raw)
-        kernel = kernel if name is None else kernel.t()
-    if name is not None and raw[name].dim() > kernel.dim():  # as a product has it, its taps in a row
-        kernel = kernel.reshape(raw[name].shape)
+    names = _trained_tensors(kernel, sources, raw)
+    if not names and use.layer is Product and kernel.dim() == 2:  # with its channels in columns
+        names = _trained_tensors(kernel.t(), sources, raw)
+        kernel = kernel.t() if names else kernel
+    if names and raw[names[0]].dim() > kernel.dim():  # as a product has it, its taps in a row
+        kernel = kernel.reshape(raw[names[0]].shape)
     found = KernelCertificate(
         name=use.name,
         kind="generated",
@@ -43,10 +43,14 @@ def certify(use: Use, raw: Mapping[str, Tensor]) -> KernelCertificate:
     )
     if not kernel.any():
         return replace(found, kind="zero", energy_centre=None)
-    if name is None:
-        return found
-    weight = raw[name].reshape(kernel.shape)
-    found = replace(found, weight=name)
+    described = (_described(replace(found, weight=n), raw[n].reshape(kernel.shape), kernel) for n in names)
+    if len(names) == 1:
+        return next(described)
+    return next((one for one in described if one.kind != "reparametrised"), found)
+
+
+def _described(found: KernelCertificate, weight: Tensor, kernel: Tensor) -> KernelCertificate:
+    """How the kernel relates to the trained tensor `weight`, of its shape."""
     if any(_factor(weight, kernel, sharing) is not None for sharing in ("all", "channel")):
         return replace(found, kind="scale")
     masks: tuple[tuple[KernelKind, str], ...] = (
@@ -69,16 +73,21 @@ def certify(use: Use, raw: Mapping[str, Tensor]) -> KernelCertificate:
     return replace(found, kind="reparametrised")
 
 
-def _trained_tensor(kernel: Tensor, names: Sequence[str], raw: Mapping[str, Tensor]) -> str | None:
-    """The one tensor of the kernel's size that it was made from; of several the one that is no mask of 0 and 1."""
+def _trained_tensors(kernel: Tensor, names: Sequence[str], raw: Mapping[str, Tensor]) -> list[str]:
+    """The tensors of the kernel's size that it may be a masked one of; those of 0 and 1, and its own copies, aside."""
+    if not kernel.is_floating_point():
+        return []
     same = [n for n in names if n in raw and raw[n].numel() == kernel.numel() and raw[n].is_floating_point()]
     exact = [n for n in same if raw[n].shape == kernel.shape]
     same = exact or [n for n in same if raw[n].dim() == kernel.dim() or raw[n].shape[:1] == kernel.shape[:1]]
+    same = [n for n in same if raw[n].shape == raw[same[0]].shape]
     if len(same) > 1:
         same = [n for n in same if not bool(((raw[n] == 0) | (raw[n] == 1)).all())]
+    if len(same) > 1:
+        same = [n for n in same if not torch.equal(raw[n].reshape(-1), kernel.reshape(-1))]
     if len(same) > 1:  # a mask is not negative
         same = [n for n in same if bool((raw[n] < 0).any())]
-    return same[0] if len(same) == 1 else None
+    return same
 
 
 def _flat(tensor: Tensor) -> Tensor:

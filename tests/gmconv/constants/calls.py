@@ -82,6 +82,27 @@ class CopiesData(SetsData):
         return self.conv(x)
 
 
+class Copied(Base):
+    """A masked weight copied over a child's own, which has its size."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__(i, o)
+        self.raw, self.conv = nn.Parameter(torch.randn(o, i, 5, 5) / 10), nn.Conv2d(i, o, 5, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.conv.weight.copy_(self.raw * gauss(5, self.sigma))
+        return self.conv(x)
+
+
+class ConjugateSpectra(Base):
+    """Multiplies spectra, the kernel's conjugate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft2(self.kernel(), s=x.shape[2:]).conj()
+        return torch.fft.irfft2(torch.einsum("bihw,oihw->bohw", torch.fft.rfft2(x), spectrum), s=x.shape[2:])
+
+
 class ReadsChild(nn.Module):
     """A parent that reads what a plain layer does not have."""
 
@@ -488,6 +509,7 @@ CALLS = [
     InPlace, Cached, ByName, Aten, Convolution, FunctionalCall, SetsData, CopiesData, ReadsChild, Block, ItemBlock,
     Twice, Borrowed, OwnFunction, Padded, Circular, Depthwise, Dilated, Transposed, OneD, ThreeD, Lora, ScaledBias,
     Autocast, Blur, Slice, ScriptedMask, Detached, Half, Vmapped, Made, Unregistered, InClosure, MasksChild, AtScales,
-    LastKernel, Cayley, Unfolded, UnfoldedRows, Einsum, Tokens, PlainAttribute, patched, hooked, stacked, grouped,
+    LastKernel, Cayley, Unfolded, UnfoldedRows, Einsum, Tokens,
+    Copied, ConjugateSpectra, PlainAttribute, patched, hooked, stacked, grouped,
     strided, normed, spectral, pruned,
 ]  # fmt: skip

@@ -83,6 +83,18 @@ class NormedByBatchNorm(Base):
         return F.batch_norm(flat, None, None, training=True).view_as(self.weight) / 10
 
 
+class Supermask(Base):
+    """The better half of the weights, by scores of their own size."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__(i, o)
+        self.scores = nn.Parameter(torch.randn(o, i, 5, 5))
+
+    def kernel(self) -> Tensor:
+        found = self.scores.abs()
+        return self.weight * (found >= found.flatten().kthvalue(found.numel() // 2).values).float()
+
+
 class Sparse(Base):
     def __init__(self, i: int, o: int) -> None:
         super().__init__(i, o)
@@ -93,5 +105,6 @@ class Sparse(Base):
 
 
 GENERATED = [
-    Hyper, HyperConv, LowRank, Fourier, Gabor, Quantized, Binary, Standardized, NormedByBatchNorm, Sparse,
+    Hyper, HyperConv, LowRank, Fourier, Gabor, Quantized, Binary, Standardized, NormedByBatchNorm, Supermask,
+    Sparse,
 ]  # fmt: skip
