@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,8 +110,15 @@ def trained_on(dataset: Mapping[str, Any] | None) -> str | None:
     return "digits" if (dataset or {}).get("name") == "digits" else None
 
 
+class ArrayOf(NamedTuple):
+    """The images in one array of an .npz file that holds what a network takes besides them too."""
+
+    path: Path
+    name: str
+
+
 def load_samples(
-    spec: str | Path,
+    spec: str | Path | ArrayOf,
     *,
     input_shape: tuple[int, int, int],
     preprocessing: Preprocessing | None = None,
@@ -126,7 +133,7 @@ def load_samples(
     Args:
         spec: "noise" (standard normal, 64 samples unless `limit` says more), "digits", a folder of images (with one
             sub-folder per class, their labels; with `images` and `masks`, a class per pixel), or an .npz file of
-            float32 images (and labels or masks).
+            float32 images (and labels or masks), or one of its arrays.
         input_shape: (C, H, W).
         preprocessing: the manifest's; needed for image files.
         dataset: the manifest's, which knows how training split the digits, a folder or an .npz file.
@@ -141,7 +148,9 @@ def load_samples(
     """
     if limit is not None and limit < 1:
         raise RefusedError(f"{limit} samples were asked for; at least 1 is needed")
-    if str(spec) == "noise":
+    if isinstance(spec, ArrayOf):
+        source = _npz(spec.path, input_shape, spec.name)
+    elif str(spec) == "noise":
         source = Source("noise", limit or NOISE_SAMPLES, _noise(input_shape, seed))
     elif str(spec) == "digits":
         source = _digits(input_shape, dataset or {}, part)
@@ -310,9 +319,9 @@ def _images(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
-def _npz(path: Path, shape: tuple[int, int, int]) -> Source:
+def _npz(path: Path, shape: tuple[int, int, int], array: str | None = None) -> Source:
     names = npz_names(path)
-    image = next((name for name in _IMAGE_NAMES if name in names), None)
+    image = array or next((name for name in _IMAGE_NAMES if name in names), None)
     others = [name for name in names if name not in _LABEL_NAMES]
     if image is None and len(others) == 1:
         image = others[0]

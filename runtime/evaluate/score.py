@@ -17,6 +17,7 @@ from gmconv.errors import ArchitectureUnavailableError, CheckpointError, Refused
 from gmconv.foreign import NOTHING, Foreign
 from gmconv.splits import Part
 from runtime.artefact import Artefact, Facts, open_artefact
+from runtime.evaluate.feeds import image_input, image_shape, other_inputs, outputs_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -121,11 +122,14 @@ def evaluate(artefacts: Sequence[str | Path], options: EvaluateOptions | None = 
         known = runner.artefact.facts
         for artefact in found:
             known = known | artefact.facts
-        samples = _samples(known, runner, options)
+        samples, others = _samples(known, runner, options)
         names = _output_names(runners, found)
         judge = _judge(samples, names, options)
+        done, image = 0, image_input(runner).name
         for batch in samples.batches(options.batch):
-            given = {id(one): _outputs(one, names, batch.images) for one in dict.fromkeys(runners)}
+            taken = slice(done, done := done + len(batch.images))
+            feeds = {s.name: batch.images if s.name == image else others[s.name][taken] for s in runner.inputs}
+            given = {id(one): outputs_of(one, names, feeds) for one in dict.fromkeys(runners)}
             judge.add([given[id(one)] for one in runners], batch)
         scores: Sequence[Score | PixelScore | MetricScore] = judge.scores()[1:]
         rows = [
@@ -216,8 +220,9 @@ def _reference(found: Sequence[Artefact], options: EvaluateOptions) -> Artefact:
     return open_artefact(beside) if beside is not None else found[0]
 
 
-def _samples(about: Facts, runner: Runner, options: EvaluateOptions) -> Samples:
-    from gmconv.data import load_samples
+def _samples(about: Facts, runner: Runner, options: EvaluateOptions) -> tuple[Samples, dict[str, NDArray[Any]]]:
+    """The samples, and what of each the network takes besides its image, by input."""
+    from gmconv.data import ArrayOf, load_samples
 
     images = options.images or "digits"
     if str(images) == "digits" and (about.dataset or {}).get("name") != "digits":
@@ -225,20 +230,11 @@ def _samples(about: Facts, runner: Runner, options: EvaluateOptions) -> Samples:
             f"{runner.artefact.path}: nothing says that it was trained on digits, so they say nothing of it; give "
             f"--data DIR with a sub-folder of images per class, or --data FILE.npz"
         )
-    shape = runner.inputs[0].shape
-    if len(runner.inputs) != 1 or len(shape) != 4:
-        raise RefusedError(f"{runner.artefact.path}: evaluation knows networks with one (N, C, H, W) input")
-    sizes = tuple(
-        size if isinstance(size, int) else about.preprocessing.size[axis - 1] if about.preprocessing and axis else 0
-        for axis, size in enumerate(shape[1:])
-    )
-    if not all(sizes):
-        raise RefusedError(
-            f"{runner.artefact.path}: height and width are dynamic and its manifest has no preprocessing size"
-        )
+    several = len(runner.inputs) > 1
+    shape = image_shape(runner, about, images)
     samples = load_samples(
-        images,
-        input_shape=(sizes[0], sizes[1], sizes[2]),
+        ArrayOf(Path(images), image_input(runner).name) if several else images,
+        input_shape=shape,
         preprocessing=about.preprocessing,
         dataset=about.dataset,
         class_names=about.labels,
@@ -253,31 +249,4 @@ def _samples(about: Facts, runner: Runner, options: EvaluateOptions) -> Samples:
         )
     if options.labelled and options.metric is None and samples.labels is None and not samples.masked:
         raise RefusedError(f"{images} has no labels, so --max-drop cannot be judged; use --min-agreement")
-    return samples
-
-
-def _outputs(runner: Runner, names: Sequence[str], images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """What `runner` makes of a batch, by the common names. A fixed batch is padded and cut again."""
-    import numpy as np
-
-    from runtime.runners.base import numpy_dtype
-
-    spec = runner.inputs[0]
-    limits = [profile[spec.name].max[0] for profile in runner.profiles if spec.name in profile]
-    fixed = spec.shape[0] if isinstance(spec.shape[0], int) else None
-    size = fixed or min([len(images), *limits])
-    own = [found.name for found in runner.outputs]
-    own = list(names) if set(own) == set(names) else own  # else by their place
-    parts: list[dict[str, NDArray[Any]]] = []
-    for start in range(0, len(images), size):
-        part = images[start : start + size]
-        if fixed and len(part) < fixed:
-            part = np.concatenate([part, np.repeat(part[-1:], fixed - len(part), axis=0)])
-        found = runner.run({spec.name: np.ascontiguousarray(part.astype(numpy_dtype(spec.dtype)))})
-        parts.append({name: _plain(found[ours])[: len(images) - start] for name, ours in zip(names, own, strict=True)})
-    return {name: np.concatenate([part[name] for part in parts]) for name in names}
-
-
-def _plain(output: NDArray[Any]) -> NDArray[Any]:
-    """Floating point of any precision as float32; whole numbers as they are."""
-    return output if output.dtype.kind in "iub" else output.astype("float32")
+    return samples, other_inputs(runner, samples.targets()) if several else {}

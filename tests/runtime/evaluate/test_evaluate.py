@@ -213,6 +213,43 @@ def test_masks_judge_the_output_that_is_named(tmp_path: Path, masks: Path) -> No
     assert "there are mean, map" in invoke(good, "--data", masks, "--output", "maps", code=3).stderr
 
 
+def save_two(path: Path, *, batch: int | str = "n", names: tuple[str, str] = ("shift", "image")) -> Path:
+    """A network of two inputs: its logits are an image's eight pixels and a whole number for each."""
+    shift, image = names
+    nodes = [
+        helper.make_node("Reshape", [image, "s"], ["x"]),
+        helper.make_node("Cast", [shift], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["x", "f"], ["y"]),
+    ]
+    values = [
+        helper.make_tensor_value_info(shift, TensorProto.INT64, [batch, CLASSES]),
+        helper.make_tensor_value_info(image, TensorProto.FLOAT, [batch, 1, "h", "w"]),
+    ]
+    out = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, CLASSES])]
+    graph = helper.make_graph(nodes, "g", values, out, [numpy_helper.from_array(np.array([-1, CLASSES]), "s")])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+def test_several_inputs_come_from_the_arrays_of_their_names(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    labels, image = random.integers(0, CLASSES, 20), random.random((20, 1, 2, 4), dtype=np.float32)
+    shift = np.eye(CLASSES, dtype=np.int64)[labels] * 2
+    np.savez(tmp_path / "two.npz", image=image, shift=shift, labels=labels)
+    paths = [save_two(tmp_path / "a.onnx"), save_two(tmp_path / "b.onnx", batch=3)]
+    paths.append(save_two(tmp_path / "c.onnx", names=("first", "second")))
+    found = evaluate(paths, EvaluateOptions(images=tmp_path / "two.npz", batch=7, limit=17))
+    assert [row.score.top1.value for row in found.rows] == [1.0, 1.0, 1.0]
+    np.savez(tmp_path / "one.npz", image=image, labels=labels)
+    with pytest.raises(RefusedError, match=r"takes shift int64 \(n, 8\), image .* has no array 'shift'"):
+        evaluate(paths, EvaluateOptions(images=tmp_path / "one.npz"))
+    np.savez(tmp_path / "odd.npz", image=image, shift=shift[:, 1:], labels=labels)
+    with pytest.raises(RefusedError, match=r"array 'shift' is int64 \(20, 7\)"):
+        evaluate(paths, EvaluateOptions(images=tmp_path / "odd.npz"))
+    with pytest.raises(RefusedError, match=r"a\.onnx: takes shift .*, the reference input"):
+        evaluate([save(tmp_path / "d.onnx"), paths[0]], EvaluateOptions(images=tmp_path / "one.npz"))
+
+
 def test_an_own_metric_sees_every_output_and_every_array(
     tmp_path: Path, masks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

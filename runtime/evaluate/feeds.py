@@ -1,0 +1,102 @@
+"""What artefacts are fed with in an evaluation, and what they make of it: one image, or several inputs by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmconv.errors import RefusedError
+from gmconv.npz import npz_header, npz_names
+from runtime.artefact import Facts
+from runtime.manifest import TensorSpec
+from runtime.runners.base import Runner, numpy_dtype
+
+Array = NDArray[Any]
+
+
+def image_input(runner: Runner) -> TensorSpec:
+    """The input that samples are counted and read by: the first `(N, C, H, W)` of floating point, else the first."""
+    images = (spec for spec in runner.inputs if len(spec.shape) == 4 and "float" in spec.dtype)
+    return next(images, runner.inputs[0])
+
+
+def image_shape(runner: Runner, about: Facts, data: str | Path) -> tuple[int, int, int]:
+    """(C, H, W) of that input; sides that are free are the preprocessing's, or, of several inputs, those in `data`.
+
+    Raises RefusedError where there is no such input, its size is not known, or `data` has no array for each input.
+    """
+    path, spec = runner.artefact.path, image_input(runner)
+    if len(spec.shape) != 4:
+        raise RefusedError(f"{path}: evaluation knows networks of images; this one takes {_taken(runner)}")
+    known: Sequence[int] = (0, *about.preprocessing.size) if about.preprocessing else (0, 0, 0)
+    if len(runner.inputs) > 1:
+        names = npz_names(Path(data)) if Path(data).suffix == ".npz" else []
+        if missing := [one.name for one in runner.inputs if one.name not in names]:
+            raise RefusedError(
+                f"{path}: takes {_taken(runner)}, and {data} has no array {missing[0]!r}; give --data FILE.npz with an "
+                f"array of each input by its name, and labels"
+            )
+        known = npz_header(Path(data), spec.name)[0][1:]
+    sizes = [size if isinstance(size, int) else known[axis] for axis, size in enumerate(spec.shape[1:])]
+    if not all(sizes):
+        raise RefusedError(f"{path}: height and width are dynamic and its manifest has no preprocessing size")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def other_inputs(runner: Runner, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """The arrays of the inputs besides the image. Raises RefusedError where one has another shape or kind."""
+    found = {}
+    for spec in runner.inputs:
+        if spec.name == image_input(runner).name:
+            continue
+        array, kind = arrays[spec.name], numpy_dtype(spec.dtype)
+        fits = all(isinstance(a, str) or a == b for a, b in zip(spec.shape[1:], array.shape[1:], strict=False))
+        if array.ndim != len(spec.shape) or not fits or not np.can_cast(array.dtype, kind, "same_kind"):
+            raise RefusedError(
+                f"array {spec.name!r} is {array.dtype} {array.shape}; the network takes {_taken(runner)}"
+            )
+        found[spec.name] = array
+    return found
+
+
+def _taken(runner: Runner) -> str:
+    return ", ".join(f"{s.name} {s.dtype} ({', '.join(map(str, s.shape))})" for s in runner.inputs)
+
+
+def outputs_of(runner: Runner, names: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """What `runner` makes of a batch, by the common names. A fixed batch is padded and cut again.
+
+    Its inputs and outputs go by name where the names agree, else by their place. Raises RefusedError where it takes
+    another number of inputs.
+    """
+    if len(runner.inputs) != len(feeds):
+        raise RefusedError(f"{runner.artefact.path}: takes {_taken(runner)}, the reference {', '.join(feeds)}")
+    by_name = {spec.name for spec in runner.inputs} == feeds.keys()
+    given = {
+        spec.name: (feeds[spec.name] if by_name else array).astype(numpy_dtype(spec.dtype))
+        for spec, array in zip(runner.inputs, feeds.values(), strict=True)
+    }
+    count = len(next(iter(given.values())))
+    limits = [profile[name].max[0] for profile in runner.profiles for name in given if name in profile]
+    first = runner.inputs[0].shape[0]
+    size = first if isinstance(first, int) else min([count, *limits])
+    own = [spec.name for spec in runner.outputs]
+    own = list(names) if set(own) == set(names) else own
+    parts: list[dict[str, Array]] = []
+    for start in range(0, count, size):
+        part = {name: array[start : start + size] for name, array in given.items()}
+        missing = size - min(size, count - start) if isinstance(first, int) else 0
+        if missing:
+            part = {n: np.concatenate([a, np.repeat(a[-1:], missing, axis=0)]) for n, a in part.items()}
+        found = runner.run({name: np.ascontiguousarray(array) for name, array in part.items()})
+        parts.append({name: _plain(found[ours])[: count - start] for name, ours in zip(names, own, strict=True)})
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+def _plain(output: Array) -> Array:
+    """Floating point of any precision as float32; whole numbers as they are."""
+    return output if output.dtype.kind in "iub" else output.astype("float32")
