@@ -224,6 +224,12 @@ class Call:
             return RequestError(f"{error.message} (request id {self.request_id})", Code.INTERNAL)
         return error
 
+    def abandon(self, status: int | str) -> None:
+        """Nobody is left to take the answer."""
+        if self.open and not self.entry["status"]:
+            self.failed(RequestError("the client went away", Code.CANCELLED))
+        self.end(self.entry["status"] or status)
+
     def end(self, status: int | str | None = None) -> None:
         """The answer is on its way (or nobody is left to take it): give everything back, count and log."""
         if not self.open:

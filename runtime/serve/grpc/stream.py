@@ -268,9 +268,7 @@ class Stream:
         if self.task is not None:
             self.task.cancel()
         for call in self._calls:
-            if call.open and call.entry["status"] == 0:
-                call.failed(RequestError("the client went away", Code.CANCELLED))
-            call.end(call.entry["status"] or Code.CANCELLED.grpc)
+            call.abandon(Code.CANCELLED.grpc)
         self._call = None
         self._buffer, self._at = bytearray(), 0
         self._inbox.clear()

@@ -46,18 +46,14 @@ class HttpConnection(Connection):
         self._left = 0
         """Bytes of body that are certain to follow."""
         self._offered = False
-        self._offer = False
         """The head offers an upgrade, which is not taken: it is read again without the offer."""
         self._waiting: deque[Request] = deque()
         self._current: Request | None = None
         self._task: asyncio.Task[None] | None = None
         self._rest = bytearray()
         """What came behind the request that is being answered."""
-        self._half_closed = self._yielded = False
-        self._malformed = False
-        """What was read last is no HTTP: said once the requests before it are answered."""
-        self._lingering = False
-        self._method, self._url, self._header_bytes = "", b"", 0
+        self._half_closed = self._yielded = self._lingering = False
+        self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
 
     # What the client sends
@@ -112,9 +108,7 @@ class HttpConnection(Connection):
                 self._read_without_offer()
                 continue
             except httptools.HttpParserError:
-                self._malformed = True
-                if self._current is None:
-                    self._next()
+                self._refuse(RequestError("malformed HTTP request"))
                 return
             if self._bare > self.settings.max_header_bytes:
                 self._refuse(RequestError("the request header is too large", Code.HEADER))
@@ -127,36 +121,26 @@ class HttpConnection(Connection):
 
     def _read_without_offer(self) -> None:
         """RFC 9110, 7.8: an offer may be ignored. The parser would take the body for another protocol's."""
-        self._parser = httptools.HttpRequestParser(self)
-        if not self._offer:  # CONNECT
+        method = self._parser.get_method()
+        if method == b"CONNECT":
             self._refuse(RequestError("Method Not Allowed", Code.METHOD))
             return
         lines = [b"%b: %b\r\n" % (name, value) for name, value in self._headers if name != b"upgrade"]
-        method = self._method
-        self._offer, self._offered = False, True
-        self._parser.feed_data(b"%b %b HTTP/1.1\r\n%b\r\n" % (method.encode(), self._url, b"".join(lines)))
+        self._parser = httptools.HttpRequestParser(self)
+        self._parser.feed_data(b"%b %b HTTP/1.1\r\n%b\r\n" % (method, self._url, b"".join(lines)))
 
     def eof_received(self) -> bool:
         """The client writes no more. It still gets the answer to what it sent in full."""
         if self._lingering or self.closing or self.listener.tls is not None:
             return False
         self._half_closed = True
-        if not self._busy:
-            self._give_up()
-            return False
-        return True
-
-    def _give_up(self) -> None:
-        """Nobody will complete the request that is being read."""
-        request, self._reading = self._reading, None
-        if request is not None and not request.answered:
-            _abandon(request)
+        return self._busy
 
     # What the parser says
 
     def on_message_begin(self) -> None:
         """A request line begins."""
-        self._url, self._headers, self._header_bytes = b"", [], 0
+        self._url, self._headers = b"", []
 
     def on_url(self, url: bytes) -> None:
         """Part of the target."""
@@ -166,22 +150,20 @@ class HttpConnection(Connection):
         """A header, or a trailer, which is not used."""
         if self._reading is None:
             self._headers.append((name.lower(), value))
-            self._header_bytes += len(name) + len(value) + 4
 
     def on_headers_complete(self) -> None:
         """The head is in: whatever can be refused is refused before the body is read."""
-        self._method = self._parser.get_method().decode("latin-1")
         if self._parser.should_upgrade():
-            self._offer = self._method != "CONNECT"
+            self._offered = True
             return
         self._bare = 0
         headers: dict[bytes, bytes] = {}
         for name, value in self._headers:
             headers[name] = headers[name] + b", " + value if name in headers else value
         target, _, query = self._url.partition(b"#")[0].partition(b"?")
-        path = target.decode("latin-1")
-        call = self.begin(self._method, path, headers)
-        request = self._reading = Request(call, self._method, path, query.decode("latin-1"), headers)
+        method, path = self._parser.get_method().decode("latin-1"), target.decode("latin-1")
+        call = self.begin(method, path, headers)
+        request = self._reading = Request(call, method, path, query.decode("latin-1"), headers)
         request.client = self.client
         request.keep_alive = self._parser.should_keep_alive()
         request.old = self._parser.get_http_version() == "1.0"
@@ -201,7 +183,8 @@ class HttpConnection(Connection):
         """Raise RequestError for a head that others on the way may have read otherwise; the connection then ends."""
         keep, request.keep_alive = request.keep_alive, False
         version = self._parser.get_http_version()
-        if len(self._headers) > MAX_HEADERS or self._header_bytes > self.settings.max_header_bytes:
+        size = sum(len(name) + len(value) + 4 for name, value in self._headers)
+        if len(self._headers) > MAX_HEADERS or size > self.settings.max_header_bytes:
             raise RequestError("the request header is too large", Code.HEADER)
         if version not in ("1.0", "1.1"):
             raise RequestError("the protocol is HTTP/1.1 or HTTP/1.0")
@@ -232,7 +215,7 @@ class HttpConnection(Connection):
 
     def on_message_complete(self) -> None:
         """The request is in: answer it now, or after those that came before it."""
-        if self._offer:
+        if self._offered:
             return
         request, self._reading = self._reading, None
         self._bare = self._left = 0
@@ -256,17 +239,17 @@ class HttpConnection(Connection):
             self._write(request, error_answer(request.call, error))
 
     def _refuse(self, refusal: RequestError) -> None:
-        """The connection itself is at fault: say so and close it."""
-        request, self._reading = self._reading, None
-        if request is None:
-            request = Request(self.begin("", "", {}), "", "", "", {})
-        else:
-            request.drop()
+        """The connection itself is at fault: say so, after the answers that are due before, and close it."""
+        request = self._reading or Request(self.begin("", "", {}), "", "", "", {})
+        self._reading = None
         if request.answered:
             self._linger()
             return
-        request.keep_alive = False
-        self._write(request, error_answer(request.call, refusal))
+        request.drop()
+        request.error, request.keep_alive = refusal, False
+        self._waiting.append(request)
+        if self._current is None:
+            self._next()
 
     def _next(self) -> None:
         """Begin with the next request, or wait for one."""
@@ -280,15 +263,11 @@ class HttpConnection(Connection):
                 self._task = self.listener.loop.create_task(self._answer(request))
         if self._busy or self.closing or self._lingering:
             return
-        if self._malformed:
-            self._refuse(RequestError("malformed HTTP request"))
-            return
         if self._rest:
             self._feed(self._kept())
         if not self._busy and not self.closing:
             self.transport.resume_reading()
             if self._half_closed:
-                self._give_up()
                 self.transport.close()
             elif self._reading is None and not self._bare:
                 self.wait(self.settings.keep_alive)
@@ -372,15 +351,7 @@ class HttpConnection(Connection):
         if self._task is not None:
             self._task.cancel()
         for request in filter(None, (self._current, self._reading, *self._waiting)):
-            _abandon(request)
+            request.drop()
+            request.call.abandon(Code.CANCELLED.http)
         self._waiting.clear()
         self._kept()
-
-
-def _abandon(request: Request) -> None:
-    """Nobody is left to take the answer."""
-    request.drop()
-    call = request.call
-    if call.open and not call.entry["status"]:
-        call.failed(RequestError("the client went away", Code.CANCELLED))
-    call.end(call.entry["status"] or Code.CANCELLED.http)
