@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic_ns
-from typing import Any
+from typing import Any, TypeVar
 
 from gmconv.errors import RefusedError
 from runtime.runners.base import Array
@@ -28,6 +28,7 @@ from runtime.serve.protocol.codec import Decoded
 from runtime.serve.protocol.documents import log_settings
 from runtime.serve.settings import Settings, available_cores
 
+T = TypeVar("T")
 log = logging.getLogger("gmconv.serve")
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 MAX_DECODERS = 2
@@ -123,8 +124,10 @@ class Service:
         item = Item(decoded.feeds, decoded.rows, client=client, timeout_ns=timeout, priority=priority)
         return await model.batcher.submit(item, alone=call.alone), item
 
-    async def apart(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run a function beside the event loop, after those that came before it."""
+    async def work(self, large: bool, function: Callable[..., T], *args: Any) -> T:
+        """Call a function; where the work is `large` beside the event loop, after those that came before it."""
+        if not large:
+            return function(*args)
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
 
     def record(self, entry: dict[str, Any], trace: dict[str, str]) -> None:
@@ -223,6 +226,12 @@ class Call:
         if error.code is Code.INTERNAL:
             return RequestError(f"{error.message} (request id {self.request_id})", Code.INTERNAL)
         return error
+
+    def refuse(self, error: BaseException) -> RequestError:
+        """`failed`, and the end, of a call of gRPC."""
+        refusal = self.failed(error)
+        self.end(refusal.code.grpc)
+        return refusal
 
     def abandon(self, status: int | str) -> None:
         """Nobody is left to take the answer."""

@@ -82,9 +82,7 @@ class GrpcConnection(Carrier):
                 self._handle(event)
         except (h2.exceptions.ProtocolError, ValueError, KeyError, IndexError) as error:  # h2 says so in its last frame
             self.service.refusals["grpc", "malformed"] += 1
-            call = self.begin("", "", {})
-            call.failed(RequestError(f"malformed HTTP/2: {type(error).__name__}: {error}"))
-            call.end(Code.INVALID.grpc)
+            self.begin("", "", {}).refuse(RequestError(f"malformed HTTP/2: {type(error).__name__}: {error}"))
             self.flush()
             self.transport.close()
             return
@@ -158,9 +156,7 @@ class GrpcConnection(Carrier):
             self._take_place(RESERVE if method.open else 0)
         except RequestError as error:
             self.service.refusals["grpc", error.code.grpc] += 1
-            call = self.begin(path, "", headers)
-            call.failed(error)
-            call.end(error.code.grpc)
+            self.begin(path, "", headers).refuse(error)
             with contextlib.suppress(h2.exceptions.NoSuchStreamError):
                 self.conclude(number, error.code.grpc, error.message)
             return
@@ -177,9 +173,8 @@ class GrpcConnection(Carrier):
         except RequestError as error:
             status, text = error.code.grpc, error.message
         except Exception as error:
-            refusal = self.begin(stream.method.name, "", stream.headers)
-            hidden = stream.fail(refusal, error)
-            status, text = hidden.code.grpc, hidden.message
+            refusal = self.begin(stream.method.name, "", stream.headers).refuse(error)
+            status, text = refusal.code.grpc, refusal.message
         stream.task = None
         if stream.number in self.streams and not self.closing:
             stream.finish(status, text)

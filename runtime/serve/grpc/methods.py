@@ -71,7 +71,7 @@ class Methods:
         try:
             answer = await self._run(stream, codec.split(memoryview(message)), call)
         except Exception as error:
-            raise stream.fail(call, error) from None
+            raise call.refuse(error) from None
         del message
         await stream.write(answer.SerializeToString(), call)
 
@@ -119,10 +119,7 @@ class Methods:
         service, request = self.service, parts.request
         call.entry["path"] = request.model_name[:128]
         model = call.use(service.repository.get(request.model_name, request.model_version))
-        if parts.typed_size > SMALL_MESSAGE:
-            decoded = await service.apart(codec.decode, parts, model.signature)
-        else:
-            decoded = codec.decode(parts, model.signature)
+        decoded = await service.work(parts.typed_size > SMALL_MESSAGE, codec.decode, parts, model.signature)
         if deadline := stream.timeout_us:
             decoded.timeout_us = min(decoded.timeout_us or deadline, deadline)
         outputs, item = await service.infer(call, decoded, stream.client)
@@ -172,7 +169,7 @@ class Methods:
             try:
                 request = _parse(ServerReflectionRequest, bytes(data[:SMALL_MESSAGE]))
             except RequestError as error:
-                raise stream.fail(call, error) from None
+                raise call.refuse(error) from None
             answer = next(self._reflection.ServerReflectionInfo(iter((request,)), None))
             await stream.write(answer.SerializeToString(), call)
 
@@ -188,7 +185,7 @@ def _unary(described: Any, answer: Callable[[Any], Document]) -> Callable[[Strea
                 raise RequestError("the message is too large for this method", Code.TOO_LARGE)
             content = ParseDict(answer(_parse(kind, bytes(message))), reply()).SerializeToString()
         except Exception as error:
-            raise stream.fail(call, error) from None
+            raise call.refuse(error) from None
         await stream.write(content, call)
 
     return run

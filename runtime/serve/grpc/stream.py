@@ -181,20 +181,14 @@ class Stream:
                 raise RequestError("messages may be compressed with gzip or deflate", Code.UNSUPPORTED)
             return await inflate(call.service, call, data[PREFIX:]), call
         except RequestError as error:
-            raise self.fail(call, error) from None
-
-    def fail(self, call: Call, error: Exception) -> RequestError:
-        """End a message's accounting with an error; what the client gets to see of it."""
-        refusal = call.failed(error)
-        call.end(refusal.code.grpc)
-        return refusal
+            raise call.refuse(error) from None
 
     def refuse(self, error: RequestError) -> None:
         """Answer with an error in the middle of what the client sends."""
         self.connection.service.refusals["grpc", error.code.grpc] += 1
         for call in self._calls:
             if call.open and call.entry["status"] == 0:
-                self.fail(call, error)
+                call.refuse(error)
         self.close()
         self.finish(error.code.grpc, error.message)
 

@@ -132,22 +132,16 @@ class App:
         body = request.body()
         if (encoding := request.headers.get(b"content-encoding")) is not None:
             body = await inflate_body(service, call, encoding, body)
-        json_size = len(body) if request.header_length is None else request.header_length
-        if json_size > OFF_LOOP:
-            decoded = await service.apart(codec.decode, body, request.header_length, model.signature)
+        large = (len(body) if request.header_length is None else request.header_length) > OFF_LOOP
+        decoded = await service.work(large, codec.decode, body, request.header_length, model.signature)
+        del body
+        if large:
             call.release()
             call.take(sum(array.nbytes for array in decoded.feeds.values()))
-        else:
-            decoded = codec.decode(body, request.header_length, model.signature)
-        del body
         outputs, item = await service.infer(call, decoded, request.client)
-        source = model.source
-        if decoded.json_elements(outputs) > OFF_LOOP // 16:
-            content, json_length = await service.apart(
-                codec.encode, source.name, source.version, decoded, outputs, model.signature
-            )
-        else:
-            content, json_length = codec.encode(source.name, source.version, decoded, outputs, model.signature)
+        answer = (model.source.name, model.source.version, decoded, outputs, model.signature)
+        large = decoded.json_elements(outputs) > OFF_LOOP // 16
+        content, json_length = await service.work(large, codec.encode, *answer)
         headers = [JSON] if json_length is None else [OCTETS, (b"inference-header-content-length", b"%d" % json_length)]
         if accepted := request.headers.get(b"accept-encoding"):
             content = await encode_body(service, accepted, content, headers)

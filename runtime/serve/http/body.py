@@ -38,7 +38,7 @@ async def inflate(service: Service, call: Call, body: bytes | memoryview) -> mem
         more = True
         while more and not stream.eof:
             try:
-                piece = await service.apart(stream.decompress, data, PIECE) if plain else stream.decompress(data, PIECE)
+                piece = await service.work(len(plain) > 0, stream.decompress, data, PIECE)
             except zlib.error:
                 raise RequestError("the compressed body is damaged") from None
             service.check_size(len(plain) + len(piece))
@@ -69,4 +69,4 @@ async def encode_body(service: Service, accepted: bytes, body: bytes, headers: H
     else:
         return body
     headers.append((b"vary", b"accept-encoding"))
-    return await service.apart(work, body, 1) if len(body) > PIECE // 4 else work(body, 1)
+    return await service.work(len(body) > PIECE // 4, work, body, 1)

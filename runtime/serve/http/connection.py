@@ -163,25 +163,23 @@ class HttpConnection(Connection):
         target, _, query = self._url.partition(b"#")[0].partition(b"?")
         method, path = self._parser.get_method().decode("latin-1"), target.decode("latin-1")
         call = self.begin(method, path, headers)
-        request = self._reading = Request(call, method, path, query.decode("latin-1"), headers)
-        request.client = self.client
-        request.keep_alive = self._parser.should_keep_alive()
-        request.old = self._parser.get_http_version() == "1.0"
-        declared = headers.get(b"content-length", b"")
-        self._left = min(int(declared), self.settings.max_request_bytes) if declared.isdigit() else 0
+        request = self._reading = Request(call, method, path, query.decode("latin-1"), headers, self.client)
+        length = headers.get(b"content-length", b"")
+        declared = int(length) if length.isdigit() else 0
+        self._left = min(declared, self.settings.max_request_bytes)
         request.offered, self._offered = self._offered, False
         try:
-            self._check_head(request)
-            self._app.admit(request, crowded=self.crowded, declared=int(declared) if declared.isdigit() else 0)
+            self._check_head()
+            request.keep_alive = self._parser.should_keep_alive() and self._parser.get_http_version() == "1.1"
+            self._app.admit(request, crowded=self.crowded, declared=declared)
         except Exception as error:
             self._reject(request, error)
         self.wait(self.settings.body_timeout)
         if headers.get(b"expect", b"").lower() == b"100-continue" and not request.error and not self._busy:
             self.transport.write(STATUS_LINES[100] + b"\r\n")
 
-    def _check_head(self, request: Request) -> None:
+    def _check_head(self) -> None:
         """Raise RequestError for a head that others on the way may have read otherwise; the connection then ends."""
-        keep, request.keep_alive = request.keep_alive, False
         version = self._parser.get_http_version()
         size = sum(len(name) + len(value) + 4 for name, value in self._headers)
         if len(self._headers) > MAX_HEADERS or size > self.settings.max_header_bytes:
@@ -190,7 +188,6 @@ class HttpConnection(Connection):
             raise RequestError("the protocol is HTTP/1.1 or HTTP/1.0")
         if version == "1.1" and sum(name == b"host" for name, _ in self._headers) != 1:
             raise RequestError("a request has exactly one Host header")
-        request.keep_alive = keep
 
     def on_body(self, body: bytes) -> None:
         """Part of a body."""
@@ -288,7 +285,7 @@ class HttpConnection(Connection):
         keep &= not (request.offered and (self._rest or self._waiting))  # who offers waits for the answer
         lines = [b"%b: %b\r\n" % header for header in answer.headers]
         lines.append(b"x-request-id: %b\r\ncontent-length: %d\r\n" % (call.request_id.encode(), len(body)))
-        lines.append(b"connection: close\r\n" if not keep else b"connection: keep-alive\r\n" if request.old else b"")
+        lines.append(b"" if keep else b"connection: close\r\n")
         head = b"".join((STATUS_LINES[answer.status], *lines, b"\r\n"))
         if request.method == "HEAD":
             body = b""

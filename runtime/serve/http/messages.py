@@ -44,9 +44,7 @@ class Request:
     query: str
     headers: dict[bytes, bytes]
     client: object = None
-    keep_alive: bool = True
-    old: bool = False
-    """HTTP/1.0, where a connection that stays open must be told."""
+    keep_alive: bool = False
     offered: bool = False
     """Its head offered another protocol."""
     answered: bool = False

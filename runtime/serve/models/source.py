@@ -78,19 +78,10 @@ def _scan(root: Path, settings: Settings) -> list[Source]:
     engines = wanted and any(trt.installed(flavor) for flavor in trt.MODULES)
     sources = [Source(p.stem, "1", p) for p in _artefacts(root, engines)]
     # lost+found is what a volume's file system has at its root, for root alone.
-    folders = sorted(p for p in root.iterdir() if not p.name.startswith(".") and p.name != "lost+found" and p.is_dir())
-    own: list[Source] = []
-    for folder in folders:
-        config = _config(root if folder.name.isdigit() else folder)
-        if folder.name.isdigit():
-            name = model_name or root.resolve().name
-            own += [Source(name, _version(folder), p, config) for p in _artefacts(folder, engines)]
-            continue
-        versions = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
-        found = [Source(folder.name, "1", p, config) for p in _artefacts(folder, engines)]
-        found += [Source(folder.name, _version(v), p, config) for v in versions for p in _artefacts(v, engines)]
-        sources += _chosen(found)
-    sources += _chosen(own)
+    for folder in sorted(p for p in root.iterdir() if not p.name.startswith(".") and p.name != "lost+found"):
+        if folder.is_dir() and not folder.name.isdigit():
+            sources += _versions(folder, folder.name, _artefacts(folder, engines), engines)
+    sources += _versions(root, model_name or root.resolve().name, [], engines)
     if model_name and len({s.name for s in sources}) == 1:
         sources = [replace(s, name=model_name) for s in sources]
     elif model_name:
@@ -98,18 +89,16 @@ def _scan(root: Path, settings: Settings) -> list[Source]:
     return sources
 
 
-def _config(folder: Path) -> ModelConfig | None:
-    return read_config(folder / CONFIG) if (folder / CONFIG).is_file() else None
-
-
-def _chosen(found: list[Source]) -> list[Source]:
-    """Those of one model's versions that its version policy serves."""
-    config = found[0].config if found else None
-    return [s for s in found if config is None or s.version in config.chosen([f.version for f in found])]
-
-
-def _version(folder: Path) -> str:
-    return str(int(folder.name))
+def _versions(folder: Path, name: str, unnumbered: list[Path], engines: bool) -> list[Source]:
+    """Of one model's artefacts, those in its folder itself and in numbered ones, what its version policy serves."""
+    numbered = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
+    paths = [("1", path) for path in unnumbered]
+    paths += [(str(int(number.name)), path) for number in numbered for path in _artefacts(number, engines)]
+    if not paths or not (file := folder / CONFIG).is_file():
+        return [Source(name, version, path) for version, path in paths]
+    config = read_config(file)
+    chosen = config.chosen([version for version, _ in paths])
+    return [Source(name, version, path, config) for version, path in paths if version in chosen]
 
 
 def _artefacts(folder: Path, engines: bool) -> list[Path]:
