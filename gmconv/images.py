@@ -28,6 +28,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 #: Largest image in pixels (100 MB decoded), read from its header before anything is decoded.
 MAX_PIXELS = 2**25
+MAX_SIDE = 30_000
+"""PIL's intermediate images of longer ones are many times the image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,7 @@ def load_image(source: bytes | Path, preprocessing: Preprocessing) -> Floats:
     `source` is a file or its bytes: JPEG, PNG, WebP, BMP or PPM, turned as its EXIF orientation says, first frame.
 
     Raises:
-        RefusedError: not such an image, truncated, or more than 33 million pixels.
+        RefusedError: not such an image, truncated, more than 33 million pixels, or 30,000 on a side.
         UnavailableError: pillow is not installed.
     """
     return _decoded(source, lambda image: preprocess(image, preprocessing))
@@ -101,6 +103,8 @@ def _decoded(source: bytes | Path, use: Callable[[Image], T]) -> T:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise RefusedError(f"{name}: {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")
+                if max(width, height) > MAX_SIDE:
+                    raise RefusedError(f"{name}: {width} x {height} pixels; no side may be longer than {MAX_SIDE:,}")
                 return use(image)
     except FileNotFoundError as error:
         raise RefusedError(f"{name}: no such file") from error

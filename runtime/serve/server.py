@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from gmconv.errors import RefusedError
-from runtime.serve.auth import make_tls
+from runtime.serve.auth import make_tls, read_token
 from runtime.serve.connection import RESERVE, Connection, Listener, bind
 from runtime.serve.models.source import find_sources, read_source
 from runtime.serve.observe.access_log import logging_to
@@ -207,17 +207,20 @@ class _Life:
 
     async def _reload(self) -> None:
         self.hangups.clear()
-        self.service.renew_token()
-        self._renew_certificates()
+        for what, renew in (("token", self._renew_token), ("certificate", self._renew_certificates)):
+            try:
+                renew()
+            except RefusedError as error:
+                log.error("reload: %s; the %s stays as it was", error, what)
         await self.service.repository.reload()
 
+    def _renew_token(self) -> None:
+        if self.settings.token_file:
+            self.service.gate.change(read_token(self.settings.token_file))
+
     def _renew_certificates(self) -> None:
-        """New connections get the certificate that is in the files now; a pair that does not fit changes nothing."""
-        try:
-            for listener in self.listeners:
-                listener.tls = make_tls(self.settings, listener.protocol)
-        except RefusedError as error:
-            log.error("reload: %s; the certificate stays as it was", error)
+        for listener in self.listeners:  # what connects from now on gets the certificate that is in the files now
+            listener.tls = make_tls(self.settings, listener.protocol)
 
     def _stop(self) -> None:
         """SIGTERM or SIGINT: from now on the end is certain, whatever else hangs or is loaded."""

@@ -14,9 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from time import monotonic_ns
 from typing import Any, TypeVar
 
-from gmconv.errors import RefusedError
 from runtime.runners.base import Array
-from runtime.serve.auth import Gate, read_token
+from runtime.serve.auth import Gate
 from runtime.serve.batching.fair_queue import Item
 from runtime.serve.errors import Code, RequestError, too_large
 from runtime.serve.http.images import Decoders
@@ -92,14 +91,6 @@ class Service:
         self.draining = True
         self.repository.drain()
 
-    def renew_token(self) -> None:
-        """Read the token file again; the old token stays where it cannot be read."""
-        if self.settings.token_file:
-            try:
-                self.gate.change(read_token(self.settings.token_file))
-            except RefusedError as error:
-                log.error("reload: %s; the token stays as it was", error)
-
     def admit(self, authorization: bytes | None) -> None:
         """Raise RequestError unless the caller has the token."""
         if not self.gate.allows(authorization):
@@ -122,20 +113,13 @@ class Service:
         if not 0 < priority <= settings.priority_levels:
             priority = settings.usual_priority
         item = Item(decoded.feeds, decoded.rows, client=client, timeout_ns=timeout, priority=priority)
-        return await model.batcher.submit(item, alone=call.alone), item
+        return await model.batcher.submit(item, alone=self.inflight == 1), item
 
     async def work(self, large: bool, function: Callable[..., T], *args: Any) -> T:
         """Call a function; where the work is `large` beside the event loop, after those that came before it."""
         if not large:
             return function(*args)
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
-
-    def record(self, entry: dict[str, Any], trace: dict[str, str]) -> None:
-        """Write a finished request to the access log and, where asked for, to the trace."""
-        if self.tracer:
-            self.tracer.span(trace, entry)
-        if self.log_settings["log_info"]:
-            self.log.add(entry)
 
 
 class Call:
@@ -166,11 +150,6 @@ class Call:
             "status": 0,
         }
         service.inflight += self.counted
-
-    @property
-    def alone(self) -> bool:
-        """Nothing else is under way in the process."""
-        return self.service.inflight == 1
 
     def take(self, size: int) -> None:
         """Account for `size` more bytes that arrived; raises RequestError where there is no room for them."""
@@ -254,7 +233,9 @@ class Call:
         service.last_active = time.monotonic()
         service.responses[entry["protocol"], str(entry["status"])] += 1
         if self.counted and (service.tracer or service.log_settings["log_info"]):
-            entry["time"] = time.time()
-            entry["client"] = self.client
-            entry["total_us"] = (monotonic_ns() - self.started) // 1000
-            service.record(entry, self.trace)
+            took = (monotonic_ns() - self.started) // 1000
+            entry.update(time=time.time(), client=self.client, total_us=took)
+            if service.tracer:
+                service.tracer.span(self.trace, entry)
+            if service.log_settings["log_info"]:
+                service.log.add(entry)

@@ -58,10 +58,7 @@ class Settings:
     threads: int = _option(0, "CPU threads per instance [default: cores/instances].", click.IntRange(0))
     instances: int = _option(1, "Engines per model.", click.IntRange(1, 64))
     solo_threads: int | None = _option(
-        None,
-        "CPU threads of one more engine, for a request that is alone; 0: none "
-        "[default: those of all instances, if there are several].",
-        click.IntRange(0),
+        None, "CPU threads of one more engine for lone requests; 0: none [default: all instances'].", click.IntRange(0)
     )
     spinning: bool = _option(False, "Let idle ONNX Runtime threads spin for long.")
     max_batch: int = _option(32, "Rows per execution, where no profile says.", click.IntRange(1, 4096))
@@ -69,11 +66,7 @@ class Settings:
     queue_size: int = _option(2048, "Requests that may wait per model.", click.IntRange(1, 1 << 20))
     queue_timeout: float = _option(10.0, "Seconds a request may wait; 0 for ever.", TIME)
     burst_window: float = _option(0.1, "Seconds of work that may pile up before it counts as overload.", SOME_TIME)
-    shed_target: float = _option(
-        0.002,
-        "Under overload, seconds of work that may wait (at least three executions); the rest gets 503.",
-        SOME_TIME,
-    )
+    shed_target: float = _option(0.002, "Seconds of work that may wait under overload; the rest gets 503.", SOME_TIME)
     priority_levels: int = _option(0, "Levels of the priority parameter.", click.IntRange(0, 100))
     default_priority: int = 0
     """0: the middle of the levels."""
@@ -84,17 +77,11 @@ class Settings:
     max_header_bytes: int = 32 * 1024
     max_image_bytes: int = 16 * MIB
     header_timeout: float = _option(10.0, "Seconds for a TLS handshake and a request's header to arrive.", PATIENCE)
-    body_timeout: float = _option(
-        30.0, "Seconds for a request's body to arrive, and for its answer to be taken.", PATIENCE
-    )
+    body_timeout: float = _option(30.0, "Seconds for a body to arrive, and for an answer to be taken.", PATIENCE)
     keep_alive: float = _option(75.0, "Seconds that an idle connection is kept.", PATIENCE)
     max_connection_age: float = _option(0.0, "Seconds after which a client is told to connect anew; 0: never.", TIME)
-    max_connections: int = _option(
-        2048, "Connections per port; some more are kept for probes.", click.IntRange(1, 1 << 20)
-    )
-    drain_timeout: float = _option(
-        30.0, "Seconds to finish requests on SIGTERM; the process ends 2 s later at most.", TIME
-    )
+    max_connections: int = _option(2048, "Connections per port, besides those of probes.", click.IntRange(1, 1 << 20))
+    drain_timeout: float = _option(30.0, "Seconds to finish requests on SIGTERM; the end is 2 s later at most.", TIME)
     require_manifest: bool = _option(True, "Refuse artefacts without a manifest.")
     access_log: bool = _option(True, "One JSON line per request on stderr.")
     otel: str | None = _option(None, "Export OpenTelemetry spans.", click.Choice(["console", "otlp"]))

@@ -17,21 +17,8 @@ from runtime.serve.protocol import codec
 from runtime.serve.protocol.codec import Decoded
 from runtime.serve.protocol.signature import Port, Signature
 
-_CONTENTS = {
-    "BOOL": "bool_contents",
-    "INT8": "int_contents",
-    "INT16": "int_contents",
-    "INT32": "int_contents",
-    "INT64": "int64_contents",
-    "UINT8": "uint_contents",
-    "UINT16": "uint_contents",
-    "UINT32": "uint_contents",
-    "UINT64": "uint64_contents",
-    "FP32": "fp32_contents",
-    "FP64": "fp64_contents",
-}
-
-
+_CONTENTS = {kind: f"{kind.lower()}_contents" for kind in ("BOOL", "INT64", "UINT64", "FP32", "FP64")}
+_CONTENTS |= {f"{sign}INT{bits}": f"{sign.lower()}int_contents" for sign in ("", "U") for bits in (8, 16, 32)}
 INPUTS, RAW_INPUT_CONTENTS, CONTENTS = (number << 3 | 2 for number in (5, 7, 5))
 """Tags of the fields that hold tensors: two of ModelInferRequest, one of its InferInputTensor."""
 MAX_FIELDS = 1024

@@ -13,7 +13,7 @@ import click
 from runtime.serve.batching.instance import give_way
 from runtime.serve.errors import Code, RequestError
 from runtime.serve.models.source import Source, find_sources, read_source
-from runtime.serve.models.version import ModelVersion, open_version, release
+from runtime.serve.models.version import ModelVersion, open_version
 from runtime.serve.observe.stats import Stats
 from runtime.serve.settings import Settings
 
@@ -197,4 +197,4 @@ class Repository:
 def _release_late(opening: asyncio.Future[ModelVersion]) -> None:
     """Close what was opened for nobody: the server stops."""
     if not opening.cancelled() and opening.exception() is None:
-        release(opening.result())
+        opening.result().release()

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,15 +82,12 @@ class ModelVersion:
             await asyncio.sleep(0.01)
         if not await self.batcher.close(max(0.1, end - time.monotonic())):
             return False
-        release(self)
+        self.release()
         return True
 
-
-def release(model: ModelVersion) -> None:
-    """Close the engines of a version that serves nobody."""
-    for runner in (*model.runners, *([model.solo] if model.solo else [])):
-        with contextlib.suppress(Exception):
-            runner.close()
+    def release(self) -> None:
+        """Close the engines; nobody is served."""
+        _close([*self.runners, self.solo])
 
 
 def open_version(source: Source, settings: Settings) -> ModelVersion:
@@ -109,11 +106,15 @@ def open_version(source: Source, settings: Settings) -> ModelVersion:
         if read_source(source, own) != manifest:
             raise RefusedError(f"{source.path}: it changed while it was being loaded; send SIGHUP again")
     except BaseException:
-        for runner in opened:
-            with contextlib.suppress(Exception):
-                runner.close()
+        _close(opened)
         raise
     return ModelVersion(source, own, manifest, signature, runners, solo)
+
+
+def _close(runners: Iterable[Runner | None]) -> None:
+    for runner in filter(None, runners):
+        with contextlib.suppress(Exception):
+            runner.close()
 
 
 def open_runners(source: Source, settings: Settings) -> tuple[list[Runner], Runner | None]:
@@ -179,11 +180,10 @@ def make_signature(
         min_rows, max_rows = max(min_rows, held.min), min(max_rows, held.max or max_rows)
     elements = 0
     for name, port in inputs.items():
-        most = [h for _, h in limits[name]] if name in limits else [max_rows if d < 0 else d for d in port.shape[:1]]
-        rest = [] if name in limits else list(port.shape[1:])
-        known = all(d >= 0 for d in rest)
+        most = [max_rows or d if d < 0 else d for d in port.shape[:1]] + list(port.shape[1:])
+        most = [high for _, high in limits.get(name, ())] or most
         cap = settings.max_request_bytes // port.dtype.itemsize
-        elements += min(cap, math.prod([*most, *rest])) if known else cap
+        elements += cap if any(d < 0 for d in most) else min(cap, math.prod(most))
     return Signature(
         inputs=inputs,
         outputs=outputs,

@@ -20,14 +20,8 @@ SERVER: Document = {
     "name": "gmconv-deploy",
     "version": __version__,
     "extensions": [
-        "binary_tensor_data",
-        "classification",
-        "model_configuration",
-        "parameters",
-        "schedule_policy",
-        "statistics",
-        "logging",
-        "model_repository(index)",
+        *("binary_tensor_data", "classification", "model_configuration", "parameters", "schedule_policy"),
+        *("statistics", "logging", "model_repository(index)"),
     ],
 }
 

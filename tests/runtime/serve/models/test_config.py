@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from gmconv.errors import RefusedError
+from runtime.manifest import TensorSpec
 from runtime.serve.models.config import read_config
 from runtime.serve.models.source import find_sources
+from runtime.serve.models.version import make_signature
 from runtime.serve.settings import Settings
 
 from ..conftest import Server, classifier
@@ -71,6 +74,13 @@ def test_the_version_policy_chooses(tmp_path: Path, policy: str, versions: set[s
 def test_a_file_that_is_no_configuration_is_refused_by_name(tmp_path: Path, text: str) -> None:
     with pytest.raises(RefusedError, match="config.pbtxt"):
         read_config(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(("max_batch", "elements"), [(4, 4 * 3), (0, (64 << 20) // 4)])
+def test_a_model_that_is_not_batched_takes_json_of_any_number_of_rows(max_batch: int, elements: int) -> None:
+    tensor = TensorSpec("x", "float32", ("batch", 3))
+    runner = SimpleNamespace(inputs=(tensor,), outputs=(tensor,), profiles=())
+    assert make_signature(runner, None, Settings(source=Path()), max_batch).max_elements == elements
 
 
 def test_a_served_model_keeps_its_own_limits(start: Callable[..., Server], tmp_path: Path) -> None:
