@@ -49,8 +49,6 @@ async def classify_image(service: Service, request: Request) -> dict[str, Any]:
     probabilities = softmax(scores)
     order = np.argsort(-probabilities, kind="stable")[:k]
     labels = model.signature.labels or ()
-    batch = item.batch
-    assert batch is not None
     return {
         "model_name": model.source.name,
         "model_version": model.source.version,
@@ -66,11 +64,11 @@ async def classify_image(service: Service, request: Request) -> dict[str, Any]:
         ],
         "times_ms": {
             "decode": (prepared - began) / 1e6,
-            "queue": (batch.taken - item.queued) / 1e6,
-            "compute": (batch.done - batch.taken) / 1e6,
+            "queue": call.entry["queue_us"] / 1e3,
+            "compute": call.entry["compute_us"] / 1e3,
             "total": (monotonic_ns() - call.started) / 1e6,
         },
-        "batch": batch.rows,
+        "batch": call.entry["batch"],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import resource
@@ -321,6 +322,52 @@ def test_an_engine_failure_is_500_with_an_id_then_the_process_ends(tmp_path: Pat
     assert json.loads(content) == {"error": "the engine failed (request id lost-1)"}
     assert process.wait(20) == 6
     process.communicate()
+
+
+LOADING = """
+import sys, time
+from runtime.serve import serve
+from runtime.serve.models import version
+
+version.open_runners = lambda source, settings: time.sleep(60)
+sys.exit(serve(sys.argv[1], http_port=0, grpc=False, metrics=False, drain_timeout=0.2, as_json=True))
+"""
+
+
+def test_a_load_that_takes_long_is_503_and_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LOADING, str(classifier(tmp_path / "m.onnx"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout
+        server = Server.__new__(Server)
+        server.http_port = json.loads(process.stdout.readline())["http_port"]
+        assert server.request("GET", "/v2/health/live")[0] == 200
+        status, headers, _ = server.request("GET", "/v2/models/m")
+        assert (status, headers["retry-after"]) == (503, "1")
+        process.terminate()
+        began = time.monotonic()
+        assert process.wait(20) == 0
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("stdout", ["full", "closed"])
+def test_nobody_has_to_read_where_it_listens(stdout: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ports = ["--no-grpc", "--no-metrics", "--http-port", str(port)]
+    command = [sys.executable, "-m", "runtime.serve", str(classifier(tmp_path / "m.onnx")), *ports]
+    redirect = ">&-" if stdout == "closed" else ">/dev/full"
+    with subprocess.Popen(["sh", "-c", f'exec "$@" {redirect}', "sh", *command], stderr=subprocess.PIPE) as process:
+        server = Server.__new__(Server)
+        server.http_port = port
+        while process.poll() is None:
+            with contextlib.suppress(OSError):
+                if server.request("GET", "/v2/health/ready")[0] == 200:
+                    break
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(20) == 0
+        assert process.stderr
+        assert b"Traceback" not in process.stderr.read()
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:

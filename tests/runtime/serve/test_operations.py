@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import signal
 import socket
 import ssl
 import struct
@@ -86,8 +87,10 @@ def test_gate() -> None:
         assert not gate.allows(wrong)
 
 
-def test_tls(start: Start, tmp_path: Path) -> None:
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+def certificate(folder: Path) -> list[str]:
+    """A new certificate for this machine; the options that name it."""
+    folder.mkdir(exist_ok=True)
+    cert, key = folder / "cert.pem", folder / "key.pem"
     subprocess.run(
         (
             f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -keyout {key} -out {cert} "
@@ -96,16 +99,43 @@ def test_tls(start: Start, tmp_path: Path) -> None:
         check=True,
         capture_output=True,
     )
-    server = start(classifier(tmp_path / "m.onnx"), "--tls-cert", str(cert), "--tls-key", str(key))
+    return ["--tls-cert", str(cert), "--tls-key", str(key)]
+
+
+def test_tls_and_what_sighup_renews(start: Start, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    options = certificate(tmp_path / "tls")
+    cert = options[1]
+    server = start(classifier(tmp_path / "m.onnx"), *options, "--token-file", str(token))
     assert server.listening["tls"] is True
-    context = ssl.create_default_context(cafile=str(cert))
-    connection = http.client.HTTPSConnection("127.0.0.1", server.http_port, context=context, timeout=20)
-    connection.request("GET", "/v2/health/ready")
-    assert connection.getresponse().status == 200
-    client = tg.InferenceServerClient(f"localhost:{server.grpc_port}", ssl=True, root_certificates=str(cert))
-    assert client.is_model_ready("m")
-    triton = th.InferenceServerClient(server.http, ssl=True, ssl_options={"ca_certs": str(cert)}, insecure=True)
-    assert triton.is_model_ready("m")
+
+    def status(secret: str) -> int:
+        context = ssl.create_default_context(cafile=cert)
+        connection = http.client.HTTPSConnection("127.0.0.1", server.http_port, context=context, timeout=20)
+        connection.request("GET", "/v2", headers={"Authorization": f"Bearer {secret}"})
+        return connection.getresponse().status
+
+    assert status(TOKEN) == 200
+    client = tg.InferenceServerClient(f"localhost:{server.grpc_port}", ssl=True, root_certificates=cert)
+    assert client.is_model_ready("m", headers={"authorization": f"Bearer {TOKEN}"})
+    triton = th.InferenceServerClient(server.http, ssl=True, ssl_options={"ca_certs": cert}, insecure=True)
+    assert triton.is_model_ready("m", headers={"authorization": f"Bearer {TOKEN}"})
+    old = ssl.get_server_certificate(("127.0.0.1", server.http_port))
+    certificate(tmp_path / "tls")
+    token.write_text(TOKEN[::-1])
+    server.process.send_signal(signal.SIGHUP)
+    end = time.monotonic() + 20
+    while ssl.get_server_certificate(("127.0.0.1", server.http_port)) == old:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert (status(TOKEN), status(TOKEN[::-1])) == (401, 200)
+    token.write_text("short")
+    server.process.send_signal(signal.SIGHUP)
+    while "the token stays as it was" not in server.log:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert status(TOKEN[::-1]) == 200
     assert server.stop() == 0
 
 
