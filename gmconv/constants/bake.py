@@ -94,7 +94,9 @@ def bake_constants(
     kept = [layer for layer in layers if layer.why is not None]
     if kept and dynamic == "refuse":
         first = kept[0]
-        raise BakeError(f"layer {first.name!r} ({type(first.module).__name__}): {first.why}")
+        raise BakeError(
+            f"layer {first.name!r} ({type(first.module).__name__}): {first.why}; --keep-dynamic leaves it as it is"
+        )
     found = [layer for layer in layers if layer.why is None]
     certificates = [kept_certificate(layer.name, layer.why or "") for layer in kept]
     if not found:

@@ -110,7 +110,7 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found[1] if found is not None and found[0] is self else _NOTHING
 
     def _escape(self, what: str) -> None:
-        self.escapes.append(f"{self._where()} ({what})")
+        self.escapes.append(f"{self._where()} ({'item' if what == '_local_scalar_dense' else what})")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.dispatching = True

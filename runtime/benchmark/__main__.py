@@ -53,7 +53,8 @@ def main(context: click.Context, /, artefacts: tuple[str, ...], as_json: bool, f
     if values["report"]:
         require_report(values["report"], *(artefact.path for artefact in named))
     log = Log(silent=as_json)
-    command = " ".join(["python -m runtime.benchmark", *sys.argv[1:]])
+    program = "gmconv" if Path(sys.argv[0]).stem == "gmconv" else "python -m runtime.benchmark"
+    command = " ".join([program, *sys.argv[1:]])
     log.verdict("RUNNING", command)
     with _verdict(log, command):
         if len(named) > 1 or values["twin"]:
