@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from gmconv.errors import printable
+from gmconv.errors import QUOTED, printable
 from gmconv.packages import missing
 from gmconv.packages import require as require
 from gmconv.version import __version__
@@ -72,7 +72,8 @@ class _Documented:
                 _forget_interrupt()
                 sys.exit(refusal.exit_code)
             except click.ClickException as refusal:
-                click.echo(f"Error: {printable(refusal.format_message(), 4000)}", err=True)
+                lines = (printable(line, 4000) for line in refusal.format_message().split(QUOTED))
+                click.echo(f"Error: {QUOTED.join(lines)}", err=True)
                 _forget_interrupt()
                 sys.exit(refusal.exit_code)
             except ModuleNotFoundError as error:

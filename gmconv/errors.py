@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import click
 
+#: Before each line of somebody else's words that a message quotes below its own sentence.
+QUOTED = "\n  | "
+
 
 def printable(text: str, longest: int = 80) -> str:
     """Text from a file as it may be shown: no control characters, no line breaks, not endless."""

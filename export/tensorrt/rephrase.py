@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from export.tensorrt.process import BuilderFailedError
-from gmconv.errors import BuildError, RefusedError, UnavailableError
+from gmconv.errors import QUOTED, BuildError, RefusedError, UnavailableError
 
 _ORIGINAL_LINES = 12
 # What TensorRT says when it gives up, and what helps.
@@ -30,8 +30,8 @@ def rephrase(
     """One sentence about `path` for what the builder said, its own words below; `where` names a node's module."""
     sentence = f"{path}: {_sentence(failure, where, title)}"
     original = [line for text in failure.log for line in text.splitlines() if line.strip()][:_ORIGINAL_LINES]
-    below = "".join(f"\n  | {line.rstrip()}" for line in original)
-    return _ERRORS.get(failure.exit_code, BuildError)(sentence + (f"\n{title} said:{below}" if below else ""))
+    below = [f"{title} said:", *(line.rstrip() for line in original)] if original else []
+    return _ERRORS.get(failure.exit_code, BuildError)(QUOTED.join([sentence, *below]))
 
 
 def _sentence(failure: BuilderFailedError, where: Callable[[str], str], title: str) -> str:
