@@ -20,10 +20,6 @@ class Gate:
     def __init__(self, token: str | None) -> None:
         self._digest = sha256(token.encode()).digest() if token else None
 
-    def change(self, token: str) -> None:
-        """From now on ask for `token`."""
-        self._digest = sha256(token.encode()).digest()
-
     def allows(self, authorization: bytes | None) -> bool:
         """True if there is no token, or `authorization` is `Bearer <the token>`."""
         if self._digest is None:

@@ -7,7 +7,6 @@ import logging
 import math
 import socket
 import ssl
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -178,7 +177,7 @@ class Listener:
         self.connections: set[Connection] = set()
         self.calls = 0
         """Under way or idle on all connections, where one carries several."""
-        self._crowded: OrderedDict[Connection, None] = OrderedDict()
+        self._crowded: dict[Connection, None] = {}
         self._make = make
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
@@ -197,16 +196,16 @@ class Listener:
             connection.crowded = True
             self._crowded[connection] = None
             if len(self._crowded) > RESERVE:
-                oldest, _ = self._crowded.popitem(last=False)
                 self.service.refusals[self.protocol, "too many connections"] += 1
+                oldest = next(iter(self._crowded))
+                del self._crowded[oldest]
                 oldest.abort()
 
     def remove(self, connection: Connection) -> None:
         """It is closed."""
-        if connection in self.connections:
-            self.connections.remove(connection)
-            self.service.connections[self.protocol] -= 1
-            self._crowded.pop(connection, None)
+        self.connections.remove(connection)
+        self.service.connections[self.protocol] -= 1
+        self._crowded.pop(connection, None)
 
     def _sweep(self) -> None:
         now = self.loop.time()

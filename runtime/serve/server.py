@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from gmconv.errors import RefusedError
-from runtime.serve.auth import make_tls, read_token
+from runtime.serve.auth import Gate, make_tls, read_token
 from runtime.serve.connection import RESERVE, Connection, Listener, bind
 from runtime.serve.models.source import find_sources, read_source
 from runtime.serve.observe.access_log import logging_to
@@ -216,7 +216,7 @@ class _Life:
 
     def _renew_token(self) -> None:
         if self.settings.token_file:
-            self.service.gate.change(read_token(self.settings.token_file))
+            self.service.gate = Gate(read_token(self.settings.token_file))
 
     def _renew_certificates(self) -> None:
         for listener in self.listeners:  # what connects from now on gets the certificate that is in the files now
@@ -245,7 +245,9 @@ class _Life:
         """
         service = self.service
         limit = time.monotonic() + self.settings.drain_timeout
-        service.begin_drain()
+        service.draining = True
+        for model in service.repository.all():  # whatever fits the queues: it was sent before anyone could know
+            model.batcher.draining = True
         await self._quiet(min(limit, time.monotonic() + LAME_DUCK))
         for listener in self.listeners:
             listener.stop()

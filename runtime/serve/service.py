@@ -86,11 +86,6 @@ class Service:
             self.failure = error
             self.stop.set()
 
-    def begin_drain(self) -> None:
-        """Stop being ready; keep answering what was sent."""
-        self.draining = True
-        self.repository.drain()
-
     def admit(self, authorization: bytes | None) -> None:
         """Raise RequestError unless the caller has the token."""
         if not self.gate.allows(authorization):

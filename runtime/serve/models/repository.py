@@ -176,11 +176,6 @@ class Repository:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    def drain(self) -> None:
-        """From now on admit whatever fits the queues: it was sent before anyone could know."""
-        for model in self.all():
-            model.batcher.draining = True
-
     def abort(self) -> int:
         """Fail everything still queued; how many requests that was."""
         return sum(m.batcher.abort(RequestError("the server is stopping", Code.UNAVAILABLE)) for m in self.all())
