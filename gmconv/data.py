@@ -159,7 +159,7 @@ def load_samples(
     elif Path(spec).suffix == ".npz" and Path(spec).is_file():
         source = _npz(Path(spec), input_shape)
     else:
-        raise RefusedError(f"{spec}: no such data; give 'digits', a folder of images or an .npz file")
+        raise _no_data(spec)
     if source.total == 0:
         raise RefusedError(f"{spec}: holds no samples")
     if part != "all" and source.part == "all" and source.entries and "digest" in (dataset or {}):
@@ -202,6 +202,11 @@ def _noise(shape: tuple[int, int, int], seed: int) -> Reader:
     return read
 
 
+def _no_data(spec: str | Path) -> RefusedError:
+    what = "is neither a folder nor an .npz file" if Path(spec).exists() else "no such data"
+    return RefusedError(f"{spec}: {what}; give 'digits', a folder of images or an .npz file")
+
+
 def refuse_missing(spec: str | Path) -> None:
     """Raise RefusedError where no data lies at `spec`: from names and headers alone, for the first second of a command.
 
@@ -217,7 +222,7 @@ def refuse_missing(spec: str | Path) -> None:
         for name in npz_names(path):
             npz_header(path, name)
     else:
-        raise RefusedError(f"{spec}: no such data; give 'digits', a folder of images or an .npz file")
+        raise _no_data(spec)
 
 
 def _digits(shape: tuple[int, int, int], dataset: Mapping[str, Any], part: Part) -> Source:

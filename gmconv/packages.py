@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
-from gmconv.errors import UnavailableError
+from gmconv.errors import RefusedError, UnavailableError
 
 _DISTRIBUTION = "gmconv-deploy"
 #: Top-level module of a library: the extra that brings it.
@@ -50,6 +50,13 @@ def missing(error: ImportError, module: str = "", extra: str | None = None) -> s
     extra = extra or EXTRAS.get(module.split(".")[0])
     why = "is not installed" if isinstance(error, ModuleNotFoundError) else f"does not load ({error})"
     return f"{module} {why}: {install(extra)}" if extra else ""
+
+
+def refuse_file(module: str, name: str, where: str) -> None:
+    """Refuse the name of a file where Python wants that of a module. Raises RefusedError."""
+    if module.endswith(".py") or "/" in module:
+        meant = module.removesuffix(".py").strip("./").replace("/", ".")
+        raise RefusedError(f"{where}: {module} is a file; name the module: {meant}:{name}")
 
 
 def install(extra: str) -> str:

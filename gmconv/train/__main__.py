@@ -15,6 +15,7 @@ import click
 from gmconv.cli import Command
 from gmconv.errors import Interrupted, RefusedError
 from gmconv.files import require_writable, write_text
+from gmconv.foreign import parse_shape
 
 if TYPE_CHECKING:
     from gmconv.train.loop import Epoch, TrainResult
@@ -29,10 +30,13 @@ class DeviceUnavailableError(click.ClickException):
 
 
 def _shape(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int, int]:
-    parts = value.split(",")
-    if len(parts) != 3 or not all(part.strip().isdecimal() and 0 < int(part) <= 16384 for part in parts):
-        raise click.BadParameter(f"{value!r} is not C,H,W (three positive integers, e.g. 3,32,32)")
-    return (int(parts[0]), int(parts[1]), int(parts[2]))
+    try:
+        shape = parse_shape(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    if max(shape) > 16384:
+        raise click.BadParameter(f"{value!r} is larger than 16384")
+    return shape
 
 
 def _odd(context: click.Context, parameter: click.Parameter, value: int | None) -> int | None:

@@ -154,7 +154,10 @@ def image_folder(folder: Path, input_shape: tuple[int, int, int], test_size: flo
     if channels not in (1, 3):
         raise DataError(f"images have 1 or 3 channels, not {channels}; change --input-shape")
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give 'digits' or a folder with one sub-folder of images per class")
+        what = "is a file" if folder.exists() else "no such folder"
+        raise DataError(
+            f"{folder}: {what}; give 'digits', a folder with one sub-folder of images per class, or an .npz"
+        )
     preprocessing = {
         "size": (height, width),
         "mean": (0.485, 0.456, 0.406) if channels == 3 else (0.5,),
@@ -195,6 +198,8 @@ def _scan(folder: Path) -> tuple[list[Path], Indices, tuple[str, ...]]:
     files: list[Path] = []
     targets: list[int] = []
     classes = _folders(folder)
+    if [entry.name for entry in classes] == ["images", "masks"]:
+        raise DataError(f"{folder}: holds masks, a class per pixel, and training here knows one class per image")
     if len(classes) < 2:
         raise DataError(f"{folder}: needs at least two sub-folders, one per class; found {len(classes)}")
     for index, entry in enumerate(classes):

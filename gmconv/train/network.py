@@ -95,9 +95,10 @@ def _require_fit(model: nn.Module, options: TrainOptions, num_classes: int, wher
             f"{where}: cannot train on {shape} input ({reason}); give a larger --input-shape, or the one it takes"
         ) from error
     if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, num_classes):
+        wrong = isinstance(logits, Tensor) and logits.shape[:1] != (2,)
         found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise CheckpointError(
             f"{where}: gives {found} for two images; training needs logits, one per class: (2, {num_classes}) for the "
-            f"{num_classes} classes of the data"
+            f"{num_classes} classes of the data{f'; is {shape} the --input-shape it takes?' if wrong else ''}"
         )
     model.load_state_dict(state, strict=False)

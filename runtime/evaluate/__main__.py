@@ -131,13 +131,13 @@ def _print(done: Evaluation) -> None:
     console.print(_table(done))
     for row in done.rows:
         for line in row.score.remarks(done.labels or ()):
-            console.print(f"  {row.artefact} {row.mode}: {line}", highlight=False, markup=False)
+            console.print(f"  {f'{row.artefact} {row.mode}'.strip()}: {line}", highlight=False, markup=False)
 
 
 def _images(done: Evaluation) -> str:
     """Which images, and which output of several."""
     part = "" if done.part == "all" else " (held out of training)" if done.part == "held-out" else " (training images)"
-    output = f", output {done.output!r}" if done.output else ""
+    output = f", output {done.output!r} of {', '.join(done.outputs)}" if done.output else ""
     return f"{done.samples} images of {done.images}{part}{output}"
 
 

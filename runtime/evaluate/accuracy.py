@@ -173,8 +173,7 @@ def score(logits: NDArray[Any], reference: NDArray[Any], labels: NDArray[np.int6
     """
     if logits.shape != reference.shape or logits.ndim != 2 or logits.shape[1] < 2:
         raise RefusedError(
-            f"outputs of shape {logits.shape} and {reference.shape}: evaluation needs (N, classes) from both; what "
-            f"answers per pixel is judged by masks in --data, anything else by --metric"
+            f"outputs of shape {logits.shape} and {reference.shape}: evaluation needs (N, classes) from both"
         )
     if not len(logits):
         raise RefusedError("no samples to evaluate on")
@@ -226,7 +225,13 @@ class ClassJudge:
     _labels: list[NDArray[np.int64]] = field(default_factory=list)
 
     def add(self, outputs: Sequence[dict[str, NDArray[Any]]], batch: Batch) -> None:
-        """One batch: each runner's outputs, the reference's first."""
+        """One batch: each runner's outputs, the reference's first. Raises RefusedError where they are no logits."""
+        shape = outputs[0][self.output].shape
+        if len(shape) != 2 or shape[1] < 2:
+            raise RefusedError(
+                f"output {self.output!r} has shape {shape}, and labels judge logits (N, classes): choose another by "
+                f"--output, judge what answers per pixel by masks in --data, anything else by --metric"
+            )
         self._logits.append([found[self.output].astype(np.float32) for found in outputs])
         if batch.labels is not None:
             self._labels.append(batch.labels)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from gmconv.data import Batch
 from gmconv.errors import RefusedError, printable
+from gmconv.packages import refuse_file
 from runtime.evaluate.accuracy import Cell, Noise, decibels
 from runtime.evaluate.bootstrap import Estimate, bootstrap
 
@@ -40,6 +41,7 @@ def load_metric(spec: str) -> Metric:
     module, _, name = spec.partition(":")
     if not module or not name:
         raise RefusedError(f"--metric {printable(spec)}: is not package.module:function, for example metrics:mean_ap")
+    refuse_file(module, name, "--metric")
     if (here := str(Path.cwd())) not in sys.path and not sys.flags.safe_path:
         sys.path.append(here)
     try:
@@ -74,7 +76,7 @@ class MetricScore:
         interval = " [95 %]" if self.value.interval else ""
         return [
             Cell(f"{self.metric} (metric){interval}", 0, self.value.shown(1, ".4g")),
-            Cell(f"below the reference{interval}", 1, self.drop.shown(1, ".3g")),
+            Cell(f"drop{interval}", 1, self.drop.shown(1, ".3g")),
             Cell("SNR [dB]", 2, decibels(self.snr_db)),
         ]
 

@@ -50,14 +50,15 @@ class PixelScore:
             Cell("mIoU % [95 %]", 0, self.miou.shown()),
             Cell("pixel accuracy % [95 %]", 2, self.accuracy.shown()),
             Cell("agreement % [95 %]", 3, self.agreement.shown()),
-            Cell("lost mIoU, points [95 %]", 1, self.drop.shown()),
+            Cell("drop, points [95 %]", 1, self.drop.shown()),
             Cell("SNR [dB]", 4, decibels(self.snr_db)),
         ]
 
     def remarks(self, labels: Sequence[str]) -> list[str]:
-        """The classes found worst, in words."""
-        found = [(iou, index) for index, iou in enumerate(self.class_iou) if iou is not None]
-        return [f"IoU of {class_name(index, labels)}: {100 * iou:.2f} %" for iou, index in sorted(found)[:5]]
+        """The classes found worst, in one line."""
+        found = sorted((iou, index) for index, iou in enumerate(self.class_iou) if iou is not None)
+        worst = ", ".join(f"{class_name(index, labels)} {100 * iou:.2f}" for iou, index in found[:10])
+        return [f"IoU % by class, worst first: {worst}"]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; an infinite ratio becomes None."""

@@ -70,7 +70,7 @@ class ArtefactScore:
 class Evaluation:
     """All rows, the reference they are measured against, and what to be wary of.
 
-    `part`: which of the images' source they are; `output`: the one judged, where there are several.
+    `part`: which of the images' source they are; `output`: the one judged, where there are several `outputs`.
     """
 
     reference: str
@@ -80,6 +80,7 @@ class Evaluation:
     rows: tuple[ArtefactScore, ...]
     labels: tuple[str, ...] | None = None
     output: str | None = None
+    outputs: tuple[str, ...] = ()
     warnings: tuple[str, ...] = field(default_factory=tuple)
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,6 +93,7 @@ class Evaluation:
             "rows": [row.to_dict() for row in self.rows],
             "labels": self.labels,
             "output": self.output,
+            "outputs": list(self.outputs),
             "warnings": list(self.warnings),
         }
 
@@ -124,7 +126,7 @@ def evaluate(artefacts: Sequence[str | Path], options: EvaluateOptions | None = 
             known = known | artefact.facts
         samples, others = _samples(known, runner, options)
         names = _output_names(runners, found)
-        judge = _judge(samples, names, options)
+        judge = _judge(samples, names, runners, options)
         done, image = 0, image_input(runner).name
         for batch in samples.batches(options.batch):
             taken = slice(done, done := done + len(batch.images))
@@ -142,7 +144,8 @@ def evaluate(artefacts: Sequence[str | Path], options: EvaluateOptions | None = 
             )
             for artefact, opened, score in zip(found, runners[1:], scores, strict=True)
         ]
-    layouts = (layout_warning(artefact.manifest, options.device) for artefact in found)
+    warnings = [layout_warning(artefact.manifest, options.device) for artefact in found]
+    warnings += [_doubt(samples, known, options)]
     return Evaluation(
         reference=_title(reference),
         images=samples.name,
@@ -151,16 +154,38 @@ def evaluate(artefacts: Sequence[str | Path], options: EvaluateOptions | None = 
         rows=tuple(rows),
         labels=known.labels or samples.classes,
         output=getattr(judge, "output", None) if len(names) > 1 else None,
-        warnings=tuple(warning for warning in layouts if warning),
+        outputs=names,
+        warnings=tuple(warning for warning in warnings if warning),
     )
 
 
-def _judge(samples: Samples, names: Sequence[str], options: EvaluateOptions) -> ClassJudge | PixelJudge | MetricJudge:
-    """Who scores: the user's metric, the masks, or the classes."""
+def _unlabelled(samples: Samples, options: EvaluateOptions) -> bool:
+    return options.metric is None and samples.labels is None and not samples.masked
+
+
+def _doubt(samples: Samples, known: Facts, options: EvaluateOptions) -> str | None:
+    """What makes the scores say less than they seem to."""
+    if _unlabelled(samples, options):
+        return f"{samples.name} has no labels: only agreement with the reference is measured"
+    if samples.classes and known.labels and not set(samples.classes) <= set(known.labels):
+        shown = ", ".join(f"{name} is {label}" for name, label in zip(samples.classes[:3], known.labels, strict=False))
+        return f"the sub-folders of {samples.name} are not named as the network's labels; taken in their order: {shown}"
+    return None
+
+
+def _judge(
+    samples: Samples, names: Sequence[str], runners: Sequence[Runner], options: EvaluateOptions
+) -> ClassJudge | PixelJudge | MetricJudge:
+    """Who scores: the user's metric, the masks, or the classes. Raises RefusedError where there is nothing to score."""
     from runtime.evaluate.accuracy import ClassJudge
     from runtime.evaluate.metric import MetricJudge
     from runtime.evaluate.pixels import PixelJudge
 
+    if runners[1:] == runners[:1] and _unlabelled(samples, options):
+        raise RefusedError(
+            f"{options.images}: has no labels (a sub-folder per class, images/ and masks/, 'labels' in an .npz), and "
+            f"{runners[0].artefact.path.name} would be compared with itself: give labelled images, or --reference"
+        )
     if options.metric is not None:
         assert not isinstance(options.metric, str)
         return MetricJudge(options.metric, getattr(options.metric, "__name__", "metric"), samples.targets())
@@ -247,6 +272,6 @@ def _samples(about: Facts, runner: Runner, options: EvaluateOptions) -> tuple[Sa
             f"{images}: the network was trained on a random part of it, and it has changed since, so which images were "
             f"held out is not known: restore it, give others, or say --split all, which counts training images too"
         )
-    if options.labelled and options.metric is None and samples.labels is None and not samples.masked:
+    if options.labelled and _unlabelled(samples, options):
         raise RefusedError(f"{images} has no labels, so --max-drop cannot be judged; use --min-agreement")
     return samples, other_inputs(runner, samples.targets()) if several else {}

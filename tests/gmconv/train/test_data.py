@@ -107,9 +107,15 @@ def test_bad_folders_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
         load_dataset(str(folder / "cat"), (3, 8, 8))
     with pytest.raises(DataError, match="channels"):
         load_dataset(str(folder), (4, 8, 8))
+    with pytest.raises(DataError, match=r"0\.png: is a file"):
+        load_dataset(str(folder / "cat" / "0.png"), (3, 8, 8))
     (folder / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty: holds no images"):
         load_dataset(str(folder), (3, 8, 8))
+    for name in ("images", "masks"):
+        shutil.copytree(folder / "cat", tmp_path / "pixels" / name)
+    with pytest.raises(DataError, match="holds masks"):
+        load_dataset(str(tmp_path / "pixels"), (3, 8, 8))
 
 
 def test_an_npz_of_arrays_is_split_by_class(tmp_path: Path) -> None:

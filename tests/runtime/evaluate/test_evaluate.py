@@ -11,6 +11,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from gmconv.data import array_entries
 from gmconv.errors import RefusedError
@@ -196,7 +197,7 @@ def masks(tmp_path: Path) -> Path:
 def test_masks_judge_the_output_that_is_named(tmp_path: Path, masks: Path) -> None:
     good, bad = save_pixels(tmp_path / "a.onnx"), save_pixels(tmp_path / "b.onnx", gain=-1)
     table = invoke(good, bad, "--data", masks, "--output", "map").stdout
-    assert "output 'map'" in table
+    assert "output 'map' of mean, map;" in table
     assert "mIoU % [95 %]" in table
     parsed = json.loads(invoke(good, bad, "--data", masks, "--output", "map", "--json").stdout)
     first, second = parsed["rows"]
@@ -208,8 +209,12 @@ def test_masks_judge_the_output_that_is_named(tmp_path: Path, masks: Path) -> No
     done = invoke(good, bad, "--data", masks, "--output", "map", "--max-drop", "10", "--report", report, code=4)
     assert "b.onnx: mIoU is" in done.stderr
     assert "points below a.onnx" in done.stderr
-    assert "IoU of class 0" in report.read_text()
+    assert "worst first: class" in report.read_text()
     assert "masks judge logits" in invoke(good, "--data", masks, code=3).stderr, "the first output is (N, 1)"
+    np.savez(tmp_path / "bare.npz", input=np.zeros((3, 1, 8, 8), np.float32))
+    refused = invoke(good, bad, "--data", tmp_path / "bare.npz", "--output", "map", code=3).stderr
+    assert "output 'map' has shape (3, 2, 4, 4)" in refused
+    assert "--metric" in refused
     assert "there are mean, map" in invoke(good, "--data", masks, "--output", "maps", code=3).stderr
 
 
@@ -282,3 +287,24 @@ def test_what_training_held_out_is_judged_alone(tmp_path: Path, images: Path) ->
         np.savez(images, input=arrays["input"][1:], labels=arrays["labels"][1:])
     assert "has changed since" in invoke(path, "--data", images, code=3).stderr
     assert "79 images" in invoke(path, "--data", images, "--split", "all").stdout
+
+
+def test_without_labels_artefacts_are_compared_and_one_alone_is_refused(tmp_path: Path) -> None:
+    good, bad = save(tmp_path / "a.onnx"), save(tmp_path / "b.onnx", swapped=(2, 5))
+    bare = tmp_path / "bare.npz"
+    np.savez(bare, input=np.random.default_rng(0).random((40, 1, 2, 4), dtype=np.float32))
+    assert "a.onnx would be compared with itself" in invoke(good, "--data", bare, code=3).stderr
+    done = invoke(good, bad, "--data", bare)
+    assert "only agreement with the reference is measured" in done.stderr
+
+
+def test_folders_named_unlike_the_networks_classes_are_said(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.onnx", labels=tuple("abcdefgh"))
+    preprocessing = {"size": [2, 4], "mean": [0.0], "std": [1.0], "channel_order": "L"}
+    manifest = json.loads(sidecar(path).read_text())
+    sidecar(path).write_text(json.dumps(manifest | {"preprocessing": preprocessing}))
+    for index in range(CLASSES):
+        (tmp_path / "data" / f"class{index}").mkdir(parents=True)
+        Image.new("L", (4, 2)).save(tmp_path / "data" / f"class{index}" / "0.png")
+    done = invoke(path, "--data", tmp_path / "data")
+    assert "taken in their order: class0 is a, class1 is b, class2 is c" in done.stderr

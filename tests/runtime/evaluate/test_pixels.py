@@ -46,7 +46,7 @@ def test_scores_of_a_case_by_hand() -> None:
     assert found.lost == pytest.approx(100 - 100 * found.miou.value)
     assert reference.snr_db == math.inf
     assert found.to_dict()["class_iou"] == list(found.class_iou)
-    assert found.remarks(["sky"])[0] == "IoU of 'sky': 50.00 %"
+    assert found.remarks(["sky"]) == ["IoU % by class, worst first: 'sky' 50.00, class 2 50.00, class 1 60.00"]
 
 
 def test_batches_do_not_matter_and_intervals_hold_the_value() -> None:
