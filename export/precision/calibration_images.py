@@ -125,6 +125,8 @@ def _warnings(samples: Samples, dataset: dict[str, Any] | None) -> tuple[str, ..
     found = []
     if samples.count < _FEW:
         found.append(f"calibrated on {samples.count} images of {samples.name}; ranges want a few hundred (--data)")
+    if samples.part == "changed":
+        found.append(f"{samples.name} is not what training split: calibrated on images that it may have held out too")
     if samples.labels is not None and len(set(samples.labels.tolist())) == 1:
         found.append(f"calibrated on images of one class of {samples.name}; ranges want all that the network will see")
     if samples.name == "digits" and (dataset or {}).get("name") != "digits":

@@ -55,7 +55,9 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 _NOT_NEGATIVE = click.FloatRange(min=0)
 
 
-@click.command(cls=Command, example="gmconv train --epochs 8 -o digits.pt")
+@click.command(
+    cls=Command, example="gmconv train --data photos/ --arch mypackage.nets:make --input-shape 3,64,64 -o net.pt"
+)
 @click.option(
     "--data",
     "--dataset",

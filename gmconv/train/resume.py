@@ -82,7 +82,8 @@ def write_state(path: Path, state: RunState) -> None:
 
 def read_state(path: Path) -> RunState:
     """Nothing in the file runs code. Raises CheckpointError where it is no state of a training run."""
-    output_path(path)
+    if (output := output_path(path)).is_file() and not path.exists():
+        raise CheckpointError(f"{path}: no such file; the run that wrote {output} is done")
     raw = read_file(path)
     fields: dict[str, Any] = {field.name: raw.get(field.name) for field in dataclasses.fields(RunState)}
     if raw.get("schema") != STATE_SCHEMA or None in fields.values():
