@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,19 +9,22 @@ from typing import TYPE_CHECKING, Any
 from export.onnx.options import ExportOptions, Note
 from gmconv.errors import RefusedError
 from gmconv.foreign import Foreign
+from runtime.report.artefacts import artefact_sections
+from runtime.report.shown import Shown
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
     from runtime.manifest import Manifest
+    from runtime.report import Section
 
 _ENGINES = (".plan", ".engine")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Deployed:
-    """What `deploy` wrote, and how it was proven; prints as the command's tables, in a notebook as HTML.
+class Deployed(Shown):
+    """What `deploy` wrote, and how it was proven; prints as the command's tables, in a notebook as a report.
 
     `manifests` holds what each file's sidecar says, in the order of `files`.
     """
@@ -40,19 +42,14 @@ class Deployed:
         """Whether each file's parity holds; an engine that could not run on this machine has none yet."""
         return all(manifest.parity is None or manifest.parity.passed for manifest in self.manifests)
 
-    def __repr__(self) -> str:
-        stream = io.StringIO()
-        self._print(_console(stream))
-        return stream.getvalue().rstrip()
+    def sections(self) -> list[Section]:
+        """What the manifests say."""
+        return artefact_sections(
+            {file.name: manifest for file, manifest in zip(self.files, self.manifests, strict=True)}
+        )
 
-    def _repr_html_(self) -> str:
-        console = _console(io.StringIO(), record=True)
-        self._print(console)
-        style = "font-family: monospace; white-space: pre; line-height: 1.2; overflow-x: auto"
-        html: str = console.export_html(inline_styles=True, code_format=f'<div style="{style}">{{code}}</div>')
-        return html
-
-    def _print(self, console: Console) -> None:
+    def show(self, console: Console) -> None:
+        """Print what the commands would."""
         from export.onnx.tables import print_export
         from export.tensorrt.command import parity_line, summary
 
@@ -122,9 +119,3 @@ def deploy(
 
 def _path(name: str, value: Any) -> Any:
     return Path(value) if name in ("golden", "images") and isinstance(value, str) else value
-
-
-def _console(stream: io.StringIO, record: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(file=stream, width=120, record=record, force_jupyter=False)

@@ -110,7 +110,7 @@ def _layer_certificate(name: str, layer: GMConv2d) -> LayerCertificate:
         groups=layer.groups,
         in_channels=layer.in_channels,
         out_channels=layer.out_channels,
-        sigma=Spread(min(sigmas), statistics.median(sigmas), max(sigmas)),
+        sigma=Spread.of(sigmas),
         sigma_per=layer.sigma_per,
         mask_edge=float(max(edges)),
         mask_corner=float(median[0, 0]),

@@ -8,6 +8,18 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+def late(place: str) -> Callable[..., Any]:
+    """The function "module:name", imported when it is called: what stands below may be shown by what stands above."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        import importlib
+
+        module, _, name = place.partition(":")
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return call
+
+
 def attach(package: str, home: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of the package whose public names are in `home`.
 

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+
+_PARTS = 24  # of a histogram
 
 KernelKind = Literal["mask", "mask per channel", "scale", "pruned", "zero", "reparametrised", "generated", "kept"]
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Minimum, median and maximum over a layer's masks, in taps (all equal where one mask serves all channels)."""
+    """Minimum, median and maximum over a layer's masks, in taps (all equal where one mask serves all channels).
+
+    `counts`: how many masks lie in each of equal parts of that range; empty where they are all equal.
+    """
 
     min: float
     median: float
     max: float
+    counts: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of one finite value per mask, at least one."""
+        low, high = min(values), max(values)
+        counts = [0] * _PARTS
+        for value in values if low < high else ():
+            counts[min(int((value - low) / (high - low) * _PARTS), _PARTS - 1)] += 1
+        return cls(low, statistics.median(values), high, tuple(counts) if low < high else ())
 
 
 @dataclass(frozen=True, slots=True)

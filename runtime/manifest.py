@@ -19,6 +19,7 @@ from gmconv.cli import require
 from gmconv.errors import RefusedError
 from gmconv.files import sha256_file
 from gmconv.images import Preprocessing
+from gmconv.lazy import late
 from runtime.manifest_v1 import SCHEMA_V1, upgrade
 from runtime.records import AxisRange, Benchmark, Build, Calibration, Crop, Device, Export, Parity, Quantization
 
@@ -88,6 +89,8 @@ class Manifest:
     build: Build | None = None
     versions: dict[str, str] = field(default_factory=dict)
     device: Device | None = None
+
+    _repr_html_ = late("runtime.report.artefacts:manifest_html")  # in a notebook; the report stands above
 
     def source(self, kind: str) -> FileDigest | None:
         """The newest link of the chain of that kind, or None."""

@@ -67,6 +67,17 @@ class CropChoice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CropTrial:
+    """A crop of the whole network that the search ran end to end: `spent` in the budget's unit; `top1` is the share of
+    right answers, of agreement with the uncropped network where there are no labels, None without classes."""
+
+    macs: int
+    spent: float
+    top1: float | None = None
+    chosen: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CropBudget:
     """What was asked for (`kind` "error": a relative error; "top1": points of accuracy) and what it bought."""
 
@@ -79,6 +90,7 @@ class CropBudget:
     choices_tried: int = 0
     labels: bool = False
     options: tuple[CropChoice, ...] = ()
+    trials: tuple[CropTrial, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

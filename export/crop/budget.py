@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,10 @@ from gmconv.cropping.window import Window, energy_shift, nested_windows
 
 _COST_SAMPLES = 32  # enough for one option's cost, which is an estimate anyway; the final check runs on all
 _EXTRAS = 4  # single layers tried on top of the best price
+_CURVE = 8  # choices that a curve of accuracy against multiply-accumulates needs at least
 
 Windows = dict[str, Window]
+Key = tuple[tuple[str, Window], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,9 @@ def spend(
     if spending.allows(free):
         options = _measure_options(model, spending, free, latencies)
         chosen = _best_within(options, dict(free), spending)
+        _draw_curve(_market(options, dict(free)), spending)
+    spent = spending(chosen)
+    trials = [{**trial, "chosen": spending.key(chosen) == key} for key, trial in spending.trials.items()]
     listed = [
         {
             "layer": o.layer,
@@ -117,12 +122,13 @@ def spend(
         "asked": str(budget),
         "kind": budget.kind,
         "value": budget.value,
-        "spent": spending(chosen),
+        "spent": spent,
         "gain_by": "macs" if latencies is None else "latency_ms",
         "gain": sum(o.gain for o in options if chosen.get(o.layer) == o.window),
-        "choices_tried": len(spending.known),
+        "choices_tried": len(spending.trials),
         "labels": labels is not None,
         "options": listed,
+        "trials": trials,
     }
     return chosen, account
 
@@ -139,21 +145,39 @@ class _Spending:
     def __init__(self, model: nn.Module, batches: Sequence[Tensor], budget: Budget, labels: Tensor | None) -> None:
         self.model, self.batches, self.budget, self.labels = model, batches, budget, labels
         self.reference = [run(model, batch) for batch in batches]
-        self.known: dict[tuple[tuple[str, Window], ...], float] = {}
-        if budget.kind == "top1":
-            logits = torch.cat([outputs[0] for outputs in self.reference])
-            if logits.ndim != 2 or logits.shape[1] < 2:
-                raise ValueError(f"a top-1 budget needs outputs of (samples, classes), not {tuple(logits.shape)}")
-            if labels is not None and len(labels) != len(logits):
-                raise ValueError(f"{len(labels)} labels for {len(logits)} samples")
+        samples, (first, *_) = sum(map(len, batches)), self.reference[0]
+        self.classes = first.ndim == 2 and first.shape[1] > 1
+        if budget.kind == "top1" and not self.classes:
+            shape = (samples, *first.shape[1:])
+            raise ValueError(f"a top-1 budget needs outputs of (samples, classes), not {shape}")
+        if labels is not None and self.classes and len(labels) != samples:
+            raise ValueError(f"{len(labels)} labels for {samples} samples")
+        self.layers = {name: layer.macs for name, layer in count_macs(model, batches[0][:1]).items()}
+        whole = self._judge(self.reference)[1] if self.classes else None
+        self.trials: dict[Key, dict[str, Any]] = {(): {"macs": self.macs({}), "spent": 0.0, "top1": whole}}
+
+    @staticmethod
+    def key(windows: Mapping[str, Window]) -> Key:
+        """What tells one choice from another."""
+        return tuple(sorted(windows.items()))
 
     def __call__(self, windows: Mapping[str, Window]) -> float:
-        key = tuple(sorted(windows.items()))
-        if key not in self.known:
+        key = self.key(windows)
+        if key not in self.trials:
             outputs = self._run(windows, self.batches)
+            lost, top1 = self._judge(outputs) if self.classes else (0.0, None)
             error = self.budget.kind == "error"
-            self.known[key] = output_error(self.reference, outputs).relative_max if error else self._lost(outputs)
-        return self.known[key]
+            spent = output_error(self.reference, outputs).relative_max if error else lost
+            self.trials[key] = {"macs": self.macs(windows), "spent": spent, "top1": top1}
+        return float(self.trials[key]["spent"])
+
+    def macs(self, windows: Mapping[str, Window]) -> int:
+        """Multiply-accumulates of the network for one sample, with these windows."""
+        shares = {}
+        for name, window in windows.items():
+            conv = cast(nn.Conv2d, self.model.get_submodule(name))
+            shares[name] = window.taps / Window.whole(conv.kernel_size).taps
+        return round(sum(macs * shares.get(name, 1.0) for name, macs in self.layers.items()))
 
     def allows(self, windows: Mapping[str, Window]) -> bool:
         return self(windows) <= self.budget.value
@@ -167,23 +191,24 @@ class _Spending:
         cropped = crop_to(self.model, windows)
         return [run(cropped, batch) for batch in batches]
 
-    def _lost(self, outputs: list[Outputs]) -> float:
+    def _judge(self, outputs: list[Outputs]) -> tuple[float, float]:
+        """Points of top-1 that are lost, and the share of answers that are right."""
         before, after = (torch.cat([o[0] for o in found]).argmax(1) for found in (self.reference, outputs))
+        truth = before if self.labels is None else self.labels.to(before.device)
         # Lucky new answers do not pay for lost ones: on other images they would not.
-        right = True if self.labels is None else before == self.labels.to(before.device)
-        return 100 * float(((before != after) & right).double().mean())
+        lost = (before != after) & (before == truth)
+        return 100 * float(lost.double().mean()), float((after == truth).double().mean())
 
 
 def _measure_options(
     model: nn.Module, spending: _Spending, free: Mapping[str, Window], latencies: Latencies | None
 ) -> list[Option]:
-    macs = count_macs(model, spending.batches[0][:1])
     options = []
     for name, conv in croppable(model, lambda name, _: name in free).items():
         whole = Window.whole(conv.kernel_size)
         for window in windows_to_try(conv, free[name]):
             if latencies is None:
-                gain = (macs[name].macs if name in macs else conv.weight.numel()) * (1 - window.taps / whole.taps)
+                gain = spending.layers.get(name, conv.weight.numel()) * (1 - window.taps / whole.taps)
             else:
                 times = latencies.get(name, {})
                 gain = times[whole] - times[window] if window in times and whole in times else 0.0
@@ -196,28 +221,50 @@ def _measure_options(
     return options
 
 
-def _best_within(options: Sequence[Option], free: Windows, spending: _Spending) -> Windows:
-    """The choice with the largest gain found whose measured spending the budget allows."""
+@dataclass(frozen=True, slots=True)
+class _Market:
+    """What each layer offers, as the first the windows that go for nothing."""
+
+    offers: Mapping[str, Sequence[Option]]
+
+    def at(self, price: float) -> dict[str, Option]:
+        """What each layer takes where a squared error costs so much gain; of equals the larger window."""
+        return {name: max(offer, key=lambda o: o.gain - price * o.cost**2) for name, offer in self.offers.items()}
+
+    def prices(self) -> list[float]:
+        """Falling: those just below which a layer's choice changes, as two of its offers are worth the same there."""
+        pairs = [(a, b) for offer in self.offers.values() for i, a in enumerate(offer) for b in offer[i + 1 :]]
+        prices = {(b.gain - a.gain) / (b.cost**2 - a.cost**2) for a, b in pairs if b.cost > a.cost and b.gain > a.gain}
+        return [price * (1 - 1e-9) for price in sorted(prices, reverse=True)]
+
+
+def _market(options: Sequence[Option], free: Windows) -> _Market:
     offers: dict[str, list[Option]] = {name: [Option(name, window, 0.0, 0.0)] for name, window in free.items()}
     for option in options:
         if option.window == free[option.layer]:
             offers[option.layer][0] = option
         else:
             offers[option.layer].append(option)
+    return _Market(offers)
 
-    def at(price: float) -> dict[str, Option]:
-        """What each layer takes where a squared error costs so much gain; of equals the larger window."""
-        return {name: max(offer, key=lambda o: o.gain - price * o.cost**2) for name, offer in offers.items()}
 
-    # A layer's choice changes only at prices where two of its offers are worth the same.
-    pairs = [(a, b) for offer in offers.values() for i, a in enumerate(offer) for b in offer[i + 1 :]]
-    prices = {(b.gain - a.gain) / (b.cost**2 - a.cost**2) for a, b in pairs if b.cost > a.cost and b.gain > a.gain}
-    falling = sorted(prices, reverse=True)
-    best = {name: offer[0] for name, offer in offers.items()}
+def _draw_curve(market: _Market, spending: _Spending) -> None:
+    """Try choices beyond the budget too, so that a reader sees its price, until there are enough for a curve."""
+    falling = market.prices()
+    for price in falling[:: max(1, len(falling) // _CURVE)]:
+        if len(spending.trials) < _CURVE:
+            spending({name: option.window for name, option in market.at(price).items()})
+
+
+def _best_within(options: Sequence[Option], free: Windows, spending: _Spending) -> Windows:
+    """The choice with the largest gain found whose measured spending the budget allows."""
+    market = _market(options, free)
+    falling = market.prices()
+    best = {name: offer[0] for name, offer in market.offers.items()}
     low, high = -1, len(falling)  # falling[low] is within the budget, falling[high] is not
     middle = high - 1  # everything first: top-1 may bear it, although it does not bear less
     while high - low > 1:
-        taken = at(falling[middle] * (1 - 1e-9))
+        taken = market.at(falling[middle])
         if spending.allows({n: o.window for n, o in taken.items()}):
             low, best = middle, taken
         else:

@@ -28,7 +28,9 @@ from runtime.report.artefacts import report_option, require_report, write_artefa
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from export.precision.search import Searched
     from runtime.manifest import Manifest
+    from runtime.report import Section
 
 
 def precision_flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,18 +118,21 @@ def main(model: Path, precision: Precision | None, output: Path | None, **flags:
         from export.precision.plan import read_plan
 
         options = options.follow(read_plan(flags["plan"]))
+    searched: list[Section] = []
     if automatic:
         plan_path = flags["save_plan"] or Path(f"{output}.plan.json")
         require_writable(plan_path, model, output)
-        with_plan = _search_plan(model, automatic, options, flags, plan_path, console)
-        manifest = convert_precision(model, output, automatic, with_plan, force=flags["force"])
+        found = _search_plan(model, automatic, options, flags, plan_path, console)
+        searched = found.sections()
+        options = replace(options, plan=found.plan)
+        manifest = convert_precision(model, output, automatic, options, force=flags["force"])
     else:
         assert precision is not None
         with progress_bar(console, "calibrating") as progress:
             manifest = convert_precision(model, output, precision, options, progress=progress, force=flags["force"])
     warn(manifest.warnings)
     if flags["report"] is not None:
-        write_artefact_report(flags["report"], [output])
+        write_artefact_report(flags["report"], [output], searched)
     if flags["as_json"]:
         import msgspec
 
@@ -138,8 +143,8 @@ def main(model: Path, precision: Precision | None, output: Path | None, **flags:
 
 def _search_plan(
     path: Path, precision: Any, options: PrecisionOptions, flags: dict[str, Any], plan_path: Path, console: Console
-) -> PrecisionOptions:
-    """Search for the fewest kept layers, show and save the plan; the options that carry it."""
+) -> Searched:
+    """Search for the fewest kept layers, show and save the plan."""
     from export.precision.plan import write_plan
     from export.precision.search import Budget, search_precision
     from gmconv.progress import progress_bar
@@ -162,7 +167,7 @@ def _search_plan(
     tables.print(alone)
     tables.print(front)
     tables.print(f"{images}; plan: {plan_path.name}")
-    return replace(options, plan=found.plan)
+    return found
 
 
 def _print_result(manifest: Manifest) -> None:

@@ -9,7 +9,6 @@ Every graph on the way is built, run on the same images and recorded; the result
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 import time
@@ -23,10 +22,13 @@ from numpy.typing import NDArray
 
 from gmconv.errors import ParityError, RefusedError
 from runtime.records import Quantization
+from runtime.report import Rows, Search, Section, Tried
+from runtime.report.shown import Shown
 from runtime.runners.qdq import graph_options
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+    from rich.console import Console
 
     from export.precision.converter import PrecisionConverter, PrecisionOptions
     from export.precision.plan import PrecisionPlan
@@ -197,10 +199,14 @@ class SensitivitySearch:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Searched:
-    """What a search found: the plan to convert by, and what was measured on the way. Prints as tables."""
+class Searched(Shown):
+    """What a search found: the plan to convert by, and what was measured on the way.
+
+    Prints as the command's tables, in a notebook as a report.
+    """
 
     plan: PrecisionPlan
+    budget: Budget
     alone: dict[str, Measurement]
     tried: tuple[Measurement, ...]
     chosen: Measurement
@@ -211,13 +217,28 @@ class Searched:
         front = pareto_table(self.tried, self.chosen, len(self.alone))
         return sensitivity_table(self.alone), front, self.images
 
-    def __repr__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=120, force_jupyter=False)
+    def show(self, console: Console) -> None:
+        """Print the tables."""
         for part in self.tables():
             console.print(part)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined,no-any-return]
+
+    def sections(self) -> list[Section]:
+        """The points that were tried, and the tables."""
+        by_snr = self.budget.max_top1_drop is None
+        tried = [
+            Tried(
+                x=len(found.kept),
+                y=found.snr_db if by_snr else 100 * found.top1,
+                allowed=self.budget.holds(found),
+                chosen=found == self.chosen,
+            )
+            for found in self.tried
+        ]
+        alone, front, images = self.tables()
+        points = Search(
+            tried=tried, x="layers kept", y="SNR [dB]" if by_snr else "top-1 [%]", title=f"Search, {images}"
+        )
+        return [points, Rows(table=front), Rows(table=alone)]
 
 
 def search_precision(
@@ -270,6 +291,7 @@ def search_precision(
     judged = "top-1" if given.classes is not None else "agreement with fp32 (no classes known)"
     return Searched(
         plan=make_plan(search, budget, chosen, sha256_file(path)),
+        budget=budget,
         alone=alone,
         tried=tuple(search.tried.values()),
         chosen=chosen,

@@ -18,6 +18,7 @@ from gmconv.kinds import artefact_kind, refuse_other_kinds
 from runtime import trt
 from runtime.manifest import refuse_other_precision
 from runtime.records import Build
+from runtime.report.artefacts import report_option, require_report, write_artefact_report
 
 if TYPE_CHECKING:
     from export.tensorrt.process import BuilderProcess, Progress
@@ -195,6 +196,7 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> t
     "--force", is_flag=True, help="Try what TensorRT-RTX calls invalid here; overwrite files of another precision."
 )
 @click.option("--log", type=click.Path(path_type=Path), help="Write TensorRT's whole log there.")
+@report_option
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Show TensorRT's log on stderr.")
 @click.pass_obj
@@ -206,6 +208,7 @@ def main(
     precision: Precision | None,
     images: str | None,
     calibration: str | None,
+    report: Path | None,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -226,6 +229,7 @@ def main(
     )
     output = output or model.with_name(model.stem + (f".{precision}" if precision else "") + ".plan")
     require_writable(output, model)
+    require_report(report, model, output)
     refuse_other_kinds(model, "onnx", "checkpoint")
     if precision or artefact_kind(model) == "checkpoint":
         refuse_other_precision(output, precision or "fp32", force=flags["force"])
@@ -243,6 +247,8 @@ def main(
     )
     with progress_bar(quiet=as_json or options.verbose) as progress:
         manifest = build_engine(onnx_path, output, options, progress=progress, process=process)
+    if report is not None:
+        write_artefact_report(report, [output] if onnx_path == model else [onnx_path, output])
     if as_json:
         import msgspec
 

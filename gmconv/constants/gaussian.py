@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable
 
 import torch
@@ -107,4 +106,4 @@ def _moments(
 
 def _spread(values: Iterable[float]) -> Spread | None:
     finite = [value for value in values if math.isfinite(value)]
-    return Spread(min(finite), statistics.median(finite), max(finite)) if finite else None
+    return Spread.of(finite) if finite else None

@@ -132,7 +132,7 @@ def _compare(named: Sequence[Artefact], asked: Options, values: dict[str, Any], 
         if values["report"] and result.interleaved.rounds:
             from runtime.benchmark.report import write_comparison
 
-            write_comparison(values["report"], prepared, result, asked)
+            write_comparison(values["report"], prepared, result)
     if result.interleaved.interrupted:
         raise Interrupted(f"interrupted after {result.interleaved.rounds} rounds; the figures are those so far")
 

@@ -20,10 +20,15 @@ from runtime.benchmark.interleave import Interleaved, Ratio, interleave
 from runtime.benchmark.measure import Artefact, Prepared, parse_artefact
 from runtime.benchmark.options import Options
 from runtime.benchmark.timing import Progress
+from runtime.benchmark.trtexec import words
 from runtime.manifest import Manifest, find_manifest, read_manifest
+from runtime.report import Facts, Latency, LatencyRun, RatioRow, Section
+from runtime.report.shown import Shown
 from runtime.statistics import as_json, describe
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from gmconv.tables import Table
 
 #: Fewer rounds than this make no interval worth printing.
@@ -58,9 +63,9 @@ class Row:
     over_live: Ratio | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """What an interleaved run gave."""
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison(Shown):
+    """What an interleaved run gave; prints as the command's table, in a notebook as a report."""
 
     rows: tuple[Row, ...]
     interleaved: Interleaved
@@ -86,6 +91,30 @@ class Comparison:
             "machine": self.machine,
             "warnings": list(self.warnings),
         }
+
+    def show(self, console: Console) -> None:
+        """Print the table, after what to be wary of."""
+        for warning in self.warnings:
+            console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+        console.print(self.table())
+
+    def sections(self) -> list[Section]:
+        """What was measured, ratios and distributions."""
+        runs = [
+            LatencyRun(name=row.name, runner=row.runner, latencies=values, percentiles=_percentiles(row.latency))
+            for row, values in zip(self.rows, self.interleaved.latencies, strict=True)
+        ]
+        ratios = [
+            RatioRow(name=row.name, reference=row.reference or "", value=r.value, low=r.low, high=r.high)
+            for row in self.rows
+            if (r := row.ratio)
+        ]
+        facts = {"Rounds": f"{self.interleaved.rounds:,}", "Order": "rotated each round", **words(self.machine)}
+        note = "The artefacts took turns in short blocks; each round gives one ratio."
+        return [
+            Facts(rows=facts, title="What was measured", warnings=self.warnings),
+            Latency(runs=runs, ratios=ratios, note=note),
+        ]
 
     def table(self) -> Table:
         """The comparison as a table."""
@@ -177,6 +206,10 @@ def compare(
             "The artefacts were timed by different clocks (host and device): their ratio is not like for like."
         )
     return Comparison(tuple(rows), result, {"cpu": machine.processor(), **disturbed.facts}, tuple(warnings))
+
+
+def _percentiles(latency: dict[str, Any]) -> tuple[float, ...]:
+    return tuple(float(key[1:]) for key in latency if key.startswith("p"))
 
 
 def _interval(ratio: Ratio | None) -> dict[str, float] | None:

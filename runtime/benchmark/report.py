@@ -11,14 +11,13 @@ from runtime.artefact import artefact_kind
 from runtime.benchmark.comparison import Comparison
 from runtime.benchmark.measure import Measured, Prepared
 from runtime.benchmark.options import Options
-from runtime.benchmark.trtexec import heading
+from runtime.benchmark.trtexec import words
 from runtime.report import (
     Facts,
     Latency,
     LatencyRun,
     LayerTimes,
     ManifestText,
-    RatioRow,
     ReceptiveField,
     Section,
     manifest_sections,
@@ -40,8 +39,8 @@ def write_run(
         "Median latency": f"{latency['median']:.4g} ms",
         "Throughput": f"{found['throughput_qps']:,.1f} queries/s",
         "Queries": f"{found['queries']:,}",
-        **_words(measured.mode),
-        **_words(measured.machine),
+        **words(measured.mode),
+        **words(measured.machine),
     }
     run = LatencyRun(
         name=measured.name,
@@ -57,23 +56,10 @@ def write_run(
     write_report(path, f"Benchmark of {measured.name}", [*sections, *_artefact_sections([prepared])])
 
 
-def write_comparison(path: Path, prepared: Sequence[Prepared], result: Comparison, options: Options) -> None:
+def write_comparison(path: Path, prepared: Sequence[Prepared], result: Comparison) -> None:
     """Write the report of an interleaved comparison. Raises RefusedError when the file cannot be written."""
-    runs = [
-        LatencyRun(name=row.name, runner=row.runner, latencies=values, percentiles=options.percentiles)
-        for row, values in zip(result.rows, result.interleaved.latencies, strict=True)
-    ]
-    ratios = [
-        RatioRow(name=r.name, reference=r.reference or "", value=r.ratio.value, low=r.ratio.low, high=r.ratio.high)
-        for r in result.rows
-        if r.ratio
-    ]
-    facts = {"Rounds": f"{result.interleaved.rounds:,}", "Order": "rotated each round", **_words(result.machine)}
-    sections: list[Section] = [
-        Facts(rows=facts, title="What was measured", warnings=result.warnings),
-        Latency(runs=runs, ratios=ratios, note="The artefacts took turns in short blocks; each round gives one ratio."),
-    ]
-    write_report(path, f"Comparison of {len(result.rows)} artefacts", [*sections, *_artefact_sections(prepared)])
+    sections = [*result.sections(), *_artefact_sections(prepared)]
+    write_report(path, f"Comparison of {len(result.rows)} artefacts", sections)
 
 
 def _artefact_sections(prepared: Sequence[Prepared]) -> list[Section]:
@@ -98,15 +84,3 @@ def _artefact_sections(prepared: Sequence[Prepared]) -> list[Section]:
             sections += manifest_sections(opened.artefact.name, opened.manifest, alone=len(prepared) == 1)
             texts.append(ManifestText(name=opened.artefact.name, manifest=opened.manifest))
     return without_repeated_masks(sections) + texts
-
-
-def _words(values: dict[str, object]) -> dict[str, str]:
-    """Nested facts as a flat table of text."""
-    rows: dict[str, str] = {}
-    for key, value in values.items():
-        name = heading(key)
-        if isinstance(value, dict):
-            rows[name] = ", ".join(f"{k} {v}" for k, v in value.items())
-        else:
-            rows[name] = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
-    return rows

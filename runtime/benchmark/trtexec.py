@@ -175,6 +175,18 @@ def heading(key: str) -> str:
     return label[:1].upper() + label[1:]
 
 
+def words(values: dict[str, object]) -> dict[str, str]:
+    """Nested facts as a flat table of text."""
+    rows: dict[str, str] = {}
+    for key, value in values.items():
+        name = heading(key)
+        if isinstance(value, dict):
+            rows[name] = ", ".join(f"{k} {v}" for k, v in value.items())
+        else:
+            rows[name] = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    return rows
+
+
 def number(value: float | np.floating[Any]) -> str:
     """A float as a C++ stream prints it: six significant digits."""
     return f"{float(value):g}"

@@ -6,17 +6,17 @@ from gmconv.lazy import attach
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from runtime.evaluate.score import ArtefactScore as ArtefactScore
+    from runtime.evaluate.report import ArtefactScore as ArtefactScore
+    from runtime.evaluate.report import Evaluation as Evaluation
     from runtime.evaluate.score import EvaluateOptions as EvaluateOptions
-    from runtime.evaluate.score import Evaluation as Evaluation
     from runtime.evaluate.score import evaluate as evaluate
 
 __getattr__, __dir__ = attach(
     __name__,
     {
-        "ArtefactScore": ".score",
+        "ArtefactScore": ".report",
         "EvaluateOptions": ".score",
-        "Evaluation": ".score",
+        "Evaluation": ".report",
         "evaluate": ".score",
     },
 )

@@ -11,11 +11,11 @@ from gmconv.cli import Command, print_json, result_console, warn
 from gmconv.data import refuse_missing
 from gmconv.errors import ParityError
 from gmconv.foreign import foreign_options
+from runtime.report import write_report
 from runtime.report.artefacts import report_option, require_report
 
 if TYPE_CHECKING:
-    from gmconv.tables import Table
-    from runtime.evaluate.score import ArtefactScore, Evaluation
+    from runtime.evaluate.report import ArtefactScore, Evaluation
 
 
 @click.command(cls=Command, example="gmconv evaluate net.pth net.int8.onnx --arch mypackage.nets:make --data val/")
@@ -91,9 +91,9 @@ def main(
     if as_json:
         print_json(done.to_dict())
     else:
-        _print(done)
+        done.show(result_console())
     if report is not None:
-        _write_report(report, done)
+        write_report(report, f"Accuracy of {', '.join(row.artefact for row in done.rows)}", done.sections())
     for row in done.rows:
         _gate(row, done, min_agreement, max_drop)
 
@@ -110,52 +110,6 @@ def _gate(row: ArtefactScore, done: Evaluation, min_agreement: float | None, max
         raise ParityError(
             f"{name}: {what} is {lost:.2f}{' points' * (unit == '%')} below {done.reference}, {max_drop:g} were allowed"
         )
-
-
-def _write_report(path: Path, done: Evaluation) -> None:
-    from runtime.report import Facts, Section, Text, write_report
-
-    sections: list[Section] = [
-        Facts(rows={"Images": _images(done), "Reference": done.reference}, warnings=done.warnings)
-    ]
-    for row in done.rows:
-        found = {cell.heading: cell.text for cell in row.score.cells()}
-        sections.append(Facts(rows={"Runs in": row.runner, **found}, title=f"{row.artefact}, {row.precision}"))
-        if lines := row.score.remarks(done.labels or ()):
-            sections.append(Text(title=f"{row.artefact}: in detail", paragraphs=lines))
-    write_report(path, f"Accuracy of {', '.join(row.artefact for row in done.rows)}", sections)
-
-
-def _print(done: Evaluation) -> None:
-    console = result_console()
-    console.print(_table(done))
-    for row in done.rows:
-        for line in row.score.remarks(done.labels or ()):
-            console.print(f"  {f'{row.artefact} {row.mode}'.strip()}: {line}", highlight=False, markup=False)
-
-
-def _images(done: Evaluation) -> str:
-    """Which images, and which output of several."""
-    part = "" if done.part == "all" else " (held out of training)" if done.part == "held-out" else " (training images)"
-    output = f", output {done.output!r} of {', '.join(done.outputs)}" if done.output else ""
-    return f"{done.samples} images of {done.images}{part}{output}"
-
-
-def _table(done: Evaluation) -> Table:
-    from gmconv.tables import Column, Table
-
-    cells = [row.score.cells() for row in done.rows]
-    table = Table(
-        f"{_images(done)}; reference: {done.reference}",
-        [
-            Column("artefact", name=True),
-            Column("precision", 1),
-            *(Column(cell.heading, cell.spare) for cell in cells[0]),
-        ],
-    )
-    for row, found in zip(done.rows, cells, strict=True):
-        table.add(f"{row.artefact} {row.mode}".strip(), row.precision, *(cell.text for cell in found))
-    return table
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from gmconv.foreign import NOTHING, Foreign
 from gmconv.splits import Part
 from runtime.artefact import Artefact, Facts, open_artefact
 from runtime.evaluate.feeds import image_input, image_shape, other_inputs, outputs_of
+from runtime.evaluate.report import ArtefactScore, Evaluation
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,54 +49,6 @@ class EvaluateOptions:
     part: Part = "held-out"
     output: str | None = None
     metric: str | Metric | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArtefactScore:
-    """One row: `mode` is "as written" for a Q/DQ graph that ONNX Runtime may not rewrite, else ""."""
-
-    artefact: str
-    precision: str
-    runner: str
-    mode: str
-    score: Score | PixelScore | MetricScore
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        named = {"artefact": self.artefact, "precision": self.precision, "runner": self.runner, "mode": self.mode}
-        return named | self.score.to_dict()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """All rows, the reference they are measured against, and what to be wary of.
-
-    `part`: which of the images' source they are; `output`: the one judged, where there are several `outputs`.
-    """
-
-    reference: str
-    images: str
-    part: str
-    samples: int
-    rows: tuple[ArtefactScore, ...]
-    labels: tuple[str, ...] | None = None
-    output: str | None = None
-    outputs: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = field(default_factory=tuple)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "reference": self.reference,
-            "images": self.images,
-            "part": self.part,
-            "samples": self.samples,
-            "rows": [row.to_dict() for row in self.rows],
-            "labels": self.labels,
-            "output": self.output,
-            "outputs": list(self.outputs),
-            "warnings": list(self.warnings),
-        }
 
 
 def evaluate(artefacts: Sequence[str | Path], options: EvaluateOptions | None = None) -> Evaluation:

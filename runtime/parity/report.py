@@ -1,15 +1,22 @@
-"""The HTML report of a parity check."""
+"""What a parity check found, as tables, as a record for the manifest, and as an HTML report."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from gmconv.foreign import NOTHING, Foreign
 from runtime.artefact import artefact_kind
 from runtime.manifest import find_manifest
-from runtime.parity.run import CandidateReport, ParityReport
+from runtime.parity.verdict import Verdict
+from runtime.records import Parity as ParityRecord
+from runtime.records import Tolerance
 from runtime.report import (
     Facts,
     ManifestText,
@@ -22,23 +29,107 @@ from runtime.report import (
     without_repeated_masks,
     write_report,
 )
+from runtime.report.shown import Shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gmconv.tables import Table
+    from runtime.parity.bisection import Bisection
 
 _SAMPLES = 32
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateReport:
+    """Everything found about one candidate. It passed when there are cases and each comparison of each passed."""
+
+    path: Path
+    engine: str
+    precision: str
+    tolerance: Tolerance
+    verdict: Verdict
+    bisection: Bisection | None
+    notes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything that was compared held, and something was."""
+        return self.verdict.passed
+
+    def failures(self) -> list[str]:
+        """One sentence per comparison that failed."""
+        return self.verdict.failures()
+
+    def record(self, reference: Path) -> ParityRecord:
+        """What a manifest keeps of it."""
+        return self.verdict.record(reference.name, self.engine, self.notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "path": str(self.path),
+            "engine": self.engine,
+            "passed": self.passed,
+            "precision": self.precision,
+            "tolerance": asdict(self.tolerance),
+            "hops": [msgspec.to_builtins(hop) | {"passed": hop.passed} for hop in self.verdict.hops],
+            "yardstick": msgspec.to_builtins(self.verdict.yardstick),
+            "bisection": self.bisection.to_dict() if self.bisection else None,
+            "failures": self.failures(),
+            "notes": list(self.notes),
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ParityReport(Shown):
+    """The reference and every candidate compared with it; prints as the command's tables, in a notebook as a report."""
+
+    reference: Path
+    engine: str
+    candidates: tuple[CandidateReport, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether there were candidates and all passed."""
+        return bool(self.candidates) and all(candidate.passed for candidate in self.candidates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "reference": {"path": str(self.reference), "engine": self.engine},
+            "passed": self.passed,
+            "candidates": [candidate.to_dict() for candidate in self.candidates],
+        }
+
+    def show(self, console: Console, *, tables: bool = True) -> None:
+        """Print the tables and verdicts, or the verdicts alone."""
+        for candidate in self.candidates:
+            if tables:
+                console.print(_table(self, candidate))
+            lines = [*(_remarks(candidate) if tables else ()), _verdict(candidate)]
+            if candidate.bisection is not None:
+                lines.append(candidate.bisection.sentence)
+            for line in lines:
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def sections(self, more: Sequence[Section] = ()) -> list[Section]:
+        """Verdicts, tables with margins drawn, masks, then `more`, and the manifests in full last."""
+        texts: list[Section] = []
+        sections = [section for candidate in self.candidates for section in _candidate(self, candidate, texts)]
+        return [*without_repeated_masks([*sections, *more]), *texts]
+
+
 def write_parity_report(path: Path, found: ParityReport, foreign: Foreign = NOTHING) -> None:
-    """Write one self-contained HTML file: verdicts, tables with margins drawn, masks, receptive field, manifests.
+    """Write one self-contained HTML file: what a notebook shows, and the receptive field.
 
     Raises RefusedError when the file cannot be written, UnavailableError when the plotting libraries are missing.
     """
-    texts: list[Section] = []
-    sections: list[Section] = [
-        section for candidate in found.candidates for section in _candidate(found, candidate, texts)
-    ]
-    if artefact_kind(found.reference) == "checkpoint":
-        sections += _receptive_field(found.reference, foreign)
+    field = _receptive_field(found.reference, foreign) if artefact_kind(found.reference) == "checkpoint" else []
     names = ", ".join(candidate.path.name for candidate in found.candidates)
-    write_report(path, f"Parity of {names} with {found.reference.name}", [*without_repeated_masks(sections), *texts])
+    write_report(path, f"Parity of {names} with {found.reference.name}", found.sections(field))
 
 
 def _candidate(found: ParityReport, candidate: CandidateReport, texts: list[Section]) -> list[Section]:
@@ -88,3 +179,85 @@ def _receptive_field(checkpoint: Path, foreign: Foreign) -> list[Section]:
     except click.ClickException:
         return []
     return [ReceptiveField(before=before, after=after, samples=_SAMPLES)]
+
+
+def _table(report: ParityReport, candidate: CandidateReport) -> Table:
+    """The comparisons of one candidate."""
+    from gmconv.tables import FAILED, OK, Column, Table, margin, number, share
+
+    tolerance = candidate.tolerance
+    several = len({output.output for hop in candidate.verdict.hops for output in hop.outputs}) > 1
+    columns = (
+        *(("samples", 5), ("max abs", 2), ("mean abs", 6), ("err/RMS", 0), ("SNR [dB]", 4), ("1-cosine", 7)),
+        *(("top-1", 1), ("top-5", 8), ("margin", 0), ("", 0)),
+    )
+    table = Table(
+        f"{candidate.path.name} ({candidate.engine}) against {report.reference.name} ({report.engine})",
+        [
+            Column("inputs", name=True),
+            *[Column("output", name=True)] * several,
+            Column("shape", 3),
+            *(Column(title, spare) for title, spare in columns),
+        ],
+        f"{tolerance.precision} tolerance {tolerance.rel_rms:.1e} ({tolerance.source})",
+    )
+    for hop in candidate.verdict.hops:
+        for o in hop.outputs:
+            table.add(
+                hop.inputs,
+                *[o.output] * several,
+                hop.shape,
+                str(o.samples),
+                number(o.max_abs),
+                number(o.mean_abs),
+                number(o.rel_rms),
+                "inf" if o.rel_rms == 0 else "-" if o.snr_db is None else f"{o.snr_db:.1f}",
+                number(None if o.cosine is None else max(0.0, 1 - o.cosine)),
+                share(o.top1),
+                share(o.top5),
+                margin(o.margin, equal=o.rel_rms == 0),
+                OK if o.passed else FAILED,
+            )
+    return table
+
+
+def _remarks(candidate: CandidateReport) -> list[str]:
+    from gmconv.tables import number
+
+    texts = [
+        f"float64 yardstick, {item.samples} samples: {item.output} is {number(item.candidate_rel_rms)} from exact, "
+        f"torch fp32 {number(item.reference_rel_rms)} (allowed: {item.factor:g} times that and 2e-07)"
+        for item in candidate.verdict.yardstick
+    ]
+    found = [o.disagreement_margin for hop in candidate.verdict.hops for o in hop.outputs]
+    if margins := [margin for margin in found if margin is not None]:
+        texts.append(f"where classes differ, the reference decides by at most {max(margins):.3g}")
+    texts += [f"note: {text}" for text in candidate.notes]
+    if candidate.bisection is not None and candidate.bisection.layers:
+        texts += _layers(candidate.bisection)
+    return texts
+
+
+def _layers(bisection: Bisection) -> list[str]:
+    """The layers around the culprit, with their own errors."""
+    from gmconv.tables import number
+
+    if bisection.culprit is None:
+        return []
+    at = bisection.layers.index(bisection.culprit)
+    return [
+        f"{'->' if layer is bisection.culprit else '  '} {layer.name:32s} own {number(layer.own):>8s}  "
+        f"accumulated {number(layer.accumulated):>8s}  {layer.ops}"
+        for layer in bisection.layers[max(0, at - 3) : at + 3]
+    ]
+
+
+def _verdict(candidate: CandidateReport) -> str:
+    if candidate.passed:
+        found = [output.margin for hop in candidate.verdict.hops for output in hop.outputs]
+        margins = [margin for margin in found if margin is not None]
+        close = "equal" if min(margins, default=math.inf) == math.inf else f"smallest margin {min(margins):.3g}x"
+        return f"PASSED  {candidate.path}  {candidate.precision}, {close}"
+    failures = candidate.failures()
+    more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+    return f"FAILED  {candidate.path}  {failures[0]}{more}"

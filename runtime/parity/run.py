@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from typing import Any
 
 from gmconv.errors import RefusedError
 from gmconv.foreign import NOTHING, Foreign
@@ -17,15 +15,13 @@ from runtime.manifest import Manifest
 from runtime.parity.beside import MOST_NUMBERS, Beside
 from runtime.parity.cases import Case, Feeds, Wanted, make_cases
 from runtime.parity.compare import Comparator
+from runtime.parity.report import CandidateReport, ParityReport
 from runtime.parity.tolerances import MAX_CROP_COST, crop_cost, for_engine, judged_as, override, tolerance_for, widen
 from runtime.parity.verdict import Verdict
 from runtime.parity.yardstick import Yardstick
-from runtime.records import Hop, OutputComparison, Parity, Tolerance
+from runtime.records import Hop, OutputComparison, Tolerance
 from runtime.runners import open_runner
 from runtime.runners.base import Array, Runner, numpy_dtype
-
-if TYPE_CHECKING:
-    from runtime.parity.bisection import Bisection
 
 Note = Callable[[str], None]
 
@@ -50,71 +46,6 @@ class ParityOptions:
     classes: bool = True
     force: bool = False
     foreign: Foreign = NOTHING
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CandidateReport:
-    """Everything found about one candidate. It passed when there are cases and each comparison of each passed."""
-
-    path: Path
-    engine: str
-    precision: str
-    tolerance: Tolerance
-    verdict: Verdict
-    bisection: Bisection | None
-    notes: tuple[str, ...]
-    seconds: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether everything that was compared held, and something was."""
-        return self.verdict.passed
-
-    def failures(self) -> list[str]:
-        """One sentence per comparison that failed."""
-        return self.verdict.failures()
-
-    def record(self, reference: Path) -> Parity:
-        """What a manifest keeps of it."""
-        return self.verdict.record(reference.name, self.engine, self.notes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "path": str(self.path),
-            "engine": self.engine,
-            "passed": self.passed,
-            "precision": self.precision,
-            "tolerance": asdict(self.tolerance),
-            "hops": [msgspec.to_builtins(hop) | {"passed": hop.passed} for hop in self.verdict.hops],
-            "yardstick": msgspec.to_builtins(self.verdict.yardstick),
-            "bisection": self.bisection.to_dict() if self.bisection else None,
-            "failures": self.failures(),
-            "notes": list(self.notes),
-            "seconds": self.seconds,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class ParityReport:
-    """The reference and every candidate compared with it."""
-
-    reference: Path
-    engine: str
-    candidates: tuple[CandidateReport, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether there were candidates and all passed."""
-        return bool(self.candidates) and all(candidate.passed for candidate in self.candidates)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "reference": {"path": str(self.reference), "engine": self.engine},
-            "passed": self.passed,
-            "candidates": [candidate.to_dict() for candidate in self.candidates],
-        }
 
 
 def compare_artefacts(

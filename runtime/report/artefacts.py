@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import click
 
 from gmconv.files import require_writable
 from gmconv.packages import require
-from runtime.manifest import read_manifest
+from runtime.manifest import Manifest, read_manifest
+from runtime.report.render import embed, write_report
 from runtime.report.sections import Facts, ManifestText, Section, manifest_sections, without_repeated_masks
 
 
@@ -30,23 +31,30 @@ def require_report(path: Path | None, *inputs: Path) -> None:
         require_writable(path, *inputs)
 
 
-def write_artefact_report(path: Path, files: Sequence[Path]) -> None:
-    """Write what the manifests of `files` say: verdict and warnings, masks, kernels, crop, tails, parity.
+def write_artefact_report(path: Path, files: Sequence[Path], more: Sequence[Section] = ()) -> None:
+    """Write `more` and what the manifests of `files` say.
 
     Raises RefusedError when it cannot be written, UnavailableError when the plotting libraries are missing.
     """
-    from runtime.report.render import write_report
+    manifests = {file.name: read_manifest(file, verify=False) for file in files}
+    write_report(path, f"Export of {', '.join(manifests)}", [*more, *artefact_sections(manifests)])
 
+
+def artefact_sections(manifests: Mapping[str, Manifest]) -> list[Section]:
+    """Of each artefact, by name: verdict, parity, build, masks, kernels, crop, tails; the manifests in full last."""
     sections: list[Section] = []
     texts: list[Section] = []
-    for file in files:
-        manifest = read_manifest(file, verify=False)
+    for name, manifest in manifests.items():
         rows = {"Precision": manifest.precision, "Size": f"{manifest.artefact.bytes:,} bytes"}
         if manifest.parity:
             rows["Parity"] = manifest.parity.sentence()
-        passed = manifest.parity.passed if manifest.parity else None
-        verdict = Facts(rows=rows, title=f"{file.name}: verdict", passed=passed, warnings=manifest.warnings)
-        sections += [verdict, *manifest_sections(file.name, manifest, alone=len(files) == 1)]
-        texts.append(ManifestText(name=file.name, manifest=manifest))
-    title = f"Export of {', '.join(file.name for file in files)}"
-    write_report(path, title, [*without_repeated_masks(sections), *texts])
+        passed = manifest.parity.passed if manifest.parity and manifest.parity.result != "not run" else None
+        sections.append(Facts(rows=rows, title=f"{name}: verdict", passed=passed, warnings=manifest.warnings))
+        sections += manifest_sections(name, manifest, alone=len(manifests) == 1)
+        texts.append(ManifestText(name=name, manifest=manifest))
+    return [*without_repeated_masks(sections), *texts]
+
+
+def manifest_html(manifest: Manifest) -> str | None:
+    """A manifest in a notebook; None where the plotting libraries are missing."""
+    return embed(artefact_sections({manifest.artefact.file: manifest}))

@@ -9,13 +9,14 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.report.sections import LatencyRun, LayerTimes, ParityRow, RatioRow
+from runtime.report.sections import LatencyRun, LayerTimes, ParityRow, RatioRow, Search
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +28,7 @@ SERIES = ("--c1", "--c2", "--c3", "--c4", "--c5", "--c6", "--c7", "--c8")
 _VARIABLES = ("--ink", "--soft", "--line", "--good", "--bad", *SERIES)
 # matplotlib knows no CSS variables: each is drawn in a colour of its own that is then replaced by name.
 _STAND_IN = {name: f"#0102{index + 16:02x}" for index, name in enumerate(_VARIABLES)}
-_serial = itertools.count()
+_serial = itertools.count()  # a notebook may hold plots of several processes, so it is not enough alone
 
 Draw = Callable[["Axes", bool], None]
 Values = NDArray[Any]
@@ -45,19 +46,46 @@ def both(draw: Draw, height: float, label: str, narrow_height: float | None = No
     return f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
 
 
-def sigma(layers: Sequence[dict[str, Any]]) -> str:
-    """Sigma of every layer: a dot at the median, a line from smallest to largest."""
+def sigma(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Sigma of every layer, as its `Spread`: a histogram where there are several, and a dot at the median."""
+    several = any(spread.get("counts") for _, spread in rows)
 
     def draw(axes: Axes, narrow: bool) -> None:
-        rows = range(len(layers))
-        low, middle, high = ([layer["sigma"][k] for layer in layers] for k in ("min", "median", "max"))
-        axes.hlines(rows, low, high, color=colour("--c1"), alpha=0.45, linewidth=3)
-        axes.plot(middle, rows, "o", color=colour("--c1"), markersize=5)
-        _rows(axes, [layer["name"] for layer in layers], narrow)
+        for index, (_, spread) in enumerate(rows):
+            low, middle, high = (spread[key] for key in ("min", "median", "max"))
+            if counts := spread.get("counts"):
+                edges, foot = np.linspace(low, high, len(counts) + 1), index + 0.4
+                bars = foot - 0.8 * np.asarray(counts) / max(counts)  # rows count downwards
+                axes.stairs(bars, edges, baseline=foot, fill=True, color=colour("--c1"), alpha=0.4)
+            else:
+                axes.hlines(index, low, high, color=colour("--c1"), alpha=0.45, linewidth=3)
+            axes.plot([middle], [index], "o", color=colour("--c1"), markersize=5)
+        _rows(axes, [name for name, _ in rows], narrow)
         axes.set_xlabel("sigma [taps]")
-        axes.set_xlim(left=0, right=max(high) * 1.06)
+        axes.set_xlim(left=0, right=max(spread["max"] for _, spread in rows) * 1.06)
 
-    return both(draw, 54 + 17 * len(layers), f"Sigma of {len(layers)} layers")
+    return both(draw, 54 + (34 if several else 17) * len(rows), f"Sigma of {len(rows)} layers")
+
+
+def search(section: Search) -> str:
+    """What a search tried, the best of it joined by a line; the one taken is ringed."""
+    points = sorted((point for point in section.tried if math.isfinite(point.y)), key=lambda point: (point.x, point.y))
+
+    def draw(axes: Axes, narrow: bool) -> None:
+        best = list(itertools.accumulate((point.y for point in points), min if section.falling else max))
+        axes.step([point.x for point in points], best, where="post", color=colour("--c1"), linewidth=1.2, alpha=0.6)
+        for point in points:
+            tone = colour("--c1" if point.allowed else "--bad")
+            axes.plot([point.x], [point.y], "o", color=tone, markersize=5)
+            if point.chosen:
+                axes.plot([point.x], [point.y], "o", color=tone, markersize=13, fillstyle="none")
+        if section.limit is not None:
+            axes.axhline(section.limit, color=colour("--soft"), linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xlabel(section.x)
+        axes.set_ylabel(section.y)
+        axes.set_xlim(left=0)
+
+    return both(draw, 240, f"{section.y} over {section.x}", 220)
 
 
 def latency(runs: Sequence[LatencyRun]) -> str:
@@ -235,7 +263,7 @@ def _embed(svg: str, label: str) -> str:
     """An SVG document as an element: no prolog, no metadata, ids of its own, CSS variables, a size in pixels."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    serial = next(_serial)
+    serial = f"{zlib.crc32(svg.encode()):x}-{next(_serial)}"
     svg = re.sub(r'\bid="([^"]+)"', rf'id="p{serial}-\1"', svg)
     svg = re.sub(r'(xlink:href="|url\()#([^")]+)', rf"\1#p{serial}-\2", svg)
     for name, stand_in in _STAND_IN.items():

@@ -8,6 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from gmconv.tables import Table
 from runtime import records
 from runtime.manifest import Manifest
 
@@ -134,6 +135,36 @@ class LayerTimes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """One thing that a search tried: what it costs (`x`) and gives (`y`), whether it may, and whether it was taken."""
+
+    x: float
+    y: float
+    allowed: bool = True
+    chosen: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """Everything that a search tried, as points; `falling`: a small `y` is good. `limit`: what `y` is held to."""
+
+    tried: Sequence[Tried]
+    x: str
+    y: str
+    falling: bool = False
+    limit: float | None = None
+    title: str = "Search"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """A table of the terminal."""
+
+    table: Table
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Crop:
     """What cropping kept: a manifest's `crop`."""
 
@@ -175,6 +206,8 @@ Section = (
     | Parity
     | Latency
     | LayerTimes
+    | Search
+    | Rows
     | Crop
     | TailAudit
     | ManifestText
@@ -192,14 +225,6 @@ def manifest_sections(name: str, manifest: Manifest, *, alone: bool = True) -> l
         return text if alone else f"{text}: {name}"
 
     sections: list[Section] = [Network(name=name, manifest=manifest)]
-    if (manifest.certificate or {}).get("layers"):
-        sections.append(Masks(certificate=manifest.certificate or {}, title=title("Masks")))
-    if kernels := (manifest.certificate or {}).get("kernels"):
-        sections.append(Kernels(kernels=kernels, title=title("Kernels that were computed")))
-    if manifest.crop and manifest.crop.layers:
-        sections.append(Crop(crop=manifest.crop, title=title("Crop")))
-    if audit := find_audit(manifest):
-        sections.append(TailAudit(layers=audit, title=title("Kernel tails at this precision")))
     if manifest.parity and manifest.parity.hops:
         rows = [row for hop in manifest.parity.hops for row in parity_rows(hop, named=True)]
         reference = manifest.parity.reference or "the trained network"
@@ -207,7 +232,66 @@ def manifest_sections(name: str, manifest: Manifest, *, alone: bool = True) -> l
         sections.append(
             Parity(reference=reference, candidate=name, rows=rows, title=title(f"Parity, as proven {proven}"))
         )
+    if manifest.build:
+        sections.append(Facts(rows=_build_rows(manifest.build), title=title("Build"), warnings=manifest.build.warnings))
+    if (manifest.certificate or {}).get("layers"):
+        sections.append(Masks(certificate=manifest.certificate or {}, title=title("Masks")))
+    if kernels := (manifest.certificate or {}).get("kernels"):
+        sections.append(Kernels(kernels=kernels, title=title("Kernels that were computed")))
+    if manifest.crop and manifest.crop.layers:
+        sections.append(Crop(crop=manifest.crop, title=title("Crop")))
+        if budget := manifest.crop.budget:
+            sections += crop_search(budget, title("What the crop’s search tried"))
+    if audit := find_audit(manifest):
+        sections.append(TailAudit(layers=audit, title=title("Kernel tails at this precision")))
     return sections
+
+
+def crop_search(budget: records.CropBudget, title: str) -> list[Section]:
+    """Accuracy of each crop that was tried, where classes are known, else its error; nothing in older manifests."""
+    if not budget.trials:
+        return []
+    known = all(trial.top1 is not None for trial in budget.trials)
+    tried = [
+        Tried(
+            x=trial.macs / 1e6,
+            y=100 * trial.top1 if known and trial.top1 is not None else trial.spent,
+            allowed=trial.spent <= budget.value,
+            chosen=trial.chosen,
+        )
+        for trial in budget.trials
+    ]
+    accuracy = "top-1 [%]" if budget.labels else "top-1 agreement [%]"
+    return [
+        Search(
+            tried=tried,
+            x="multiply-accumulates [M]",
+            y=accuracy if known else "error / RMS",
+            falling=not known,
+            limit=None if known else budget.value,
+            title=title,
+        )
+    ]
+
+
+def _build_rows(build: records.Build) -> dict[str, str]:
+    """How an engine was built, and what the builder made of the graph."""
+    layers, why = build.layers, f", {build.flavor_reason}" if build.flavor_reason else ""
+    found = ", ".join(f"{count} {name}" for name, count in layers.convolution_precisions.items())
+    rows = {"Built by": ("TensorRT-RTX" if build.flavor == "rtx" else "TensorRT") + why}
+    rows["TF32"] = "on" if build.tf32 else "off"
+    if build.compute_capabilities:
+        rows["Compute capability"] = ", ".join(build.compute_capabilities)
+    if layers.total:
+        rows["Layers"] = f"{layers.total:,}"
+        rows["Convolutions"] = f"{layers.convolutions:,}" + (f" ({found})" if found else "")
+        rows["… with a fused epilogue"] = f"{layers.fused_epilogues:,}"
+        rows["Mask multiplications"] = f"{layers.mask_multiplications:,}"
+    if "build" in build.seconds:
+        rows["Time to build"] = f"{build.seconds['build']:.1f} s"
+    if build.peak_memory:
+        rows["Memory to build"] = f"{build.peak_memory / 2**20:,.0f} MiB"
+    return rows
 
 
 def without_repeated_masks(sections: Iterable[Section]) -> list[Section]:

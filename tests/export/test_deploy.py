@@ -91,8 +91,10 @@ def test_the_result_prints_as_the_command_does_and_as_html(deployed: Deployed) -
     assert "Parity, hop by hop" in repr(deployed)
     assert repr(deployed).splitlines()[-1].startswith(f"PASSED {deployed.path}")
     html = deployed._repr_html_()
+    assert html is not None
     assert html.startswith("<div")
-    assert "Parity, hop by hop" in html
+    assert "net.onnx: verdict" in html
+    assert "Kernels that were computed" in html
     assert "<script" not in html
 
 

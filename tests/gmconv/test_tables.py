@@ -7,6 +7,7 @@ import io
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from rich.console import Console
 
 from gmconv.tables import FAILED, OK, Column, Table, margin
@@ -37,6 +38,22 @@ def test_no_number_is_cut_and_no_line_is_wider_than_the_terminal(width: int) -> 
         assert text.count(number) == 2 or (spare and "not shown at this width:" in text)
     assert ("not shown" in text) == (width < 120)
     assert "FAILED" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+@given(
+    names=st.lists(st.text("abc._- \u00e9\u6c34", max_size=70), min_size=1, max_size=3),
+    title=st.text("ab ", max_size=30),
+)
+def test_the_rule_under_the_head_is_as_long_as_the_table_is_wide(width: int, names: list[str], title: str) -> None:
+    table = Table("t", [Column(title, name=True), Column("a b", 1), Column(title)])
+    for name in names:
+        table.add(name, "0.302 \u00b1 0.002", "ok")
+    lines = shown(table, width).splitlines()
+    rule = next(len(line) for line in lines if set(line) == {"\u2500"})
+    rows = [line for line in lines[1:] if "not shown" not in line]
+    assert max(map(cell_len, rows)) == rule
+    assert all(cell_len(line) == rule for line in rows if line.endswith("ok"))
 
 
 def test_the_least_important_column_goes_first() -> None:

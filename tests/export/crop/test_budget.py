@@ -111,6 +111,23 @@ def test_top1_points_against_labels(model: nn.Module, batches: list[Tensor]) -> 
     assert windows["0"].taps < 49
 
 
+def test_the_account_has_a_curve_of_accuracy_against_multiply_accumulates(
+    model: nn.Module, batches: list[Tensor]
+) -> None:
+    with torch.no_grad():
+        labels = torch.cat([model(batch) for batch in batches]).argmax(1)
+    labels[0] = (labels[0] + 1) % 10
+    for budget in (Budget("top1", 20.0), Budget("error", 1e-3)):
+        cropped, _, account = buy(model, batches, budget, labels=labels)
+        trials = account["trials"]
+        assert len(trials) == account["choices_tried"] >= 8
+        assert trials[0] == {"macs": macs_of(model, batches), "spent": 0.0, "top1": 15 / 16, "chosen": False}
+        (taken,) = (trial for trial in trials if trial["chosen"])
+        assert taken["macs"] == macs_of(cropped, batches)
+        assert taken["spent"] == account["spent"]
+    assert any(trial["spent"] > budget.value for trial in trials), "and what the budget forbids"
+
+
 def test_top1_agreement_without_labels(model: nn.Module, batches: list[Tensor]) -> None:
     cropped, windows, _ = buy(model, batches, Budget("top1", 13.0))
     changed = sum(int((run(model, b)[0].argmax(1) != run(cropped, b)[0].argmax(1)).sum()) for b in batches)

@@ -22,6 +22,8 @@ from export.precision.search import (
     search_precision,
 )
 from gmconv.errors import ParityError, RefusedError
+from runtime.report import Search
+from runtime.report.render import render
 
 Network = Callable[..., onnx.ModelProto]
 
@@ -99,6 +101,13 @@ def test_the_search_is_one_function_whose_result_prints_as_tables(
     assert next(iter(found.alone)) == "block.conv1"
     assert "each layer quantized alone" in repr(found)
     assert repr(found).endswith(f"agreement with fp32 (no classes known) on 8 images of {npz.name}")
+    points, front, alone = found.sections()
+    assert isinstance(points, Search)
+    assert [point.chosen for point in points.tried].count(True) == 1
+    assert points.y == "SNR [dB]"
+    html = render("t", [points, front, alone])
+    assert "SNR [dB] over layers kept" in html
+    assert html.count("block.conv1") == 1
 
 
 def test_a_plan_with_other_images_or_another_network_is_refused(

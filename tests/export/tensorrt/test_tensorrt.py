@@ -408,14 +408,21 @@ def test_the_digits_network_of_the_demo_becomes_an_engine(digits_onnx: Path, tmp
     assert manifest.build.layers.mask_multiplications == 0
     assert [link.kind for link in manifest.chain] == ["checkpoint", "onnx"]
     assert manifest.certificate is not None
+    html = manifest._repr_html_()  # a notebook shows what a function returns
+    assert html is not None
+    assert "digits.plan: verdict" in html
 
 
 def test_a_checkpoint_leaves_both_artefacts_and_both_manifests(
     cli: Cli, digits_checkpoint: Path, tmp_path: Path
 ) -> None:
     checkpoint = Path(shutil.copy(digits_checkpoint, tmp_path / "digits.pt"))
-    done = cli("export.tensorrt", str(checkpoint), "--flavor", "rtx", "--precision", "fp16", "--no-verify")
+    flags = ("--flavor", "rtx", "--precision", "fp16", "--no-verify", "--report", str(tmp_path / "report.html"))
+    done = cli("export.tensorrt", str(checkpoint), *flags)
     assert "asked for fp16" in done.stdout
+    report = (tmp_path / "report.html").read_text()
+    for words in ("digits.fp16.onnx: verdict", "digits.fp16.plan: verdict", "Build: digits.fp16.plan", "TensorRT-RTX"):
+        assert words in report
     engine = read_manifest(tmp_path / "digits.fp16.plan")
     assert engine.chain[0].sha256 == sha256_file(checkpoint)
     assert engine.chain[-1].sha256 == sha256_file(tmp_path / "digits.fp16.onnx")

@@ -90,6 +90,10 @@ def scale_first_channel(name: str) -> Callable[[Any], None]:
 def test_an_export_is_its_checkpoints_network(pair: tuple[Path, Path]) -> None:
     report = compare_artefacts(pair[0], [pair[1]])
     (found,) = report.candidates
+    assert repr(report).splitlines()[-1].startswith(f"PASSED  {pair[1]}  fp32, smallest margin")
+    html = report._repr_html_()
+    assert html is not None
+    assert f"{pair[1].name}: verdict" in html
     assert report.passed
     assert [case.shape for case in found.verdict.hops] == [
         "1x3x16x16",

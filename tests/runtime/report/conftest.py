@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from gmconv.tables import Column, Table
 from runtime import records
 from runtime.manifest import FileDigest, Manifest, TensorSpec
 from runtime.report import (
@@ -26,11 +27,13 @@ from runtime.report import (
     ParityRow,
     RatioRow,
     ReceptiveField,
+    Rows,
     Section,
     TailAudit,
     Text,
     write_report,
 )
+from runtime.report.sections import crop_search
 
 HOSTILE = "layer</script><img src=http://example.com/x onerror=alert(1)>$\\alpha$"
 
@@ -49,7 +52,7 @@ def kernel(name: str, kind: str, **facts: Any) -> dict[str, Any]:
 
 
 def mask_layer(name: str, kernel: int, sigma: float) -> dict[str, Any]:
-    spread = {"min": sigma * 0.8, "median": sigma, "max": sigma * 1.2}
+    spread = {"min": sigma * 0.8, "median": sigma, "max": sigma * 1.2, "counts": [1, 0, 4, 9, 2]}
     edge, corner = (float(np.exp(-((kernel - 1) ** 2) * f / (8 * sigma**2))) for f in (1, 2))
     return {
         "name": name,
@@ -94,7 +97,18 @@ def parity_row(case: str, error: float | None, passed: bool = True) -> ParityRow
 
 BUDGET: dict[str, Any] = {
     "tolerance": None,
-    "budget": {"asked": "top1:0.5", "kind": "top1", "value": 0.5, "spent": 0.35, "labels": True},
+    "budget": {
+        "asked": "top1:0.5",
+        "kind": "top1",
+        "value": 0.5,
+        "spent": 0.35,
+        "labels": True,
+        "trials": [
+            {"macs": 25 * 10**6, "spent": 0.0, "top1": 0.981},
+            {"macs": 4 * 10**6, "spent": 0.35, "top1": 0.979, "chosen": True},
+            {"macs": 10**6, "spent": 3.5, "top1": 0.95},
+        ],
+    },
     "layers": [crop_layer("conv1", 5, 1)],
     "macs_before": 25 * 10**6,
     "macs_after": 10**6,
@@ -103,6 +117,12 @@ BUDGET: dict[str, Any] = {
     "used_elsewhere": ["stem"],
     "sum_order": {"limit": 1e-6, "whole": ["conv9"]},
 }
+
+
+def table() -> Table:
+    found = Table("Layers", [Column("layer", name=True), Column("drop [points]"), Column("SNR [dB]")], "a caption")
+    found.add(HOSTILE, "+0.10", "41.2")
+    return found
 
 
 def crop_of(fields: dict[str, Any]) -> records.Crop:
@@ -152,6 +172,8 @@ def every_section() -> list[Section]:
         LayerTimes(name="model.onnx", times={f"a/rather/long/name/of/a/node/Conv_{i}": 0.01 * i for i in range(40)}),
         Crop(crop=crop_of({"tolerance": 1e-3, "layers": [crop_layer("conv1", 7, 3), crop_layer("conv2", 3, 3)]})),
         Crop(title="Crop: other.onnx", crop=crop_of(BUDGET)),
+        *crop_search(crop_of(BUDGET).budget or records.CropBudget(), "Search"),
+        Rows(table=table()),
         TailAudit(
             layers=[
                 {

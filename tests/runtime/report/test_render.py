@@ -1,6 +1,7 @@
 import base64
 import io
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from runtime.manifest import FileDigest, Manifest, TensorSpec
 from runtime.report import (
     Crop,
     Facts,
+    Masks,
     Network,
     Parity,
     ParityRow,
@@ -24,8 +26,9 @@ from runtime.report import (
     without_repeated_masks,
     write_report,
 )
+from runtime.report.blocks import energy_radius, mask_values, radial_profile
 from runtime.report.plots import image
-from runtime.report.render import energy_radius, mask_values, radial_profile, render
+from runtime.report.render import embed, render
 from tests.runtime.report.conftest import crop_layer, crop_of, mask_layer
 
 
@@ -114,7 +117,7 @@ def test_a_crop_of_nothing_shows_kernels_and_no_errors() -> None:
 def test_baking_is_bitwise_and_has_no_margin(report: Path) -> None:
     rows = re.findall(r"<tr>.*?</tr>", report.read_text(), re.DOTALL)
     (row,) = (row for row in rows if "live -&gt; baked" in row)
-    assert re.findall(r"<td>(bitwise|equal)</td>", row) == ["bitwise", "equal"]
+    assert re.findall(r">(bitwise|equal)</td>", row) == ["bitwise", "equal"]
 
 
 def test_sections_name_their_artefact_where_there_are_several() -> None:
@@ -132,11 +135,11 @@ def test_sections_name_their_artefact_where_there_are_several() -> None:
     told = [s for name in ("a.onnx", "b.onnx") for s in manifest_sections(name, manifest, alone=False)]
     kept = without_repeated_masks(told)
     assert [s.title for s in kept if not isinstance(s, Network)] == [
+        "Parity, as proven at export: a.onnx",
         "Masks: a.onnx",
         "Crop: a.onnx",
-        "Parity, as proven at export: a.onnx",
-        "Crop: b.onnx",
         "Parity, as proven at export: b.onnx",
+        "Crop: b.onnx",
     ]
     (first, *_) = (s for s in kept if isinstance(s, Parity))
     assert first.rows[0].bitwise
@@ -144,6 +147,19 @@ def test_sections_name_their_artefact_where_there_are_several() -> None:
 
 
 OUTPUT = records.OutputComparison(output="logits", samples=8, passed=True, tolerance=2e-5, rel_rms=1e-7, margin=200.0)
+
+
+def test_a_layer_of_several_sigmas_is_a_histogram_and_one_of_a_single_sigma_a_dot() -> None:
+    one = mask_layer("conv", 3, 1.0) | {"sigma": {"min": 1.0, "median": 1.0, "max": 1.0}}
+    many = mask_layer("conv", 3, 1.0)
+    dot, histogram = (render("t", [Masks(certificate={"layers": [layer]})]).count("-patch_") for layer in (one, many))
+    assert histogram == dot + 2  # drawn wide and narrow
+
+
+def test_a_notebook_shows_the_text_where_the_plotting_libraries_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert embed([Facts(rows={"a": "b"})]) is not None
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert embed([Facts(rows={"a": "b"})]) is None
 
 
 def test_each_layer_says_its_work_and_time_before_and_after_the_crop(report: Path) -> None:
@@ -234,7 +250,7 @@ def test_an_empty_parity_section_has_not_passed() -> None:
 
 def test_one_report_is_the_same_text_twice_but_for_the_time(every_section: list[Section]) -> None:
     def stripped() -> str:
-        return re.sub(r"\bp\d+-|\d{4}-\d\d-\d\dT[\d:+]+", "", render("t", every_section[:4]))
+        return re.sub(r"\bp[0-9a-f]+-\d+-|\d{4}-\d\d-\d\dT[\d:+]+", "", render("t", every_section[:4]))
 
     assert stripped() == stripped()
 

@@ -1,4 +1,4 @@
-"""The report in headless Chromium: at 1280 and 390 pixels, light and dark."""
+"""The report in headless Chromium: at 1100 and 390 pixels, light and dark; and inside a page of somebody else's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from runtime.report import Section
+from runtime.report.render import embed
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -44,7 +47,7 @@ class Opened:
         return np.asarray(Image.open(io.BytesIO(self.page.screenshot(full_page=full_page))).convert("RGB"))
 
 
-SIZES = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
+SIZES = [(1100, "light"), (1100, "dark"), (390, "light"), (390, "dark")]
 
 
 @pytest.fixture(scope="module", params=SIZES, ids=lambda p: f"{p[0]}-{p[1]}")
@@ -70,6 +73,14 @@ def test_nothing_is_wider_than_the_page(opened: Opened) -> None:
         }).map(e => e.outerHTML.slice(0, 120))"""
     )
     assert outside == []
+
+
+def test_no_table_is_cut(opened: Opened) -> None:
+    cut = opened.page.evaluate(
+        """() => [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1)
+            .map(e => [e.getAttribute('aria-label'), e.scrollWidth, e.clientWidth])"""
+    )
+    assert cut == []
 
 
 def test_plots_are_drawn_for_the_width_at_hand(opened: Opened) -> None:
@@ -115,7 +126,7 @@ def test_text_stands_out_from_its_ground_in_light_and_dark(opened: Opened) -> No
 def test_dark_is_dark_and_light_is_light(browser: Any, report: Path) -> None:
     grounds = {}
     for scheme in ("light", "dark"):
-        opened = Opened(browser, report, 1280, scheme)
+        opened = Opened(browser, report, 1100, scheme)
         grounds[scheme] = luminance(opened.page.evaluate("getComputedStyle(document.body).backgroundColor"))
         pixels = opened.pixels(full_page=False)
         assert (np.median(pixels) > 200) == (scheme == "light")
@@ -138,6 +149,39 @@ def test_the_screenshot_has_plots_and_not_only_paper(opened: Opened) -> None:
 
 def test_every_image_was_decoded(opened: Opened) -> None:
     assert opened.page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+
+
+NOTEBOOK = """<!doctype html><title>n</title><style>
+  .host table { table-layout: fixed; font-size: 20px; border: 3px solid red } .host td, .host th { max-width: 20px }
+  .host tbody tr:nth-child(odd) { background: black } .host section, .host ul { background: black; list-style: square }
+</style><body style="margin: 8px"><div class="host"><h2 id="s1">mine</h2>%s%s</div></body>"""
+
+
+@pytest.fixture(scope="module")
+def embedded(every_section: list[Section]) -> str:
+    return embed(every_section) or ""
+
+
+@pytest.mark.parametrize(("width", "theme"), [(1100, "true"), (390, "false")])
+def test_an_embedded_report_keeps_its_looks_and_leaves_its_host_alone(
+    browser: Any, embedded: str, tmp_path: Path, width: int, theme: str
+) -> None:
+    page = tmp_path / "notebook.html"
+    text = NOTEBOOK.replace("<body", f'<body data-jp-theme-light="{theme}"') % (embedded, embedded)
+    page.write_text(text)
+    opened = Opened(browser, page, width, "light" if theme == "false" else "dark")
+    assert opened.requests == [page.as_uri()] or all(url.startswith("data:") for url in opened.requests[1:])
+    assert opened.errors == []
+    style = "e => (s => [s.backgroundColor, s.fontSize, s.tableLayout, s.display])(getComputedStyle(e))"
+    ground, size, layout, _ = opened.page.locator(".gmconv table").first.evaluate(style)
+    assert (ground, size, layout) == ("rgba(0, 0, 0, 0)", "13px", "auto")
+    own = opened.page.locator(".gmconv").first.evaluate("e => getComputedStyle(e).backgroundColor")
+    assert (luminance(own) > 0.8) == (theme == "true")
+    assert opened.page.locator("#s1").evaluate("e => getComputedStyle(e).fontSize") == "24px", "the host's own heading"
+    assert opened.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    shown = [opened.page.locator(f".gmconv {kind} svg").first.is_visible() for kind in (".wide", ".narrow")]
+    assert shown == [width > 640, width <= 640]
+    opened.page.close()
 
 
 def luminance(colour: str) -> float:

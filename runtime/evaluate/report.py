@@ -1,0 +1,109 @@
+"""What an evaluation found, as a table and as an HTML report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from runtime.report import Facts, Rows, Section, Text
+from runtime.report.shown import Shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gmconv.tables import Table
+    from runtime.evaluate.accuracy import Score
+    from runtime.evaluate.metric import MetricScore
+    from runtime.evaluate.pixels import PixelScore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtefactScore:
+    """One row: `mode` is "as written" for a Q/DQ graph that ONNX Runtime may not rewrite, else ""."""
+
+    artefact: str
+    precision: str
+    runner: str
+    mode: str
+    score: Score | PixelScore | MetricScore
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        named = {"artefact": self.artefact, "precision": self.precision, "runner": self.runner, "mode": self.mode}
+        return named | self.score.to_dict()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Evaluation(Shown):
+    """All rows, the reference they are measured against, and what to be wary of.
+
+    Prints as the command's table, in a notebook as a report.
+
+    `part`: which of the images' source they are; `output`: the one judged, where there are several `outputs`.
+    """
+
+    reference: str
+    images: str
+    part: str
+    samples: int
+    rows: tuple[ArtefactScore, ...]
+    labels: tuple[str, ...] | None = None
+    output: str | None = None
+    outputs: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = field(default_factory=tuple)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "reference": self.reference,
+            "images": self.images,
+            "part": self.part,
+            "samples": self.samples,
+            "rows": [row.to_dict() for row in self.rows],
+            "labels": self.labels,
+            "output": self.output,
+            "outputs": list(self.outputs),
+            "warnings": list(self.warnings),
+        }
+
+    def show(self, console: Console) -> None:
+        """Print the table, and what is to be said of each row."""
+        console.print(_table(self))
+        for row in self.rows:
+            for line in row.score.remarks(self.labels or ()):
+                console.print(f"  {f'{row.artefact} {row.mode}'.strip()}: {line}", highlight=False, markup=False)
+
+    def sections(self) -> list[Section]:
+        """The table, and what is to be said of each row."""
+        facts = {"Images": _images(self), "Reference": self.reference}
+        facts["Runs in"] = ", ".join(dict.fromkeys(row.runner for row in self.rows))
+        details = ((f"{row.artefact}: in detail", row.score.remarks(self.labels or ())) for row in self.rows)
+        return [
+            Facts(rows=facts, warnings=self.warnings),
+            Rows(table=_table(self), title="Accuracy"),
+            *(Text(title=title, paragraphs=lines) for title, lines in details if lines),
+        ]
+
+
+def _images(done: Evaluation) -> str:
+    """Which images, and which output of several."""
+    part = "" if done.part == "all" else " (held out of training)" if done.part == "held-out" else " (training images)"
+    output = f", output {done.output!r} of {', '.join(done.outputs)}" if done.output else ""
+    return f"{done.samples} images of {done.images}{part}{output}"
+
+
+def _table(done: Evaluation) -> Table:
+    from gmconv.tables import Column, Table
+
+    cells = [row.score.cells() for row in done.rows]
+    table = Table(
+        f"{_images(done)}; reference: {done.reference}",
+        [
+            Column("artefact", name=True),
+            Column("precision", 1),
+            *(Column(cell.heading, cell.spare) for cell in cells[0]),
+        ],
+    )
+    for row, found in zip(done.rows, cells, strict=True):
+        table.add(f"{row.artefact} {row.mode}".strip(), row.precision, *(cell.text for cell in found))
+    return table
