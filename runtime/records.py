@@ -68,13 +68,11 @@ class CropChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CropTrial:
-    """A crop of the whole network that the search ran end to end: `spent` in the budget's unit; `top1` is the share of
-    right answers, of agreement with the uncropped network where there are no labels, None without classes."""
+    """A crop that was run end to end: `spent` in the budget's unit, `top1` None without classes (agreement, unlabelled)."""
 
     macs: int
     spent: float
     top1: float | None = None
-    chosen: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +85,6 @@ class CropBudget:
     spent: float | None = None
     gain_by: str = ""
     gain: float | None = None
-    choices_tried: int = 0
     labels: bool = False
     options: tuple[CropChoice, ...] = ()
     trials: tuple[CropTrial, ...] = ()

@@ -106,8 +106,6 @@ def spend(
         options = _measure_options(model, spending, free, latencies)
         chosen = _best_within(options, dict(free), spending)
         _draw_curve(_market(options, dict(free)), spending)
-    spent = spending(chosen)
-    trials = [{**trial, "chosen": spending.key(chosen) == key} for key, trial in spending.trials.items()]
     listed = [
         {
             "layer": o.layer,
@@ -122,13 +120,12 @@ def spend(
         "asked": str(budget),
         "kind": budget.kind,
         "value": budget.value,
-        "spent": spent,
+        "spent": spending(chosen),
         "gain_by": "macs" if latencies is None else "latency_ms",
         "gain": sum(o.gain for o in options if chosen.get(o.layer) == o.window),
-        "choices_tried": len(spending.trials),
         "labels": labels is not None,
         "options": listed,
-        "trials": trials,
+        "trials": list(spending.trials.values()),
     }
     return chosen, account
 
@@ -156,13 +153,8 @@ class _Spending:
         whole = self._judge(self.reference)[1] if self.classes else None
         self.trials: dict[Key, dict[str, Any]] = {(): {"macs": self.macs({}), "spent": 0.0, "top1": whole}}
 
-    @staticmethod
-    def key(windows: Mapping[str, Window]) -> Key:
-        """What tells one choice from another."""
-        return tuple(sorted(windows.items()))
-
     def __call__(self, windows: Mapping[str, Window]) -> float:
-        key = self.key(windows)
+        key = tuple(sorted(windows.items()))
         if key not in self.trials:
             outputs = self._run(windows, self.batches)
             lost, top1 = self._judge(outputs) if self.classes else (0.0, None)

@@ -240,16 +240,16 @@ def manifest_sections(name: str, manifest: Manifest, *, alone: bool = True) -> l
         sections.append(Kernels(kernels=kernels, title=title("Kernels that were computed")))
     if manifest.crop and manifest.crop.layers:
         sections.append(Crop(crop=manifest.crop, title=title("Crop")))
-        if budget := manifest.crop.budget:
-            sections += crop_search(budget, title("What the crop’s search tried"))
+        sections += crop_search(manifest.crop, title("What the crop’s search tried"))
     if audit := find_audit(manifest):
         sections.append(TailAudit(layers=audit, title=title("Kernel tails at this precision")))
     return sections
 
 
-def crop_search(budget: records.CropBudget, title: str) -> list[Section]:
+def crop_search(crop: records.Crop, title: str) -> list[Section]:
     """Accuracy of each crop that was tried, where classes are known, else its error; nothing in older manifests."""
-    if not budget.trials:
+    budget = crop.budget
+    if budget is None or not budget.trials:
         return []
     known = all(trial.top1 is not None for trial in budget.trials)
     tried = [
@@ -257,7 +257,7 @@ def crop_search(budget: records.CropBudget, title: str) -> list[Section]:
             x=trial.macs / 1e6,
             y=100 * trial.top1 if known and trial.top1 is not None else trial.spent,
             allowed=trial.spent <= budget.value,
-            chosen=trial.chosen,
+            chosen=(trial.macs, trial.spent) == (crop.macs_after, budget.spent),
         )
         for trial in budget.trials
     ]

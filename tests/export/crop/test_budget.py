@@ -120,11 +120,9 @@ def test_the_account_has_a_curve_of_accuracy_against_multiply_accumulates(
     for budget in (Budget("top1", 20.0), Budget("error", 1e-3)):
         cropped, _, account = buy(model, batches, budget, labels=labels)
         trials = account["trials"]
-        assert len(trials) == account["choices_tried"] >= 8
-        assert trials[0] == {"macs": macs_of(model, batches), "spent": 0.0, "top1": 15 / 16, "chosen": False}
-        (taken,) = (trial for trial in trials if trial["chosen"])
-        assert taken["macs"] == macs_of(cropped, batches)
-        assert taken["spent"] == account["spent"]
+        assert len(trials) >= 8
+        assert trials[0] == {"macs": macs_of(model, batches), "spent": 0.0, "top1": 15 / 16}
+        assert (macs_of(cropped, batches), account["spent"]) in [(trial["macs"], trial["spent"]) for trial in trials]
     assert any(trial["spent"] > budget.value for trial in trials), "and what the budget forbids"
 
 

@@ -105,8 +105,8 @@ BUDGET: dict[str, Any] = {
         "labels": True,
         "trials": [
             {"macs": 25 * 10**6, "spent": 0.0, "top1": 0.981},
-            {"macs": 4 * 10**6, "spent": 0.35, "top1": 0.979, "chosen": True},
-            {"macs": 10**6, "spent": 3.5, "top1": 0.95},
+            {"macs": 10**6, "spent": 0.35, "top1": 0.979},
+            {"macs": 10**5, "spent": 3.5, "top1": 0.95},
         ],
     },
     "layers": [crop_layer("conv1", 5, 1)],
@@ -172,7 +172,7 @@ def every_section() -> list[Section]:
         LayerTimes(name="model.onnx", times={f"a/rather/long/name/of/a/node/Conv_{i}": 0.01 * i for i in range(40)}),
         Crop(crop=crop_of({"tolerance": 1e-3, "layers": [crop_layer("conv1", 7, 3), crop_layer("conv2", 3, 3)]})),
         Crop(title="Crop: other.onnx", crop=crop_of(BUDGET)),
-        *crop_search(crop_of(BUDGET).budget or records.CropBudget(), "Search"),
+        *crop_search(crop_of(BUDGET), "Search"),
         Rows(table=table()),
         TailAudit(
             layers=[
