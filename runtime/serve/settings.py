@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable
@@ -126,19 +127,13 @@ def available_cores() -> int:
 
 def cpu_quota(root: Path, membership: Path = Path("/proc/self/cgroup")) -> float:
     """Cores that `docker --cpus` or a Kubernetes limit grants, infinity without one; version 1 and 2 of cgroups."""
-    quota = math.inf
-    try:
-        groups = [line.split(":", 2) for line in membership.read_text().splitlines()]
-    except OSError:
-        groups = []
-    for _, controllers, path in groups:
-        base = root / "cpu" if "cpu" in controllers.split(",") else root
-        folder = base / path.lstrip("/")
-        for place in (folder, *folder.parents):
-            quota = min(quota, _read_quota(place))
-            if place == base:
-                break
-    return min(quota, _read_quota(root), _read_quota(root / "cpu"))
+    folders = {root, root / "cpu"}
+    with contextlib.suppress(OSError):
+        for line in membership.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            folder = (root / "cpu" if "cpu" in controllers.split(",") else root) / path.lstrip("/")
+            folders |= {folder, *folder.parents}
+    return min(map(_read_quota, folders))
 
 
 def _read_quota(folder: Path) -> float:

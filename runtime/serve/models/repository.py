@@ -70,7 +70,7 @@ class Repository:
 
     def index(self, only_ready: bool = False) -> list[dict[str, str]]:
         """Every version that is served, on its way, or could not be loaded, as Triton's repository index shows it."""
-        known = {(m.source.name, m.source.version): ("READY", "") for m in self.all()}
+        known = {m.source.key: ("READY", "") for m in self.all()}
         known |= {key: ("LOADING", "") for key in self._coming if key not in known}
         known |= {key: ("UNAVAILABLE", why) for key, why in self._failed.items() if key not in known}
         entries = [{"name": n, "version": v, "state": s, "reason": r} for (n, v), (s, r) in sorted(known.items())]
@@ -85,7 +85,7 @@ class Repository:
     async def _look(self) -> list[Source]:
         sources = await self._apart(find_sources, self.settings)
         self._looked = True
-        self._coming = {(s.name, s.version) for s in sources} - {(m.source.name, m.source.version) for m in self.all()}
+        self._coming = {s.key for s in sources} - {m.source.key for m in self.all()}
         return list(sources)
 
     async def _apart(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -97,8 +97,8 @@ class Repository:
     def _done(self, future: asyncio.Future[Any]) -> None:
         self._working -= 1
 
-    async def reload(self) -> bool:
-        """Look at the folder again: load what is new or changed, then drop what is gone. False if anything failed.
+    async def reload(self) -> None:
+        """Look at the folder again: load what is new or changed, then drop what is gone.
 
         A version is swapped in only after it passed its warm-up; one that fails leaves the old one serving, also where
         the old one has another version and its file is gone.
@@ -107,28 +107,24 @@ class Repository:
             sources = await self._look()
         except (click.ClickException, OSError) as error:
             log.error("reload: %s; still serving what was loaded", error)
-            return False
+            return
         self._failed = {}
         for source in sources:
             try:
                 if await self._changed(source):
                     self._install(await self._open(source))
-                    log.info("reload: %s version %s is in service", source.name, source.version)
+                    log.info("reload: %s version %s is in service", *source.key)
             except Exception as error:
-                self._failed[source.name, source.version] = "it could not be loaded; the server's log says why"
-                self._coming.discard((source.name, source.version))
-                log.error("reload: %s version %s: %s; not loaded", source.name, source.version, error)
-        wanted = {(s.name, s.version) for s in sources}
+                self._failed[source.key] = "it could not be loaded; the server's log says why"
+                self._coming.discard(source.key)
+                log.error("reload: %s version %s: %s; not loaded", *source.key, error)
+        wanted = {s.key for s in sources}
         failed = {name for name, _ in self._failed}
         for model in self.all():
-            name, version = model.source.name, model.source.version
-            if (name, version) in wanted:
-                continue
-            if name in failed:
-                log.warning("reload: %s version %s is gone, still serving it", name, version)
-            else:
+            if model.source.key not in wanted and model.source.name in failed:
+                log.warning("reload: %s version %s is gone, still serving it", *model.source.key)
+            elif model.source.key not in wanted:
                 self._remove(model)
-        return not failed
 
     async def _changed(self, source: Source) -> bool:
         old = self._models.get(source.name, {}).get(source.version)
@@ -142,7 +138,7 @@ class Repository:
         except asyncio.CancelledError:
             opening.add_done_callback(_release_late)
             raise
-        model.begin(self._stats.setdefault((source.name, source.version), Stats()), self._on_fatal)
+        model.begin(self._stats.setdefault(source.key, Stats()), self._on_fatal)
         if source.config:
             source.config.say(source.name)
         return model
@@ -158,12 +154,12 @@ class Repository:
         old = versions.get(source.version)
         versions[source.version] = model
         self._models[source.name] = dict(sorted(versions.items(), key=lambda kv: int(kv[0])))
-        self._coming.discard((source.name, source.version))
+        self._coming.discard(source.key)
         if old:
             self._retire(old)
 
     def _remove(self, model: ModelVersion) -> None:
-        name, version = model.source.name, model.source.version
+        name, version = model.source.key
         del self._models[name][version]
         if not self._models[name]:
             del self._models[name]
@@ -176,9 +172,10 @@ class Repository:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    def abort(self) -> int:
-        """Fail everything still queued; how many requests that was."""
-        return sum(m.batcher.abort(RequestError("the server is stopping", Code.UNAVAILABLE)) for m in self.all())
+    def abort(self) -> None:
+        """Fail everything still queued."""
+        for model in self.all():
+            model.batcher.abort(RequestError("the server is stopping", Code.UNAVAILABLE))
 
     async def close(self, timeout: float) -> bool:
         """Close every version; False if an engine was still busy, or something was still being loaded, by then."""

@@ -30,6 +30,11 @@ class Source:
     config: ModelConfig | None = None
 
     @property
+    def key(self) -> tuple[str, str]:
+        """Name and version."""
+        return self.name, self.version
+
+    @property
     def runtime(self) -> str:
         """Which library runs it: "onnxruntime" or "tensorrt"."""
         return SUFFIXES[self.path.suffix]
@@ -64,9 +69,9 @@ def find_sources(settings: Settings) -> list[Source]:
     for source in sources:
         if not NAME.fullmatch(source.name):
             raise RefusedError(f"{source.path}: model name {source.name!r} must match {NAME.pattern}")
-        if (source.name, source.version) in seen:
+        if source.key in seen:
             raise RefusedError(f"{source.path}: a second artefact for model {source.name!r} version {source.version}")
-        seen.add((source.name, source.version))
+        seen.add(source.key)
     if settings.prepare:
         sources = [replace(s, path=settings.prepare(s.path)) if s.path.suffix == ".onnx" else s for s in sources]
     return sources

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
 
 import msgspec
 
@@ -21,13 +21,14 @@ MAX_LINE = 8_192
 PERIOD = 0.25
 
 
-class AccessLog:
+class AccessLog(logging.Handler):
     """Bounded: when nobody reads stderr, lines are dropped and counted, and requests go on."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self) -> None:
+        super().__init__()
         self.dropped = 0
         self._lines: deque[dict[str, Any] | str] = deque()
-        self._stream = stream or sys.stderr  # None where the process was started without one
+        self._stream = sys.stderr  # None where the process was started without one
         self._encode = msgspec.json.Encoder().encode
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
@@ -39,6 +40,10 @@ class AccessLog:
             self.dropped += 1
         else:
             self._lines.append(entry)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a message of `logging`."""
+        self.add(self.format(record))
 
     def close(self) -> None:
         """Write what is queued, for at most a second."""
@@ -68,24 +73,14 @@ class AccessLog:
         return self._encode(entry).decode()
 
 
-class _Handler(logging.Handler):
-    def __init__(self, log: AccessLog) -> None:
-        super().__init__()
-        self._log = log
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._log.add(self.format(record))
-
-
 @contextmanager
 def logging_to(log: AccessLog) -> Iterator[None]:
     """Inside the block, what the root logger would write goes to `log` instead, in the same format; then closes it."""
     root = logging.getLogger()
     before = root.handlers[:]
-    handler = _Handler(log)
     if before:
-        handler.setFormatter(before[0].formatter)
-    root.handlers[:] = [handler]
+        log.setFormatter(before[0].formatter)
+    root.handlers[:] = [log]
     try:
         yield
     finally:
