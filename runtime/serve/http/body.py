@@ -15,7 +15,7 @@ PIECE = 256 * 1024
 """Bytes that are inflated between two looks at the limits, and the most that is done on the event loop."""
 
 
-async def inflate_body(service: Service, call: Call, encoding: bytes, body: bytes | memoryview) -> bytes | memoryview:
+async def inflate_body(service: Service, call: Call, encoding: bytes, body: memoryview) -> memoryview:
     """The body decompressed (gzip, zlib or raw deflate), each piece accounted for before the next is made.
 
     Raises RequestError: another encoding, damaged, larger than a plain body may be, or no room for it now.

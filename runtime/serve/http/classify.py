@@ -33,6 +33,7 @@ async def classify_image(service: Service, request: Request) -> dict[str, Any]:
     model = call.model
     assert model is not None
     assert model.manifest is not None
+    assert model.manifest.preprocessing is not None
     if request.headers.get(b"content-type", b"").startswith(b"multipart/"):
         raise RequestError("the body is a form (curl -F); send the file itself: curl --data-binary @image.png")
     k = _count(parse_qs(request.query).get("k", ["5"])[-1])

@@ -11,7 +11,6 @@ import contextlib
 import os
 import struct
 import sys
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -31,7 +30,6 @@ class Decoders:
     """At most `count` decoder processes; requests wait for a free one, up to `patience` seconds (0: for ever)."""
 
     def __init__(self, count: int, patience: float) -> None:
-        self.count = count
         self._patience = patience or None
         self._places = asyncio.Semaphore(count)
         self._idle: list[asyncio.subprocess.Process] = []
@@ -42,7 +40,7 @@ class Decoders:
         if not self._all:
             self._idle.append(await self._start())
 
-    async def decode(self, file: bytes, preprocessing: Preprocessing | None) -> Array:
+    async def decode(self, file: bytes, preprocessing: Preprocessing) -> Array:
         """The network's input, float32 (C, H, W).
 
         Raises RequestError: not an image, too much work, or no decoder became free in time.
@@ -56,16 +54,18 @@ class Decoders:
         try:
             process = self._idle.pop() if self._idle else await self._start()
             async with asyncio.timeout(WALL_SECONDS):
-                pixels = await _ask(process, file, preprocessing)
+                channels, content = await _ask(process, file, preprocessing)
             self._idle.append(process)
             process = None
-            return pixels
         except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
             raise RequestError("the image takes more time or memory to decode than one may", Code.INVALID) from None
         finally:
             if process is not None:
                 self._kill(process)
             self._places.release()
+        if not channels:
+            raise RequestError(content.decode())
+        return np.frombuffer(content, np.float32).reshape(channels, *preprocessing.size)
 
     async def _start(self) -> asyncio.subprocess.Process:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -93,15 +93,13 @@ class Decoders:
         self._idle.clear()
 
 
-async def _ask(process: asyncio.subprocess.Process, file: bytes, preprocessing: Any) -> Array:
+async def _ask(process: asyncio.subprocess.Process, file: bytes, preprocessing: Preprocessing) -> tuple[int, bytes]:
+    """Channels and pixels; 0 and what is wrong with the image."""
     assert process.stdin
     assert process.stdout
     head = encode(preprocessing)
     process.stdin.write(FRAME.pack(len(head), len(file)) + head)
     process.stdin.write(file)
     await process.stdin.drain()
-    kind, size = FRAME.unpack(await process.stdout.readexactly(FRAME.size))
-    content = await process.stdout.readexactly(size)
-    if kind == 0:
-        raise RequestError(content.decode())
-    return np.frombuffer(content, np.float32).reshape(kind, *preprocessing.size)
+    channels, size = FRAME.unpack(await process.stdout.readexactly(FRAME.size))
+    return channels, await process.stdout.readexactly(size)

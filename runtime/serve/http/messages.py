@@ -58,9 +58,7 @@ class Request:
     """Bytes of body that the handler takes."""
     received: int = 0
     chunks: int = 0
-    _first: bytes = b""
-    _rest: bytearray | None = None
-    _offset: int = 0
+    _body: bytearray = field(default_factory=bytearray)
 
     def add(self, data: bytes) -> None:
         """Part of the body: memory is taken for what came, never for what was announced. Raises RequestError."""
@@ -68,22 +66,18 @@ class Request:
         if self.received > self.limit:
             raise too_large(self.limit)
         self.call.take(len(data))
-        if self.received == len(data):
-            self._first = data
-            return
-        if self._rest is None:
-            # The bytes after the JSON part lie aligned, which saves the batcher a copy.
-            self._offset = -(self.header_length or 0) % ALIGN
-            self._rest = bytearray(self._offset)
-            self._rest += self._first
-            self._first = b""
-        self._rest += data
+        self._body = self._body or bytearray(self._padding)
+        self._body += data
 
-    def body(self) -> bytes | memoryview:
-        """The body, which the request then holds no more; what came in one piece is not copied."""
-        rest, self._rest = self._rest, None
-        first, self._first = self._first, b""
-        return memoryview(rest)[self._offset :] if rest is not None else first
+    @property
+    def _padding(self) -> int:
+        """What lets the bytes after the JSON part lie aligned, which saves the batcher a copy."""
+        return -(self.header_length or 0) % ALIGN
+
+    def body(self) -> memoryview:
+        """The body, which the request then holds no more."""
+        body, self._body = self._body, bytearray()
+        return memoryview(body)[self._padding :]
 
     def drop(self) -> None:
         """Forget the body: the request is refused."""

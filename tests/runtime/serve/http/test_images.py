@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import threading
@@ -10,9 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from struct import pack
 
+import pytest
 from PIL import Image
 
-from ..conftest import Server, classifier
+from runtime.serve.errors import RequestError
+from runtime.serve.http.images import Decoders
+
+from ..conftest import IMAGE, Server, classifier
 
 Start = Callable[..., Server]
 CLASSIFY = "/v2/models/m/classify"
@@ -48,6 +53,21 @@ def test_scans_sides_and_memory_have_limits_and_the_next_image_is_read(start: St
         assert status == 400
         assert why in answer
     assert server.request("POST", CLASSIFY, png(8, 8))[0] == 200
+
+
+def test_an_image_that_is_none_costs_no_process() -> None:
+    async def run() -> None:
+        decoders = Decoders(1, 20)
+        await decoders.warm_up()
+        (process,) = decoders._all
+        with pytest.raises(RequestError, match="not a JPEG"):
+            await decoders.decode(b"no image", IMAGE)
+        assert (await decoders.decode(png(8, 8), IMAGE)).shape == (3, 8, 8)
+        assert decoders._all == {process}
+        decoders.close()
+        await process.wait()
+
+    asyncio.run(run())
 
 
 def test_an_image_under_decoding_does_not_hold_up_the_end(start: Start, tmp_path: Path) -> None:
