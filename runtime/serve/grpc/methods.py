@@ -18,7 +18,7 @@ from tritonclient.grpc import service_pb2
 
 from runtime.serve.errors import Code, RequestError
 from runtime.serve.grpc import codec
-from runtime.serve.grpc.stream import MAX_UNREAD, Method, Stream
+from runtime.serve.grpc.stream import MAX_UNREAD, Message, Method, Stream
 from runtime.serve.protocol import documents
 from runtime.serve.protocol.documents import Document
 from runtime.serve.service import Call, Service
@@ -69,7 +69,7 @@ class Methods:
     async def _infer(self, stream: Stream) -> None:
         message, call = await _only(stream)
         try:
-            answer = await self._run(stream, codec.split(memoryview(message)), call)
+            answer = await self._run(stream, codec.split(message), call)
         except Exception as error:
             raise call.refuse(error) from None
         del message
@@ -95,11 +95,11 @@ class Methods:
         if refused:
             raise refused[0]
 
-    async def _stream_one(self, stream: Stream, message: bytes | memoryview, call: Call) -> tuple[bytes, Call]:
+    async def _stream_one(self, stream: Stream, message: memoryview, call: Call) -> tuple[bytes, Call]:
         answer = service_pb2.ModelStreamInferResponse()
         request = None
         try:
-            parts = codec.split(memoryview(message))
+            parts = codec.split(message)
             request = parts.request
             answer.infer_response.CopyFrom(await self._run(stream, parts, call))
             key = "triton_enable_empty_final_response"
@@ -191,7 +191,7 @@ def _unary(described: Any, answer: Callable[[Any], Document]) -> Callable[[Strea
     return run
 
 
-async def _only(stream: Stream) -> tuple[bytes | memoryview, Call]:
+async def _only(stream: Stream) -> Message:
     """The one message of a call."""
     message = await stream.read()
     if message is None:

@@ -27,7 +27,7 @@ UNITS = {b"H": 3600e6, b"M": 60e6, b"S": 1e6, b"m": 1e3, b"u": 1.0, b"n": 1e-3}
 HEAD = ((b":status", b"200"), (b"content-type", b"application/grpc"))
 PREFIX = 5
 COMPACT = 64 * 1024
-Message = tuple[bytes | memoryview, Call]
+Message = tuple[memoryview, Call]
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,7 +179,7 @@ def test_signals_are_handled_before_anything_slow_is_imported(number: str, entry
         "finally: print(*early, file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    packages = {"runtime", "runtime.serve", "gmconv", "gmconv.lazy", "gmconv.startup"}
+    packages = {"runtime", "runtime.serve", "gmconv", "gmconv.lazy", "gmconv.startup", "gmconv.version"}
     entries = {"runtime.serve.__main__", "gmconv.__main__"}
     assert set(done.stderr.split()) <= packages | entries | {"__future__"}, "imported first"
 
