@@ -68,7 +68,7 @@ class CropChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CropTrial:
-    """A crop that was run end to end: `spent` in the budget's unit, `top1` None without classes (agreement, unlabelled)."""
+    """A crop that was run end to end; `top1`: of agreement where there are no labels, None where there are no classes."""
 
     macs: int
     spent: float
