@@ -68,7 +68,7 @@ class CropChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CropTrial:
-    """A crop that was run end to end; `top1`: of agreement where there are no labels, None where there are no classes."""
+    """A crop that was run end to end; `top1`: of agreement where there are no labels, None without classes."""
 
     macs: int
     spent: float
