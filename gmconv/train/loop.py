@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmconv.checkpoint import save_checkpoint
+from gmconv.checkpoint.file import read_file
 from gmconv.errors import CheckpointError
 from gmconv.files import require_writable
 from gmconv.surgery import masked_layers
@@ -51,7 +52,7 @@ class Epoch:
 class TrainResult:
     """The best epoch (held-out accuracy, then loss), every epoch, and each layer's reach at the crop tolerance.
 
-    `network` says what was trained; its weights are those of the last epoch.
+    `network` says what was trained; its weights are those of the best epoch.
     """
 
     best: Epoch
@@ -97,12 +98,15 @@ def train(
             epoch = run.epoch(len(run.history) + 1)
             run.history.append(epoch)
             if run.best is epoch:
-                run.layers = _save(output, network, data, options, run.history)
+                run.layers = _save(output, run)
             write_state(state_path(output), run.state())
             on_step(epoch)
     except TrainingError:
         state_path(output).unlink(missing_ok=True)  # what is resumed would diverge again
         raise
+    if run.best is not run.history[-1]:  # the best weights once more, now with the whole history beside them
+        model.load_state_dict(read_file(output)["state_dict"])
+        _save(output, run)
     state_path(output).unlink(missing_ok=True)
     return TrainResult(run.best, tuple(run.history), run.layers, len(data.held_out.targets), network)
 
@@ -250,10 +254,8 @@ def _diverged(loss: float, epoch: int) -> TrainingError:
     )
 
 
-def _save(
-    output: Path, network: Network, data: Dataset, options: TrainOptions, history: list[Epoch]
-) -> tuple[LayerReach, ...]:
-    model = network.model
+def _save(output: Path, run: _Run) -> tuple[LayerReach, ...]:
+    network, data, options, model = run.network, run.data, run.options, run.model
     layers = reach(model, options.input_shape, options.crop_tolerance)
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     save_checkpoint(
@@ -268,10 +270,10 @@ def _save(
         training={
             "dataset": data.name,
             "options": options.recorded(),
-            "best_epoch": history[-1].epoch,
-            "held_out_accuracy": history[-1].held_out_accuracy,
+            "best_epoch": run.best.epoch,
+            "held_out_accuracy": run.best.held_out_accuracy,
             "held_out_images": len(data.held_out.targets),
-            "history": [dataclasses.asdict(epoch) for epoch in history],
+            "history": [dataclasses.asdict(epoch) for epoch in run.history],
             "macs": sum(layer.macs for layer in layers),
             "macs_kept": sum(layer.kept_macs for layer in layers),
         },

@@ -56,6 +56,8 @@ def make_network(options: TrainOptions, num_classes: int) -> Network:
         note = f"{len(masked_layers(model))} of {total} nn.Conv2d became GMConv2d (1x1 kernels have no mask to learn)"
     elif options.gmconv:
         note = f"trained with the {len(masked_layers(model))} GMConv2d layers that its factory makes"
+    if options.sigma_penalty and not masked_layers(model):
+        raise CheckpointError(f"{where}: has no GMConv2d whose sigma could be penalized; drop --sigma-penalty")
     _require_fit(model, options, num_classes, where)
     return Network(model, arch, kwargs, "" if zoo else note)
 

@@ -83,6 +83,7 @@ def test_plain_leaves_a_network_as_its_factory_makes_it_and_own_masks_stay() -> 
         ("mask", {}, "did you mean own_nets_of_a_test:masked"),
         ("make", {"input_shape": (1, 16, 16)}, "cannot train on 1x16x16 input .*the one it takes"),
         ("make", {"kernel_size": 5}, "leave --kernel-size out"),
+        ("make", {"gmconv": False, "sigma_penalty": 1.0}, "drop --sigma-penalty"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_by_name(name: str, changes: dict[str, object], words: str) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
+import gmconv
 from gmconv.errors import CheckpointError
 from gmconv.train.__main__ import main
 from gmconv.train.loop import Epoch, train
@@ -56,6 +58,24 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     return path
 
 
+def test_the_whole_history_lies_beside_the_weights_of_the_best_epoch(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Epoch, "better_than", lambda self, other: self.epoch == 2)
+    weights: list[dict[str, torch.Tensor]] = []
+
+    def watch(epoch: Epoch | None) -> None:
+        if epoch is not None and epoch.epoch == 2:
+            weights.append(gmconv.load_checkpoint(tmp_path / "c.pt").model.state_dict())
+
+    result = train(options(data), tmp_path / "c.pt", watch)
+    done = gmconv.load_checkpoint(tmp_path / "c.pt")
+    torch.testing.assert_close(done.model.state_dict(), weights[0], rtol=0, atol=0)
+    torch.testing.assert_close(result.network.model.state_dict(), weights[0], rtol=0, atol=0)
+    assert done.training is not None
+    assert (done.training["best_epoch"], len(done.training["history"])) == (2, 3)
+
+
 @pytest.mark.parametrize("after", [1, 2])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, data: Path, whole: Path, after: int) -> None:
     output, log = tmp_path / "ckpt.pt", tmp_path / "log.csv"
@@ -93,8 +113,6 @@ def test_what_does_not_go_with_the_run_is_refused_in_one_sentence(tmp_path: Path
 
 
 def test_a_checkpoint_is_no_state_and_a_state_no_checkpoint(tmp_path: Path, data: Path, whole: Path) -> None:
-    import gmconv
-
     (tmp_path / "ckpt.last.pt").write_bytes(whole.read_bytes())
     with pytest.raises(CheckpointError, match="is no state of a training run"):
         read_state(tmp_path / "ckpt.last.pt")

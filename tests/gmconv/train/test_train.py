@@ -31,8 +31,8 @@ from gmconv.train.options import TrainOptions
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
-TINY = TrainOptions(arch="resnet20", epochs=1, input_shape=(1, 8, 8), batch_size=128, seed=3)
-TINY_ARGS = ("--epochs", "1", "--input-shape", "1,8,8", "--batch-size", "128")
+TINY = TrainOptions(arch="resnet8", epochs=1, input_shape=(1, 8, 8), batch_size=128, seed=3)
+TINY_ARGS = ("--epochs", "1", "--arch", "resnet8", "--input-shape", "1,8,8", "--batch-size", "128")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 def test_a_checkpoint_holds_the_best_epoch_and_all_that_export_needs(trained: tuple[Path, Any]) -> None:
     output, result = trained
     checkpoint = gmconv.load_checkpoint(output)
-    assert checkpoint.arch == "gmconv.models:resnet20"
+    assert checkpoint.arch == "gmconv.models:resnet8"
     assert checkpoint.input_shape == (1, 8, 8)
     assert checkpoint.labels == tuple("0123456789")
     assert checkpoint.dataset == {"name": "digits", "test_size": 0.2, "split_seed": 0}
@@ -53,6 +53,7 @@ def test_a_checkpoint_holds_the_best_epoch_and_all_that_export_needs(trained: tu
     assert checkpoint.training is not None
     assert checkpoint.training["held_out_accuracy"] == result.best.held_out_accuracy
     assert checkpoint.training["best_epoch"] == result.best.epoch
+    assert checkpoint.training["history"] == [dataclasses.asdict(epoch) for epoch in result.history]
     assert result.best.held_out_accuracy == max(epoch.held_out_accuracy for epoch in result.history)
 
 
@@ -90,7 +91,7 @@ def test_sigma_learns_in_its_own_group_without_weight_decay() -> None:
 def test_sigmas_move_and_the_twin_has_none(tmp_path: Path, trained: tuple[Path, Any]) -> None:
     layers = gmconv.load_checkpoint(trained[0]).model
     moved = [m.sigma.item() for m in layers.modules() if isinstance(m, gmconv.GMConv2d)]
-    assert len(moved) == 19
+    assert len(moved) == 7
     assert all(sigma != 5.0 for sigma in moved)
     train(dataclasses.replace(TINY, gmconv=False), tmp_path / "plain.pt")
     plain = gmconv.load_checkpoint(tmp_path / "plain.pt").model
@@ -144,7 +145,7 @@ def test_json_is_on_stdout_and_progress_on_stderr(tmp_path: Path) -> None:
     assert result["held_out_images"] == 360
     assert 0 <= result["held_out_accuracy"] <= 1
     assert 0 < result["macs_kept"] <= 1
-    assert len(result["layers"]) == 19
+    assert len(result["layers"]) == 7
     assert "epoch 1/1" in done.stderr
 
 
