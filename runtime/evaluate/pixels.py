@@ -19,6 +19,7 @@ Array = NDArray[Any]
 Counts = NDArray[np.int64]
 
 IGNORED = 255  # of a mask: pixels that nobody labelled (PASCAL VOC, Cityscapes' train ids)
+_STRETCH = 4  # by which a network's strides may differ between height and width; more is another order of axes
 _MAP_CLASSES = 256  # of a network that gives classes instead of logits
 
 
@@ -168,6 +169,12 @@ def _class_maps(output: Array, name: str, size: tuple[int, ...]) -> tuple[list[A
     elif output.ndim == 4:
         if not np.isfinite(output).all():
             raise RefusedError(f"output {name!r} is NaN or infinite; no accuracy can be given")
+        scales = [side / whole for side, whole in zip(output.shape[2:], size, strict=True)]
+        if max(scales) > _STRETCH * min(scales):
+            raise RefusedError(
+                f"output {name!r} has shape {output.shape}, the masks {size}: height and width are to be its last two "
+                f"axes, (N, classes, H, W)"
+            )
         if output.shape[1] > 1:
             return [_resized(one, size).argmax(0) for one in output], output.shape[1]
         level = 0.5 if output.min() >= 0 and output.max() <= 1 else 0.0
