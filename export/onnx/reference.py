@@ -176,10 +176,11 @@ def _run(
 ) -> Outputs:
     import torch
 
+    from gmconv.eager import as_written
     from gmconv.inputs import tensors_of
     from gmconv.outputs import named_outputs
 
-    with torch.no_grad():
+    with torch.no_grad(), as_written():
         outputs = model(*tensors_of(model, inputs, feeds, dtype))
     return {name: tensor.numpy() for name, tensor in named_outputs(outputs, names).items()}
 

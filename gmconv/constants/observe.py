@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from gmconv.certificate import tensor_sha256
 from gmconv.constants.operators import Call, Product, kernel_call, product_operands
 from gmconv.constants.origins import INPUT, Origin, Origins, unwrapped
+from gmconv.eager import as_written
 from gmconv.errors import BakeError
 
 #: What `tensor.data = other` calls.
@@ -257,7 +257,7 @@ def watch(model: nn.Module, runs: Sequence[tuple[Any, ...]]) -> Watched:
         stack.callback(hooks.register_module_forward_pre_hook(kernels.enter).remove)
         stack.callback(hooks.register_module_forward_hook(kernels.leave).remove)
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(_eager())
+        stack.enter_context(as_written())
         stack.enter_context(_threads_refused(kernels))
         stack.enter_context(kernels)
         stack.enter_context(kernels.origins)
@@ -309,16 +309,6 @@ def _threads_refused(kernels: _Kernels) -> Iterator[None]:
         mock.patch.object(threading.Thread, "start", refusing(threading.Thread.start)),
         mock.patch.object(ThreadPoolExecutor, "submit", refusing(ThreadPoolExecutor.submit)),
     ):
-        yield
-
-
-@contextmanager
-def _eager() -> Iterator[None]:
-    """Functions that went through torch.compile run as they were written; compiled code shows nothing."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and the import takes a second
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
         yield
 
 

@@ -70,14 +70,15 @@ def test_the_yardstick_is_the_live_network_whatever_its_forward_does_with_dtypes
 
 
 def test_kernels_of_layers_that_write_share_hide_or_follow_the_threads_are_stored(tmp_path: Path) -> None:
-    """A parent that writes into its child, layers in a list or a function, one weight at two scales, LAPACK."""
+    """A parent that writes into its child, layers in a list or a function, one weight at two scales, LAPACK, cond."""
     model = layers.net(calls.MasksChild)
     model.b = nn.Sequential(calls.AtScales(16, 16), calls.Unregistered(16, 16), calls.InClosure(16, 16))
     model.stem.append(nn.Sequential(calls.Cayley(8, 8), calls.LastKernel(8, 8), calls.SetsData(8, 8)))
+    model.stem.append(calls.Conditional(8, 8))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     manifest = export_onnx(live(model), tmp_path / "net.onnx")
     assert manifest.certificate is not None
-    assert len(manifest.certificate["kernels"]) == 8
+    assert len(manifest.certificate["kernels"]) == 9
     graph = onnx.load(tmp_path / "net.onnx").graph
     stored = {tensor.name for tensor in graph.initializer}
     assert all(node.input[1] in stored for node in graph.node if node.op_type == "Conv")

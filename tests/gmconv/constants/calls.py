@@ -387,6 +387,14 @@ class LastKernel(Base):
         return F.conv2d(x, self.last, self.bias, padding=2)
 
 
+class Conditional(Base):
+    """A mask that torch.cond chooses by a trained number; torch compiles that where it runs."""
+
+    def kernel(self) -> Tensor:
+        wide = self.sigma.detach() > 1
+        return self.weight * torch.cond(wide, lambda: gauss(5, 1.5), lambda: gauss(5, 0.8), ())
+
+
 class Cayley(Base):
     """A kernel that LAPACK solves for: its bits follow the number of threads."""
 
@@ -509,7 +517,7 @@ CALLS = [
     InPlace, Cached, ByName, Aten, Convolution, FunctionalCall, SetsData, CopiesData, ReadsChild, Block, ItemBlock,
     Twice, Borrowed, OwnFunction, Padded, Circular, Depthwise, Dilated, Transposed, OneD, ThreeD, Lora, ScaledBias,
     Autocast, Blur, Slice, ScriptedMask, Detached, Half, Vmapped, Made, Unregistered, InClosure, MasksChild, AtScales,
-    LastKernel, Cayley, Unfolded, UnfoldedRows, Einsum, Tokens,
+    LastKernel, Conditional, Cayley, Unfolded, UnfoldedRows, Einsum, Tokens,
     Copied, ConjugateSpectra, PlainAttribute, patched, hooked, stacked, grouped,
     strided, normed, spectral, pruned,
 ]  # fmt: skip
