@@ -107,8 +107,10 @@ def test_tls_and_what_sighup_renews(start: Start, tmp_path: Path) -> None:
     token.write_text(TOKEN)
     options = certificate(tmp_path / "tls")
     cert = options[1]
-    server = start(classifier(tmp_path / "m.onnx"), *options, "--token-file", str(token))
+    limits = ["--header-timeout", "1", "--token-file", str(token)]
+    server = start(classifier(tmp_path / "m.onnx"), *options, *limits)
     assert server.listening["tls"] is True
+    stalled = socket.create_connection(("127.0.0.1", server.http_port), 20)  # never begins its handshake
 
     def status(secret: str) -> int:
         context = ssl.create_default_context(cafile=cert)
@@ -136,6 +138,7 @@ def test_tls_and_what_sighup_renews(start: Start, tmp_path: Path) -> None:
         assert time.monotonic() < end
         time.sleep(0.05)
     assert status(TOKEN[::-1]) == 200
+    assert stalled.recv(1) == b""
     assert server.stop() == 0
 
 
@@ -175,6 +178,7 @@ def test_access_log_and_request_ids(start: Start, tmp_path: Path) -> None:
     server = start(classifier(tmp_path / "m.onnx"))
     status, headers, _ = server.request("GET", "/v2/models/none", headers={"X-Request-Id": "abc-1"})
     assert headers["x-request-id"] == "abc-1"
+    server.request("GET", "/v2/models/" + 9000 * "x")
     bad = server.request("GET", "/v2", headers={"X-Request-Id": "a b"})[1]["x-request-id"]
     assert bad != "a b"
     client = tg.InferenceServerClient(server.grpc)
@@ -191,6 +195,7 @@ def test_access_log_and_request_ids(start: Start, tmp_path: Path) -> None:
     assert lines["from-grpc"]["rows"] == 2
     assert lines["from-grpc"]["queue_us"] >= 0
     assert "unlogged" not in lines
+    assert max(map(len, server.errors)) < 1200
 
 
 def test_a_reader_that_stops_reading_the_log_does_not_stop_the_server(tmp_path: Path) -> None:
