@@ -34,6 +34,8 @@ EXTRAS = {
     "prometheus_client": "serve",
     "opentelemetry": "otel",
 }
+#: Those that are worth having without the rest of their extra, which has torch or gRPC, and what pip calls them.
+_ALONE = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
 
 def require(module: str, extra: str | None = None) -> ModuleType:
@@ -47,9 +49,11 @@ def require(module: str, extra: str | None = None) -> ModuleType:
 def missing(error: ImportError, module: str = "", extra: str | None = None) -> str:
     """What is missing, and the command that installs it; empty where it is no library of ours."""
     module = module or error.name or ""
-    extra = extra or EXTRAS.get(module.split(".")[0])
+    library = module.split(".")[0]
+    extra = extra or EXTRAS.get(library)
     why = "is not installed" if isinstance(error, ModuleNotFoundError) else f"does not load ({error})"
-    return f"{module} {why}: {install(extra)}" if extra else ""
+    command = pip(_ALONE[library]) if library in _ALONE else install(extra) if extra else ""
+    return f"{module} {why}: {command}" if command else ""
 
 
 def refuse_file(module: str, name: str, where: str) -> None:

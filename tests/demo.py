@@ -19,7 +19,7 @@ from gmconv.data import load_samples
 NEXT = """
 The last row above: the cropped network's latency over its plain twin's, on this machine, one thread.
 
-reports              {folder}/index.html (parity.html, cropping.html)
+reports              {folder}/index.html (proof.html, cropping.html)
 serve it             {bin}/gmconv serve {folder}/digits.onnx --model-name digits    # and a page: localhost:8000
 classify a digit {digit}   curl -s --data-binary @{folder}/digit.png localhost:8000/v2/models/digits/classify
 your own checkpoint  {bin}/gmconv onnx state.pth --arch mypackage.nets:make --input-shape 3,64,64"""
@@ -35,7 +35,7 @@ def write_digit(path: Path) -> int:
 
 def show(folder: Path) -> None:
     """Open the report, then the page of a server that runs until Ctrl-C."""
-    webbrowser.open((folder / "parity.html").resolve().as_uri())
+    webbrowser.open((folder / "proof.html").resolve().as_uri())
     command = [sys.executable, "-m", "runtime.serve", str(folder / "digits.onnx"), "--model-name", "digits"]
     with subprocess.Popen(command) as server, contextlib.suppress(KeyboardInterrupt):
         for _ in range(100):

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from export.graph.traced import attributes_restored, reserved_renamed
 from gmconv.errors import RefusedError
@@ -344,15 +344,20 @@ def captured(log: Path) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    with log.open("ab") as stream, warnings.catch_warnings():
+    with log.open("ab") as stream, log.open("a") as text, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         previous = logging.raiseExceptions
         logging.raiseExceptions = False
+        elsewhere = _handlers_off_descriptor_2()
         try:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
+            for handler in elsewhere:
+                handler.setStream(text)
             yield
         finally:
+            for handler, own in elsewhere.items():
+                handler.setStream(own)
             sys.stdout.flush()
             sys.stderr.flush()
             os.dup2(saved[0], 1)
@@ -360,6 +365,14 @@ def captured(log: Path) -> Iterator[None]:
             os.close(saved[0])
             os.close(saved[1])
             logging.raiseExceptions = previous
+
+
+def _handlers_off_descriptor_2() -> dict[logging.StreamHandler[Any], Any]:
+    """Log handlers that write to a stderr of their host's, as in a notebook, and that stream."""
+    loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    handlers = [handler for logger in (logging.root, *loggers) for handler in logger.handlers]
+    streams = [handler for handler in handlers if type(handler) is logging.StreamHandler]
+    return {handler: handler.stream for handler in streams if handler.stream not in (sys.__stdout__, sys.__stderr__)}
 
 
 def specs(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

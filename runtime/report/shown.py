@@ -30,7 +30,8 @@ class Shown:
         from rich.console import Console
 
         stream = io.StringIO()
-        self.show(Console(file=stream, width=120, force_jupyter=False))
+        # a notebook's kernel asks for colours by FORCE_COLOR: text that is printed there has none all the same
+        self.show(Console(file=stream, width=120, force_jupyter=False, force_terminal=False, color_system=None))
         return stream.getvalue().rstrip()
 
     def _repr_html_(self) -> str | None:

@@ -71,3 +71,9 @@ def test_only_libraries_of_ours_are_advised(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UnavailableError, match=r"jinja2 is not installed: .*\[report\]") as refusal:
         packages.require("jinja2")
     assert refusal.value.exit_code == 6
+
+
+@pytest.mark.parametrize(("module", "name"), [("sklearn.datasets", "scikit-learn"), ("PIL.Image", "pillow")])
+def test_a_library_that_is_enough_alone_is_advised_alone(module: str, name: str) -> None:
+    error = ModuleNotFoundError(f"No module named {module!r}", name=module)
+    assert packages.missing(error, module, "export").endswith(f" install {name}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 from pathlib import Path
 
@@ -132,6 +134,20 @@ def test_what_the_exporter_prints_goes_to_the_log(tmp_path: Path, capfd: pytest.
     os.write(1, b"afterwards\n")
     assert (tmp_path / "log").read_text() == "chatter\n"
     assert capfd.readouterr().out == "afterwards\n"
+
+
+def test_what_it_logs_into_a_notebook_goes_to_the_log(tmp_path: Path) -> None:
+    cell = io.StringIO()  # a notebook's stderr is no file
+    handler, logger = logging.StreamHandler(cell), logging.getLogger("exporter.of.a.notebook")
+    logger.addHandler(handler)
+    try:
+        with capture.captured(tmp_path / "log"):
+            logger.warning("torchvision is not installed")
+        logger.warning("afterwards")
+    finally:
+        logger.removeHandler(handler)
+    assert (tmp_path / "log").read_text() == "torchvision is not installed\n"
+    assert cell.getvalue() == "afterwards\n"
 
 
 class PadsBeforePooling(nn.Module):
