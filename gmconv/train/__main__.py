@@ -251,7 +251,8 @@ def _report(options: TrainOptions, output: Path, result: TrainResult, seconds: f
         }
         click.echo(json.dumps(record, indent=2))
         return
-    kind = "GMConv" if any(layer.sigma is not None for layer in result.layers) else "plain"
+    masked = any(layer.sigma is not None for layer in result.layers)
+    kind = "GMConv" if masked else "as its factory makes it" if result.network.own else "plain"
     click.echo(
         f"{output}: {options.arch} ({kind}), held-out accuracy {result.best.held_out_accuracy:.2%} on "
         f"{result.held_out_images} images (epoch {result.best.epoch} of {options.epochs}), {seconds:.0f} s"

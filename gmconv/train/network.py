@@ -52,8 +52,8 @@ def make_network(options: TrainOptions, num_classes: int) -> Network:
     note = ""
     if options.gmconv and not masked_layers(model):
         convert(model, options.sigma, options.sigma_per, subclasses="skip", inplace=True)  # type: ignore[arg-type]
-        total = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-        note = f"{len(masked_layers(model))} of {total} nn.Conv2d became GMConv2d (1x1 kernels have no mask to learn)"
+        masked, total = len(masked_layers(model)), sum(isinstance(module, nn.Conv2d) for module in model.modules())
+        note = f"{masked} of {total} nn.Conv2d became GMConv2d (1x1 kernels need no mask; --plain: none)"
     elif options.gmconv:
         note = f"trained with the {len(masked_layers(model))} GMConv2d layers that its factory makes"
     if options.sigma_penalty and not masked_layers(model):
