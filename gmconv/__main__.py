@@ -14,6 +14,7 @@ import importlib
 import click
 
 from gmconv.cli import Group
+from gmconv.packages import refuse_hidden
 
 #: Subcommand: the module that holds it, and what it does. Names, not imports: they lie above this room.
 COMMANDS = {
@@ -36,6 +37,7 @@ class _Lazy(Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
+        refuse_hidden()
         command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).main
         return command
 

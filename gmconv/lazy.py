@@ -33,6 +33,8 @@ def attach(package: str, home: dict[str, str]) -> tuple[Callable[[str], Any], Ca
         import importlib
 
         path, colon, own = home[name].partition(":")
+        if not path.startswith("."):
+            importlib.import_module("gmconv.packages").refuse_hidden()
         module = importlib.import_module(path, package)
         return module if colon and not own else getattr(module, own or name)
 

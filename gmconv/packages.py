@@ -46,6 +46,19 @@ def require(module: str, extra: str | None = None) -> ModuleType:
         raise UnavailableError(missing(error, module, extra)) from error
 
 
+def refuse_hidden() -> None:
+    """Raise RefusedError where what Python finds as `export` or `runtime` is a user's own, which hides ours."""
+    ours = Path(__file__).absolute().parents[1]
+    for name in ("export", "runtime"):
+        spec = importlib.util.find_spec(name)
+        place = next(iter(spec.submodule_search_locations or [spec.origin or ""]), "") if spec else ""
+        if place and ours not in Path(place).absolute().parents:
+            raise RefusedError(
+                f"{place}: is found as the package {name!r} and hides that of gmconv-deploy: rename it, or keep "
+                f"its folder off Python's path (PYTHONPATH, the folder of the script that runs)"
+            )
+
+
 def missing(error: ImportError, module: str = "", extra: str | None = None) -> str:
     """What is missing, and the command that installs it; empty where it is no library of ours."""
     module = module or error.name or ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -77,3 +79,14 @@ def test_only_libraries_of_ours_are_advised(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_library_that_is_enough_alone_is_advised_alone(module: str, name: str) -> None:
     error = ModuleNotFoundError(f"No module named {module!r}", name=module)
     assert packages.missing(error, module, "export").endswith(f" install {name}")
+
+
+def test_a_folder_of_the_users_that_hides_ours_is_named(tmp_path: Path) -> None:
+    hidden = tmp_path / "runtime"
+    hidden.mkdir()
+    (hidden / "__init__.py").write_text("raise SystemExit('it ran')")
+    for command in (["-m", "gmconv", "parity", "--help"], ["-c", "import gmconv; gmconv.deploy"]):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(HERE.parents[1])])}
+        done = subprocess.run([sys.executable, *command], env=environment, cwd="/", capture_output=True, text=True)
+        assert f"{hidden}: is found as the package 'runtime' and hides that of gmconv-deploy" in done.stderr
+        assert "it ran" not in done.stderr
