@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +161,8 @@ def _candidate(found: ParityReport, candidate: CandidateReport, texts: list[Sect
         sections.append(Text(title=f"{name}: notes", paragraphs=candidate.notes))
     manifest = None if artefact_kind(candidate.path) == "checkpoint" else find_manifest(candidate.path)
     if manifest is not None:
-        sections += manifest_sections(name, manifest, alone=alone)
+        told = manifest_sections(name, manifest, alone=alone)
+        sections += [replace(one, detail=True) if isinstance(one, Parity) else one for one in told]
         texts.append(ManifestText(name=name, manifest=manifest))
     return sections
 

@@ -163,6 +163,7 @@ def _(section: Parity) -> Block:
             "bitwise": any(row.bitwise for row in rows),
             "passed": bool(rows) and all(row.passed for row in rows),
         },
+        section.detail,
     )
 
 

@@ -84,13 +84,14 @@ class ParityRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
-    """One candidate against its reference."""
+    """One candidate against its reference; `detail`: of less interest than another one in the same report."""
 
     reference: str
     candidate: str
     rows: Sequence[ParityRow]
     note: str = ""
     title: str = "Parity"
+    detail: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
