@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +24,21 @@ class Rounding(TorchFunctionMode):
 
     `precision`: "fp16" or "bf16", to which operands and results of every function are rounded; "tf32", "int8" or "fp8",
     to which the operands of convolutions and matrix products are: in 8 bits weights have a scale for each output
-    channel, others one for the tensor as it is, in int8 clipped as the default calibration does.
+    channel, others one for the tensor as it is, in int8 clipped as the default calibration does. `weights_only`: in
+    8 bits, the weights alone, but for those whose `id` is in `kept`; `reduced`: int8 weights of 7 bits. `rounded` has
+    the `id` of each parameter that was rounded as a weight.
     """
 
-    def __init__(self, precision: str) -> None:
+    def __init__(
+        self, precision: str, *, weights_only: bool = False, reduced: bool = False, kept: Collection[int] = ()
+    ) -> None:
         super().__init__()
+        self.rounded: set[int] = set()
+        self._kept = kept
         self._everything, self._operands = _EVERYTHING.get(precision), _OPERANDS.get(precision)
+        self._weights_only = weights_only
+        if reduced and precision == "int8":
+            self._operands = lambda x, axis: _int8(x, axis, 127 if axis is None else 64)
         if self._everything is None and self._operands is None:
             raise ValueError(f"{precision!r} is none of {', '.join((*_EVERYTHING, *_OPERANDS))}")
 
@@ -56,6 +65,10 @@ class Rounding(TorchFunctionMode):
         if place not in (0, 1, "input", "weight", "other") or not _is_float(value):
             return value
         weight = place in (1, "weight") and isinstance(value, torch.nn.Parameter)
+        if self._weights_only and (not weight or id(value) in self._kept):
+            return value
+        if weight:
+            self.rounded.add(id(value))
         axis = (1 if "transpose" in name else 0) if weight else None
         return self._operands(value, axis)
 
@@ -85,12 +98,12 @@ def _scale(x: Tensor, axis: int | None, most: float) -> Tensor:
     return torch.where(largest > 0, largest, torch.ones_like(largest)) / most
 
 
-def _int8(x: Tensor, axis: int | None) -> Tensor:
-    step = _scale(x, axis, 127)
+def _int8(x: Tensor, axis: int | None, most: int = 127) -> Tensor:
+    step = _scale(x, axis, most)
     if axis is None and x.numel() > 1 / _CLIPPED:
         kept = x.abs().flatten().kthvalue(int(x.numel() * (1 - _CLIPPED))).values
         step = torch.where(kept > 0, kept / 127, step)
-    return (x / step).round().clamp(-127, 127) * step
+    return (x / step).round().clamp(-most, most) * step
 
 
 def _fp8(x: Tensor, axis: int | None) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from export.onnx.cases import Case
 from export.onnx.reference import Outputs, Reference, bitwise
 from runtime.parity.tolerances import tolerance_for, widen
 from runtime.parity.verdict import Verdict
-from runtime.records import BAKING, Hop, Tolerance
+from runtime.records import BAKING, Hop, Tolerance, YardstickComparison
 
 #: The hop from what the user's own program recorded to the network as it was loaded.
 RECORDED = "recorded -> live"
@@ -47,12 +47,12 @@ class Proof:
     def where(self, kept: Sequence[bool]) -> Proof:
         """The same proof on some of its cases."""
         keep = [index for index, kept_here in enumerate(kept) if kept_here]
-        live, baked, wide = (
-            tuple(outputs[index] for index in keep)
-            for outputs in (self.reference.live, self.reference.baked, self.reference.yardstick)
+        live, baked, wide, alone = (
+            tuple(outputs[index] for index in keep if outputs)
+            for outputs in (self.reference.live, self.reference.baked, self.reference.yardstick, self.reference.alone)
         )
         rounded = {p: tuple(outputs[index] for index in keep) for p, outputs in self.reference.rounded.items()}
-        reference = replace(self.reference, live=live, baked=baked, yardstick=wide, rounded=rounded)
+        reference = replace(self.reference, live=live, baked=baked, yardstick=wide, rounded=rounded, alone=alone)
         fused = None if self.fused is None else [self.fused[index] for index in keep]
         cropped = None if self.cropped is None else [self.cropped[index] for index in keep]
         shipped = [self.shipped[index] for index in keep]
@@ -64,62 +64,80 @@ class Proof:
 
         A crop of what is zero in a lower precision is a part of what that precision costs, not added to it: the
         artefact in that precision is compared with the baked network, by the tolerance that parity applies to it too.
-        An fp32 artefact must also hold against the float64 yardstick, unless taps other than zeros were removed.
+        An fp32 artefact must also hold against the float64 yardstick, unless taps other than zeros were removed; what
+        torch fp32 itself is off it is a floor of the hops in fp32 (`runtime.parity.tolerances.floored`).
         """
-        from runtime.parity.yardstick import Yardstick
-
-        limit, last = tolerance_for(precision), "ORT" if precision == "fp32" else f"ORT {precision}"
-        arrows: list[tuple[str, Sequence[Outputs], Sequence[Outputs], Tolerance]] = [
-            (BAKING, self.reference.live, self.reference.baked, tolerance_for("fp32"))
+        own, yardstick = self._own_distance(strict=precision == "fp32" and not self.lossy)
+        told: list[tuple[Case, Outputs, Outputs, Outputs]] = [
+            (case, case.recorded, live, {})
+            for case, live in zip(self.cases, self.reference.live, strict=True)
+            if case.recorded is not None
         ]
-        start, name = self.reference.baked, "baked"
+        hops, notes = self._hops(RECORDED, told, self.recorded_limit, own)
+        # Noise is left out of the hops across the crop: they start at the network before it.
+        images = self.crop_on_data and not all(case.noise for case in self.cases)
+        start = self.reference.baked if self.fused is None else self.fused
+        nothing: Sequence[Outputs] = [{} for _ in self.cases]
+        for arrow, left, right, limit in self._arrows(precision):
+            across = images and left is start
+            rounded = self.reference.rounded.get(precision, nothing) if right is self.shipped else nothing
+            compared = [t for t in zip(self.cases, left, right, rounded, strict=True) if not (t[0].noise and across)]
+            more, said = self._hops(arrow, compared, limit, own)
+            hops, notes = hops + more, notes + said
+        return Verdict(tuple(hops), yardstick, tuple(dict.fromkeys(notes)))
+
+    def _arrows(self, precision: str) -> Iterator[tuple[str, Sequence[Outputs], Sequence[Outputs], Tolerance]]:
+        """Every arrow of the proof: its name, its two sides, and its tolerance."""
+        exact, limit = tolerance_for("fp32"), tolerance_for(precision)
+        last = "ORT" if precision == "fp32" else f"ORT {precision}"
+        before: Sequence[Outputs] = self.reference.baked
+        name = "baked"
+        yield BAKING, self.reference.live, before, exact
         if self.fused is not None:
-            arrows.append(("baked -> fused", start, self.fused, tolerance_for("fp32")))
-            start, name = tuple(self.fused), "fused"
-        before = start
+            yield "baked -> fused", before, self.fused, exact
+            before, name = self.fused, "fused"
         if self.cropped is not None:
             stored = "fp32" if self.crop_on_data else self.crop_precision  # a budget has paid for its zeros
-            zeros = tolerance_for(stored)
-            arrows.append((f"{name} -> cropped", before, self.cropped, widen(zeros, self.crop_cost)))
-            if precision == "fp32" or stored == "fp32":
-                before, name = tuple(self.cropped), "cropped"
+            yield f"{name} -> cropped", before, self.cropped, widen(tolerance_for(stored), self.crop_cost)
+            if "fp32" in (precision, stored):
+                before, name = self.cropped, "cropped"
             else:
                 limit = widen(limit, self.crop_cost)
-        arrows.append((f"{name} -> {last}", before, self.shipped, limit))
-        # Noise is left out of the hops across the crop: they start at the baked network.
-        images = self.crop_on_data and not all(case.noise for case in self.cases)
-        recorded = [(case, case.recorded, live) for case, live in zip(self.cases, self.reference.live, strict=True)]
-        hops = list(
-            self._hops(RECORDED, [(c, r, live, {}) for c, r, live in recorded if r is not None], self.recorded_limit)
-        )
-        nothing: Sequence[Outputs] = [{} for _ in self.cases]
-        for arrow, left, right, most in arrows:
-            across = images and left is start
-            rounded = self.reference.rounded.get(precision, nothing) if most is limit else nothing
-            compared = [t for t in zip(self.cases, left, right, rounded, strict=True) if not (t[0].noise and across)]
-            hops += self._hops(arrow, compared, most)
-        strict = precision == "fp32" and not self.lossy
+        yield f"{name} -> {last}", before, self.shipped, limit
+
+    def _own_distance(self, *, strict: bool) -> tuple[Mapping[str, float], tuple[YardstickComparison, ...]]:
+        """How far torch fp32 itself is from float64, by output, and whether the artefact is no farther, if `strict`."""
+        from runtime.parity.yardstick import Yardstick
+
         measure = Yardstick()
         for wide, live, shipped in zip(self.reference.yardstick, self.reference.live, self.shipped, strict=True):
-            if wide:  # what was rounded or cropped on purpose is judged above; torch fp32 itself must still hold
+            if wide:  # what was rounded or cropped on purpose is judged by its hop; torch fp32 itself must still hold
                 measure.add(wide, live, shipped if strict else live)
+        for wide, alone in zip(self.reference.yardstick, self.reference.alone, strict=False):
+            measure.add_again(wide, alone)
         found = measure.result()
-        if not strict:
-            found = tuple(replace(item, candidate_rel_rms=None) for item in found)
-        return Verdict(tuple(hops), found)
+        return measure.own(), found if strict else tuple(replace(item, candidate_rel_rms=None) for item in found)
 
     def _hops(
-        self, arrow: str, compared: Sequence[tuple[Case, Outputs, Outputs, Outputs]], limit: Tolerance
-    ) -> Iterator[Hop]:
-        """One arrow, case by case: its two sides, and the left one with the right one's rounding where it is known."""
+        self,
+        arrow: str,
+        compared: Sequence[tuple[Case, Outputs, Outputs, Outputs]],
+        limit: Tolerance,
+        own: Mapping[str, float],
+    ) -> tuple[list[Hop], list[str]]:
+        """One arrow, case by case: its two sides, and the left one with the right one's rounding where it is known.
+
+        `own`: how far torch fp32 itself is from float64, by output. Returns the hops, and notes on them.
+        """
         from runtime.parity.compare import Comparator
 
         comparator = Comparator(limit, classes=self.classes)
+        comparator.allow(own)
         for index, (case, left, right, rounded) in enumerate(compared):
             comparator.add(left, right, index, real=not case.noise, rounded=rounded)
         reference, _, candidate = arrow.partition(" -> ")
-        for index, (case, left, right, _) in enumerate(compared):
-            yield Hop(
+        hops = [
+            Hop(
                 name=arrow,
                 reference=reference,
                 candidate=candidate,
@@ -129,3 +147,6 @@ class Proof:
                 outputs=comparator.result(index),
                 tolerance=limit,
             )
+            for index, (case, left, right, _) in enumerate(compared)
+        ]
+        return hops, comparator.notes() if hops else []

@@ -51,6 +51,7 @@ def is_large(model: nn.Module, limit: int = _LARGE) -> bool:
 class Reference:
     """What the network computed as trained (`live`), once baked (`baked`), in float64 (`yardstick`), case by case.
 
+    `alone`: live, each sample run by itself, where the yardstick says that one run tells too little of fp32.
     `rounded`: baked, with the rounding of each lower precision; of the yardstick's cases. `notes`: what a reader of the
     proof should know.
     """
@@ -61,6 +62,7 @@ class Reference:
     certificate: BakeCertificate
     notes: tuple[str, ...] = ()
     rounded: Mapping[str, tuple[Outputs, ...]] = field(default_factory=dict)
+    alone: tuple[Outputs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +133,13 @@ class ReferenceProcess:
                 kind = RefusedError if status == RefusedError.exit_code else UnavailableError
                 raise kind(lines.splitlines()[-1].removeprefix("Error: "))
             raise RuntimeError(f"the reference process failed with status {status}:\n{lines}")
-        live, baked, yardstick, *rounded = (
+        live, baked, yardstick, alone, *rounded = (
             tuple(_load(folder / f"{hop}.{index}.npz") for index in range(self._count))
-            for hop in ("live", "baked", "yardstick", *self._precisions)
+            for hop in ("live", "baked", "yardstick", "alone", *self._precisions)
         )
         said = msgspec.json.decode((folder / "said.json").read_bytes(), type=_Said)
         lower = dict(zip(self._precisions, rounded, strict=True))
-        return Reference(live, baked, yardstick, said.certificate, said.notes, lower)
+        return Reference(live, baked, yardstick, said.certificate, said.notes, lower, alone)
 
 
 def _save(path: Path, outputs: Outputs) -> None:
@@ -276,6 +278,7 @@ def compute_reference(model: nn.Module, inputs: Sequence[Input], work: Work) -> 
         for index in range(len(work.feeds)):
             if kept is not None and not bitwise(live[index], baked[index]):  # kernels made by LAPACK follow the threads
                 live[index], baked[index] = run(kept, index, THREADS), run(model, index, THREADS)
+        alone = _alone(model, inputs, work, live, yardstick)
         rounded = {}
         for precision in work.precisions:
             with Rounding(precision):
@@ -284,7 +287,21 @@ def compute_reference(model: nn.Module, inputs: Sequence[Input], work: Work) -> 
                 )
     finally:
         torch.set_num_threads(before)
-    return Reference(tuple(live), tuple(baked), yardstick, certificate, tuple(notes), rounded)
+    return Reference(tuple(live), tuple(baked), yardstick, certificate, tuple(notes), rounded, alone)
+
+
+def _alone(
+    model: nn.Module, inputs: Sequence[Input], work: Work, live: Sequence[Outputs], yardstick: Sequence[Outputs]
+) -> tuple[Outputs, ...]:
+    """Each sample by itself, of the cases where one fp32 run tells too little of how far fp32 is from float64."""
+    from runtime.parity.yardstick import Yardstick, one_by_one
+
+    return tuple(
+        one_by_one(lambda case: _run(model, inputs, case, work.names), feeds)
+        if Yardstick().wants_more(wide, found)
+        else {}
+        for feeds, found, wide in zip(work.feeds, live, yardstick, strict=True)
+    )
 
 
 def _serve(folder: Path) -> None:
@@ -304,7 +321,8 @@ def _serve(folder: Path) -> None:
         precisions=tuple(task["precisions"]),
     )
     found = compute_reference(loaded.model, loaded.inputs, work)
-    hops = {"live": found.live, "baked": found.baked, "yardstick": found.yardstick, **found.rounded}
+    hops = {"live": found.live, "baked": found.baked, "yardstick": found.yardstick, "alone": found.alone}
+    hops |= found.rounded
     for hop, cases in hops.items():
         for index, outputs in enumerate(cases):
             if outputs:

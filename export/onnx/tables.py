@@ -47,7 +47,8 @@ def print_export(
         console.print(parity_table(manifest.parity, baking=first))
         for measured in manifest.parity.yardstick:
             console.print(_yardstick_line(measured, manifest))
-    for text in manifest.export.notes if manifest.export and first else ():
+    notes = manifest.export.notes if manifest.export and first else ()
+    for text in (*notes, *(manifest.parity.notes if manifest.parity else ())):
         console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
     for text in manifest.warnings:
         if first or (manifest.calibration and text in manifest.calibration.warnings):
@@ -66,7 +67,7 @@ def _yardstick_line(measured: YardstickComparison, manifest: Manifest) -> str:
     line = f"float64 yardstick on {measured.samples} samples: torch fp32 is {number(measured.reference_rel_rms)} away"
     if measured.candidate_rel_rms is not None:
         found = f"ONNX Runtime {number(measured.candidate_rel_rms)}"
-        return f"{line}, {found} (allowed: {measured.factor:g} times torch's)"
+        return f"{line}, {found} (allowed: {number(measured.limit)})"
     why = "it was cropped" if manifest.precision == "fp32" else f"{manifest.precision} rounds"
     return f"{line}; the file is not held to that, as {why} on purpose"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -11,10 +12,35 @@ from typing import Any
 from gmconv.errors import RefusedError
 from runtime.records import Tolerance
 from runtime.runners import open_runner
-from runtime.runners.base import Runner
+from runtime.runners.base import Array, Runner
 
 #: Both cost several fp32 runs: of each case they see the first batches, up to this many numbers.
 MOST_NUMBERS = 2**22
+#: Numbers of outputs that are kept for the next candidate.
+MOST_REMEMBERED = 2**25
+
+
+class Memory:
+    """Outputs of the reference by its form and input, so that several candidates share its runs."""
+
+    def __init__(self, most: int = MOST_REMEMBERED) -> None:
+        self._most = most
+        self._found: dict[tuple[str, str], dict[str, Array]] = {}
+
+    def recall(self, form: str, feeds: Mapping[str, Array], run: Callable[[], dict[str, Array]]) -> dict[str, Array]:
+        """What `run` returns, or returned before for the same form and input."""
+        digest = hashlib.sha256()
+        for name, array in feeds.items():
+            digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+            digest.update(array.tobytes())
+        key = form, digest.hexdigest()
+        if key not in self._found:
+            outputs = run()
+            self._most -= sum(array.size for array in outputs.values())
+            if self._most < 0:
+                return outputs
+            self._found[key] = outputs
+        return dict(self._found[key])
 
 
 class Beside:
@@ -22,6 +48,8 @@ class Beside:
 
     def __init__(self, checkpoint: Path, options: dict[str, Any]) -> None:
         self._checkpoint, self._options = checkpoint, options
+        #: By the form of a run, the layers whose weights were rounded in it.
+        self.weights: dict[str, set[str]] = {}
 
     @cached_property
     def exact(self) -> Runner:

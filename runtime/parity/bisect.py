@@ -22,8 +22,9 @@ from runtime.artefact import artefact_kind
 from runtime.manifest import Manifest, find_manifest
 from runtime.parity.bisect_quantized import judge_quantized
 from runtime.parity.bisection import Bisection, LayerError, words
+from runtime.parity.cases import Case, Feeds
 from runtime.parity.layers import Graph, Match
-from runtime.records import Tolerance
+from runtime.records import Hop, Tolerance
 from runtime.runners.base import Array, Runner, numpy_dtype
 
 if TYPE_CHECKING:
@@ -350,3 +351,17 @@ def _smaller(feeds: Mapping[str, Array], reference: Runner) -> dict[str, Array]:
     keep = max(2, count * _ELEMENTS // size) if size > _ELEMENTS else count
     free = all(isinstance(spec.shape[0], str) for spec in reference.inputs if spec.shape)
     return {name: array[:keep] if free else array for name, array in feeds.items()}
+
+
+def telling(cases: Sequence[Case], results: Sequence[Hop]) -> Feeds:
+    """A small batch that shows the difference: of the failing case with the largest error, real data first.
+
+    `results`: of the cases, in order; what follows them says more about cases that are among them.
+    """
+    failing = [
+        (case.real, max((o.rel_rms for o in result.outputs if o.rel_rms is not None), default=0.0), index)
+        for index, (case, result) in enumerate(zip(cases, results, strict=False))
+        if not all(output.passed for output in result.outputs)
+    ]
+    chosen = cases[max(failing)[2]] if failing else cases[-1]
+    return next(iter(chosen))

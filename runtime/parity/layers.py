@@ -141,6 +141,14 @@ class Graph:
                     return _stored(self.initializers[name].data_type)
         return ""
 
+    def stored_weights(self) -> dict[str, str]:
+        """The layer that each weight is of, by its name, and the type that it is stored in."""
+        found = {}
+        for index in range(len(self.nodes)):
+            for name in self.weight_names([index]):
+                found[name] = self.weight_precision([index])
+        return found
+
     def ops(self, nodes: Sequence[int]) -> str:
         """Operator names, for a table: "Conv", "Add, Relu"."""
         return ", ".join(dict.fromkeys(self.nodes[index].op_type for index in nodes))
@@ -191,14 +199,14 @@ class Graph:
 
         `exact_activations`: see `showing`.
         """
-        from runtime.runners.onnxruntime import run_bytes
+        from runtime.runners.onnxruntime import open_bytes
 
         every = dict(feeds)
         for name in tensors if given is not None else ():
             assert given is not None
             every[name + _GIVEN] = np.ascontiguousarray(given[name], dtype=np.float32)
         model = self.showing(tensors, given=given is not None, exact_activations=exact_activations)
-        shown = run_bytes(model, self.path, [name + _SHOWN for name in tensors], every)
+        shown = open_bytes(model, self.path, [name + _SHOWN for name in tensors])(every)
         return {name.removesuffix(_SHOWN): value for name, value in shown.items()}
 
     def in_order(self, matches: Iterable[Match]) -> list[Match]:

@@ -23,7 +23,10 @@ FP32_ROUNDOFF = 2.0**-24
 CONSTANT = 4 * FP32_ROUNDOFF
 #: Channels whose variation differs by this factor from the next larger one's are of another scale.
 SCALE_GAP = 4.0
-#: Independent values that tell a channel's scale: of fewer, among 1,000 classes, some vary little by chance.
+#: Independent values that tell a channel's scale. Of equal channels the smallest scale drawn is `SCALE_GAP` times below
+#: the next with a chance of SCALE_GAP ** -FREEDOM = 1.5e-5, whatever their number (the ratio of the two smallest is
+#: uniform, to the power of 1 / FREEDOM). Drawn 500,000 times: 5 equal classes are split in 1.2e-4 of the outputs, with
+#: 4 values in 0.8 %, with one, which is two samples, in 35 %.
 FREEDOM = 8
 #: A channel with more zeros than this is a ReLU's that rarely fires: too few values to tell its scale by.
 SPARSE = 0.8

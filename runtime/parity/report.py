@@ -50,7 +50,6 @@ class CandidateReport:
     tolerance: Tolerance
     verdict: Verdict
     bisection: Bisection | None
-    notes: tuple[str, ...]
     seconds: float
 
     @property
@@ -64,7 +63,7 @@ class CandidateReport:
 
     def record(self, reference: Path) -> ParityRecord:
         """What a manifest keeps of it."""
-        return self.verdict.record(reference.name, self.engine, self.notes)
+        return self.verdict.record(reference.name, self.engine)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -78,7 +77,7 @@ class CandidateReport:
             "yardstick": msgspec.to_builtins(self.verdict.yardstick),
             "bisection": self.bisection.to_dict() if self.bisection else None,
             "failures": self.failures(),
-            "notes": list(self.notes),
+            "notes": list(self.verdict.notes),
             "seconds": self.seconds,
         }
 
@@ -157,8 +156,8 @@ def _candidate(found: ParityReport, candidate: CandidateReport, texts: list[Sect
             rows=[row for hop in candidate.verdict.hops for row in parity_rows(hop)],
         ),
     ]
-    if candidate.notes:
-        sections.append(Text(title=f"{name}: notes", paragraphs=candidate.notes))
+    if candidate.verdict.notes:
+        sections.append(Text(title=f"{name}: notes", paragraphs=candidate.verdict.notes))
     manifest = None if artefact_kind(candidate.path) == "checkpoint" else find_manifest(candidate.path)
     if manifest is not None:
         told = manifest_sections(name, manifest, alone=alone)
@@ -227,13 +226,13 @@ def _remarks(candidate: CandidateReport) -> list[str]:
 
     texts = [
         f"float64 yardstick, {item.samples} samples: {item.output} is {number(item.candidate_rel_rms)} from exact, "
-        f"torch fp32 {number(item.reference_rel_rms)} (allowed: {item.factor:g} times that and 2e-07)"
+        f"torch fp32 {number(item.reference_rel_rms)} (allowed: {number(item.limit)})"
         for item in candidate.verdict.yardstick
     ]
     found = [o.disagreement_margin for hop in candidate.verdict.hops for o in hop.outputs]
     if margins := [margin for margin in found if margin is not None]:
         texts.append(f"where classes differ, the reference decides by at most {max(margins):.3g}")
-    texts += [f"note: {text}" for text in candidate.notes]
+    texts += [f"note: {text}" for text in candidate.verdict.notes]
     if candidate.bisection is not None and candidate.bisection.layers:
         texts += _layers(candidate.bisection)
     return texts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,15 @@ from gmconv.errors import RefusedError
 from gmconv.foreign import NOTHING, Foreign
 from runtime.artefact import Artefact, artefact_kind, open_artefact
 from runtime.manifest import Manifest
-from runtime.parity.beside import MOST_NUMBERS, Beside
+from runtime.parity.beside import MOST_NUMBERS, Beside, Memory
 from runtime.parity.cases import Case, Feeds, Wanted, make_cases
 from runtime.parity.compare import Comparator
 from runtime.parity.report import CandidateReport, ParityReport
 from runtime.parity.tolerances import MAX_CROP_COST, crop_cost, for_engine, judged_as, override, tolerance_for, widen
+from runtime.parity.unrounded import UNROUNDED, Measures, unrounded
 from runtime.parity.verdict import Verdict
-from runtime.parity.yardstick import Yardstick
-from runtime.records import Hop, OutputComparison, Tolerance
+from runtime.parity.yardstick import Yardstick, one_by_one
+from runtime.records import Crop, Hop, OutputComparison, Tolerance
 from runtime.runners import open_runner
 from runtime.runners.base import Array, Runner, numpy_dtype
 
@@ -77,12 +78,14 @@ def compare_artefacts(
     extra: dict[str, Any] = {"dynamic_hw": True, "foreign": options.foreign} if is_checkpoint else {}
     with open_runner(reference, _device(reference, options.reference_device), **extra) as runner:
         beside = Beside(reference, extra) if is_checkpoint and options.yardstick else None
-        reports = tuple(_compare(runner, beside, Path(path), options, note) for path in candidates)
+        paths = [Path(path) for path in candidates]
+        memory = Memory() if len(paths) > 1 else Memory(0)
+        reports = tuple(_compare(runner, beside, path, options, note, memory) for path in paths)
     return ParityReport(reference, runner.name, reports)
 
 
 def _compare(
-    reference: Runner, beside: Beside | None, path: Path, options: ParityOptions, note: Note
+    reference: Runner, beside: Beside | None, path: Path, options: ParityOptions, note: Note, memory: Memory
 ) -> CandidateReport:
     started = time.perf_counter()
     note(f"opening {path.name}")
@@ -94,49 +97,62 @@ def _compare(
     with open_candidate(artefact, options, precision, notes) as candidate:
         facts = candidate.artefact.facts | reference.artefact.facts
         _check_source(reference.artefact, artefact, notes)
-        wanted = Wanted(
-            images=options.images,
-            inputs=options.inputs,
-            samples=options.samples,
-            noise=options.samples,
-            seed=options.seed,
-            calibrated=tolerance.calibrated or any(m.crop.spent_on_data for m in (manifest, source) if m and m.crop),
-        )
+        wanted = _wanted(options, tolerance, [m.crop for m in (manifest, source) if m and m.crop])
         cases, more = make_cases(candidate.inputs, candidate.profiles, facts, wanted)
-        pair = _Pair(reference, candidate)
+        pair = _Pair(reference, candidate, memory)
         judge = beside is not None and tolerance == tolerance_for("fp32")
         yardstick = Yardstick()
         recorded = _recorded(pair, tolerance, options)
         comparator = Comparator(tolerance, classes=options.classes)
+        beyond = Measures(
+            beside, yardstick if judge else None, unrounded(candidate, tolerance, beside, options.classes)
+        )
         ran = []
         for index, case in enumerate(cases):
             note(f"comparing {path.name} on {case.label} {case.shape}")
-            if _run_case(pair, (index, case), comparator, tolerance, beside, yardstick if judge else None):
+            if _run_case(pair, (index, case), comparator, tolerance, beyond):
                 ran.append((index, case))
             else:
                 more.append(f"the reference itself does not run on {case.shape}; not compared there")
+        comparator.allow(own := yardstick.own())
         cases = [case for _, case in ran]
         results = [pair.hop(case, comparator.result(index), tolerance) for index, case in ran]
+        plain = beyond.unrounded.results() if beyond.unrounded else {}
+        results += [pair.hop(case, plain[i], tolerance, UNROUNDED) for i, case in ran if i in plain]
         report = CandidateReport(
             path=path,
             engine=candidate.name,
             precision=precision,
             tolerance=tolerance,
-            verdict=Verdict((*recorded, *results), yardstick.result() if judge else ()),
+            verdict=Verdict(
+                (*(hop(own) for hop in recorded), *results),
+                yardstick.result() if judge else (),
+                (*notes, *more, *comparator.notes()),
+            ),
             bisection=None,
-            notes=(*notes, *more, *comparator.notes()),
             seconds=time.perf_counter() - started,
         )
     if options.bisect and not report.passed:
-        from runtime.parity.bisect import bisect
+        from runtime.parity.bisect import bisect, telling
 
         note(f"looking for the first layer of {path.name} that differs")
-        feeds = _telling(cases, results)
+        feeds = telling(cases, results)
         report = replace(report, bisection=bisect(reference, path, feeds, tolerance, manifest, options.foreign))
     return replace(report, seconds=time.perf_counter() - started)
 
 
-def _recorded(pair: _Pair, tolerance: Tolerance, options: ParityOptions) -> list[Hop]:
+def _wanted(options: ParityOptions, tolerance: Tolerance, crops: Sequence[Crop]) -> Wanted:
+    return Wanted(
+        images=options.images,
+        inputs=options.inputs,
+        samples=options.samples,
+        noise=options.samples,
+        seed=options.seed,
+        calibrated=tolerance.calibrated or any(crop.spent_on_data for crop in crops),
+    )
+
+
+def _recorded(pair: _Pair, tolerance: Tolerance, options: ParityOptions) -> list[Callable[[Mapping[str, float]], Hop]]:
     """Golden pairs against either side: the live network by fp32's tolerance, the candidate by its own."""
     if options.golden is None:
         return []
@@ -154,8 +170,7 @@ def _run_case(
     numbered: tuple[int, Case],
     comparator: Comparator,
     tolerance: Tolerance,
-    beside: Beside | None,
-    yardstick: Yardstick | None,
+    beyond: Measures,
 ) -> bool:
     """Compare one case; False where it is a probe that the reference does not take."""
     (number, case), numbers = numbered, 0
@@ -174,12 +189,18 @@ def _run_case(
         first, numbers = numbers == 0, numbers + sum(array.size for array in feeds.values())
         rounded = None
         asked = tolerance.noise is not None and (case.real or not tolerance.calibrated)
-        if beside is not None and asked and numbers <= MOST_NUMBERS:
+        beside, few = beyond.beside, numbers <= MOST_NUMBERS
+        if beside is not None and asked and few:
             with beside.rounding(tolerance) as runner:
-                rounded = pair.run_reference(feeds, runner)
+                rounded = pair.run_reference(feeds, tolerance.precision, runner)
+            if beyond.unrounded is not None and case.real:
+                beyond.unrounded.add(feeds, expected, rounded, number, pair.run_reference)
         comparator.add(expected, found, number, real=case.real, rounded=rounded)
-        if beside is not None and yardstick is not None and first and numbers <= MOST_NUMBERS:
-            yardstick.add(pair.run_reference(feeds, beside.exact), expected, found)
+        if beside is not None and beyond.yardstick is not None and first and few:
+            exact = pair.run_reference(feeds, "float64", beside.exact)
+            beyond.yardstick.add(exact, expected, found)
+            if beyond.yardstick.wants_more(exact, expected):
+                beyond.yardstick.add_again(exact, one_by_one(pair.run_reference, feeds))
     return True
 
 
@@ -190,8 +211,8 @@ class _Pair:
     checkpoints do not name their tensors.
     """
 
-    def __init__(self, reference: Runner, candidate: Runner) -> None:
-        self.reference, self.candidate = reference, candidate
+    def __init__(self, reference: Runner, candidate: Runner, memory: Memory) -> None:
+        self.reference, self.candidate, self._memory = reference, candidate, memory
         name = candidate.artefact.path.name
         self._ends = reference.artefact.path.name, name
         ours, theirs = reference.inputs, candidate.inputs
@@ -211,11 +232,11 @@ class _Pair:
         if reference.artefact.kind == "checkpoint" and set(own) != set(names) and len(own) == len(names):
             self._outputs = dict(zip(own, names, strict=True))
 
-    def hop(self, case: Case, outputs: tuple[OutputComparison, ...], tolerance: Tolerance) -> Hop:
-        """The record of one case."""
+    def hop(self, case: Case, outputs: tuple[OutputComparison, ...], tolerance: Tolerance, how: str = "") -> Hop:
+        """The record of one case; `how`: in what form the candidate ran."""
         left, right = self._ends
         return Hop(
-            name=f"{left} -> {right}",
+            name=f"{left} -> {right}{how}",
             reference=left,
             candidate=right,
             inputs=case.label,
@@ -224,10 +245,13 @@ class _Pair:
             tolerance=tolerance,
         )
 
-    def run_reference(self, feeds: Feeds, runner: Runner | None = None) -> dict[str, Array]:
-        """The reference's outputs under the candidate's names, from the candidate's inputs in its own dtypes."""
+    def run_reference(self, feeds: Feeds, form: str = "", runner: Runner | None = None) -> dict[str, Array]:
+        """The reference's outputs under the candidate's names, from the candidate's inputs in its own dtypes.
+
+        `form` names what `runner` is, in place of the reference itself.
+        """
         own = {name: feeds[source].astype(numpy_dtype(dtype)) for name, (source, dtype) in self._inputs.items()}
-        outputs = (runner or self.reference).run(own)
+        outputs = self._memory.recall(form, own, lambda: (runner or self.reference).run(own))
         return {self._outputs.get(name, name): value for name, value in outputs.items()}
 
 
@@ -295,14 +319,3 @@ def _check_source(reference: Artefact, candidate: Artefact, notes: list[str]) ->
             f"{candidate.path.name} was made from {source.file} ({source.sha256[:12]}…), not from this checkpoint "
             f"({reference.sha256[:12]}…)"
         )
-
-
-def _telling(cases: Sequence[Case], results: Sequence[Hop]) -> Feeds:
-    """A small batch that shows the difference: of the failing case with the largest error, real data first."""
-    failing = [
-        (case.real, max((o.rel_rms for o in result.outputs if o.rel_rms is not None), default=0.0), index)
-        for index, (case, result) in enumerate(zip(cases, results, strict=True))
-        if not all(output.passed for output in result.outputs)
-    ]
-    chosen = cases[max(failing)[2]] if failing else cases[-1]
-    return next(iter(chosen))

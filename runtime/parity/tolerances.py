@@ -49,6 +49,26 @@ def widen(tolerance: Tolerance, cost: float) -> Tolerance:
     return replace(wider, overridden=tolerance.overridden)
 
 
+#: A hop in fp32 may be so many times as far as torch fp32 itself is from a float64 run of the network: two fp32 runs,
+#: each as far off as the other and independently, are 1.4 times that apart.
+OWN_DISTANCE = 2.0
+#: But never more than so many times the table's number: a network that fp32 computes worse has no proof in fp32.
+MOST_DISTANCE = 10.0
+
+
+def floored(tolerance: Tolerance, own: float) -> Tolerance:
+    """fp32's row for an output that torch fp32 itself computes `own` (relative RMS) off its float64 run.
+
+    The table's is for networks that add their terms well. Where sums cancel, two right programs are farther apart than
+    it allows; how far, the network says itself, whatever the artefact.
+    """
+    floor = min(OWN_DISTANCE * own, MOST_DISTANCE * TOLERANCES["fp32"].rel_rms)
+    if tolerance.precision != "fp32" or tolerance.overridden or not tolerance.rel_rms < floor:
+        return tolerance
+    source = f"{OWN_DISTANCE:g} times torch fp32's own distance to float64, {own:.1e}; the table says less"
+    return _tolerance("fp32", floor, tolerance.top1, tolerance.agreement, source)
+
+
 def _tolerance(
     precision: str, rel_rms: float, top1: float, agreement: float, source: str, *, overridden: bool = False
 ) -> Tolerance:

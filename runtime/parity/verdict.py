@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime.records import BAKING, Hop, Parity, YardstickComparison
@@ -10,10 +9,14 @@ from runtime.records import BAKING, Hop, Parity, YardstickComparison
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """All that was compared; `passed` only if there is something and each comparison of it held."""
+    """All that was compared; `passed` only if there is something and each comparison of it held.
+
+    `notes`: what a reader of the numbers should know.
+    """
 
     hops: tuple[Hop, ...]
     yardstick: tuple[YardstickComparison, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -40,6 +43,8 @@ class Verdict:
         failures = self.failures()
         return "; ".join(failures[:3]) + (f" and {len(failures) - 3} more" if len(failures) > 3 else "")
 
-    def record(self, reference: str, engine: str, notes: Sequence[str] = ()) -> Parity:
+    def record(self, reference: str, engine: str) -> Parity:
         """For the manifest of an artefact that passed: base names only, a manifest travels."""
-        return Parity(reference=reference, engine=engine, hops=self.hops, yardstick=self.yardstick, notes=tuple(notes))
+        return Parity(
+            reference=reference, engine=engine, hops=self.hops, yardstick=self.yardstick, notes=tuple(self.notes)
+        )

@@ -230,8 +230,8 @@ class OnnxRuntimeRunner(Runner):
         return binding
 
 
-def run_bytes(model: bytes, path: Path, outputs: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Run a model held in memory once on the CPU, exactly as written (no graph rewrites).
+def open_bytes(model: bytes, path: Path, outputs: Sequence[str]) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
+    """A model held in memory as a function from its inputs to `outputs`, on the CPU exactly as written (no rewrites).
 
     `path` is the file it was derived from: external data is looked for beside it, and messages name it.
     """
@@ -240,14 +240,21 @@ def run_bytes(model: bytes, path: Path, outputs: Sequence[str], feeds: Mapping[s
     options.log_severity_level = 4
     session_options(None, "layers").apply(options, ort)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+
+    def said(error: Exception) -> Exception:
+        return RefusedError(f"{path}: cannot be run in parts ({_reason(error)})") if _from_ort(error) else error
+
+    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
+        try:
+            return dict(zip(outputs, session.run(list(outputs), dict(feeds)), strict=True))
+        except Exception as error:
+            raise said(error) from error
+
     try:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        values = session.run(list(outputs), dict(feeds))
     except Exception as error:
-        if not _from_ort(error):
-            raise
-        raise RefusedError(f"{path}: cannot be run layer by layer ({_reason(error)})") from error
-    return dict(zip(outputs, values, strict=True))
+        raise said(error) from error
+    return run
 
 
 def _import() -> Any:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gmconv.inputs import Input
+    from gmconv.rounding import Rounding
 
 Form = Literal["live", "baked"]
 #: CUDA graphs kept, one for each shape run last: each holds the memory of its intermediate results.
@@ -343,9 +344,9 @@ class TorchRunner(Runner):
             raise RefusedError(f"the checkpoint's network does not run on this input: {text}") from error
 
 
-def rounding(precision: str) -> contextlib.AbstractContextManager[object]:
-    """What torch computes meanwhile rounds as in `precision`; see `gmconv.rounding`."""
-    found: contextlib.AbstractContextManager[object] = require("gmconv.rounding", "export").Rounding(precision)
+def rounding(precision: str, **options: Any) -> Rounding:
+    """What torch computes meanwhile rounds as in `precision`; see `gmconv.rounding.Rounding`."""
+    found: Rounding = require("gmconv.rounding", "export").Rounding(precision, **options)
     return found
 
 

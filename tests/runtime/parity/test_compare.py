@@ -220,7 +220,7 @@ def test_batches_add_up_to_the_whole(pair: tuple[Array, Array], size: int) -> No
         comparator.add({"logits": a[start : start + size]}, {"logits": b[start : start + size]})
     whole, parts = one(a, b), comparator.result()[0]
     for name in ("samples", "max_abs", "mean_abs", "rel_rms", "cosine", "top1", "top5", "decided", "variation"):
-        assert getattr(parts, name) == pytest.approx(getattr(whole, name), nan_ok=True, abs=1e-9), name
+        assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-9, abs=1e-9, nan_ok=True), name
 
 
 # --- float64 yardstick ---------------------------------------------------------------------------------------------
@@ -247,6 +247,20 @@ def test_the_floor_lets_an_exact_reference_be_followed_by_rounding() -> None:
     exact = LOGITS.astype(np.float64)
     (found,) = judge_yardstick({"o": exact}, {"o": exact}, {"o": exact * (1 + 2.0**-24)})
     assert found.passed
+
+
+@pytest.mark.parametrize(("off", "passes"), [(1.4e-6, True), (2.5e-6, False)])
+def test_what_one_sum_may_be_off_is_never_too_far(off: float, passes: bool) -> None:
+    exact = LOGITS.astype(np.float64)
+    noise = RNG.standard_normal(exact.shape) * float(np.sqrt(np.square(exact).mean()))
+    (found,) = judge_yardstick({"o": exact}, {"o": exact * (1 + 2.0**-26)}, {"o": exact + off * noise})
+    assert found.passed is passes
+
+
+def test_the_yardstick_says_how_far_the_reference_itself_is() -> None:
+    exact, measure = LOGITS.astype(np.float64), Yardstick()
+    measure.add({"o": exact, "zero": exact * 0}, {"o": exact * (1 + 1e-5), "zero": exact * 0}, {"o": exact})
+    assert measure.own() == {"o": pytest.approx(1e-5)}, "an output that is zero, or missing, says nothing"
 
 
 @pytest.mark.parametrize(

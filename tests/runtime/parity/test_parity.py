@@ -231,7 +231,7 @@ def test_the_manifest_decides_the_precision_and_is_verified(pair: tuple[Path, Pa
     found = compare_artefacts(pair[0], [path], ParityOptions(samples=8)).candidates[0]
     assert found.precision == "fp8"
     assert found.verdict.yardstick == ()
-    assert any("was made from other.pt" in text for text in found.notes)
+    assert any("was made from other.pt" in text for text in found.verdict.notes)
     sidecar(path).write_text(replace(manifest, artefact=replace(manifest.artefact, sha256="0" * 64)).to_json())
     with pytest.raises(RefusedError, match="sha256"):
         compare_artefacts(pair[0], [path])
@@ -259,7 +259,7 @@ def test_a_crop_is_judged_by_what_it_may_cost(
     found = compare_artefacts(pair[0], [path], ParityOptions(samples=8)).candidates[0]
     assert found.tolerance.rel_rms == pytest.approx(allowed)
     assert not found.tolerance.overridden
-    assert any("cropped" in text for text in found.notes) == (crop["tolerance"] != "lossless")
+    assert any("cropped" in text for text in found.verdict.notes) == (crop["tolerance"] != "lossless")
     assert bool(found.verdict.yardstick) == (crop["tolerance"] == "lossless"), (
         "what was cropped on purpose is not exact"
     )
@@ -292,7 +292,7 @@ def test_a_cropped_reference_may_differ_too_and_the_same_crop_on_both_sides_may_
     for (reference, candidate), cost in allowed.items():
         (found,) = compare_artefacts(reference, [candidate], options).candidates
         assert found.tolerance.rel_rms == pytest.approx(cost + 2e-5)
-        assert any("cropped" in text for text in found.notes) == bool(cost)
+        assert any("cropped" in text for text in found.verdict.notes) == bool(cost)
 
 
 def test_half_precision_inputs_are_compared_on_equal_terms(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_precision_is_read_from_the_graph_where_there_is_no_manifest(pair: tuple
     half = changed(pair[1], tmp_path / "half.onnx", halve)
     found = compare_artefacts(pair[0], [half], ParityOptions(samples=8)).candidates[0]
     assert found.precision == "fp16"
-    assert any("judged as fp16" in note for note in found.notes)
+    assert any("judged as fp16" in note for note in found.verdict.notes)
 
 
 def test_calibrated_graphs_are_judged_on_data_when_there_is_some(digits_checkpoint: Path, digits_onnx: Path) -> None:

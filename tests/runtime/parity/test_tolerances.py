@@ -12,7 +12,7 @@ from export.crop.budget import parse_budget
 from export.crop.request import CropRequest, crop_for_export
 from export.onnx.pipeline import crop_record
 from gmconv.cropping.certificate import crop_model
-from runtime.parity.tolerances import MAX_CROP_COST, TOLERANCES, crop_cost, widen
+from runtime.parity.tolerances import MAX_CROP_COST, MOST_DISTANCE, TOLERANCES, crop_cost, floored, override, widen
 from runtime.records import Crop, CropBudget, CropError, CropLayer
 
 
@@ -83,3 +83,20 @@ def test_the_cost_adds_to_what_the_precision_may(precision: str) -> None:
     assert "cropped kernels" in wider.source
     assert widen(table, 0) is table
     assert widen(table, MAX_CROP_COST).rel_rms < 1, "always a tolerance that can fail"
+
+
+@pytest.mark.parametrize(
+    ("own", "allowed"), [(0.0, 2e-5), (3e-7, 2e-5), (1e-5, 2e-5), (4e-5, 8e-5), (3e-2, 2e-4), (float("inf"), 2e-4)]
+)
+def test_what_torch_fp32_itself_is_off_is_a_floor_that_ends(own: float, allowed: float) -> None:
+    found = floored(TOLERANCES["fp32"], own)
+    assert found.rel_rms == pytest.approx(allowed)
+    assert found.max_rel_rms / found.rel_rms == pytest.approx(TOLERANCES["fp32"].max_rel_rms / 2e-5)
+    assert found.rel_rms <= MOST_DISTANCE * TOLERANCES["fp32"].rel_rms
+
+
+def test_no_other_precision_and_no_number_of_the_user_has_that_floor() -> None:
+    for tolerance in (TOLERANCES["fp16"], TOLERANCES["int8"], override(TOLERANCES["fp32"], 1e-6)):
+        assert floored(tolerance, 1e-3) is tolerance
+    wide = widen(TOLERANCES["fp32"], 1e-3)
+    assert floored(wide, 4e-5) is wide, "what a crop may cost is more"

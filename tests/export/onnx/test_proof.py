@@ -1,0 +1,44 @@
+"""What an export's proof lets pass in fp32: the table, the float64 yardstick, and the network's own distance to it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from export.onnx.cases import Case
+from export.onnx.proof import Proof
+from export.onnx.reference import Reference
+from gmconv.certificate import BakeCertificate
+from runtime.runners.base import Array
+
+RNG = np.random.default_rng(0)
+EXACT = RNG.standard_normal((64, 10))
+
+
+def off(by: float, seed: int) -> Array:
+    """What a program computes whose sums are so far off."""
+    noise = np.random.default_rng(seed).standard_normal(EXACT.shape)
+    return (EXACT + by * noise).astype(np.float32)
+
+
+def proof(live: Array, shipped: Array) -> Proof:
+    case, outputs = Case("noise", {"input": EXACT.astype(np.float32)}, yardstick=True, noise=True), {"logits": live}
+    reference = Reference((outputs,), (outputs,), ({"logits": EXACT},), BakeCertificate((), 0))
+    return Proof([case], reference, [{"logits": shipped}], classes=True)
+
+
+@pytest.mark.parametrize(
+    ("live", "shipped", "passes"),
+    [
+        (3e-7, 3e-7, True),
+        (3e-7, 1e-5, False),  # within the table, far from float64
+        (4e-5, 4e-5, True),  # as bad as torch fp32, and no worse
+        (4e-5, 2e-6, True),
+        (4e-5, 2e-4, False),
+        (4e-3, 4e-3, False),  # no proof in fp32
+    ],
+)
+def test_an_artefact_may_be_as_far_off_as_torch_fp32_itself(live: float, shipped: float, passes: bool) -> None:
+    verdict = proof(off(live, 1), off(shipped, 2)).judge("fp32")
+    assert verdict.passed is passes
+    assert verdict.hops[-1].outputs[0].tolerance == pytest.approx(min(max(2e-5, 2 * live), 2e-4), rel=0.3)

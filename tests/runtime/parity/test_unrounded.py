@@ -1,0 +1,70 @@
+"""In 8 bits an error of the size of the rounding shows once the activations are not rounded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper, numpy_helper
+
+import gmconv
+from export.graph.check import save_graph
+from export.precision.convert import convert_precision
+from export.precision.converter import PrecisionOptions
+from runtime.manifest import read_manifest
+from runtime.parity.run import CandidateReport, ParityOptions, compare_artefacts
+from runtime.parity.unrounded import UNROUNDED
+from tests.runtime.parity.test_bisect import randomize_norms, save
+
+FORMS = {
+    "int8": ("int8", PrecisionOptions(calibration="digits", calibration_images=64)),
+    "fp8": ("fp8", PrecisionOptions(calibration="digits", calibration_images=64)),
+    "cpu": ("int8", PrecisionOptions(calibration="digits", calibration_images=64, target="cpu")),
+    "kept": (
+        "int8",
+        PrecisionOptions(calibration="digits", calibration_images=64, keep_fp32=("layer2*", "layer3*")),
+    ),
+}
+pytestmark = pytest.mark.xdist_group("test_unrounded")  # its networks are exported once
+
+
+def shift_one_kernel(path: Path) -> Path:
+    """A copy in which the kernels from half of the channels to one layer in the middle are off by a tap."""
+    model = onnx.load(path)
+    stored = next(t for t in model.graph.initializer if t.name.startswith("layer2") and len(t.dims) == 4)
+    values = numpy_helper.to_array(stored).copy()
+    values[:, ::2] = np.roll(values[:, ::2], 1, axis=3)
+    stored.CopyFrom(helper.make_tensor(stored.name, stored.data_type, values.shape, values.tobytes(), raw=True))
+    wrong = path.with_name(f"wrong.{path.name}")
+    save_graph(model, wrong, read_manifest(path))
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CandidateReport]:
+    """What parity says of ResNet-8 on digits in each form, and of it with an error."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("unrounded")
+    model = randomize_norms(gmconv.models.create("resnet8", sigma=0.9))
+    checkpoint, fp32 = save(model, folder, "gmconv.models:resnet8", (3, 16, 16))
+    files = []
+    for name, (kind, options) in FORMS.items():
+        convert_precision(fp32, folder / f"{name}.onnx", kind, options)
+        files += [folder / f"{name}.onnx", shift_one_kernel(folder / f"{name}.onnx")]
+    found = compare_artefacts(checkpoint, files, ParityOptions(samples=16, images="digits")).candidates
+    return {candidate.path.stem: candidate for candidate in found}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_clean_artefact_passes_also_where_layers_were_kept(said: dict[str, CandidateReport], form: str) -> None:
+    assert said[form].passed, said[form].failures()
+    assert any(hop.name.endswith(UNROUNDED) for hop in said[form].verdict.hops)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_error_that_the_rounding_would_hide_is_refused(said: dict[str, CandidateReport], form: str) -> None:
+    assert not said[f"wrong.{form}"].passed
+    assert UNROUNDED in " ".join(said[f"wrong.{form}"].failures())
