@@ -194,7 +194,7 @@ def _judge(found: Subject, precision: str, waiting: list[tuple[Path, Planted]], 
 def table(title: str, rows: Mapping[str, Count]) -> list[str]:
     """As Markdown."""
     head = f"| {title} | caught / planted | share | within the noise | clean refused |"
-    return [head, "|---|---|---|---|---|", *(f"| {name} | {count.cells()} |" for name, count in rows.items()), ""]
+    return [head, "|---|---|---|---|---|", *(f"| {name} | {count.cells()} |" for name, count in rows.items())]
 
 
 def added(counts: Mapping[tuple[str, str, str], Count], part: int, names: Sequence[str]) -> dict[str, Count]:
@@ -227,10 +227,11 @@ def run(name: str, precisions: Sequence[str], places: Sequence[int]) -> Iterator
 @click.option("--precisions", default=",".join(PRECISIONS), show_default=True)
 @click.option("--places", default=",".join(map(str, PLACES)), show_default=True, help="Where, in percent of the way.")
 @click.option("--results", type=click.Path(path_type=Path), help="Keep counts here; what it holds is not run again.")
-def main(networks: str, precisions: str, places: str, results: Path | None) -> None:
+@click.option("--show", is_flag=True, help="Run nothing: print what --results holds.")
+def main(networks: str, precisions: str, places: str, results: Path | None, show: bool) -> None:
     """Print the tables as Markdown, and below them what was missed."""
     counts, wanted = recorded(results), [int(place) for place in places.split(",")]
-    for name in networks.split(","):
+    for name in () if show else networks.split(","):
         left = [p for p in precisions.split(",") if (name, p, "") not in counts]
         began = time.perf_counter()
         for found in run(name, left, wanted) if left else ():
@@ -242,11 +243,13 @@ def main(networks: str, precisions: str, places: str, results: Path | None) -> N
         print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     by_precision = added(counts, 1, PRECISIONS)
     for title, part, names in (("precision", 1, PRECISIONS), ("network", 0, [*NETWORKS]), ("error", 2, [*ERRORS])):
-        print("\n".join(table(title, added(counts, part, names))))
+        print("\n".join([f"By {title}:", *table(title, added(counts, part, names))]))
     short = [n for n, c in by_precision.items() if c.refused or c.caught < GOALS.get(n, 1.0) * c.planted]
     print(
         f"Goals (fp32, fp16, bf16 100 %; 8 bits 95 %; no clean artefact refused): {', '.join(short) or 'none'} missed."
     )
+    missing = {n: [p for p in PRECISIONS if (n, p, "") not in counts] for n in NETWORKS}
+    print("Not run: " + ("; ".join(f"{n} in {', '.join(left)}" for n, left in missing.items() if left) or "nothing"))
     print("\n".join(["Planted and passed:", *(text for count in counts.values() for text in count.missed)]))
 
 
