@@ -38,10 +38,11 @@ $(GPU)/bin/.installed: pyproject.toml constraints.txt
 install-gpu: $(GPU)/bin/.installed  ## make the virtual environment of the tests that need a GPU
 .PHONY: install-gpu
 
-# Kernels of 7x7 taps whose sigmas training shrinks: what a crop is for.
+# Kernels of 7x7 taps whose sigmas training shrinks: what a crop is for. One thread: so small a network gains little by
+# two, which on a busy machine wait for each other by spinning.
 $(DEMO)/digits.pt: $(BIN)/.demo
 	@mkdir -p $(DEMO)
-	$(BIN)/python -m gmconv.train --arch resnet8 --kernel-size 7 --sigma 1.5 --sigma-lr 0.1 --sigma-penalty 1 \
+	OMP_NUM_THREADS=1 $(BIN)/python -m gmconv.train --arch resnet8 --kernel-size 7 --sigma 1.5 --sigma-lr 0.1 --sigma-penalty 1 \
 	  --epochs 10 --input-shape 1,16,16 -o $@
 
 demo: $(DEMO)/digits.pt  ## train on the digits, bake, crop, export with proof, report; OPEN=1 opens it
