@@ -31,6 +31,13 @@ def test_a_precision_has_one_name(precisions: tuple[Precision, ...], names: list
     assert [file.name for file in ExportOptions(precisions=precisions).outputs(Path("net.onnx"))] == names
 
 
+def test_golden_pairs_that_held_confirm_what_a_checkpoint_only_assumes() -> None:
+    notes = ("assumed: the sigma of 3 layers is read as GMConv2d's", "weights taken from 'ema'")
+    assert ExportOptions().confirmed(notes) == notes
+    confirmed, other = ExportOptions(golden=Path("own/pairs.npz")).confirmed(notes)
+    assert (confirmed, other) == (notes[0].replace("assumed", "confirmed by pairs.npz"), notes[1])
+
+
 @pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch) -> Live:
     """A network in memory, in a program where no export may begin to work."""
