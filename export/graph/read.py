@@ -138,10 +138,12 @@ def layers(model: ModelProto) -> tuple[Layer, ...]:
     weights = weight_sources(model)
     found: dict[str, Layer] = {}
     for node in model.graph.node:
-        if node.op_type in WEIGHTED_OPS and len(node.input) > 1 and node.input[1] in weights:
-            name = _layer_name(weights[node.input[1]], node.name)
+        places = [1, 0] if node.op_type == "MatMul" else [1]  # a product of unfolded patches has it on the left
+        held = [node.input[i] for i in places if len(node.input) > 1 and node.input[i] in weights]
+        if node.op_type in WEIGHTED_OPS and held:
+            name = _layer_name(weights[held[0]], node.name)
             name = node.name if name in found else name  # two layers sharing one weight
-            found[name] = Layer(name, node.op_type, node.name, node.input[1])
+            found[name] = Layer(name, node.op_type, node.name, held[0])
     return tuple(found.values())
 
 

@@ -48,10 +48,10 @@ def tensors_to_calibrate(model: ModelProto, target: QuantTarget) -> tuple[str, .
     constants = {tensor.name for tensor in model.graph.initializer}
     wanted: dict[str, None] = {}
     if target == "tensorrt":
-        quantizable = {layer.node for layer in layers(model)}
+        weights = {layer.node: layer.weight for layer in layers(model)}
         for node in model.graph.node:
-            if node.name in quantizable:
-                wanted[node.input[0]] = None
+            if node.name in weights:
+                wanted[next(name for name in node.input if name != weights[node.name])] = None
     else:
         for node in model.graph.node:
             for name in (*node.input, *node.output):
@@ -128,8 +128,10 @@ def _unlike_merges(model: ModelProto, ranges: Mapping[str, tuple[float, float]])
 
 
 def _per_tensor_weights(model: ModelProto) -> dict[str, list[dict[str, Any]]]:
-    """Overrides of the quantizer for grouped ConvTranspose, whose weights (in, out / groups, ...) have no axis of
-    output channels to be quantized along."""
+    """Overrides of the quantizer for weights without an axis that it may quantize along.
+
+    Those of grouped ConvTranspose (in, out / groups, ...), and of a MatMul on its left, whose second axis is summed.
+    """
     from onnxruntime.quantization.quant_utils import QuantType as OrtType
 
     grouped = (
@@ -137,7 +139,10 @@ def _per_tensor_weights(model: ModelProto) -> dict[str, list[dict[str, Any]]]:
         for node in model.graph.node
         if node.op_type == "ConvTranspose" and any(a.name == "group" and a.i > 1 for a in node.attribute)
     )
-    return {node.input[1]: [{"quant_type": OrtType.QInt8, "symmetric": True}] for node in grouped}
+    weights = weight_sources(model)
+    left = (node.input[0] for node in model.graph.node if node.op_type == "MatMul" and node.input[0] in weights)
+    names = [*(node.input[1] for node in grouped), *left]
+    return {name: [{"quant_type": OrtType.QInt8, "symmetric": True}] for name in names}
 
 
 def _run_quantizer(

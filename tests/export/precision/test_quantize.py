@@ -245,3 +245,25 @@ def test_an_old_opset_is_refused(network: Network, ranges: Callable[..., Ranges]
 def test_excluding_everything_is_refused(network: Network, ranges: Callable[..., Ranges]) -> None:
     with pytest.raises(RefusedError, match="no layer is left to quantize"):
         quantize_graph(network(), ranges(), exclude={"node_conv1", "node_block", "node_down", "node_fc"})
+
+
+@pytest.mark.parametrize(("to", "target"), [("int8", "tensorrt"), ("fp8", "tensorrt"), ("int8", "cpu")])
+def test_the_weight_of_a_product_may_stand_on_its_left(to: Any, target: Any, tmp_path: Path) -> None:
+    """A convolution over unfolded patches; all of its second axis is summed, so it has one scale."""
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((4, 6)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["w", "x"], ["y"], "product")],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 6, 5])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4, 5])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    ranges = dict.fromkeys(tensors_to_calibrate(model, target), (-4.0, 4.0))
+    assert "w" not in ranges
+    quantized = quantize_graph(model, ranges, to=to, target=target)
+    assert list(precision_by_layer(quantized).values()) == [to]
+    (found,) = effective_weights(quantized).values()
+    steps = 2**4 if to == "fp8" else 2 * (64 if target == "cpu" else 127)  # seven bits on a CPU
+    assert np.abs(found - weight).max() <= np.abs(weight).max() * 1.02 / steps
