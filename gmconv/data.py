@@ -255,7 +255,10 @@ def _folder(
     part: Part,
 ) -> Source:
     if preprocessing is None:
-        raise RefusedError(f"{folder}: the manifest has no preprocessing, so image files cannot be turned into inputs")
+        raise RefusedError(
+            f"{folder}: nothing says how image files become inputs, as the manifest has no preprocessing: export again "
+            f"with --mean and --std (or --preprocessing FILE), or say preprocessing= to gmconv.deploy"
+        )
     channels = 1 if preprocessing.channel_order == "L" else 3
     prepared = (channels, *preprocessing.size)
     if prepared != tuple(shape):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from gmconv.errors import RefusedError
 from gmconv.images import Preprocessing
-from runtime.manifest import Manifest, TensorSpec
+from runtime.manifest import Manifest
 
 
 def refuse_untrue(manifest: Manifest) -> None:
@@ -14,7 +15,7 @@ def refuse_untrue(manifest: Manifest) -> None:
     name = manifest.artefact.file
     images = [spec for spec in manifest.inputs if len(spec.shape) == 4]
     prepared = manifest.preprocessing if len(manifest.inputs) == len(images) == 1 else None
-    if prepared is not None and (wrong := _misfit(prepared, images[0])):
+    if prepared is not None and (wrong := misfit(prepared, images[0].shape)):
         raise RefusedError(f"{name}: its preprocessing {wrong}; save the checkpoint with the one it was trained with")
     classes = next((spec.shape[1] for spec in manifest.outputs if len(spec.shape) == 2), None)
     if manifest.labels is not None and isinstance(classes, int) and classes > 1 and len(manifest.labels) != classes:
@@ -23,8 +24,9 @@ def refuse_untrue(manifest: Manifest) -> None:
         )
 
 
-def _misfit(preprocessing: Preprocessing, image: TensorSpec) -> str:
-    _, channels, *sides = image.shape
+def misfit(preprocessing: Preprocessing, shape: Sequence[int | str]) -> str:
+    """What is wrong with it for an image input of `shape` (batch, C, H, W), words for what is free; "" if nothing."""
+    _, channels, *sides = shape
     made = 1 if preprocessing.channel_order == "L" else 3
     if len(preprocessing.mean) != made or len(preprocessing.std) != made:
         return f"has {len(preprocessing.mean)} means and {len(preprocessing.std)} deviations for {made} channels"

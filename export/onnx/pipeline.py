@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from export.onnx.interface import examples, input_names, output_names
 from export.onnx.options import ExportOptions, Note
-from export.onnx.refusals import NOTHING_BAKED, refuse_early, refuse_precisions, refuse_two_networks
+from export.onnx.refusals import (
+    NOTHING_BAKED,
+    refuse_early,
+    refuse_precisions,
+    refuse_two_answers,
+    refuse_two_kernels,
+    refuse_unfit_images,
+)
 from gmconv.errors import ParityError, RefusedError
 from gmconv.golden import read_golden
 from runtime.runners.base import numpy_dtype
@@ -45,7 +52,7 @@ class _Exported:
     outputs: tuple[Any, ...]
     operators: dict[str, int]
     baked_sha256: dict[str, str]
-    first: Outputs
+    first: list[Outputs]
     fused: list[Outputs] | None
     crop: CropCertificate | None
     cropped: list[Outputs] | None
@@ -91,6 +98,7 @@ def export_onnx(
     with staged(written[0]) as folder, _opened(source, options, note) as trained:
         loaded = trained.loaded
         names = output_names(loaded, options, in_memory=not trained.chain)
+        refuse_unfit_images(loaded)
         refuse_precisions(loaded, options)
         golden = None
         if options.golden is not None:
@@ -126,7 +134,7 @@ def _write_fp32(
     from export.onnx.reference import run_torch
     from gmconv.constants import bake_for_inputs
 
-    first = run_torch(loaded.model, loaded.inputs, cases[:1], names)[0]
+    first = run_torch(loaded.model, loaded.inputs, cases[:1], names)
     note("baking masks and other constant kernels")
     model, certificate = bake_for_inputs(loaded.model, loaded.inputs, **options.bake_options)
     baked = certificate.sha256()
@@ -226,7 +234,9 @@ def _prove(exported: _Exported, cases: list[Case], reference: Any, note: Note) -
     from runtime.parity.tolerances import crop_cost
     from runtime.records import Crop
 
-    refuse_two_networks(exported.first, reference.live[0], exported.baked_sha256, reference.certificate.sha256())
+    for here, there in zip(exported.first, reference.live, strict=False):
+        refuse_two_answers(here, there)
+    refuse_two_kernels(exported.baked_sha256, reference.certificate.sha256())
     proof = Proof(cases, reference, [{} for _ in cases], exported.classifies, exported.fused, exported.cropped)
     inputs, ranges = exported.inputs, exported.ranges
     proof = proof.where([taken(c, o, inputs, ranges, note) for c, o in zip(cases, reference.live, strict=True)])

@@ -14,6 +14,7 @@ from gmconv.images import read_preprocessing
 from gmconv.kinds import refuse_other_kinds
 from gmconv.packages import require
 from runtime.manifest import refuse_other_precision, sidecar
+from runtime.metadata import misfit
 
 if TYPE_CHECKING:
     from gmconv import Checkpoint
@@ -49,6 +50,17 @@ def refuse_early(source: object, written: Sequence[Path], options: ExportOptions
         require(module)
 
 
+def refuse_unfit_images(loaded: Checkpoint) -> None:
+    """Preprocessing for other channels than the network's, or that divides by zero. Raises RefusedError."""
+    preprocessing = read_preprocessing(loaded.preprocessing)
+    if preprocessing is None or len(loaded.inputs) != 1 or not loaded.inputs[0].is_image:
+        return
+    if wrong := misfit(preprocessing, ("batch", loaded.input_shape[0], "height", "width")):
+        raise RefusedError(
+            f"the preprocessing {wrong}; give a number for each channel (--mean M,M,M --std S,S,S), as in training"
+        )
+
+
 def refuse_precisions(loaded: Checkpoint, options: ExportOptions) -> None:
     """Once the checkpoint is read: int8 and fp8 without anything to calibrate them on. Raises RefusedError."""
     from export.precision.converter import open_calibration
@@ -61,13 +73,8 @@ def refuse_precisions(loaded: Checkpoint, options: ExportOptions) -> None:
     open_calibration(options.calibrated, loaded.input_shape, preprocessing, loaded.dataset)
 
 
-def refuse_two_networks(
-    here: Mapping[str, Array], there: Mapping[str, Array], baked_here: Mapping[str, str], baked_there: Mapping[str, str]
-) -> None:
-    """Where two processes loaded one checkpoint: their outputs for one batch, and the sha256 of each kernel.
-
-    Raises RefusedError when the outputs say that these are two networks, ParityError when only a kernel does.
-    """
+def refuse_two_answers(here: Mapping[str, Array], there: Mapping[str, Array]) -> None:
+    """Where two processes loaded one checkpoint: their outputs for one batch. Raises RefusedError."""
     for name in here.keys() & there.keys():
         left, right = (side[name].astype("float64") for side in (here, there))
         if left.shape != right.shape or here[name].dtype.kind != "f":  # a class may flip where two are as good
@@ -80,6 +87,10 @@ def refuse_two_networks(
                 f"forward draws random numbers; register them (self.register_buffer), or hand the network itself to "
                 f"gmconv.deploy"
             )
+
+
+def refuse_two_kernels(baked_here: Mapping[str, str], baked_there: Mapping[str, str]) -> None:
+    """The sha256 of each kernel that two processes baked. Raises ParityError."""
     for name in sorted(baked_here.keys() | baked_there.keys()):
         if baked_here.get(name) != baked_there.get(name):
             raise ParityError(f"layer {name!r}: two processes baked different weights; refusing to ship either")

@@ -245,6 +245,10 @@ def main(
         foreign=options.foreign,
         force=options.force,
     )
+    if options.checkpoint and not as_json:
+        from export.onnx.tables import print_export
+
+        print_export(onnx_path)
     with progress_bar(quiet=as_json or options.verbose) as progress:
         manifest = build_engine(onnx_path, output, options, progress=progress, process=process)
     if report is not None:

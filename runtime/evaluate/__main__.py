@@ -11,6 +11,7 @@ from gmconv.cli import Command, print_json, result_console, warn
 from gmconv.data import refuse_missing
 from gmconv.errors import ParityError
 from gmconv.foreign import foreign_options
+from gmconv.kinds import artefact_kind
 from runtime.report import write_report
 from runtime.report.artefacts import report_option, require_report
 
@@ -82,6 +83,11 @@ def main(
     if flags["metric"] is not None and (flags["output"] is not None or min_agreement is not None):
         raise click.UsageError(
             "--metric is given every output and no agreement: leave --output and --min-agreement out"
+        )
+    if flags["foreign"].preprocessing and all(artefact_kind(path) != "checkpoint" for path in artefacts):
+        raise click.UsageError(
+            "--mean, --std and --preprocessing are of a checkpoint, and none is given; an artefact's are in its "
+            "manifest: export again with them"
         )
     if flags["images"] is not None:
         refuse_missing(flags["images"])

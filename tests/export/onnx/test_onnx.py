@@ -417,3 +417,12 @@ def test_more_than_two_gibibytes_of_weights(tmp_path: Path) -> None:
     assert [entry.file for entry in manifest.external] == ["net.onnx.data"]
     assert manifest.parity is not None
     assert manifest.parity.passed
+
+
+def test_one_mean_for_three_channels_is_refused_before_anything_is_exported(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(checkpoint, "-o", tmp_path / "net.onnx", "--mean", "0.5", "--std", "0.5") == 3
+    said = capsys.readouterr().err
+    assert "1 means and 1 deviations for 3 channels; give a number for each channel" in said
+    assert "exporting to ONNX" not in said
