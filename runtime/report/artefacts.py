@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gmconv.files import require_writable
 from gmconv.packages import require
 from runtime.manifest import Manifest, read_manifest
-from runtime.report.render import embed, write_report
-from runtime.report.sections import Facts, ManifestText, Section, manifest_sections, without_repeated_masks
+
+if TYPE_CHECKING:
+    from runtime.report.sections import Section
 
 
 def report_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,12 +37,16 @@ def write_artefact_report(path: Path, files: Sequence[Path], more: Sequence[Sect
 
     Raises RefusedError when it cannot be written, UnavailableError when the plotting libraries are missing.
     """
+    from runtime.report.render import write_report
+
     manifests = {file.name: read_manifest(file, verify=False) for file in files}
     write_report(path, f"Export of {', '.join(manifests)}", [*more, *artefact_sections(manifests)])
 
 
 def artefact_sections(manifests: Mapping[str, Manifest]) -> list[Section]:
     """Of each artefact, by name: verdict, parity, build, masks, kernels, crop, tails; the manifests in full last."""
+    from runtime.report.sections import Facts, ManifestText, manifest_sections, without_repeated_masks
+
     sections: list[Section] = []
     texts: list[Section] = []
     for name, manifest in manifests.items():
@@ -57,4 +62,6 @@ def artefact_sections(manifests: Mapping[str, Manifest]) -> list[Section]:
 
 def manifest_html(manifest: Manifest) -> str | None:
     """A manifest in a notebook; None where the plotting libraries are missing."""
+    from runtime.report.render import embed
+
     return embed(artefact_sections({manifest.artefact.file: manifest}))
