@@ -10,13 +10,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from gmconv.errors import ArchitectureUnavailableError, CheckpointError
-from gmconv.packages import pip, refuse_file
+from gmconv.packages import find_own, pip
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*")  # no ':' or '/': timm would fetch "hf-hub:..." from the network
 _PUBLISHED = ("timm", "torchvision")  # zoos that pip can install; of any other name it might install a stranger's
@@ -140,9 +139,7 @@ def _make(namespace: str, name: str, kwargs: dict[str, Any], where: str, arch: s
 
 
 def _own_factory(namespace: str, name: str, where: str, arch: str) -> Callable[..., object]:
-    refuse_file(namespace, name, where)
-    if (here := str(Path.cwd())) not in sys.path and not sys.flags.safe_path:
-        sys.path.append(here)  # the user's own code; behind everything else, so that it shadows nothing of ours
+    find_own(namespace, name, where)
     module = _module(namespace, arch, where)
     factory = getattr(module, name, None)
     if not callable(factory):

@@ -69,11 +69,16 @@ def missing(error: ImportError, module: str = "", extra: str | None = None) -> s
     return f"{module} {why}: {command}" if command else ""
 
 
-def refuse_file(module: str, name: str, where: str) -> None:
-    """Refuse the name of a file where Python wants that of a module. Raises RefusedError."""
+def find_own(module: str, name: str, where: str) -> None:
+    """Let a user's own `module:name` be found in the working directory too, behind everything else: it shadows nothing.
+
+    Raises RefusedError for the name of a file where Python wants that of a module.
+    """
     if module.endswith(".py") or "/" in module:
         meant = module.removesuffix(".py").strip("./").replace("/", ".")
         raise RefusedError(f"{where}: {module} is a file; name the module: {meant}:{name}")
+    if (here := str(Path.cwd())) not in sys.path and not sys.flags.safe_path:
+        sys.path.append(here)
 
 
 def install(extra: str) -> str:

@@ -122,6 +122,8 @@ def open_images(
 
 def _warnings(samples: Samples, dataset: dict[str, Any] | None) -> tuple[str, ...]:
     """What makes ranges doubtful, as far as names and labels tell."""
+    from gmconv.data import trained_on
+
     found = []
     if samples.count < _FEW:
         found.append(f"calibrated on {samples.count} images of {samples.name}; ranges want a few hundred (--data)")
@@ -129,6 +131,6 @@ def _warnings(samples: Samples, dataset: dict[str, Any] | None) -> tuple[str, ..
         found.append(f"{samples.name} is not what training split: calibrated on images that it may have held out too")
     if samples.labels is not None and len(set(samples.labels.tolist())) == 1:
         found.append(f"calibrated on images of one class of {samples.name}; ranges want all that the network will see")
-    if samples.name == "digits" and (dataset or {}).get("name") != "digits":
+    if samples.name == "digits" and trained_on(dataset) is None:
         found.append("calibrated on digits, which nothing says the network was trained on; give --data DIR")
     return tuple(found)

@@ -12,7 +12,6 @@ from gmconv.data import refuse_missing
 from gmconv.errors import ParityError
 from gmconv.foreign import foreign_options
 from gmconv.kinds import artefact_kind
-from runtime.report import write_report
 from runtime.report.artefacts import report_option, require_report
 
 if TYPE_CHECKING:
@@ -99,6 +98,8 @@ def main(
     else:
         done.show(result_console())
     if report is not None:
+        from runtime.report import write_report
+
         write_report(report, f"Accuracy of {', '.join(row.artefact for row in done.rows)}", done.sections())
     for row in done.rows:
         _gate(row, done, min_agreement, max_drop)

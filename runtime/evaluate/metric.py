@@ -13,7 +13,6 @@ better.
 from __future__ import annotations
 
 import importlib
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 
 from gmconv.data import Batch
 from gmconv.errors import RefusedError, printable
-from gmconv.packages import refuse_file
+from gmconv.packages import find_own
 from runtime.evaluate.accuracy import Cell, Noise, decibels
 from runtime.evaluate.bootstrap import Estimate, bootstrap
 
@@ -41,9 +40,7 @@ def load_metric(spec: str) -> Metric:
     module, _, name = spec.partition(":")
     if not module or not name:
         raise RefusedError(f"--metric {printable(spec)}: is not package.module:function, for example metrics:mean_ap")
-    refuse_file(module, name, "--metric")
-    if (here := str(Path.cwd())) not in sys.path and not sys.flags.safe_path:
-        sys.path.append(here)
+    find_own(module, name, "--metric")
     try:
         found = importlib.import_module(module)
     except Exception as error:  # somebody's own code

@@ -200,10 +200,10 @@ def _reference(found: Sequence[Artefact], options: EvaluateOptions) -> Artefact:
 
 def _samples(about: Facts, runner: Runner, options: EvaluateOptions) -> tuple[Samples, dict[str, NDArray[Any]]]:
     """The samples, and what of each the network takes besides its image, by input."""
-    from gmconv.data import ArrayOf, load_samples
+    from gmconv.data import ArrayOf, load_samples, trained_on
 
     images = options.images or "digits"
-    if str(images) == "digits" and (about.dataset or {}).get("name") != "digits":
+    if str(images) == "digits" and trained_on(about.dataset) is None:
         raise RefusedError(
             f"{runner.artefact.path}: nothing says that it was trained on digits, so they say nothing of it; give "
             f"--data DIR with a sub-folder of images per class, or --data FILE.npz"

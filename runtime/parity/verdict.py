@@ -45,6 +45,4 @@ class Verdict:
 
     def record(self, reference: str, engine: str) -> Parity:
         """For the manifest of an artefact that passed: base names only, a manifest travels."""
-        return Parity(
-            reference=reference, engine=engine, hops=self.hops, yardstick=self.yardstick, notes=tuple(self.notes)
-        )
+        return Parity(reference=reference, engine=engine, hops=self.hops, yardstick=self.yardstick, notes=self.notes)

@@ -6,11 +6,10 @@ import io
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from runtime.report.render import embed
-from runtime.report.sections import Section
-
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from runtime.report.sections import Section
 
 
 class Shown:
@@ -36,4 +35,6 @@ class Shown:
 
     def _repr_html_(self) -> str | None:
         """For a notebook; None, so that it shows the text, where the plotting libraries are missing."""
+        from runtime.report.render import embed
+
         return embed(self.sections())
