@@ -13,8 +13,9 @@ export PYTHONPATH :=
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-# What the demo needs, then what the tests need too. Nothing is compiled ahead: of the packages' modules one in ten is used.
-INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e
+# What the demo needs, then what the tests need too. Compiled by pip, as Python itself keeps no bytecode where
+# PYTHONDONTWRITEBYTECODE is set, and would compile torch anew in every process.
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e
 $(BIN)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) '.[export,cpu,rtx,report,serve]'
