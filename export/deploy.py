@@ -107,12 +107,12 @@ def deploy(
     export_onnx(live, written, asked, note=note)
     files = asked.outputs(written)
     if engine:
-        from export.tensorrt import build_engine
+        from export.tensorrt import BuildOptions, build_engine
 
         if len(files) > 1:
             raise RefusedError("an engine has one precision; deploy each with a call of its own")
         note(f"building {output}")
-        build_engine(written, output)
+        build_engine(written, output, BuildOptions(golden=asked.golden))
         files.append(output)
     return Deployed(tuple(files), tuple(read_manifest(file, verify=False) for file in files))
 

@@ -33,20 +33,22 @@ if TYPE_CHECKING:
     from runtime.report import Section
 
 
+target_flag = click.option(
+    "--target",
+    type=click.Choice(["tensorrt", "cpu"]),
+    default="tensorrt",
+    show_default=True,
+    help="The runtime that an int8 graph is laid out for.",
+)
+
+
 def precision_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags that `export.precision` and `export.onnx` share."""
+    """The flags of whatever converts to another precision on its way."""
     flags: list[Callable[..., Any]] = [
         click.option(
             "--keep-fp32", multiple=True, metavar="PATTERN", help="Layers to leave in fp32 (wildcards; repeat)."
         ),
         click.option("--io-dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True),
-        click.option(
-            "--target",
-            type=click.Choice(["tensorrt", "cpu"]),
-            default="tensorrt",
-            show_default=True,
-            help="The runtime that an int8 graph is laid out for.",
-        ),
         data_options,
         click.option("--calibration-images", type=click.IntRange(2), help="How many of them [256]."),
         click.option(
@@ -63,17 +65,9 @@ def precision_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
-    """`PrecisionOptions` out of the values of `precision_flags`; other keys are ignored."""
-    return PrecisionOptions(
-        keep_fp32=tuple(flags["keep_fp32"]),
-        io_dtype=flags["io_dtype"],
-        target=flags["target"],
-        calibration=flags["calibration"],
-        calibration_images=flags["calibration_images"],
-        calibration_method=flags["calibration_method"],
-        percentile=flags["percentile"],
-        seed=flags["seed"],
-    )
+    """`PrecisionOptions` out of the values of `precision_flags` and `target_flag`, which it takes out of `flags`."""
+    names = ("keep_fp32", "io_dtype", "calibration", "calibration_images", "calibration_method", "percentile", "seed")
+    return PrecisionOptions(**{name: flags.pop(name) for name in (*names, "target") if name in flags})
 
 
 @click.command(cls=Command, example="gmconv precision net.onnx --to int8 --data images/")
@@ -81,6 +75,7 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
 @click.option("--to", "precision", type=click.Choice(PRECISIONS), help="The precision to convert to.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[model.PRECISION.onnx]")
 @precision_flags
+@target_flag
 @click.option("--auto-precision", type=click.Choice(["int8", "fp8"]), help="Quantize, keeping sensitive layers higher.")
 @click.option("--max-top1-drop", type=click.FloatRange(0, 100), help="Budget: points of top-1 that may be lost.")
 @click.option("--min-snr", type=float, help="Budget: least output signal-to-noise ratio, dB.")

@@ -29,8 +29,9 @@ class BuildOptions:
     """How to build. `workspace` in MiB; `profiles` empty: batch 1, 8, 32 where the batch is dynamic.
 
     `verify`: parity and a short benchmark where there is a GPU, against `checkpoint` or the one that the manifest names
-    if it lies beside the ONNX file, else against the ONNX file. `force`: verify, and let every later reader open, what
-    TensorRT-RTX calls invalid on this machine. `compute_capabilities` ("8.9", or "current" alone) are TensorRT-RTX's.
+    if it lies beside the ONNX file, else against the ONNX file; and with the pairs of `golden`. `force`: verify, and
+    let every later reader open, what TensorRT-RTX calls invalid on this machine. `compute_capabilities` ("8.9", or
+    "current" alone) are TensorRT-RTX's.
     """
 
     flavor: Literal["auto", "tensorrt", "rtx"] = "auto"
@@ -49,6 +50,7 @@ class BuildOptions:
     force: bool = False
     checkpoint: Path | None = None
     foreign: Foreign = NOTHING
+    golden: Path | None = None
     log: Path | None = None
     verbose: bool = False
 
@@ -106,7 +108,8 @@ def build_engine(
         if options.verify and cuda.driver_problem() is None:
             from export.tensorrt.verify import verify_engine
 
-            manifest = verify_engine(onnx_path, plan, manifest, options.checkpoint, options.foreign)
+            asked = (options.checkpoint, options.foreign, options.golden)
+            manifest = verify_engine(onnx_path, plan, manifest, *asked)
             sidecar(plan).write_text(manifest.to_json())
     return manifest
 

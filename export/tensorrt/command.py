@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from gmconv.cli import Command, data_options, print_json, warn
+from export.onnx.flags import export_flags, only_of_an_export
+from gmconv.cli import Command, print_json, warn
 from gmconv.files import require_writable
-from gmconv.foreign import NOTHING, Foreign, foreign_options
 from gmconv.kinds import artefact_kind, refuse_other_kinds
 from runtime import trt
 from runtime.manifest import refuse_other_precision
@@ -21,6 +22,7 @@ from runtime.records import Build
 from runtime.report.artefacts import report_option, require_report, write_artefact_report
 
 if TYPE_CHECKING:
+    from export.onnx.options import ExportOptions
     from export.tensorrt.process import BuilderProcess, Progress
     from export.tensorrt.profiles import ProfileRequest
     from runtime.manifest import Manifest
@@ -33,31 +35,18 @@ def prepare(
     output: Path,
     precision: Precision | None,
     note: Callable[[str], None],
-    *,
-    images: str | None = None,
-    calibration: str | None = None,
-    foreign: Foreign = NOTHING,
-    force: bool = False,
+    asked: ExportOptions,
 ) -> Path:
     """The ONNX file to build: `model` itself, or what `export.onnx` and `export.precision` make of it beside `output`.
 
     Raises what those two raise.
     """
-    from export.precision.converter import PrecisionOptions
-
     onnx_path = model
     if artefact_kind(model) == "checkpoint":
-        from export.onnx.options import ExportOptions
         from export.onnx.pipeline import export_onnx
 
         onnx_path = output.with_name(f"{output.stem.removesuffix(f'.{precision}')}.onnx")
-        options = ExportOptions(
-            foreign=foreign,
-            images=images,
-            precisions=("fp32", precision) if precision else ("fp32",),
-            precision=PrecisionOptions(calibration=calibration),
-            force=force,
-        )
+        options = replace(asked, precisions=("fp32", precision) if precision else ("fp32",))
         note(f"exporting {model} to {', '.join(map(str, options.outputs(onnx_path)))}")
         warn(export_onnx(model, onnx_path, options, note=note).warnings)
         return options.outputs(onnx_path)[-1]
@@ -66,8 +55,7 @@ def prepare(
 
         converted = output.with_name(f"{onnx_path.stem}.{precision}.onnx")
         note(f"converting {onnx_path} to {precision}: {converted}")
-        settings = PrecisionOptions(calibration=calibration)
-        warn(convert_precision(onnx_path, converted, precision, settings, force=force).warnings)
+        warn(convert_precision(onnx_path, converted, precision, asked.precision, force=asked.force).warnings)
         onnx_path = converted
     return onnx_path
 
@@ -155,8 +143,7 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> t
     type=click.Choice(["fp16", "bf16", "int8", "fp8"]),
     help="Convert the ONNX file first (export.precision).",
 )
-@foreign_options
-@data_options
+@export_flags
 @click.option("--min", "low", type=int, multiple=True, help="Smallest batch. Repeat for several profiles.")
 @click.option("--opt", type=int, multiple=True, help="Batch to tune for.")
 @click.option("--max", "high", type=int, multiple=True, help="Largest batch.")
@@ -206,8 +193,7 @@ def main(
     model: Path,
     output: Path | None,
     precision: Precision | None,
-    images: str | None,
-    calibration: str | None,
+    asked: ExportOptions,
     report: Path | None,
     as_json: bool,
     **flags: Any,
@@ -217,34 +203,31 @@ def main(
     def note(text: str) -> None:
         click.echo(text, err=True)
 
-    if calibration is not None and images is None and precision not in ("int8", "fp8"):
+    checkpoint = model if artefact_kind(model) == "checkpoint" else None
+    if asked.calibrated.calibration is not None and asked.images is None and precision not in ("int8", "fp8"):
         raise click.UsageError("--calibration goes with --precision int8 or fp8")
+    if checkpoint is None and (useless := only_of_an_export(asked)):
+        raise click.UsageError(f"{useless[0]} is about exporting a checkpoint, and {model} is an ONNX file")
+    asked = replace(asked, force=flags["force"])
     from export.tensorrt.build import BuildOptions, build_engine, refuse_options
 
     flavor, why = trt.choose_flavor(flags["flavor"])
     options = BuildOptions(
         profiles=_profiles(flags),
-        checkpoint=model if artefact_kind(model) == "checkpoint" else None,
+        checkpoint=checkpoint,
+        foreign=asked.foreign,
+        golden=asked.golden,
         **flags,
     )
     output = output or model.with_name(model.stem + (f".{precision}" if precision else "") + ".plan")
     require_writable(output, model)
     require_report(report, model, output)
     refuse_other_kinds(model, "onnx", "checkpoint")
-    if precision or artefact_kind(model) == "checkpoint":
+    if precision or checkpoint:
         refuse_other_precision(output, precision or "fp32", force=flags["force"])
     refuse_options(flavor, options)
     note(f"flavor {flavor} ({trt.TITLES[flavor]}): {why}")
-    onnx_path = prepare(
-        model,
-        output,
-        precision,
-        note,
-        images=images,
-        calibration=calibration,
-        foreign=options.foreign,
-        force=options.force,
-    )
+    onnx_path = prepare(model, output, precision, note, asked)
     if options.checkpoint and not as_json:
         from export.onnx.tables import print_export
 

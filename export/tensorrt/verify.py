@@ -22,7 +22,12 @@ WARM_UP_MS, DURATION_S, ITERATIONS = 200.0, 1.0, 10
 
 
 def verify_engine(
-    onnx_path: Path, plan: Path, manifest: Manifest, checkpoint: Path | None, foreign: Foreign = NOTHING
+    onnx_path: Path,
+    plan: Path,
+    manifest: Manifest,
+    checkpoint: Path | None,
+    foreign: Foreign = NOTHING,
+    golden: Path | None = None,
 ) -> Manifest:
     """The manifest with the results of `plan` against its source: the live checkpoint if found, else the ONNX file.
 
@@ -36,11 +41,13 @@ def verify_engine(
     trained = Artefact(path=onnx_path, kind="onnx", manifest=manifest).checkpoint(checkpoint)
     try:
         try:
-            parity = check_parity(trained or onnx_path, plan, foreign)
+            parity = check_parity(trained or onnx_path, plan, foreign, golden)
         except (CheckpointError, ArchitectureUnavailableError):
             if trained is None or checkpoint is not None:
                 raise
-            parity = check_parity(onnx_path, plan)  # nobody asked for the one beside it, which says too little
+            parity = check_parity(
+                onnx_path, plan, golden=golden
+            )  # nobody asked for the one beside it, which says too little
         manifest = dataclasses.replace(manifest, parity=parity)
         return dataclasses.replace(manifest, benchmark=time_engine(plan))
     except UnavailableError as error:
@@ -58,11 +65,11 @@ def why_not(manifest: Manifest) -> str | None:
     return trt.gpu_fits(manifest, cuda.device_info().compute_capability)
 
 
-def check_parity(reference: Path, plan: Path, foreign: Foreign = NOTHING) -> Parity:
+def check_parity(reference: Path, plan: Path, foreign: Foreign = NOTHING, golden: Path | None = None) -> Parity:
     """Compare at every corner of the profiles. Raises ParityError with the first failure."""
     from runtime.parity.run import ParityOptions, compare_artefacts
 
-    report = compare_artefacts(reference, [plan], ParityOptions(device=DEVICE, foreign=foreign))
+    report = compare_artefacts(reference, [plan], ParityOptions(device=DEVICE, foreign=foreign, golden=golden))
     candidate = report.candidates[0]
     if not report.passed:
         raise ParityError(f"{plan.name}: differs from {reference.name}: {'; '.join(candidate.failures()[:3])}")

@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper
 
+import gmconv
 from export.graph.check import bare_manifest
 from export.tensorrt.build import BuildOptions, build_engine
 from export.tensorrt.layers import EngineLayer
@@ -267,6 +269,7 @@ BAD_FLAGS = [
     (["--compute-capability", "5.0"], 5, "builds for 7.5, 8.0"),
     (["--hardware-compatibility", "ampere-plus"], 5, "--compute-capability"),
     (["--calibration", "digits"], 2, "--precision int8 or fp8"),
+    (["--fuse"], 2, "--fuse is about exporting a checkpoint, and model.onnx is an ONNX file"),
     (["--version-compatible"], 5, "no lean runtime"),
     (["--workspace", "0.001"], 5, "raise --workspace"),
     (["-o", "nowhere/model.plan"], 3, "cannot be written"),
@@ -417,9 +420,12 @@ def test_a_checkpoint_leaves_both_artefacts_and_both_manifests(
     cli: Cli, digits_checkpoint: Path, tmp_path: Path
 ) -> None:
     checkpoint = Path(shutil.copy(digits_checkpoint, tmp_path / "digits.pt"))
+    loaded = gmconv.load_checkpoint(checkpoint)
+    gmconv.save_golden(loaded.model, [torch.rand(4, *loaded.input_shape)], tmp_path / "pairs.npz")
     flags = ("--flavor", "rtx", "--precision", "fp16", "--no-verify", "--report", str(tmp_path / "report.html"))
-    done = cli("export.tensorrt", str(checkpoint), *flags)
+    done = cli("export.tensorrt", str(checkpoint), *flags, "--golden", str(tmp_path / "pairs.npz"), "--opset", "21")
     assert "asked for fp16" in done.stdout
+    assert "recorded -> live" in done.stdout
     report = (tmp_path / "report.html").read_text()
     for words in ("digits.fp16.onnx: verdict", "digits.fp16.plan: verdict", "Build: digits.fp16.plan", "TensorRT-RTX"):
         assert words in report
@@ -428,3 +434,6 @@ def test_a_checkpoint_leaves_both_artefacts_and_both_manifests(
     assert engine.chain[-1].sha256 == sha256_file(tmp_path / "digits.fp16.onnx")
     assert read_manifest(tmp_path / "digits.onnx").precision == "fp32"
     assert engine.build.layers.convolution_precisions.keys() == {"fp16"}
+    assert engine.golden is not None, "the server asks for those pairs again at its first start"
+    assert engine.export is not None
+    assert engine.export.opset == 21

@@ -88,7 +88,7 @@ def test_the_build_verifies_where_there_is_a_gpu(
 ) -> None:
     seen: list[Path] = []
 
-    def check(reference: Path, plan: Path, foreign: object = None) -> Parity:
+    def check(reference: Path, plan: Path, *_: object, **__: object) -> Parity:
         assert read_manifest(plan).artefact.file == "model.plan"  # a runner can open what was just built
         seen.extend((reference, plan))
         return Parity(reference=reference.name)
@@ -109,7 +109,7 @@ def test_the_build_verifies_where_there_is_a_gpu(
 def test_an_engine_that_fails_parity_is_not_left_behind(
     classifier: Make, tmp_path: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def check(reference: Path, plan: Path, foreign: object = None) -> Parity:
+    def check(reference: Path, plan: Path, *_: object, **__: object) -> Parity:
         raise ParityError("differs")
 
     monkeypatch.setattr(verify, "check_parity", check)
@@ -134,7 +134,7 @@ def test_an_engine_that_cannot_be_run_here_is_kept_and_says_why(
 
     seen: list[Path] = []
 
-    def check(reference: Path, plan: Path, foreign: object = None) -> Parity:
+    def check(reference: Path, plan: Path, *_: object, **__: object) -> Parity:
         seen.append(plan)
         return Parity(reference=reference.name) if where == "benchmark" else refuse()
 
