@@ -41,8 +41,8 @@ class Policy:
     """The engines compute on the cores that the event loop runs on: a short lone request runs on the loop itself, and
     the engines' threads give way to the loop."""
     probe: Callable[[RunsFeeds], None] | None = None
-    """Runs an engine on shapes known to work. Given where a request may choose shapes: then a run that the engine
-    refuses is the request's fault if the probe still passes, and the engine's otherwise."""
+    """Runs an engine on what it is known to run: what the engine then refuses (a free axis too long, an index beyond a
+    table) is the request's fault if the probe still passes, and the engine's otherwise, or where there is none."""
 
 
 class Batcher:
@@ -315,10 +315,14 @@ class Batcher:
             self._row_ns = 0.8 * self._row_ns + 0.2 * cost if self._row_ns else cost
             call(self._deliver, batch, items, results)
         except BaseException as error:
-            if refusal := instance.refusal(error, self.policy.probe):
-                call(_fail_all, items, refusal)
-            else:
+            if not (refusal := instance.refusal(error, self.policy.probe)):
                 call(self._break, items, error)
+            elif len(items) == 1:
+                call(_fail_all, items, refusal)
+            else:  # one of them is to blame
+                for item in items:
+                    item.batch = Batch(item.rows, taken=monotonic_ns())
+                    self._execute(instance, [item], call)
         finally:
             instance.items = []
             self._busy_ns += monotonic_ns() - batch.taken

@@ -53,11 +53,10 @@ class ModelVersion:
         """Start the engines' threads; on the event loop."""
         self.stats = stats
         signature, settings = self.signature, self.settings
-        fixed = all(d >= 0 for p in signature.inputs.values() for d in p.shape[1:]) or bool(signature.limits)
         policy = Policy(
             max_rows=signature.max_rows,
             on_cpu=device_for(self.source, settings) == "cpu",
-            probe=None if fixed else lambda runner: warm_up(runner, signature),
+            probe=lambda runner: warm_up(runner, signature),
             queue_size=settings.queue_size,
             delay_ns=int(settings.max_queue_delay * 1e9),
             shed_target_ns=int(settings.shed_target * 1e9),

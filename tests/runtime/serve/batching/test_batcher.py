@@ -411,6 +411,32 @@ def test_a_refusal_is_the_requests_fault_only_if_the_engine_still_works() -> Non
         assert message == "the engine failed"
 
 
+def test_a_request_that_the_engine_refuses_leaves_its_batch_alone() -> None:
+    class Picky(Engine):
+        def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+            found = super().run(feeds)
+            if (feeds["x"] == 7).any():
+                raise RefusedError("no such index") from ValueError()
+            return found
+
+    async def run() -> None:
+        engine, fatal = Picky(), list[BaseException]()
+        batcher = Batcher([engine], Policy(max_rows=8, probe=lambda runner: None), on_fatal=fatal.append)
+        first = await hold(batcher, engine)
+        futures = [batcher.submit(item(value, client=value)) for value in (5, 6, 7, 8)]
+        engine.gate.set()
+        await first
+        found = await asyncio.gather(*futures, return_exceptions=True)
+        assert isinstance(found[2], RequestError)
+        assert found[2].code is Code.INVALID
+        assert [answer["y"][0, 0] for answer in (found[0], found[1], found[3])] == [10, 12, 16]
+        assert engine.batches[1:] == [[5, 6, 7, 8], [5], [6], [7], [8]]
+        assert fatal == []
+        assert await batcher.close()
+
+    asyncio.run(run())
+
+
 def test_a_batch_that_the_gpu_has_no_room_for_is_refused_and_the_server_stays() -> None:
     async def run() -> None:
         engine = Engine()

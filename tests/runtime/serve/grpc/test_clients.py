@@ -16,9 +16,10 @@ import tritonclient.grpc as tg
 import tritonclient.grpc.aio as tga
 import tritonclient.http as th
 import tritonclient.http.aio as tha
+from onnx import TensorProto, helper, numpy_helper
 from tritonclient.utils import InferenceServerException
 
-from ..conftest import DTYPES, LABELS, Server
+from ..conftest import DTYPES, LABELS, Server, write_model
 
 TRITON = {"float16": "FP16", "float32": "FP32", "float64": "FP64"}
 Start = Callable[..., Server]
@@ -106,6 +107,46 @@ def test_several_instances_answer_as_one(start: Start, models: Path, kind: str) 
         for x, answer in zip(images, asked, strict=True):
             logits = answer.result().as_numpy("logits")
             np.testing.assert_allclose(logits, reference(models, x), rtol=1e-5, atol=1e-6)
+
+
+def lookup(path: Path) -> Path:
+    """total = sum of an image + a row of a table of ten: two inputs of other ranks and types."""
+    table = numpy_helper.from_array(np.arange(10, dtype="f4")[:, None], "table")
+    return write_model(
+        path,
+        [
+            helper.make_node("GlobalAveragePool", ["image"], ["mean"]),
+            helper.make_node("Flatten", ["mean"], ["flat"]),
+            helper.make_node("Gather", ["table", "age"], ["rows"]),
+            helper.make_node("Flatten", ["rows"], ["row"]),
+            helper.make_node("Add", ["flat", "row"], ["total"]),
+        ],
+        [
+            helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 1, 4, 4]),
+            helper.make_tensor_value_info("age", TensorProto.INT64, ["batch", 1]),
+        ],
+        [helper.make_tensor_value_info("total", TensorProto.FLOAT, ["batch", 1])],
+        [table],
+    )
+
+
+def test_inputs_of_several_types_and_an_index_beyond_the_table(start: Start, tmp_path: Path) -> None:
+    server = start(lookup(tmp_path / "model.onnx"), "--model-name", "two")
+    for kind in ("http", "grpc"):
+        library, client = connect(server, kind)
+
+        def infer(rows: int, age: int, library: Any = library, client: Any = client) -> Any:
+            image, ages = np.full((rows, 1, 4, 4), 0.25, "f4"), np.full((rows, 1), age)
+            inputs = [library.InferInput("image", [rows, 1, 4, 4], "FP32")]
+            inputs.append(library.InferInput("age", [rows, 1], "INT64"))
+            for tensor, values in zip(inputs, (image, ages), strict=True):
+                tensor.set_data_from_numpy(values)
+            return client.infer("two", inputs).as_numpy("total").tolist()
+
+        assert infer(3, 9) == [[9.25]] * 3
+        with pytest.raises(InferenceServerException, match="out of data bounds"):
+            infer(1, 10)
+        assert infer(1, 4) == [[4.25]], "what a client sends does not stop the server"
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
