@@ -25,8 +25,9 @@ class Rounding(TorchFunctionMode):
     `precision`: "fp16" or "bf16", to which operands and results of every function are rounded; "tf32", "int8" or "fp8",
     to which the operands of convolutions and matrix products are: in 8 bits weights have a scale for each output
     channel, others one for the tensor as it is, in int8 clipped as the default calibration does. `weights_only`: in
-    8 bits, the weights alone, but for those whose `id` is in `kept`; `reduced`: int8 weights of 7 bits. `rounded` has
-    the `id` of each parameter that was rounded as a weight.
+    8 bits, the weights alone, but for those whose `id` is in `kept`; in 16 bits, whatever does not come from the input,
+    which `follow` has to see. `reduced`: int8 weights of 7 bits. `rounded` has the `id` of each parameter that was
+    rounded as an 8-bit weight.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class Rounding(TorchFunctionMode):
                 args = [self._operand(name, index, value) for index, value in enumerate(args)]
                 kwargs = {key: self._operand(name, key, value) for key, value in kwargs.items()}
             return func(*args, **kwargs)
+        if self._weights_only:
+            return self._with_rounded_constants(name, func, args, kwargs)
         if name in _PRODUCTS or name == "batch_norm":
             args, kwargs = [self._rounded(v) for v in args], {key: self._rounded(v) for key, v in kwargs.items()}
         result = func(*args, **kwargs)
@@ -58,6 +61,29 @@ class Rounding(TorchFunctionMode):
             with torch.no_grad():
                 return result.copy_(self._rounded(result))
         return self._rounded(result)
+
+    def follow(self, module: Any, given: Any) -> None:
+        """A forward pre-hook of the network: what its forward is given is no constant, nor what is made from it."""
+        _each(given, _follow)
+
+    def _with_rounded_constants(
+        self, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The function of what comes from the input as it is, and of weights, tables and numbers rounded."""
+        found: list[bool] = []
+        _each((args, kwargs), lambda x: found.append(hasattr(x, _FOLLOWED)) if isinstance(x, Tensor) else None)
+        if any(found):
+
+            def constant(value: Any) -> Any:
+                if isinstance(value, float) and name.strip("_") in _ARITHMETIC:
+                    return float(self._rounded(torch.tensor(value)))
+                return value if hasattr(value, _FOLLOWED) else self._rounded(value)
+
+            args, kwargs = _each(args, constant), _each(kwargs, constant)
+        result = func(*args, **kwargs)
+        if any(found):
+            _each(result, _follow)
+        return result
 
     def _operand(self, name: str, place: int | str, value: Any) -> Any:
         """A rounded operand: the first two, or `input` and `weight`; biases stay as they are."""
@@ -79,6 +105,25 @@ class Rounding(TorchFunctionMode):
         assert self._everything is not None
         found = self._everything(value)
         return value if torch.equal(found, value) else found
+
+
+#: Functions whose Python numbers become tensors of a graph, and the mark of what comes from a network's input.
+_ARITHMETIC = {f"{r}{name}" for name in ("add", "sub", "mul", "div", "truediv") for r in ("", "r")} | {"true_divide"}
+_FOLLOWED = "_gmconv_followed"
+
+
+def _follow(value: Any) -> None:
+    if isinstance(value, Tensor):
+        setattr(value, _FOLLOWED, True)
+
+
+def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+    """`change` of a value, or of each that a list, tuple or dict holds."""
+    if type(value) in (list, tuple):
+        return type(value)(_each(one, change) for one in value)
+    if isinstance(value, dict):
+        return {key: _each(one, change) for key, one in value.items()}
+    return change(value)
 
 
 def _is_float(value: Any) -> bool:

@@ -42,6 +42,8 @@ FLOOR = 1 / 20
 PEAK = 5.5
 #: From so many numbers on a channel's noise is told alone, from their square on a single sample's.
 TELLING = 32
+#: Behind the name of a precision in which weights alone are rounded.
+WEIGHTS = " weights"
 #: Values counted one by one, to tell agreement from chance.
 COUNTED = 256
 
@@ -302,8 +304,9 @@ def _beyond_noise(group: dict[str, float], tolerance: Tolerance) -> str:
     if not group["rounded"] or tolerance.noise is None:
         return ""
     scale = math.sqrt(group["power"] / group["elements"])
-    # 8-bit operands make sums in float: an offset that is added to them costs nothing.
-    step = math.sqrt(group["variation"] / group["elements"]) if tolerance.calibrated else scale
+    # Where operands alone are rounded, an offset that is added to their sums costs nothing.
+    keeps_sums = tolerance.calibrated or tolerance.precision.endswith(WEIGHTS)
+    step = math.sqrt(group["variation"] / group["elements"]) if keeps_sums else scale
     floor, few = FLOOR * tolerance.rel_rms * step, 1 + 3 / math.sqrt(group["rounded"])
     noise, error = (math.sqrt(group[name] / group["rounded"]) for name in ("noise", "told"))
     judged = [("RMS error", error, noise, floor, tolerance.noise)]

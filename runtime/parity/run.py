@@ -117,7 +117,7 @@ def _compare(
         comparator.allow(own := yardstick.own())
         cases = [case for _, case in ran]
         results = [pair.hop(case, comparator.result(index), tolerance) for index, case in ran]
-        plain = beyond.unrounded.results() if beyond.unrounded else {}
+        plain = beyond.unrounded.graph.results() if beyond.unrounded else {}
         results += [pair.hop(case, plain[i], tolerance, UNROUNDED) for i, case in ran if i in plain]
         report = CandidateReport(
             path=path,
@@ -193,8 +193,8 @@ def _run_case(
         if beside is not None and asked and few:
             with beside.rounding(tolerance) as runner:
                 rounded = pair.run_reference(feeds, tolerance.precision, runner)
-            if beyond.unrounded is not None and case.real:
-                beyond.unrounded.add(feeds, expected, rounded, number, pair.run_reference)
+            if beyond.unrounded is not None:
+                beyond.unrounded.add(feeds, expected, rounded, number, pair.run_reference, real=case.real)
         comparator.add(expected, found, number, real=case.real, rounded=rounded)
         if beside is not None and beyond.yardstick is not None and first and few:
             exact = pair.run_reference(feeds, "float64", beside.exact)

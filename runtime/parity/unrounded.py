@@ -1,27 +1,36 @@
-"""An int8 or fp8 graph with its activations unrounded: what its weights alone cost is known, so what is wrong shows.
+"""A graph in 8 or 16 bits with its activations unrounded: what its weights alone cost is known, so what is wrong shows.
 
-Rounding of activations hides an error of their own size: a kernel shifted by a tap in one of ten layers, say. Without
-it the graph has to compute what the network does whose weights are rounded as the exporter rounds them: artefacts of
-ResNet-8 do to 2e-7 of RMS, with the quantized biases of the CPU's layout to 5e-5. A share `MATCHED` of what the
-precision as a whole costs is allowed where each weight in 8 bits was found in the network, all of it where one was not.
+Rounding of activations hides an error of their own size: a kernel shifted by a tap in one of ten layers, say, or in
+bf16 whatever moves an output about 170 by less than one. In 8 bits the graph has to compute what the network does whose
+weights are rounded as the exporter rounds them: artefacts of ResNet-8 do to 2e-7 of RMS, with the quantized biases of
+the CPU's layout to 5e-5. A share `MATCHED` of what the precision as a whole costs is allowed where each weight in 8
+bits was found in the network, all of it where one was not. In 16 bits, where a BatchNorm is rounded apart or in the
+convolution before it, the graph may be as many times as far from the network as its rounded weights are as it may be
+with everything rounded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from gmconv.errors import UnavailableError
+from gmconv.cli import require
+from gmconv.errors import RefusedError, UnavailableError
 from runtime.parity.beside import Beside
 from runtime.parity.compare import Comparator
 from runtime.parity.layers import Graph
+from runtime.parity.pool import WEIGHTS
 from runtime.parity.yardstick import Yardstick
 from runtime.records import OutputComparison, Tolerance
 from runtime.runners.base import Array, Runner
 
 Outputs = Mapping[str, Array]
+RunReference = Callable[[dict[str, Array], str, Runner], Outputs]
 #: What its hops are called, behind the two ends.
 UNROUNDED = ", activations unrounded"
 #: The share of the precision's whole cost that may be left: where a BatchNorm is folded in between, one weight of
@@ -30,21 +39,56 @@ MATCHED = 0.1
 
 
 class Unrounded:
-    """Compares a quantized ONNX file of this project's own layout, without the rounding of its activations."""
+    """Compares an ONNX file of this project's own layout without the rounding of its activations.
 
-    def __init__(self, candidate: Runner, tolerance: Tolerance, beside: Beside, *, classes: bool) -> None:
+    `eight`, `others`: its layers whose weights are in 8 bits, and those whose are not; `run` computes its outputs.
+    """
+
+    def __init__(self, path: Path, outputs: list[str], tolerance: Tolerance, *, classes: bool) -> None:
         from runtime.runners.onnxruntime import open_bytes
 
-        path, manifest = candidate.artefact.path, candidate.artefact.manifest
         graph = Graph(path)
-        model = graph.showing((), given=False, exact_activations=True)
-        self._run = open_bytes(model, path, [spec.name for spec in candidate.outputs])
-        quantization = manifest.quantization if manifest else None
-        self._reduced = quantization is not None and quantization.reduced_range
-        self._table, self._beside, self._stored = tolerance, beside, graph.stored_weights()
-        self._comparators = {share: Comparator(_share(tolerance, share), classes=classes) for share in (MATCHED, 1.0)}
+        eight = tolerance.calibrated
+        model = graph.showing((), given=False, exact_activations=True) if eight else _widened(graph)
+        self.run = open_bytes(model, path, outputs)
+        stored = graph.stored_weights()
+        self.eight = {name for name, precision in stored.items() if precision in ("int8", "fp8")}
+        self.others = stored.keys() - self.eight
+        shares = {MATCHED: _share(tolerance, MATCHED), 1.0: _share(tolerance, 1.0)}
+        shares = shares if eight else {1.0: replace(tolerance, precision=f"{tolerance.precision}{WEIGHTS}")}
+        self._comparators = {share: Comparator(limit, classes=classes) for share, limit in shares.items()}
         self._cases: dict[int, None] = {}
-        self._matched = True
+        self._calibrated = self._matched = eight
+
+    def add(
+        self, found: Outputs, expected: Outputs, rounded: Outputs, weights: Outputs, case: int, *, real: bool
+    ) -> None:
+        """One batch: `found` by `run`; the network's as it is, with all that is rounded, and with `weights` alone."""
+        self._cases[case] = None
+        if self._calibrated:
+            whole = {name: _moved(weights[name], expected[name], rounded[name]) for name in expected}
+            expected, weights = weights, whole
+        for comparator in self._comparators.values():
+            comparator.add(expected, found, case, real=real, rounded=weights)
+
+    def match(self, layers: set[str]) -> None:
+        """The layers whose weights were rounded in the network with which a batch was compared."""
+        self._matched = self._matched and self.eight <= layers and not self.others & layers
+
+    def results(self) -> dict[int, tuple[OutputComparison, ...]]:
+        """What came of each case that was added."""
+        comparator = self._comparators[MATCHED if self._matched else 1.0]
+        return {case: comparator.result(case) for case in self._cases}
+
+
+@dataclass(frozen=True, slots=True)
+class Beyond:
+    """`Unrounded` in parity: the network with rounded weights runs there, batch by batch."""
+
+    graph: Unrounded
+    beside: Beside
+    tolerance: Tolerance
+    reduced: bool
 
     def add(
         self,
@@ -52,7 +96,9 @@ class Unrounded:
         expected: Outputs,
         rounded: Outputs,
         case: int,
-        run_reference: Callable[[dict[str, Array], str, Runner], Outputs],
+        run_reference: RunReference,
+        *,
+        real: bool,
     ) -> None:
         """One batch: `expected` of the network, and `rounded` of the network with its precision's whole rounding.
 
@@ -60,28 +106,56 @@ class Unrounded:
         """
         from runtime.runners.torch import TorchRunner, rounding
 
-        runner = self._beside.baked
+        runner, precision = self.beside.baked, self.tolerance.precision
         assert isinstance(runner, TorchRunner)
         names = {id(p): name.removesuffix(".weight") for name, p in runner.model.named_parameters()}
-        eight = {name for name, precision in self._stored.items() if precision in ("int8", "fp8")}
-        kept = {key for key, name in names.items() if name in self._stored and name not in eight}
-        options = {"weights_only": True, "reduced": self._reduced, "kept": kept}
-        with rounding(self._table.precision, **options) as mode:
-            form = f"{self._table.precision} weights but {sorted(names[key] for key in kept)}, {self._reduced}"
+        kept = {key for key, name in names.items() if name in self.graph.others}
+        form = f"{precision} weights but {sorted(names[key] for key in kept)}, {self.reduced}"
+        with ExitStack() as stack:
+            mode = stack.enter_context(rounding(precision, weights_only=True, reduced=self.reduced, kept=kept))
+            stack.enter_context(runner.model.register_forward_pre_hook(mode.follow))
             weights = run_reference(feeds, form, runner)
-        rounded_there = self._beside.weights.setdefault(form, set())  # when it ran; its outputs may be remembered
+        rounded_there = self.beside.weights.setdefault(form, set())  # when it ran; its outputs may be remembered
         rounded_there |= {names[key] for key in mode.rounded if key in names}
-        self._matched = self._matched and eight <= rounded_there
-        whole = {name: _moved(weights[name], expected[name], rounded[name]) for name in expected}
-        found = self._run(feeds)
-        self._cases[case] = None
-        for comparator in self._comparators.values():
-            comparator.add(weights, found, case, real=True, rounded=whole)
+        self.graph.match(rounded_there)
+        self.graph.add(self.graph.run(feeds), expected, rounded, weights, case, real=real)
 
-    def results(self) -> dict[int, tuple[OutputComparison, ...]]:
-        """What came of each case that was added."""
-        comparator = self._comparators[MATCHED if self._matched else 1.0]
-        return {case: comparator.result(case) for case in self._cases}
+
+def _widened(graph: Graph) -> bytes:
+    """The model with whatever it holds in 16 bits in float32: the same numbers, and nothing is rounded to less."""
+    onnx = require("onnx", "export")
+    low = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+
+    def widen_tensor(tensor: Any) -> None:
+        if tensor.data_type in low:
+            values = onnx.numpy_helper.to_array(tensor, str(graph.path.parent)).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+
+    def widen(nodes: Any) -> None:
+        for attribute in (attribute for node in nodes for attribute in node.attribute):
+            if attribute.name in ("to", "dtype") and attribute.i in low:
+                attribute.i = onnx.TensorProto.FLOAT
+            if attribute.HasField("t"):
+                widen_tensor(attribute.t)
+            if attribute.HasField("g"):
+                widen_graph(attribute.g)
+
+    def widen_graph(inner: Any) -> None:
+        for tensor in inner.initializer:
+            widen_tensor(tensor)
+        for value in (*inner.input, *inner.output):
+            if value.type.tensor_type.elem_type in low:
+                value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+        del inner.value_info[:]
+        widen(inner.node)
+
+    widen_graph(model.graph)
+    for function in model.functions:
+        del function.value_info[:]
+        widen(function.node)
+    return bytes(model.SerializeToString())
 
 
 def _share(tolerance: Tolerance, share: float) -> Tolerance:
@@ -95,19 +169,28 @@ class Measures:
 
     beside: Beside | None
     yardstick: Yardstick | None
-    unrounded: Unrounded | None
+    unrounded: Beyond | None
 
 
-def unrounded(candidate: Runner, tolerance: Tolerance, beside: Beside | None, classes: bool) -> Unrounded | None:
-    """`Unrounded` where it says something: an artefact in 8 bits whose manifest says how its weights were rounded."""
+def judged_unrounded(tolerance: Tolerance) -> bool:
+    """Whether artefacts of a precision are also judged with their activations unrounded."""
+    return tolerance.noise is not None and tolerance.precision != "tf32"
+
+
+def unrounded(candidate: Runner, tolerance: Tolerance, beside: Beside | None, classes: bool) -> Beyond | None:
+    """`Beyond` where it says something: an ONNX file whose manifest says how its weights were rounded."""
     manifest = candidate.artefact.manifest
-    known = manifest is not None and manifest.quantization is not None and manifest.quantization.per_channel
-    if beside is None or not known or not tolerance.calibrated or tolerance.noise is None:
+    if beside is None or manifest is None or candidate.artefact.kind != "onnx" or not judged_unrounded(tolerance):
         return None
+    quantization = manifest.quantization
+    if tolerance.calibrated and (quantization is None or not quantization.per_channel):
+        return None
+    outputs = [spec.name for spec in candidate.outputs]
     try:
-        return Unrounded(candidate, tolerance, beside, classes=classes) if candidate.artefact.kind == "onnx" else None
-    except UnavailableError:  # without the onnx package: the artefact is judged as it is alone
+        graph = Unrounded(candidate.artefact.path, outputs, tolerance, classes=classes)
+    except (UnavailableError, RefusedError):  # no onnx package, a layout of its own: it is judged as it is alone
         return None
+    return Beyond(graph, beside, tolerance, reduced=quantization is not None and quantization.reduced_range)
 
 
 def _moved(weights: Array, expected: Array, rounded: Array) -> Array:

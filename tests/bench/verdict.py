@@ -36,7 +36,7 @@ from runtime.manifest import read_manifest
 from runtime.parity.run import ParityOptions, ParityReport, compare_artefacts
 from runtime.runners import open_runner
 from runtime.runners.base import Array
-from tests.bench.verdict_errors import ERRORS, PLACES, Planted, plant
+from tests.bench.verdict_errors import ERRORS, Planted, plant
 from tests.bench.verdict_networks import NETWORKS, SIZE, Entry, numbers, pictures, save
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8 cpu", "fp8")
@@ -110,7 +110,9 @@ def subject(name: str, folder: Path) -> Subject:
     fresh.append({"image": np.random.default_rng(8).standard_normal((16, 3, SIZE, SIZE), dtype=np.float32)})
     if entry.numbers:
         fresh = [{**feeds, "numbers": numbers(16, seed)} for seed, feeds in enumerate(fresh)]
-    return Subject(name, entry, checkpoint, ParityOptions(images=images, samples=SAMPLES, foreign=foreign), fresh)
+    given = folder / "inputs.npz" if entry.numbers else None
+    options = ParityOptions(images=images, inputs=given, samples=SAMPLES, foreign=foreign)
+    return Subject(name, entry, checkpoint, options, fresh)
 
 
 def artefacts(found: Subject, precisions: Sequence[str]) -> Iterator[tuple[str, Path]]:
@@ -152,7 +154,7 @@ def _named(outputs: Outputs, names: Mapping[str, object]) -> Outputs:
     return [dict(zip(names, feeds.values(), strict=True)) for feeds in outputs]
 
 
-def measure(found: Subject, precision: str, file: Path, places: Sequence[int] = PLACES) -> dict[str, Count]:
+def measure(found: Subject, precision: str, file: Path) -> dict[str, Count]:
     """Plant every kind of error into one artefact, judge, and count by kind; "" has what the clean one came to."""
     clean = found.run(file, precision)
     live = _named(found.run(found.checkpoint, precision), clean[0])
@@ -163,7 +165,7 @@ def measure(found: Subject, precision: str, file: Path, places: Sequence[int] = 
         counts[""].refused = 1
         counts[""].missed.append(f"{found.name}, {precision}, clean: refused: {said.failures()[0]}")
     waiting: list[tuple[Path, Planted]] = []
-    for index, planted in enumerate(plant(onnx.load(file), tuple(places))):
+    for index, planted in enumerate(plant(onnx.load(file), found.entry.places)):
         wrong = file.with_name(f"wrong{index}.onnx")
         save_graph(planted.model, wrong, manifest)
         if moved(live, clean, found.run(wrong, precision)):
@@ -214,27 +216,26 @@ def recorded(results: Path | None) -> Counts:
     return {tuple(line["of"]): Count(**line["count"]) for line in lines}
 
 
-def run(name: str, precisions: Sequence[str], places: Sequence[int]) -> Iterator[Counts]:
+def run(name: str, precisions: Sequence[str]) -> Iterator[Counts]:
     """Plant into the artefacts of one network; the counts of one precision after another."""
     with tempfile.TemporaryDirectory() as folder:
         found = subject(name, Path(folder))
         for precision, file in artefacts(found, precisions):
-            yield {(name, precision, kind): c for kind, c in measure(found, precision, file, places).items()}
+            yield {(name, precision, kind): c for kind, c in measure(found, precision, file).items()}
 
 
 @click.command()
 @click.option("--networks", default=",".join(NETWORKS), show_default=True)
 @click.option("--precisions", default=",".join(PRECISIONS), show_default=True)
-@click.option("--places", default=",".join(map(str, PLACES)), show_default=True, help="Where, in percent of the way.")
 @click.option("--results", type=click.Path(path_type=Path), help="Keep counts here; what it holds is not run again.")
 @click.option("--show", is_flag=True, help="Run nothing: print what --results holds.")
-def main(networks: str, precisions: str, places: str, results: Path | None, show: bool) -> None:
+def main(networks: str, precisions: str, results: Path | None, show: bool) -> None:
     """Print the tables as Markdown, and below them what was missed."""
-    counts, wanted = recorded(results), [int(place) for place in places.split(",")]
+    counts = recorded(results)
     for name in () if show else networks.split(","):
         left = [p for p in precisions.split(",") if (name, p, "") not in counts]
         began = time.perf_counter()
-        for found in run(name, left, wanted) if left else ():
+        for found in run(name, left) if left else ():
             counts |= found
             if results is not None:
                 lines = (json.dumps({"of": key, "count": asdict(count)}) + "\n" for key, count in found.items())

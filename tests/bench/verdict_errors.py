@@ -265,10 +265,9 @@ ERRORS: dict[str, Error] = {
     "swapped outputs": swapped_outputs,
     "another branch": another_branch,
 }
-PLACES = (0, 33, 66, 99)
 
 
-def plant(model: ModelProto, places: tuple[int, ...] = PLACES) -> Iterator[Planted]:
+def plant(model: ModelProto, places: tuple[int, ...]) -> Iterator[Planted]:
     """`model` with one error after another, each kind at each of the `places` (percent of the way through)."""
     for kind, error in ERRORS.items():
         said = set()

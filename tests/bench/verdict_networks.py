@@ -17,6 +17,7 @@ import gmconv
 from runtime.runners.base import Array
 
 SIZE = 32
+PLACES = (0, 33, 66, 99)
 
 
 class Features(nn.Module):
@@ -110,12 +111,13 @@ class TwoInputs(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A network of the bench: its factory as `--arch` takes it, whether it takes four numbers beside the image, and
-    whether it is trained on the digits."""
+    """A network of the bench: its factory as `--arch` takes it, whether it takes four numbers beside the image, whether
+    it is trained on the digits, and where errors are planted, in percent of the way through its graph."""
 
     arch: str
     numbers: bool = False
     digits: bool = False
+    places: tuple[int, ...] = PLACES
 
 
 _HERE = "tests.bench.verdict_networks"
@@ -127,7 +129,7 @@ NETWORKS = {
     "offset": Entry(f"{_HERE}:Offset"),
     "integers": Entry(f"{_HERE}:IntegerMaps"),
     "two inputs": Entry(f"{_HERE}:TwoInputs", numbers=True),
-    "resnet50": Entry("gmconv.models:resnet50"),
+    "resnet50": Entry("gmconv.models:resnet50", places=(66,)),  # each error costs it 25 times what it costs the others
 }
 
 
@@ -191,12 +193,14 @@ def _centre(part: Any, given: Any, output: Tensor) -> None:
 
 
 def save(name: str, folder: Path) -> Path:
-    """A checkpoint of the network and, as `pictures.npz`, the images to calibrate and compare on."""
+    """A checkpoint of the network and, as `pictures.npz`, the images to calibrate and compare on; `inputs.npz` has what
+    the network with two inputs is compared on."""
     entry, path = NETWORKS[name], folder / "net.pt"
     if entry.digits:
         command = ["--dataset", "digits", "--arch", "resnet20", "--seed", "1", "--epochs", "3", "-o", str(path)]
         subprocess.run([sys.executable, "-m", "gmconv.train", *command], check=True, capture_output=True)
         return path
     np.savez(folder / "pictures.npz", input=pictures(64, seed=2))
+    np.savez(folder / "inputs.npz", image=pictures(32, seed=2), numbers=numbers(32, seed=2))
     gmconv.save_checkpoint(path, trained(entry), entry.arch, (3, SIZE, SIZE))
     return path

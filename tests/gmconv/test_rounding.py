@@ -63,3 +63,29 @@ def test_writes_in_place_and_through_views_arrive() -> None:
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="int4"):
         Rounding("int4")
+
+
+class Affine(nn.Module):
+    """Weights, a plain tensor and two numbers; its input passes through as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.table = nn.Linear(8, 8), torch.rand(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([0.3 * self.layer(x) + self.table, x - 1.7], 1)
+
+
+@pytest.mark.parametrize(("precision", "low"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_weights_alone_are_whatever_does_not_come_from_the_input(precision: str, low: torch.dtype) -> None:
+    torch.manual_seed(2)
+    net = Affine()
+
+    def lower(constant: torch.Tensor | float) -> torch.Tensor:
+        return torch.as_tensor(constant).to(low).float()
+
+    with torch.no_grad():
+        with Rounding(precision, weights_only=True) as mode, net.register_forward_pre_hook(mode.follow):
+            found = net(X)
+        layer = nn.functional.linear(X, lower(net.layer.weight), lower(net.layer.bias))
+        assert torch.equal(found, torch.cat([lower(0.3) * layer + lower(net.table), X - lower(1.7)], 1))

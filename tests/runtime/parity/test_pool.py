@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from runtime.parity.compare import Comparator, compare_outputs
+from runtime.parity.pool import WEIGHTS
 from runtime.parity.tolerances import TOLERANCES
 from runtime.records import OutputComparison
 from runtime.runners.base import Array
@@ -180,6 +183,14 @@ def test_an_offset_hides_no_error_of_8_bit_operands(precision: str) -> None:
     rounded = LOGITS + 0.02 * RNG.standard_normal(LOGITS.shape)
     wrong = LOGITS + 0.3 * RNG.standard_normal(LOGITS.shape)
     assert not beside(170 + LOGITS, 170 + wrong, 170 + rounded, precision).passed
+
+
+@pytest.mark.parametrize(("kind", "cost", "passes"), [("bf16", 0.3, True), (f"bf16{WEIGHTS}", 0.002, False)])
+def test_an_offset_hides_an_error_from_a_rounded_result_not_from_weights(kind: str, cost: float, passes: bool) -> None:
+    rounded, wrong = (LOGITS + off * RNG.standard_normal(LOGITS.shape) for off in (cost, 0.03))
+    comparator = Comparator(replace(TOLERANCES["bf16"], precision=kind))
+    comparator.add({"o": 170 + LOGITS}, {"o": 170 + wrong}, rounded={"o": 170 + rounded})
+    assert comparator.result()[0].passed == passes
 
 
 def test_whole_numbers_may_differ_as_often_as_the_precision_changes_them() -> None:

@@ -1,4 +1,4 @@
-"""In 8 bits an error of the size of the rounding shows once the activations are not rounded."""
+"""An error of the size of the rounding shows once the activations are not rounded, in 8 bits and in 16."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ FORMS = {
         "int8",
         PrecisionOptions(calibration="digits", calibration_images=64, keep_fp32=("layer2*", "layer3*")),
     ),
+    "fp16": ("fp16", PrecisionOptions(keep_fp32=("layer3*",))),
+    "bf16": ("bf16", PrecisionOptions()),
 }
 pytestmark = pytest.mark.xdist_group("test_unrounded")  # its networks are exported once
 
