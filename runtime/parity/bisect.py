@@ -94,8 +94,9 @@ def _from_checkpoint(
             theirs = other.activations(dict(zip((s.name for s in other.inputs), own.values(), strict=True)))
         return _from_two_checkpoints(modules, theirs, tolerance, sigmas)
     graph = Graph(path)
-    matches = graph.module_outputs({name: len(values) for name, values in modules.items()})
-    matches, sure = _with_named_layers(graph, matches, modules, reference.batch_norms())
+    norms = reference.batch_norms()
+    matches = graph.module_outputs({name: len(values) for name, values in modules.items()}, norms)
+    matches, sure = _with_named_layers(graph, matches, modules, norms)
     values = {match.tensor: modules[match.other][match.call] for match in matches}
     names = _module_names(graph, matches, list(modules), reference.weighted_modules())
     return _judge(graph, matches, values, feeds, tolerance, names, sigmas, sure)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,24 +52,29 @@ class Graph:
                 self.consumers[name].append(index)
         self.scopes = [_scopes(node) for node in self.nodes]
 
-    def module_outputs(self, calls: Mapping[str, int]) -> list[Match]:
+    def module_outputs(self, calls: Mapping[str, int], norms: Collection[str] = ()) -> list[Match]:
         """The tensors that modules return, by the exporter's metadata; `calls` is how often each module ran.
 
-        A tensor that leaves a module's scope is its output: also the Conv that a BatchNorm was folded into, which the
-        exporter puts in the BatchNorm's scope. A module whose count differs from its calls is left out.
+        A tensor that leaves a module's scope is its output: also the Conv that a BatchNorm (one of `norms`) was folded
+        into, which the exporter puts in the BatchNorm's scope. The modules that such a Conv came from end in it, and
+        their outputs are gone. A module whose count differs from its calls is left out.
         """
         inside: dict[str, list[int]] = defaultdict(list)
+        members: dict[str, set[int]] = defaultdict(set)
         for index, scopes in enumerate(self.scopes):
             for scope in scopes:
                 inside[scope].append(index)
+                members[scope].add(index)
+            for layer in self.weight_names([index]) if scopes and scopes[-1] in norms else ():
+                for end in (i for i, letter in enumerate(f"{layer}.") if letter == "."):
+                    members[layer[:end]].add(index)
         found: dict[str, Match] = {}
         for module in sorted(inside, key=lambda name: -name.count(".")):  # an inner module's name wins
-            members = set(inside[module])
             leaving = [
                 name
                 for index in inside[module]
                 for name in self.nodes[index].output
-                if name in self.outputs or any(user not in members for user in self._users(name))
+                if name in self.outputs or any(user not in members[module] for user in self._users(name))
             ]
             if len(leaving) == calls.get(module, 0):
                 for call, name in enumerate(leaving):

@@ -140,15 +140,18 @@ def test_twenty_of_twenty_in_resnet20(resnet: tuple[Path, Path], tmp_path: Path)
 
 
 class Own(nn.Module):
-    """Layers with children: a kernel of two parents' making, two convolutions in one forward, one weight twice."""
+    """Layers with children: a kernel of two parents' making, two convolutions in one forward, one weight twice, one
+    whose child's convolution takes in the BatchNorm behind the layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.block, self.scales = calls.Borrowed(3, 8), calls.Block(8, 8), calls.AtScales(8, 8)
+        self.deep, self.norm = calls.Depthwise(8, 8), nn.BatchNorm2d(8)
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.scales(self.block(torch.relu(self.first(x)))).mean((2, 3)))
+        x = self.scales(self.block(torch.relu(self.first(x))))
+        return self.head(self.norm(self.deep(x)).mean((2, 3)))
 
 
 def test_layers_of_a_users_own_are_named_and_none_behind_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,8 +163,8 @@ def test_layers_of_a_users_own_are_named_and_none_behind_them(tmp_path: Path, mo
     torch.save(model.state_dict(), tmp_path / "own.pth")
     export_onnx(Live(model, torch.randn(2, 3, 12, 12), Foreign()), path)
     options = replace(LARGE, foreign=Foreign(arch="bisect_own:Own", input_shape=(3, 12, 12)))
-    for layer in ("first.first", "block.baked_1", "scales_layer_baked_0", "scales.out"):
-        bad = plant_in(path, tmp_path)(f"{layer}.weight", channels=slice(None))
+    for layer in ("first.first", "block.baked_1", "scales_layer_baked_0", "scales.out", "deep.baked_0 or deep.point"):
+        bad = plant_in(path, tmp_path)(f"{layer.split()[-1]}.weight", channels=slice(None))
         found = found_in(tmp_path / "own.pth", bad, options)
         assert found.culprit is not None
         assert found.culprit.name == layer
