@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.parity.pool import Pool
+from runtime.parity.pool import UNTRAINED, Pool
 from runtime.parity.tolerances import floored
 from runtime.records import OutputComparison, Tolerance
 from runtime.runners.base import Array
@@ -152,7 +152,7 @@ class Comparator:
 def _constant(pool: Pool) -> str:
     if pool.elements <= 1:
         return "one number was compared, which cannot tell a network from a constant; give more samples"
-    said = "the network is constant on these inputs"
+    said = f"the network is constant on these inputs{UNTRAINED}"
     if pool.scale == 0:
         return f"the reference is zero everywhere: {said}"
     if pool.variation is None:

@@ -21,6 +21,9 @@ from runtime.runners.base import Array
 #: Unit roundoff of fp32, 2^-24: outputs that vary by less than a few of it over the samples are constant.
 FP32_ROUNDOFF = 2.0**-24
 CONSTANT = 4 * FP32_ROUNDOFF
+#: Random weights lose an input on its way through a deep network: outputs that change by a smaller share of their RMS.
+_FAINT = 1e-3
+UNTRAINED = "; a network with untrained weights hardly answers to its input: load trained ones"
 #: Channels whose variation differs by this factor from the next larger one's are of another scale.
 SCALE_GAP = 4.0
 #: Independent values that tell a channel's scale. Of equal channels the smallest scale drawn is `SCALE_GAP` times below
@@ -281,7 +284,7 @@ def _judge_group(group: dict[str, float], tolerance: Tolerance) -> str:
     if tolerance.rel_rms <= FINE and beside > most:
         return (
             f"the error is {beside:.2g} of what the outputs change from sample to sample (which is {change:.1g} of "
-            f"their RMS), tolerance {most:.2g}"
+            f"their RMS), tolerance {most:.2g}{UNTRAINED if change < _FAINT else ''}"
         )
     own = group["variation"] + 2 * group["covariance"] + group["spread"]
     if own <= CONSTANT**2 * group["power"]:
