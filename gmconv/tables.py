@@ -49,19 +49,27 @@ class Table:
         return len(self.rows)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        shown = list(range(len(self.columns)))
-        while (least := self._least(shown)) and sum(least) + _GAP * (len(shown) - 1) > options.max_width:
-            spare = max(shown, key=lambda index: self.columns[index].spare)
-            if self.columns[spare].spare == 0:
-                yield from self._stacked(options.max_width)
-                return
-            shown.remove(spare)
+        shown = self._fitting(options.max_width)
+        if not self._fits(shown, options.max_width):
+            yield from self._stacked(options.max_width)
+            return
         yield Text(self.title, style="bold")
         yield from self._laid_out(shown, options.max_width)
         if self.caption:
             yield Text(self.caption, style="dim")
         if left := [column.title for index, column in enumerate(self.columns) if index not in shown]:
             yield Text(f"not shown at this width: {', '.join(left)}", style="dim")
+
+    def _fits(self, shown: Sequence[int], width: int) -> bool:
+        return sum(self._least(shown)) + _GAP * (len(shown) - 1) <= width
+
+    def _fitting(self, width: int) -> list[int]:
+        """The columns that stay, and of the spare ones, the most important first, each that still has room."""
+        shown = [index for index, column in enumerate(self.columns) if column.spare == 0]
+        for spare in sorted(set(range(len(self.columns))) - set(shown), key=lambda index: self.columns[index].spare):
+            if self._fits(wider := sorted([*shown, spare]), width):
+                shown = wider
+        return shown
 
     def _cells(self, index: int) -> int:
         return max((row[index].cell_len for row in self.rows), default=0)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from gmconv.tables import Table
@@ -16,12 +18,17 @@ if TYPE_CHECKING:
 
 
 def print_export(
-    output: Path, *, first: bool = True, console: Console | None = None, manifest: Manifest | None = None
+    output: Path,
+    *,
+    first: bool = True,
+    console: Console | None = None,
+    manifest: Manifest | None = None,
+    say: Callable[[str], str] = str,
 ) -> None:
     """Print what the manifest of `output` says: certificate, crop, parity and a closing line, on stdout.
 
     `first` False leaves out what the first file of the same export has shown: what was baked, and cropped.
-    `console` and `manifest`: in place of stdout's and the sidecar's.
+    `console` and `manifest`: in place of stdout's and the sidecar's. `say` words notes and warnings.
     """
     from rich.markup import escape
 
@@ -45,14 +52,15 @@ def print_export(
         console.print(crop_summary(crop))
     if manifest.parity:
         console.print(parity_table(manifest.parity, baking=first))
-        for measured in manifest.parity.yardstick:
-            console.print(_yardstick_line(measured, manifest))
+        outputs = manifest.parity.yardstick
+        for measured in outputs:
+            console.print(_yardstick_line(measured, manifest, named=len(outputs) > 1), soft_wrap=True)
     notes = manifest.export.notes if manifest.export and first else ()
-    for text in (*notes, *(manifest.parity.notes if manifest.parity else ())):
+    for text in map(say, (*notes, *(manifest.parity.notes if manifest.parity else ()))):
         console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
     for text in manifest.warnings:
         if first or (manifest.calibration and text in manifest.calibration.warnings):
-            console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
+            console.print(f"[yellow]warning:[/yellow] {escape(say(text))}", highlight=False, soft_wrap=True)
     size = manifest.artefact.bytes + sum(entry.bytes for entry in manifest.external)
     console.print(
         f"[bold green]PASSED[/bold green] {output}: {manifest.precision}, {size:,} bytes, "
@@ -61,10 +69,15 @@ def print_export(
     )
 
 
-def _yardstick_line(measured: YardstickComparison, manifest: Manifest) -> str:
+def _yardstick_line(measured: YardstickComparison, manifest: Manifest, *, named: bool) -> str:
+    from rich.markup import escape
+
     from gmconv.tables import number
 
-    line = f"float64 yardstick on {measured.samples} samples: torch fp32 is {number(measured.reference_rel_rms)} away"
+    of = f" of {escape(measured.output)}" if named else ""
+    line = (
+        f"float64 yardstick{of} on {measured.samples} samples: torch fp32 is {number(measured.reference_rel_rms)} away"
+    )
     if measured.candidate_rel_rms is not None:
         found = f"ONNX Runtime {number(measured.candidate_rel_rms)}"
         return f"{line}, {found} (allowed: {number(measured.limit)})"

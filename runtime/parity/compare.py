@@ -243,7 +243,7 @@ class _Sums:
         rms = math.sqrt(self.error_power / self.elements)
         rel_rms, max_rel = (found / scale if scale else found for found in (rms, self.max_abs))
         norms = math.sqrt(self.power) * math.sqrt(self.candidate_power)
-        cosine = min(1.0, self.dot / norms) if norms else float(self.error_power == 0)
+        cosine = min(1.0, self.dot / norms) if norms and self.error_power else float(self.error_power == 0)
         ranks = self._ranks(2 * tolerance.rel_rms * scale)
         reasons = [] if self.integral else _over(rel_rms, max_rel, cosine, ranks.get("top1_decided"), tolerance)
         reasons += over_all

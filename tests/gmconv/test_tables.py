@@ -63,6 +63,16 @@ def test_the_least_important_column_goes_first() -> None:
     assert "err/RMS" not in " ".join(left)
 
 
+@given(widths=st.lists(st.integers(3, 20), min_size=2, max_size=6), width=st.integers(60, 140))
+def test_a_column_is_left_out_only_where_it_has_no_room(widths: list[int], width: int) -> None:
+    table = Table("t", [Column("n", name=True), *(Column(f"c{i}", 1 + i) for i in range(len(widths)))])
+    table.add("layer", *("9" * size for size in widths))
+    lines = shown(table, width).splitlines()
+    row = next(line for line in lines if line.startswith("layer"))
+    left = [size for i, size in enumerate(widths) if f"c{i}" not in lines[1].split()]
+    assert all(len(row) + 2 + size > width for size in left)
+
+
 def test_below_that_rows_are_stacked() -> None:
     text = shown(parity(), 24)
     assert "margin 69.6x" in text
