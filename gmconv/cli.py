@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 import signal
@@ -99,8 +100,36 @@ class Command(_Documented, click.Command):
     """A click command with `-h`, `--version` and an `example` in its help; Ctrl-C and SIGTERM clean up."""
 
 
+#: Verbs of neighbouring tools, and the command that does it here.
+_VERBS = {
+    "export": "onnx",
+    "deploy": "onnx",
+    **dict.fromkeys(("build", "engine", "trt", "rtx"), "tensorrt"),
+    **dict.fromkeys(("convert", "quantize", "quant"), "precision"),
+    **dict.fromkeys(("compare", "verify", "check", "diff", "bisect"), "parity"),
+    **dict.fromkeys(("time", "trtexec", "perf", "latency"), "benchmark"),
+    **dict.fromkeys(("test", "val", "validate", "score"), "evaluate"),
+    **dict.fromkeys(("run", "start"), "serve"),
+}
+
+
 class Group(_Documented, click.Group):
-    """The same for a group of commands."""
+    """The same for a group of commands; one that there is not is answered with what it may have meant."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that `args` begin with. Raises UsageError where there is none."""
+        known, name = self.list_commands(ctx), args[0]
+        if name in known or name.startswith("-") or ctx.resilient_parsing:
+            return super().resolve_command(ctx, args)
+        if verb := _VERBS.get(name.lower()):
+            close = [verb]
+        else:
+            close = [one for one in known if name and one.startswith(name)]
+            close = close or difflib.get_close_matches(name.lower(), known, n=1)
+        advice = f"did you mean {' or '.join(close)}?" if close else f"it is one of {', '.join(known)}."
+        raise click.UsageError(f"No such command {name!r}: {advice}", ctx)
 
 
 def version_option() -> click.Option:

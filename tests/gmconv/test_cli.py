@@ -11,6 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from export.tensorrt.command import main as tensorrt
+from gmconv.__main__ import COMMANDS
+from gmconv.__main__ import main as gmconv_command
 from gmconv.cli import data_options
 
 COMMAND = """
@@ -94,3 +96,29 @@ def test_a_flag_of_a_neighbouring_tool_is_answered_with_ours(flag: str, advice: 
     done = CliRunner().invoke(tensorrt, ["net.onnx", flag])
     assert done.exit_code == 2
     assert advice in done.output
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("bench", "benchmark"),
+        ("benchmrk", "benchmark"),
+        ("Serve", "serve"),
+        ("tensorRT", "tensorrt"),
+        ("quantize", "precision"),
+        ("export", "onnx"),
+    ],
+)
+def test_a_command_that_there_is_not_is_answered_with_the_near_one(said: str, meant: str) -> None:
+    done = CliRunner().invoke(gmconv_command, [said, "net.onnx"])
+    assert done.exit_code == 2
+    assert f"No such command {said!r}: did you mean {meant}?" in done.output
+
+
+def test_a_command_like_none_is_answered_with_all() -> None:
+    done = CliRunner().invoke(gmconv_command, ["xyzzy"])
+    assert f"it is one of {', '.join(COMMANDS)}." in " ".join(done.output.split())
+
+
+def test_an_unknown_option_before_the_command_is_still_one() -> None:
+    assert "No such option '--quiet'" in CliRunner().invoke(gmconv_command, ["--quiet", "onnx"]).output
