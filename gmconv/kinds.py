@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,22 @@ def artefact_kind(path: Path) -> Kind:
             f"{path}: is no artefact known here; give a .pt, .pth, .safetensors, .onnx, .plan or .engine file"
         )
     return kind
+
+
+def require_ending(path: Path, *kinds: Kind) -> None:
+    """Raise RefusedError for an output whose name ends otherwise than those of `kinds` do.
+
+    One without any ending is taken where there is one kind.
+    """
+    if _SUFFIXES.get(path.suffix.lower()) in kinds or (not path.suffix and len(kinds) == 1):
+        return
+    endings = [suffix for suffix, kind in _SUFFIXES.items() if kind in kinds]
+    meant = difflib.get_close_matches(path.suffix.lower(), endings, n=1) or endings[:1]
+    name = path.with_suffix(meant[0])
+    wanted = " or ".join(_NAMES[kind] for kind in kinds)
+    raise RefusedError(
+        f"{path}: {wanted} is written there, whose name ends in {' or '.join(endings)}; did you mean {name}?"
+    )
 
 
 def refuse_other_kinds(path: Path, *kinds: Kind) -> None:

@@ -11,7 +11,7 @@ from gmconv.data import refuse_missing
 from gmconv.errors import ParityError, RefusedError
 from gmconv.files import require_writable
 from gmconv.images import read_preprocessing
-from gmconv.kinds import refuse_other_kinds
+from gmconv.kinds import refuse_other_kinds, require_ending
 from gmconv.packages import require
 from runtime.manifest import refuse_other_precision, sidecar
 from runtime.metadata import misfit
@@ -42,6 +42,7 @@ def refuse_early(source: object, written: Sequence[Path], options: ExportOptions
             refuse_missing(data)
     for file, precision in zip(written, options.precisions, strict=True):
         require_writable(file, *read)
+        require_ending(file, "onnx")
         require_writable(sidecar(file))
         refuse_other_precision(file, precision, force=options.force)
         if clash := options.calibrated.io_clash(precision):

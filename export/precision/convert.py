@@ -9,6 +9,7 @@ from export.graph.check import bare_manifest, save_graph
 from export.graph.read import load_fp32
 from export.precision.converter import Precision, PrecisionConverter, PrecisionOptions, Progress, with_precision
 from gmconv.files import require_writable
+from gmconv.kinds import require_ending
 from runtime.manifest import Manifest, digest, find_manifest, refuse_other_precision, sidecar
 
 
@@ -47,6 +48,7 @@ def require_replaceable(
     """Refuse, before any work, an output that may not be written. Raises RefusedError."""
     for file in (output, sidecar(output)):
         require_writable(file, onnx_path, None if options.calibration is None else Path(options.calibration))
+    require_ending(output, "onnx")
     refuse_other_precision(output, precision, force=force)
 
 

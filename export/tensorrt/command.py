@@ -15,7 +15,7 @@ import click
 from export.onnx.flags import export_flags, only_of_an_export
 from gmconv.cli import Command, print_json, warn
 from gmconv.files import require_writable
-from gmconv.kinds import artefact_kind, refuse_other_kinds
+from gmconv.kinds import artefact_kind, refuse_other_kinds, require_ending
 from runtime import trt
 from runtime.manifest import refuse_other_precision
 from runtime.records import Build
@@ -221,6 +221,7 @@ def main(
     )
     output = output or model.with_name(model.stem + (f".{precision}" if precision else "") + ".plan")
     require_writable(output, model)
+    require_ending(output, "engine")
     require_report(report, model, output)
     refuse_other_kinds(model, "onnx", "checkpoint")
     if precision or checkpoint:

@@ -20,6 +20,7 @@ from gmconv.checkpoint import save_checkpoint
 from gmconv.checkpoint.file import read_file
 from gmconv.errors import CheckpointError
 from gmconv.files import require_writable
+from gmconv.kinds import require_ending
 from gmconv.surgery import masked_layers
 from gmconv.train.data import Dataset, Samples, batches, load_dataset
 from gmconv.train.network import Network, make_network
@@ -285,6 +286,7 @@ def _save(output: Path, run: _Run) -> tuple[LayerReach, ...]:
 def _require_writable(output: Path) -> None:
     """An hour of training should not end at a folder that cannot be written to."""
     require_writable(output)
+    require_ending(output, "checkpoint")
     try:
         with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp"):
             pass

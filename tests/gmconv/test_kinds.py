@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gmconv.errors import RefusedError
-from gmconv.kinds import artefact_kind, refuse_other_kinds
+from gmconv.kinds import Kind, artefact_kind, refuse_other_kinds, require_ending
 
 ONNX = b"\x08\x0a\x12\x07pytorch"
 
@@ -32,3 +32,26 @@ def test_what_is_not_known_or_not_there_is_left_to_who_opens_it(tmp_path: Path) 
     (tmp_path / "weights.bin").write_bytes(b"anything")
     refuse_other_kinds(tmp_path / "weights.bin", "checkpoint")
     refuse_other_kinds(tmp_path / "nothing.pt", "onnx")
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "advice"),
+    [
+        ("nb.plann", ("onnx", "engine"), "did you mean nb.plan?"),
+        ("net.onxx", ("onnx",), "an ONNX file is written there, whose name ends in .onnx; did you mean net.onnx?"),
+        ("net.plan", ("onnx",), "did you mean net.onnx?"),
+        ("a b/net.onnx", ("engine",), "ends in .plan or .engine or .trt; did you mean a b/net.plan?"),
+        ("net", ("onnx", "engine"), "did you mean net.onnx?"),
+    ],
+)
+def test_an_output_that_ends_as_something_else_is_refused(name: str, kinds: tuple[Kind, ...], advice: str) -> None:
+    with pytest.raises(RefusedError) as refusal:
+        require_ending(Path(name), *kinds)
+    assert refusal.value.message.endswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.PLAN", "engine"), ("a.int8.onnx", "onnx"), ("a.pth", "checkpoint"), ("a", "onnx")]
+)
+def test_an_ending_of_the_kind_is_taken(name: str, kind: Kind) -> None:
+    require_ending(Path(name), kind)
