@@ -32,7 +32,7 @@ class OpenEngine:
         self.path = path
         self.manifest, plan = read_engine(path)
         self.flavor = trt.engine_flavor(self.manifest)
-        self.info = cuda.device_info(cuda.device_index(device))
+        self.info = _gpu(path, self.manifest, device)
         self.api: ModuleType = trt.api(self.flavor)
         refuse_misfit(path, self.manifest, self.flavor, trt.version(self.api), self.info)
         self.log = trt.Log(self.api)
@@ -152,6 +152,20 @@ def read_engine(path: Path) -> tuple[Manifest, bytes]:
             f"from one build (interrupted, edited or mixed up): build it again"
         )
     return manifest, plan
+
+
+def _gpu(path: Path, manifest: Manifest, device: str) -> cuda.DeviceInfo:
+    """The GPU that an engine is to run on. Raises UnavailableError, which names what runs without one."""
+    try:
+        return cuda.device_info(cuda.device_index(device))
+    except UnavailableError:
+        problem = cuda.driver_problem()
+        if problem is None and device.startswith("cuda"):  # there is a GPU, and another was asked for
+            raise
+    files = [path.parent / source.file for source in manifest.chain if source.kind == "onnx"]
+    beside = next((f"{file} beside it" for file in files if file.is_file()), "the ONNX file that it was built from")
+    why = problem or f"{device!r} is none: say --device cuda:0"
+    raise UnavailableError(f"{path}: an engine runs on an NVIDIA GPU, and {why}; {beside} runs on a CPU")
 
 
 def refuse_misfit(path: Path, manifest: Manifest, flavor: trt.Flavor, running: str, info: cuda.DeviceInfo) -> None:

@@ -379,5 +379,10 @@ def test_without_a_driver_it_is_unavailable_with_the_reason(manifest: Any, tmp_p
     path = tmp_path / "model.plan"
     path.write_bytes(b"engine bytes")
     manifest(path)
-    with pytest.raises(UnavailableError, match=r"cuda:0 was asked for, but .*driver"):
+    without = r"model.plan: an engine runs on an NVIDIA GPU, and .*driver.*; "
+    with pytest.raises(UnavailableError, match=without + "the ONNX file that it was built from runs on a CPU"):
         TensorRTRunner(path, "cuda:0")
+    manifest(path, chain=(FileDigest("onnx", "net.onnx", "0" * 64, 1),))
+    (tmp_path / "net.onnx").write_bytes(b"")
+    with pytest.raises(UnavailableError, match=without + ".*/net.onnx beside it runs on a CPU"):
+        TensorRTRunner(path, "cpu")
