@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.onnx.options import ExportOptions, Note
+from export.wording import in_python, python_words
 from gmconv.errors import RefusedError
 from gmconv.foreign import Foreign
+from gmconv.kinds import require_ending
 from runtime.report.artefacts import artefact_sections
 from runtime.report.shown import Shown
 
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from runtime.manifest import Manifest
     from runtime.report import Section
 
-_ENGINES = (".plan", ".engine")
+_ENGINES = (".plan", ".engine", ".trt")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -58,7 +61,7 @@ class Deployed(Shown):
                 for line in (*summary(file, manifest), parity_line(manifest)):
                     console.print(line, markup=False, highlight=False, soft_wrap=True)
             else:
-                print_export(file, first=index == 0, console=console, manifest=manifest)
+                print_export(file, first=index == 0, console=console, manifest=manifest, say=in_python)
 
 
 def deploy(
@@ -97,23 +100,27 @@ def deploy(
     from runtime.manifest import read_manifest
 
     output = Path(output)
+    require_ending(output, "onnx", "engine")
     known = {field.name for field in fields(ExportOptions)} - {"foreign"}
     if unknown := sorted(options.keys() - known):
-        raise TypeError(f"deploy takes no {unknown[0]!r}; it takes {', '.join(sorted(known))}")
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        advice = f"did you mean {close[0]}?" if close else f"it takes {', '.join(sorted(known))}"
+        raise TypeError(f"deploy takes no {unknown[0]!r}; {advice}")
     live = Live(model, examples, Foreign(preprocessing=preprocessing, labels=tuple(labels) if labels else None))
     asked = ExportOptions(**{name: _path(name, value) for name, value in options.items()})
     engine = output.suffix in _ENGINES
     written = output.with_suffix(".onnx") if engine else output
-    export_onnx(live, written, asked, note=note)
-    files = asked.outputs(written)
-    if engine:
-        from export.tensorrt import BuildOptions, build_engine
+    if engine and len(asked.precisions) > 1:
+        raise RefusedError("an engine has one precision; deploy each with a call of its own")
+    with python_words():
+        export_onnx(live, written, asked, note=lambda text: note(in_python(text)))
+        files = asked.outputs(written)
+        if engine:
+            from export.tensorrt import BuildOptions, build_engine
 
-        if len(files) > 1:
-            raise RefusedError("an engine has one precision; deploy each with a call of its own")
-        note(f"building {output}")
-        build_engine(written, output, BuildOptions(golden=asked.golden))
-        files.append(output)
+            note(f"building {output}")
+            build_engine(written, output, BuildOptions(golden=asked.golden))
+            files.append(output)
     return Deployed(tuple(files), tuple(read_manifest(file, verify=False) for file in files))
 
 

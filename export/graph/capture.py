@@ -248,7 +248,7 @@ def keep_names_apart(model: ir.Model) -> None:
     ends = [*model.graph.inputs, *model.graph.outputs]
     names = [str(value.name) for value in ends]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise RefusedError(f"an input and an output are both called {twice[0]!r}; give --input-name another")
+        raise RefusedError(f"an input and an output are both called {twice[0]!r}; give --input-names another")
     weights = list(model.graph.initializers.values())
     inside = [*weights, *(value for node in model.graph.all_nodes() for value in node.outputs)]
     taken = {str(value.name) for value in inside} | set(names)

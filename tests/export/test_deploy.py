@@ -158,5 +158,18 @@ def test_examples_that_do_not_fit_are_refused_in_a_sentence(
 
 
 def test_an_option_that_there_is_not_is_named(net: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="takes no 'precission'"):
+    with pytest.raises(TypeError, match="takes no 'precission'; did you mean precision?"):
         gmconv.deploy(net, torch.randn(2, 3, 16, 16), tmp_path / "net.onnx", precission="fp16")
+
+
+@pytest.mark.parametrize("name", ["nb.plann", "nb.pt", "nb"])
+def test_an_output_that_is_neither_is_refused_before_any_work(name: str, net: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=r"did you mean .*nb\.(plan|onnx)\?"):
+        gmconv.deploy(net, torch.randn(2, 3, 16, 16), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_refused_names_parameters_not_flags(net: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="need calibration images: give images=DIR, images=FILE.npz") as refusal:
+        gmconv.deploy(net, torch.randn(2, 3, 16, 16), tmp_path / "net.onnx", precisions=("int8",))
+    assert "--" not in refusal.value.message

@@ -1,0 +1,57 @@
+"""Messages name the flags of the commands; a caller of `gmconv.deploy` reads its parameters in their place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+
+import click
+
+from export.onnx.options import ExportOptions
+from export.onnx.refusals import NOTHING_BAKED
+from export.precision.converter import PrecisionOptions
+
+_NORMALIZED = re.compile(r"--mean(?: M,M,M)?(?: and)? --std(?: S,S,S)?(?: \(or --preprocessing FILE\))?")
+#: A flag, and what it is advised with: a placeholder (DIR, FILE.npz), a number or a word that is one of its values.
+_FLAG = re.compile(
+    r"(?<![\w-])(?:--keep-fp32 (?P<layer>[^\s;,)]+)|(?P<flag>--[a-z][a-z0-9-]*|-o)"
+    r"(?: (?P<value>[A-Z][A-Z,:|]*(?:\.npz)?|\d[\w.]*|digits|lossless|fp16|bf16|int8|fp8)(?![\w-]))?)"
+)
+_RENAMED = {"data": "images", "calibration": "images", "precision": "precisions", "to": "precisions", "o": "output"}
+_SWITCHES = {field.name for field in fields(ExportOptions) if field.type == "bool"}
+_OPTIONS = {field.name for field in fields(ExportOptions)} | {"output", "labels", "preprocessing"}
+_PRECISION = {field.name for field in fields(PrecisionOptions)} - _OPTIONS
+
+
+def in_python(message: str) -> str:
+    """`message` with `keep_dynamic=True` where it says `--keep-dynamic`; a flag that `deploy` lacks stays as it is."""
+    message = message.replace(NOTHING_BAKED, NOTHING_BAKED.partition(", this checkpoint")[0])
+    message = _NORMALIZED.sub('preprocessing={"mean": (M, M, M), "std": (S, S, S)}', message)
+    return _FLAG.sub(_parameter, message)
+
+
+def _parameter(found: re.Match[str]) -> str:
+    if found["layer"]:
+        return f"precision=PrecisionOptions(keep_fp32=({found['layer']!r},))"
+    name = found["flag"].lstrip("-").replace("-", "_")
+    name, value = _RENAMED.get(name, name), found["value"]
+    if name in _SWITCHES:
+        return f"{name}=True" + (f" {value}" if value else "")
+    if value and value.islower() and not value[0].isdigit():
+        value = f"({value!r},)" if name == "precisions" else repr(value)
+    said = f"{name}={value}" if value else name
+    if name in _PRECISION:
+        return f"precision=PrecisionOptions({said})"
+    return said if name in _OPTIONS else found[0]
+
+
+@contextmanager
+def python_words() -> Iterator[None]:
+    """Have whatever is refused meanwhile say parameters in place of flags."""
+    try:
+        yield
+    except click.ClickException as error:
+        said = type(error)(in_python(error.message))
+        raise said.with_traceback(error.__traceback__) from error.__cause__
