@@ -104,7 +104,7 @@ def export_onnx(
         if options.golden is not None:
             golden = read_golden(options.golden, [given.name for given in loaded.inputs], names)
         cases = comparison_cases(loaded, options, examples=trained.examples, golden=golden, note=note)
-        work = work_on(cases, names, options.bake_options, options.precisions)
+        work = work_on(cases, names, options)
         crops = options.crop is not None or options.crop_budget is not None  # it times layers, which wants all cores
         trained.start(work, beside=not crops)
         name = output.name if "fp32" in options.precisions else f".fp32.{output.name}"
@@ -347,6 +347,7 @@ def _write_variants(
         checked = proof.on_images() if quantized else proof
         outputs = run_onnx(folder / name, list(checked.cases))
         verdict = replace(checked, shipped=outputs).judge(precision)
+        verdict = replace(verdict, hops=(*verdict.hops, *checked.unrounded(precision, folder / name)))
         if not verdict.passed:
             raise ParityError(f"{name}: nothing was written, parity failed: {verdict.summary()}")
         sidecar(folder / name).write_text(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from export.onnx.cases import Case
 from export.onnx.reference import Outputs, Reference, bitwise
+from gmconv.errors import RefusedError
 from runtime.parity.tolerances import tolerance_for, widen
 from runtime.parity.verdict import Verdict
 from runtime.records import BAKING, Hop, Tolerance, YardstickComparison
@@ -51,8 +53,13 @@ class Proof:
             tuple(outputs[index] for index in keep if outputs)
             for outputs in (self.reference.live, self.reference.baked, self.reference.yardstick, self.reference.alone)
         )
-        rounded = {p: tuple(outputs[index] for index in keep) for p, outputs in self.reference.rounded.items()}
-        reference = replace(self.reference, live=live, baked=baked, yardstick=wide, rounded=rounded, alone=alone)
+        rounded, weights = (
+            {precision: tuple(outputs[index] for index in keep) for precision, outputs in side.items()}
+            for side in (self.reference.rounded, self.reference.weights)
+        )
+        reference = replace(
+            self.reference, live=live, baked=baked, yardstick=wide, rounded=rounded, alone=alone, weights=weights
+        )
         fused = None if self.fused is None else [self.fused[index] for index in keep]
         cropped = None if self.cropped is None else [self.cropped[index] for index in keep]
         shipped = [self.shipped[index] for index in keep]
@@ -85,6 +92,38 @@ class Proof:
             more, said = self._hops(arrow, compared, limit, own)
             hops, notes = hops + more, notes + said
         return Verdict(tuple(hops), yardstick, tuple(dict.fromkeys(notes)))
+
+    def unrounded(self, precision: str, file: Path) -> tuple[Hop, ...]:
+        """The artefact in `file` with its activations unrounded, where that was computed and no crop is allowed for."""
+        from runtime.parity.unrounded import UNROUNDED, Unrounded
+
+        limit, weights = tolerance_for(precision), self.reference.weights.get(precision, ())
+        if self.crop_cost or self.fused is not None or not any(weights):
+            return ()
+        names = list(next(filter(None, weights)))
+        try:
+            graph = Unrounded(file, names, limit, classes=self.classes)
+        except RefusedError:  # nothing that ONNX Runtime runs without its roundings: judged as it is alone
+            return ()
+        graph.match(set(self.reference.eight))
+        rounded = self.reference.rounded[precision]
+        for index, (case, told) in enumerate(zip(self.cases, weights, strict=True)):
+            if told:
+                found = graph.run(case.feeds)
+                graph.add(found, self.reference.baked[index], rounded[index], told, index, real=not case.noise)
+        arrow = f"baked -> ORT {precision}{UNROUNDED}"
+        return tuple(
+            Hop(
+                name=arrow,
+                reference="baked",
+                candidate=f"ORT {precision}",
+                inputs=self.cases[index].label,
+                shapes=self.cases[index].shapes,
+                outputs=outputs,
+                tolerance=limit,
+            )
+            for index, outputs in graph.results().items()
+        )
 
     def _arrows(self, precision: str) -> Iterator[tuple[str, Sequence[Outputs], Sequence[Outputs], Tolerance]]:
         """Every arrow of the proof: its name, its two sides, and its tolerance."""

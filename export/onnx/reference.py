@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from export.onnx.cases import Case
+    from export.onnx.options import ExportOptions
     from gmconv.inputs import Input
 
 Outputs = dict[str, Array]
@@ -52,8 +53,9 @@ class Reference:
     """What the network computed as trained (`live`), once baked (`baked`), in float64 (`yardstick`), case by case.
 
     `alone`: live, each sample run by itself, where the yardstick says that one run tells too little of fp32.
-    `rounded`: baked, with the rounding of each lower precision; of the yardstick's cases. `notes`: what a reader of the
-    proof should know.
+    `rounded`: baked, with the rounding of each lower precision; of the yardstick's cases. `weights`: the same with what
+    does not come from the input rounded alone, `eight` the layers whose weights were in 8 bits. `notes`: what a reader
+    of the proof should know.
     """
 
     live: tuple[Outputs, ...]
@@ -63,12 +65,15 @@ class Reference:
     notes: tuple[str, ...] = ()
     rounded: Mapping[str, tuple[Outputs, ...]] = field(default_factory=dict)
     alone: tuple[Outputs, ...] = ()
+    weights: Mapping[str, tuple[Outputs, ...]] = field(default_factory=dict)
+    eight: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class _Said:
     certificate: BakeCertificate
     notes: tuple[str, ...]
+    eight: frozenset[str]
 
 
 class ReferenceProcess:
@@ -116,6 +121,7 @@ class ReferenceProcess:
             "noise": sorted(work.noise),
             "probes": sorted(work.probes),
             "precisions": work.precisions,
+            "reduced": work.reduced,
         }
         assert self._child.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # a child that died says why in result()
@@ -135,11 +141,17 @@ class ReferenceProcess:
             raise RuntimeError(f"the reference process failed with status {status}:\n{lines}")
         live, baked, yardstick, alone, *rounded = (
             tuple(_load(folder / f"{hop}.{index}.npz") for index in range(self._count))
-            for hop in ("live", "baked", "yardstick", "alone", *self._precisions)
+            for hop in ("live", "baked", "yardstick", "alone", *self._precisions, *map(_weights, self._precisions))
         )
         said = msgspec.json.decode((folder / "said.json").read_bytes(), type=_Said)
-        lower = dict(zip(self._precisions, rounded, strict=True))
-        return Reference(live, baked, yardstick, said.certificate, said.notes, lower, alone)
+        lower = dict(zip(self._precisions, rounded, strict=False))
+        weights = dict(zip(self._precisions, rounded[len(lower) :], strict=True))
+        return Reference(live, baked, yardstick, said.certificate, said.notes, lower, alone, weights, said.eight)
+
+
+def _weights(precision: str) -> str:
+    """What the outputs with rounded weights are called on the disk."""
+    return f"{precision}-weights"
 
 
 def _save(path: Path, outputs: Outputs) -> None:
@@ -200,7 +212,8 @@ def _run_double(model: nn.Module, inputs: Sequence[Input], feeds: Feeds, names: 
 class Work:
     """What to run: batches of every input, the names of the outputs, which are noise, for the yardstick, or probes.
 
-    `bake_options`: keyword arguments of `gmconv.constants.bake_for_inputs`; `precisions`: whose rounding to run too.
+    `bake_options`: keyword arguments of `gmconv.constants.bake_for_inputs`; `precisions`: whose rounding to run too;
+    `reduced`: int8 weights have 7 bits.
     """
 
     feeds: tuple[Feeds, ...]
@@ -210,20 +223,20 @@ class Work:
     probes: frozenset[int]
     bake_options: dict[str, Any]
     precisions: tuple[str, ...] = ()
+    reduced: bool = False
 
 
-def work_on(
-    cases: Sequence[Case], names: Sequence[str], bake_options: Mapping[str, Any], precisions: Sequence[str] = ()
-) -> Work:
-    """The cases as `Work`; `precisions`: those asked for."""
+def work_on(cases: Sequence[Case], names: Sequence[str], options: ExportOptions) -> Work:
+    """The cases as `Work`."""
     return Work(
         feeds=tuple(case.feeds for case in cases),
         names=tuple(names),
         noise=frozenset(index for index, case in enumerate(cases) if case.noise),
         yardstick=frozenset(index for index, case in enumerate(cases) if case.yardstick),
         probes=frozenset(index for index, case in enumerate(cases) if case.probe),
-        bake_options=dict(bake_options),
-        precisions=tuple(precision for precision in precisions if precision != "fp32"),
+        bake_options=options.bake_options,
+        precisions=tuple(precision for precision in options.precisions if precision != "fp32"),
+        reduced=options.calibrated.target == "cpu",
     )
 
 
@@ -233,7 +246,6 @@ def compute_reference(model: nn.Module, inputs: Sequence[Input], work: Work) -> 
 
     from gmconv.constants import bake_for_inputs
     from gmconv.constants.network import THREADS
-    from gmconv.rounding import Rounding
     from gmconv.surgery import copied
 
     before, notes = torch.get_num_threads(), []
@@ -279,15 +291,28 @@ def compute_reference(model: nn.Module, inputs: Sequence[Input], work: Work) -> 
             if kept is not None and not bitwise(live[index], baked[index]):  # kernels made by LAPACK follow the threads
                 live[index], baked[index] = run(kept, index, THREADS), run(model, index, THREADS)
         alone = _alone(model, inputs, work, live, yardstick)
-        rounded = {}
-        for precision in work.precisions:
-            with Rounding(precision):
-                rounded[precision] = tuple(
-                    run(model, index, THREADS) if index in work.yardstick else {} for index in range(len(work.feeds))
-                )
+        rounded, weights, eight = _rounded(model, work, lambda index: run(model, index, THREADS))
     finally:
         torch.set_num_threads(before)
-    return Reference(tuple(live), tuple(baked), yardstick, certificate, tuple(notes), rounded, alone)
+    return Reference(tuple(live), tuple(baked), yardstick, certificate, tuple(notes), rounded, alone, weights, eight)
+
+
+def _rounded(
+    model: nn.Module, work: Work, run: Callable[[int], Outputs]
+) -> tuple[dict[str, tuple[Outputs, ...]], dict[str, tuple[Outputs, ...]], frozenset[str]]:
+    """The yardstick's cases with the rounding of each lower precision, and of its weights alone; see `Reference`."""
+    from gmconv.rounding import Rounding
+
+    rounded, weights, eight = {}, {}, set[int]()
+    for precision in work.precisions:
+        with Rounding(precision):
+            rounded[precision] = tuple(run(i) if i in work.yardstick else {} for i in range(len(work.feeds)))
+        alone = Rounding(precision, weights_only=True, reduced=work.reduced)
+        with alone as mode, model.register_forward_pre_hook(mode.follow):
+            weights[precision] = tuple(run(i) if i in work.yardstick else {} for i in range(len(work.feeds)))
+        eight |= mode.rounded
+    layers = {name.removesuffix(".weight") for name, parameter in model.named_parameters() if id(parameter) in eight}
+    return rounded, weights, frozenset(layers)
 
 
 def _alone(
@@ -319,15 +344,16 @@ def _serve(folder: Path) -> None:
         probes=frozenset(task["probes"]),
         bake_options=task["bake_options"],
         precisions=tuple(task["precisions"]),
+        reduced=task["reduced"],
     )
     found = compute_reference(loaded.model, loaded.inputs, work)
     hops = {"live": found.live, "baked": found.baked, "yardstick": found.yardstick, "alone": found.alone}
-    hops |= found.rounded
+    hops |= {**found.rounded, **{_weights(precision): outputs for precision, outputs in found.weights.items()}}
     for hop, cases in hops.items():
         for index, outputs in enumerate(cases):
             if outputs:
                 _save(folder / f"{hop}.{index}.npz", outputs)
-    (folder / "said.json").write_bytes(msgspec.json.encode(_Said(found.certificate, found.notes)))
+    (folder / "said.json").write_bytes(msgspec.json.encode(_Said(found.certificate, found.notes, found.eight)))
 
 
 @click.command()

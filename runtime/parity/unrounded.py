@@ -36,6 +36,7 @@ UNROUNDED = ", activations unrounded"
 #: The share of the precision's whole cost that may be left: where a BatchNorm is folded in between, one weight of
 #: 100,000 is rounded the other way, which is 0.01 of what rounding them all costs.
 MATCHED = 0.1
+_LOW = ("float16", "bfloat16")
 
 
 class Unrounded:
@@ -50,7 +51,7 @@ class Unrounded:
         graph = Graph(path)
         eight = tolerance.calibrated
         model = graph.showing((), given=False, exact_activations=True) if eight else _widened(graph)
-        self.run = open_bytes(model, path, outputs)
+        self._run = open_bytes(model, path, outputs)
         stored = graph.stored_weights()
         self.eight = {name for name, precision in stored.items() if precision in ("int8", "fp8")}
         self.others = stored.keys() - self.eight
@@ -59,6 +60,10 @@ class Unrounded:
         self._comparators = {share: Comparator(limit, classes=classes) for share, limit in shares.items()}
         self._cases: dict[int, None] = {}
         self._calibrated = self._matched = eight
+
+    def run(self, feeds: Mapping[str, Array]) -> Outputs:
+        """The outputs, of inputs that may be in 16 bits."""
+        return self._run({n: a.astype(np.float32) if a.dtype.name in _LOW else a for n, a in feeds.items()})
 
     def add(
         self, found: Outputs, expected: Outputs, rounded: Outputs, weights: Outputs, case: int, *, real: bool

@@ -161,10 +161,11 @@ def trained(entry: Entry) -> nn.Module:
     arguments: list[Tensor] = [torch.from_numpy(pictures(64, seed=1))]
     if entry.numbers:
         arguments.append(torch.from_numpy(numbers(64, seed=1)))
-    for part in model.modules():
+    for name, part in model.named_modules():
         if isinstance(part, nn.BatchNorm2d):
             part.momentum = None  # the mean over all batches
-            nn.init.uniform_(part.weight, 0.6, 1.4)
+            last = name.endswith("bn3")  # of ResNet-50's branches, which training leaves small beside the skip
+            nn.init.uniform_(part.weight, *((0.1, 0.3) if last else (0.6, 1.4)))
             nn.init.normal_(part.bias, 0, 0.3)
     handles = [part.register_forward_hook(_centre) for part in _heads(model)]
     with torch.no_grad():

@@ -20,9 +20,11 @@ from torch import nn
 
 import gmconv
 from export.onnx import cases, pipeline, reference
+from export.onnx.options import ExportOptions
 from gmconv.files import sha256_file
 from gmconv.surgery import masked_layers
 from runtime.manifest import read_manifest
+from runtime.parity.unrounded import UNROUNDED
 from tests.export.conftest import export
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -187,6 +189,7 @@ def test_several_precisions_share_one_export(
         assert [link.sha256 for link in manifest.chain] == [fp32.chain[0].sha256, fp32.artefact.sha256]
         assert manifest.parity is not None
         assert manifest.parity.passed
+        assert any(hop.name.endswith(UNROUNDED) for hop in manifest.parity.hops)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
@@ -356,7 +359,7 @@ def test_the_reference_says_why_it_refused(tmp_path: Path) -> None:
     (tmp_path / "net.pt").write_bytes(b"not a checkpoint")
     case = cases.Case("noise", {"input": np.zeros((1, 3, 8, 8), np.float32)})
     with reference.ReferenceProcess() as process:
-        process.start(tmp_path / "net.pt", {}, reference.work_on([case], (), {}))
+        process.start(tmp_path / "net.pt", {}, reference.work_on([case], (), ExportOptions()))
         with pytest.raises(Exception, match="not a readable PyTorch checkpoint"):
             process.result()
 

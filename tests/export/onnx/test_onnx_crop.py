@@ -90,7 +90,7 @@ def test_taps_that_int8_stores_as_zero_go_with_a_lossless_crop(tmp_path: Path, t
     assert any(kernel.shape[-1] < 7 for kernel in cropped.values())
     manifest = read_manifest(tmp_path / "net.onnx")
     assert manifest.parity is not None
-    assert manifest.parity.hops[-1].name == "baked -> ORT int8"
+    assert manifest.parity.hops[-1].name.startswith("baked -> ORT int8")
     assert manifest.parity.hops[-1].outputs[0].tolerance == 0.2
 
 

@@ -27,7 +27,7 @@ FORMS = {
         "int8",
         PrecisionOptions(calibration="digits", calibration_images=64, keep_fp32=("layer2*", "layer3*")),
     ),
-    "fp16": ("fp16", PrecisionOptions(keep_fp32=("layer3*",))),
+    "fp16": ("fp16", PrecisionOptions(keep_fp32=("layer3*",), io_dtype="fp16")),
     "bf16": ("bf16", PrecisionOptions()),
 }
 pytestmark = pytest.mark.xdist_group("test_unrounded")  # its networks are exported once
