@@ -50,7 +50,7 @@ demo: $(DEMO)/digits.pt  ## train on the digits, bake, crop, export with proof, 
 	$(BIN)/python -m export.onnx $(DEMO)/digits.pt -o $(DEMO)/digits.onnx --report $(DEMO)/proof.html
 	$(BIN)/python -m export.tensorrt $(DEMO)/digits.onnx --flavor rtx --min 1 --opt 8 --max 32 -o $(DEMO)/digits.plan
 	$(BIN)/python -m export.onnx $(DEMO)/digits.pt -o $(DEMO)/cropped.onnx --crop 1e-3 -q
-	$(BIN)/python -m runtime.benchmark $(DEMO)/digits.pt $(DEMO)/cropped.onnx@threads=1 --twin --duration 2 \
+	OMP_NUM_THREADS=1 $(BIN)/python -m runtime.benchmark $(DEMO)/digits.pt $(DEMO)/cropped.onnx@threads=1 --twin --duration 1 \
 	  --report $(DEMO)/cropping.html
 	$(BIN)/python -m tests.demo $(DEMO) $(if $(OPEN),--open)
 

@@ -14,6 +14,7 @@ import click
 import numpy as np
 from PIL import Image
 
+from gmconv.cli import Command
 from gmconv.data import load_samples
 
 NEXT = """
@@ -35,10 +36,15 @@ def write_digit(path: Path) -> int:
 
 def show(folder: Path) -> None:
     """Open the report, then the page of a server that runs until Ctrl-C."""
-    webbrowser.open((folder / "proof.html").resolve().as_uri())
+    report = (folder / "proof.html").resolve().as_uri()
+    if not webbrowser.open(report):
+        click.echo(f"\nno browser opens here: the report is {report}, the page will be http://localhost:8000")
+    click.echo("\nserving until Ctrl-C")
     command = [sys.executable, "-m", "runtime.serve", str(folder / "digits.onnx"), "--model-name", "digits"]
     with subprocess.Popen(command) as server, contextlib.suppress(KeyboardInterrupt):
         for _ in range(100):
+            if server.poll() is not None:  # it has said why
+                break
             with contextlib.suppress(OSError), urllib.request.urlopen("http://localhost:8000/v2/health/ready"):
                 webbrowser.open("http://localhost:8000")
                 break
@@ -46,7 +52,7 @@ def show(folder: Path) -> None:
         server.wait()
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--open", "opened", is_flag=True)
 def main(folder: Path, opened: bool) -> None:
