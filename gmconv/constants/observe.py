@@ -145,6 +145,11 @@ class _Kernels(TorchFunctionMode):
 
     def _note(self, call: Call, out: Any) -> None:
         frame = self.frames[-1]
+        if _computes(kind := type(call.kernel)):
+            raise BakeError(
+                f"layer {frame.name!r} ({type(frame.module).__name__}): its kernel is a {kind.__name__}, a class of "
+                f"tensors that computes by itself, where nothing can be watched; do that in the layer's forward"
+            )
         given = frame.args[0] if frame.args else None
         x, pads = call.input, None
         if id(x) in frame.padded and frame.padded[id(x)][1] is given:
@@ -310,6 +315,12 @@ def _threads_refused(kernels: _Kernels) -> Iterator[None]:
         mock.patch.object(ThreadPoolExecutor, "submit", refusing(ThreadPoolExecutor.submit)),
     ):
         yield
+
+
+def _computes(kind: type[Tensor]) -> bool:
+    """Whether a class of tensors decides itself what an operator does with them."""
+    own = kind.__mro__[: kind.__mro__.index(Tensor)]
+    return any({"__torch_function__", "__torch_dispatch__"} & vars(c).keys() for c in own if c is not nn.Parameter)
 
 
 def _digest(tensor: Tensor) -> str:

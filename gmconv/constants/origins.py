@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 INPUT, RANDOM = "(the input)", "(random numbers)"
 _TO_PYTHON = frozenset(
     {"numpy", "tolist", "__array__", "__dlpack__", "to_dlpack", "data_ptr", "storage", "untyped_storage"}
+    | {"__repr__", "__format__", "apply_", "map_", "map2_"}
 )
 _ATTRIBUTE = "_gmconv_origin"  # on the storage itself: it goes with it
 _NOT_READ = ("_assert", "record_stream", "_record_function")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -77,6 +79,46 @@ class Branch(Base):
     def forward(self, x: Tensor) -> Tensor:
         kernel = self.weight * gauss(5, self.sigma) if (x > 1e6).any() else self.weight * gauss(5, 2.0)
         return F.conv2d(x, kernel, self.bias, padding=2)
+
+
+class Printed(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * gauss(5, 1.0 + ("e+09" in str(x))), self.bias, padding=2)
+
+
+class Applied(Base):
+    """Python sees each value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen: list[float] = []
+        x[:1, :1].clone().apply_(lambda value: seen.append(value) or value)
+        return F.conv2d(x, self.weight * gauss(5, 1.0 + (max(seen) > 1e6)), self.bias, padding=2)
+
+
+class Mapped(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        seen, some = list[float](), x[:1, :1].clone()
+        some.map_(some, lambda value, _: seen.append(value) or value)  # type: ignore[attr-defined]
+        return F.conv2d(x, self.weight * gauss(5, 1.0 + (max(seen) > 1e6)), self.bias, padding=2)
+
+
+class ItselfMasked(Tensor):
+    """A tensor that is masked when something convolves with it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def plain(value: Any) -> Any:
+            masked = isinstance(value, ItselfMasked)
+            return value.as_subclass(Tensor) * (gauss(5, 1.4) if func is F.conv2d else 1) if masked else value
+
+        return func(*map(plain, args), **{name: plain(value) for name, value in (kwargs or {}).items()})
+
+
+class OwnTensor(Base):
+    """Constant, but nothing shows it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.as_subclass(ItselfMasked), self.bias, padding=2)
 
 
 class Nonzero(Base):
@@ -156,6 +198,7 @@ class CorrelatesItself(Base):
 
 
 DYNAMIC = [
-    CondConv, PerSample, Hard, LastTime, LastTimePlain, ThroughNumpy, ThroughList, Branch, Nonzero, BatchSize, Counter,
-    Decaying, Dropped, Noisy, NumpyNoise, Modulated, OutOfPlaceWhere, ViaBuffer, CorrelatesItself,
+    CondConv, PerSample, Hard, LastTime, LastTimePlain, ThroughNumpy, ThroughList, Printed, Applied, Mapped,
+    OwnTensor, Branch, Nonzero, BatchSize, Counter, Decaying, Dropped, Noisy, NumpyNoise, Modulated,
+    OutOfPlaceWhere, ViaBuffer, CorrelatesItself,
 ]  # fmt: skip
