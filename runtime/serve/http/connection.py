@@ -93,7 +93,7 @@ class HttpConnection(Connection):
             self.wait(self.settings.header_timeout)
         end = time.monotonic() + TURN
         while len(data) and not self.closing and not self._lingering:
-            if not self._busy and time.monotonic() > end:
+            if time.monotonic() > end and not self._busy:
                 self._yielded = True
                 self.listener.loop.call_soon(self._resume)
             if self._busy:
@@ -156,7 +156,7 @@ class HttpConnection(Connection):
         if self._parser.should_upgrade():
             self._offered = True
             return
-        self._bare = 0
+        read, self._bare = self._bare, 0
         headers: dict[bytes, bytes] = {}
         for name, value in self._headers:
             headers[name] = headers[name] + b", " + value if name in headers else value
@@ -169,7 +169,7 @@ class HttpConnection(Connection):
         self._left = min(declared, self.settings.max_request_bytes)
         request.offered, self._offered = self._offered, False
         try:
-            self._check_head()
+            self._check_head(read)
             request.keep_alive = self._parser.should_keep_alive() and self._parser.get_http_version() == "1.1"
             self._app.admit(request, crowded=self.crowded, declared=declared)
         except Exception as error:
@@ -178,16 +178,21 @@ class HttpConnection(Connection):
         if headers.get(b"expect", b"").lower() == b"100-continue" and not request.error and not self._busy:
             self.transport.write(STATUS_LINES[100] + b"\r\n")
 
-    def _check_head(self) -> None:
-        """Raise RequestError for a head that others on the way may have read otherwise; the connection then ends."""
-        version = self._parser.get_http_version()
-        size = sum(len(name) + len(value) + 4 for name, value in self._headers)
-        if len(self._headers) > MAX_HEADERS or size > self.settings.max_header_bytes:
+    def _check_head(self, read: int) -> None:
+        """Raise RequestError for a head that others on the way may have read otherwise; the connection then ends.
+
+        `read`: bytes read since its first slice.
+        """
+        version, limit = self._parser.get_http_version(), self.settings.max_header_bytes
+        if len(self._headers) > MAX_HEADERS or (read + SLICE > limit and self._head_size() > limit):
             raise RequestError("the request header is too large", Code.HEADER)
         if version not in ("1.0", "1.1"):
             raise RequestError("the protocol is HTTP/1.1 or HTTP/1.0")
         if version == "1.1" and sum(name == b"host" for name, _ in self._headers) != 1:
             raise RequestError("a request has exactly one Host header")
+
+    def _head_size(self) -> int:
+        return sum(len(name) + len(value) + 4 for name, value in self._headers)
 
     def on_body(self, body: bytes) -> None:
         """Part of a body."""
