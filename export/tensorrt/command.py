@@ -201,7 +201,8 @@ def main(
     """Build MODEL, an ONNX file or a checkpoint, into a TensorRT engine with a manifest beside it."""
 
     def note(text: str) -> None:
-        click.echo(text, err=True)
+        if flags["verbose"] or not text.startswith("[exporter]"):  # torch's own log, as in export.onnx
+            click.echo(text, err=True)
 
     checkpoint = model if artefact_kind(model) == "checkpoint" else None
     if asked.calibrated.calibration is not None and asked.images is None and precision not in ("int8", "fp8"):
