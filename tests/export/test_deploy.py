@@ -173,3 +173,10 @@ def test_what_is_refused_names_parameters_not_flags(net: nn.Module, tmp_path: Pa
     with pytest.raises(RefusedError, match="need calibration images: give images=DIR, images=FILE.npz") as refusal:
         gmconv.deploy(net, torch.randn(2, 3, 16, 16), tmp_path / "net.onnx", precisions=("int8",))
     assert "--" not in refusal.value.message
+
+
+def test_an_engine_that_could_not_run_here_fails_nothing(net: nn.Module, tmp_path: Path) -> None:
+    deployed = gmconv.deploy(net, torch.randn(2, 3, 16, 16), tmp_path / "net.plan")
+    assert [file.name for file in deployed.files] == ["net.onnx", "net.plan"]
+    assert deployed.passed
+    assert "PASSED" in str(deployed)
