@@ -121,11 +121,11 @@ class _Kernels(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.origins.busy or func in self.plain:
-            return func(*args, **(kwargs or {}))
+            return self._called(func, args, kwargs or {})
         if func == SET_DATA:
             self.watched.writes = True
         leaves = self.origins.leaves_for_python(func, args)
-        out = func(*args, **(kwargs or {}))
+        out = self._called(func, args, kwargs or {})
         if func is F.pad:
             self._note_padding(out, *args, **(kwargs or {}))
         elif (call := kernel_call(func, args, kwargs)) is not None:
@@ -138,6 +138,13 @@ class _Kernels(TorchFunctionMode):
         elif not leaves:
             self.plain.add(func)
         return out
+
+    def _called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        try:
+            return func(*args, **kwargs)
+        except Exception:
+            self.origins.failed(func, args)
+            raise
 
     def _note_padding(self, out: Tensor, input: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> None:
         if not value:

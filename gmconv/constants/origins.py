@@ -20,6 +20,7 @@ _TO_PYTHON = frozenset(
     {"numpy", "tolist", "__array__", "__dlpack__", "to_dlpack", "data_ptr", "storage", "untyped_storage"}
     | {"__repr__", "__format__", "apply_", "map_", "map2_"}
 )
+_COLLECT = frozenset({"tensor", "as_tensor", "asarray", "new_tensor"})  # read the tensors in a list below dispatch
 _ATTRIBUTE = "_gmconv_origin"  # on the storage itself: it goes with it
 _NOT_READ = ("_assert", "record_stream", "_record_function")
 
@@ -100,11 +101,23 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def leaves_for_python(self, func: Any, args: tuple[Any, ...]) -> bool:
         """Whether `func` hands values over that no dispatcher sees; an escape, if those of `args` vary."""
-        if getattr(func, "__name__", "") not in _TO_PYTHON:
+        name = getattr(func, "__name__", "")
+        if name in _COLLECT:
+            read = [arg for arg in args if isinstance(arg, list | tuple)]
+        elif name == "tensor_split":
+            read = list(args[1:2])
+        elif name in _TO_PYTHON:
+            read = list(args[:1])
+        else:
             return False
-        if args and isinstance(args[0], Tensor) and self.of(args[0]).varies:
-            self._escape(func.__name__)
+        if any(self.of(tensor).varies for tensor in tensors_in(read)):
+            self._escape(name)
         return True
+
+    def failed(self, func: Any, args: tuple[Any, ...]) -> None:
+        """`func` raised: an escape, if values of `args` vary, as what is done about it may depend on them."""
+        if any(self.of(tensor).varies for tensor in tensors_in(args)):
+            self._escape(f"{getattr(func, '__name__', func)}, which failed")
 
     def _of(self, storage: Any) -> Origin:
         found = getattr(storage, _ATTRIBUTE, None)
@@ -215,7 +228,7 @@ def _operator(func: Any) -> _Operator:
         not (name.endswith("_like") or name.startswith("new_")),
         not views,
         _draws_of(schema) if torch.Tag.nondeterministic_seeded in func.tags else _never,
-        torch.Tag.dynamic_output_shape in func.tags,
+        torch.Tag.dynamic_output_shape in func.tags or name.lstrip("_").startswith("to_sparse"),
         written,
     )
 

@@ -197,8 +197,47 @@ class CorrelatesItself(Base):
         return super().forward(x) + F.conv2d(x, x[:1, :, 6:9, 6:9] / 100, padding=1)
 
 
+class Collected(Base):
+    """Values of the input collected into a tensor, which reads them below the dispatcher."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        sigma = torch.tensor([x.std()]).clamp(max=0.01) + 1
+        return F.conv2d(x, self.weight * gauss(5, sigma), self.bias, padding=2)
+
+
+class CollectedAnew(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        sigma = self.weight.new_tensor([x.std()]).clamp(max=0.01) + 1
+        return F.conv2d(x, self.weight * gauss(5, sigma), self.bias, padding=2)
+
+
+class SplitByValue(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        at = (x.std() * 100).clamp(max=1).long().reshape(1)
+        kept, _ = torch.tensor_split(torch.cat([self.weight, self.weight]), at * len(self.weight))
+        return F.conv2d(x, kept, self.bias, padding=2)
+
+
+class CountsNonzero(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        share = x.to_sparse().values().shape[0] / x.numel()
+        return F.conv2d(x, self.weight * (1.0 if share > 0.5 else 0.5), self.bias, padding=2)
+
+
+class Excepted(Base):
+    """A branch by an exception."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        sigma = 2.0
+        try:
+            F.embedding((x.std() * 1e6).long().reshape(1), self.weight.flatten(1))
+        except IndexError:
+            sigma = 1.0
+        return F.conv2d(x, self.weight * gauss(5, sigma), self.bias, padding=2)
+
+
 DYNAMIC = [
     CondConv, PerSample, Hard, LastTime, LastTimePlain, ThroughNumpy, ThroughList, Printed, Applied, Mapped,
     OwnTensor, Branch, Nonzero, BatchSize, Counter, Decaying, Dropped, Noisy, NumpyNoise, Modulated,
-    OutOfPlaceWhere, ViaBuffer, CorrelatesItself,
+    OutOfPlaceWhere, ViaBuffer, CorrelatesItself, Collected, CollectedAnew, SplitByValue, CountsNonzero, Excepted,
 ]  # fmt: skip
