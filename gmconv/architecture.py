@@ -80,7 +80,7 @@ def build(arch: str, kwargs: Mapping[str, Any], where: str, *, trusted: bool) ->
             model = _make(namespace, name, dict(kwargs), where, arch, trusted)
         except ArchitectureUnavailableError:
             raise
-        except Exception as error:  # a factory is somebody's own code
+        except (Exception, SystemExit) as error:  # a factory is somebody's own code
             if attempts:
                 raise CheckpointError(
                     f"{where}: {arch} wants to download something from {attempts[0]}; the weights come from the "
@@ -151,6 +151,10 @@ def _own_factory(namespace: str, name: str, where: str, arch: str) -> Callable[.
 def _module(name: str, arch: str, where: str) -> Any:
     try:
         return importlib.import_module(name)
+    except SystemExit as error:
+        raise CheckpointError(
+            f"{where}: {name} ends the program when it is imported; put what it does under if __name__ == '__main__'"
+        ) from error
     except (ImportError, RuntimeError) as error:  # a torchvision that does not match torch raises RuntimeError
         package, lacking = name.split(".")[0], getattr(error, "name", None) or ""
         if lacking and f"{name}.".startswith(f"{lacking}."):

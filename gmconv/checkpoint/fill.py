@@ -121,6 +121,11 @@ def _masked(recorded: Any, state: Mapping[str, Any], model: nn.Module, path: Pat
     return found
 
 
+def _sides(tensor: Tensor) -> list[int]:
+    """Its shape but for axes of length 1, which forms of one mask put in different places."""
+    return [side for side in tensor.shape if side != 1]
+
+
 def _readable(name: str, value: Any, target: Tensor, path: Path, notes: list[str]) -> Any:
     """One value as a dense tensor that torch copies into `target` without changing what it means."""
     where = f"{path}: {printable(name)}"
@@ -133,7 +138,7 @@ def _readable(name: str, value: Any, target: Tensor, path: Path, notes: list[str
         raise CheckpointError(f"{where} is a {type(value).__name__}, not a tensor; save a plain state_dict")
     if value.is_meta:
         raise CheckpointError(f"{where} has no values (a meta tensor); save the state_dict of a network on a device")
-    if name.endswith("sigma") and value.numel() == target.numel():
+    if name.endswith("sigma") and not isinstance(target, _LAZY) and _sides(value) == _sides(target):
         value = value.reshape(target.shape)
     if isinstance(target, _LAZY) or value.shape != target.shape:
         return value  # torch says what it makes of it

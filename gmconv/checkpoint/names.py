@@ -110,7 +110,7 @@ def _best(names: list[str], wanted: frozenset[str]) -> tuple[Callable[[str], str
                 continue
             start = 0
             while start >= 0:
-                if name[start:] in wanted:
+                if name[start:] in wanted and not name.endswith("num_batches_tracked"):  # not everybody saves those
                     counts[name[:start]] += 1
                 start = name.find(".", start) + 1 or -1
         most = max(counts.values(), default=0)

@@ -43,6 +43,15 @@ def test_what_a_module_of_the_users_lacks_is_not_called_the_module(
     )
 
 
+@pytest.mark.parametrize("source", ["import sys\nsys.exit(0)\n", "def make():\n    raise SystemExit(0)\n"])
+def test_a_program_that_ends_itself_is_no_success(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = f"own_nets_that_end_{len(source)}"
+    (tmp_path / f"{module}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    message = refused(f"{module}:make")
+    assert "ends the program when it is imported" in message or "SystemExit" in message
+
+
 @pytest.fixture
 def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     def resnet18(weights: object = None) -> nn.Module:

@@ -132,6 +132,10 @@ FORMS: dict[str, Callable[[Any], Any]] = {
     ),
     "activation checkpoints": lambda s: renamed(s, lambda n: n.replace("model.", "model._checkpoint_wrapped_module.")),
     "SWA": lambda s: also(prefixed("module.")(s), n_averaged=torch.tensor(5)),
+    "without the counters that the averages have": lambda s: {
+        "state_dict": without(s, "module.1.num_batches_tracked"),
+        "ema": {k: v + 1 for k, v in s.items()},
+    },
     "with averages": lambda s: {"model_ema": {k: v + 1 for k, v in s.items()}, "model": s},
     "parts": lambda s: {
         part: OrderedDict((k.removeprefix(f"{part}."), v) for k, v in s.items() if k.startswith(f"{part}."))
