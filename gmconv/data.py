@@ -256,8 +256,8 @@ def _folder(
 ) -> Source:
     if preprocessing is None:
         raise RefusedError(
-            f"{folder}: nothing says how image files become inputs, as the manifest has no preprocessing: export again "
-            f"with --mean and --std (or --preprocessing FILE), or say preprocessing= to gmconv.deploy"
+            f"{folder}: nothing says how image files become inputs, as the manifest has no preprocessing: give --mean "
+            f"and --std (or --preprocessing FILE) for the checkpoint, or export with them (deploy: preprocessing=)"
         )
     channels = 1 if preprocessing.channel_order == "L" else 3
     prepared = (channels, *preprocessing.size)

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
+
 from gmconv.errors import RefusedError
 from gmconv.files import sha256_file
 from gmconv.images import Preprocessing
@@ -58,6 +61,15 @@ class Artefact:
     def precision(self) -> str:
         """What the manifest says; a checkpoint's is fp32, a foreign file's unknown."""
         return self.manifest.precision if self.manifest else "fp32" if self.kind == "checkpoint" else "?"
+
+    def require_agreement(self, given: Mapping[str, Any] | None) -> None:
+        """Raise RefusedError where the manifest has other preprocessing than is `given` for a checkpoint beside it."""
+        own = msgspec.to_builtins(self.facts.preprocessing) or {}
+        for name, value in (given or {}).items():
+            if name in own and list(np.ravel(own[name])) != list(np.ravel(value)):
+                raise RefusedError(
+                    f"{self.path}: its manifest has {name} {own[name]}, not {value}; leave it out or export with it"
+                )
 
     def checkpoint(self, known: Path | None = None) -> Path | None:
         """The checkpoint at the start of the chain, when the very file is `known` or lies beside the artefact."""

@@ -67,6 +67,8 @@ def evaluate(artefacts: Sequence[str | Path], options: EvaluateOptions | None = 
     if not artefacts:
         raise RefusedError("no artefact given")
     found = [open_artefact(path) for path in artefacts]
+    for artefact in found:
+        artefact.require_agreement(options.foreign.preprocessing)
     with ExitStack() as stack:
         reference, runner = _open_reference(found, options)
         runners = [stack.enter_context(runner)]

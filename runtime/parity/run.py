@@ -91,6 +91,7 @@ def _compare(
     note(f"opening {path.name}")
     notes: list[str] = []
     artefact, source = open_artefact(path), reference.artefact.manifest
+    artefact.require_agreement(options.foreign.preprocessing)
     manifest = artefact.manifest
     precision = options.precision or _precision(artefact, notes)
     tolerance = _tolerance(precision, artefact, source, options, notes)

@@ -16,6 +16,7 @@ from PIL import Image
 from gmconv.data import array_entries
 from gmconv.errors import RefusedError
 from gmconv.splits import split_record
+from runtime.artefact import open_artefact
 from runtime.evaluate.__main__ import main
 from runtime.evaluate.score import EvaluateOptions, evaluate
 from runtime.manifest import Manifest, TensorSpec, digest, sidecar
@@ -308,3 +309,15 @@ def test_folders_named_unlike_the_networks_classes_are_said(tmp_path: Path) -> N
         Image.new("L", (4, 2)).save(tmp_path / "data" / f"class{index}" / "0.png")
     done = invoke(path, "--data", tmp_path / "data")
     assert "taken in their order: class0 is a, class1 is b, class2 is c" in done.stderr
+
+
+def test_preprocessing_that_contradicts_a_manifest_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.onnx")
+    preprocessing = {"size": [2, 4], "mean": [0.5], "std": [0.2], "channel_order": "L"}
+    manifest = json.loads(sidecar(path).read_text())
+    sidecar(path).write_text(json.dumps(manifest | {"preprocessing": preprocessing}))
+    artefact = open_artefact(path)
+    artefact.require_agreement({"mean": (0.5,), "std": 0.2})
+    artefact.require_agreement(None)
+    with pytest.raises(RefusedError, match=r"its manifest has mean .0\.5.*, not .0\.4"):
+        artefact.require_agreement({"mean": (0.4,)})
