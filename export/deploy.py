@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from export.onnx.options import ExportOptions, Note
 from export.wording import in_python, python_words
@@ -73,6 +73,7 @@ def deploy(
     note: Note = lambda text: None,
     preprocessing: dict[str, Any] | None = None,
     labels: tuple[str, ...] | None = None,
+    flavor: Literal["auto", "tensorrt", "rtx"] = "auto",
     **options: Any,
 ) -> Deployed:
     """Bake, export and prove a live network, of any class, also one defined in a notebook; it stays as it is.
@@ -85,6 +86,7 @@ def deploy(
         note: called with a few words when a step begins.
         preprocessing: fields of `gmconv.images.Preprocessing`, for serving and evaluation.
         labels: class names in the order of the logits.
+        flavor: of an engine: "tensorrt", "rtx" (TensorRT-RTX), or "auto", what is installed.
         options: fields of `export.onnx.ExportOptions`: precisions, golden, batch, dynamic_hw, crop, images, ...
 
     Returns:
@@ -120,7 +122,7 @@ def deploy(
             from export.tensorrt import BuildOptions, build_engine
 
             note(f"building {output}")
-            build_engine(written, output, BuildOptions(golden=asked.golden))
+            build_engine(written, output, BuildOptions(flavor=flavor, golden=asked.golden))
             files.append(output)
     return Deployed(tuple(files), tuple(read_manifest(file, verify=False) for file in files))
 
