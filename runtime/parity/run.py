@@ -16,6 +16,7 @@ from runtime.parity.beside import MOST_NUMBERS, Beside, Memory
 from runtime.parity.cases import Case, Feeds, Wanted, make_cases
 from runtime.parity.compare import Comparator
 from runtime.parity.report import CandidateReport, ParityReport
+from runtime.parity.tables import table_ends
 from runtime.parity.tolerances import MAX_CROP_COST, crop_cost, for_engine, judged_as, override, tolerance_for, widen
 from runtime.parity.unrounded import UNROUNDED, Measures, unrounded
 from runtime.parity.verdict import Verdict
@@ -99,6 +100,9 @@ def _compare(
         facts = candidate.artefact.facts | reference.artefact.facts
         _check_source(reference.artefact, artefact, notes)
         wanted = _wanted(options, tolerance, [m.crop for m in (manifest, source) if m and m.crop])
+        if artefact.kind == "onnx":
+            whole = [spec.name for spec in candidate.inputs if spec.dtype in ("int32", "int64")]
+            wanted = replace(wanted, between=table_ends(path, whole))
         cases, more = make_cases(candidate.inputs, candidate.profiles, facts, wanted)
         pair = _Pair(reference, candidate, memory)
         judge = beside is not None and tolerance == tolerance_for("fp32")
