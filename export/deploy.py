@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from runtime.manifest import Manifest
     from runtime.report import Section
 
-_ENGINES = (".plan", ".engine", ".trt")
-
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Deployed(Shown):
@@ -38,7 +36,7 @@ class Deployed(Shown):
     @property
     def path(self) -> Path:
         """The artefact that was asked for."""
-        return self.files[-1] if self.files[-1].suffix in _ENGINES else self.files[0]
+        return self.files[-1] if self.manifests[-1].artefact.kind == "engine" else self.files[0]
 
     @property
     def passed(self) -> bool:
@@ -58,7 +56,7 @@ class Deployed(Shown):
         from export.tensorrt.command import parity_line, summary
 
         for index, (file, manifest) in enumerate(zip(self.files, self.manifests, strict=True)):
-            if file.suffix in _ENGINES:
+            if manifest.artefact.kind == "engine":
                 for line in (*summary(file, manifest), parity_line(manifest)):
                     console.print(line, markup=False, highlight=False, soft_wrap=True)
             else:
@@ -103,7 +101,7 @@ def deploy(
     from runtime.manifest import read_manifest
 
     output = Path(output)
-    require_ending(output, "onnx", "engine")
+    engine = require_ending(output, "onnx", "engine") == "engine"
     known = {field.name for field in fields(ExportOptions)} - {"foreign"}
     if unknown := sorted(options.keys() - known):
         close = difflib.get_close_matches(unknown[0], known, n=1)
@@ -111,7 +109,6 @@ def deploy(
         raise TypeError(f"deploy takes no {unknown[0]!r}; {advice}")
     live = Live(model, examples, Foreign(preprocessing=preprocessing, labels=tuple(labels) if labels else None))
     asked = ExportOptions(**{name: _path(name, value) for name, value in options.items()})
-    engine = output.suffix in _ENGINES
     written = output.with_suffix(".onnx") if engine else output
     if engine and len(asked.precisions) > 1:
         raise RefusedError("an engine has one precision; deploy each with a call of its own")

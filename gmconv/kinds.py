@@ -40,13 +40,14 @@ def artefact_kind(path: Path) -> Kind:
     return kind
 
 
-def require_ending(path: Path, *kinds: Kind) -> None:
-    """Raise RefusedError for an output whose name ends otherwise than those of `kinds` do.
+def require_ending(path: Path, *kinds: Kind) -> Kind:
+    """The kind of output that a name asks for; RefusedError where it ends otherwise than those of `kinds` do.
 
     One without any ending is taken where there is one kind.
     """
-    if _SUFFIXES.get(path.suffix.lower()) in kinds or (not path.suffix and len(kinds) == 1):
-        return
+    kind = _SUFFIXES.get(path.suffix.lower(), kinds[0] if not path.suffix and len(kinds) == 1 else None)
+    if kind in kinds:
+        return kind
     endings = [suffix for suffix, kind in _SUFFIXES.items() if kind in kinds]
     meant = difflib.get_close_matches(path.suffix.lower(), endings, n=1) or endings[:1]
     name = path.with_suffix(meant[0])

@@ -55,3 +55,9 @@ def test_an_output_that_ends_as_something_else_is_refused(name: str, kinds: tupl
 )
 def test_an_ending_of_the_kind_is_taken(name: str, kind: Kind) -> None:
     require_ending(Path(name), kind)
+
+
+def test_the_ending_says_the_kind_in_either_case() -> None:
+    assert require_ending(Path("a.PLAN"), "onnx", "engine") == "engine"
+    assert require_ending(Path("a.onnx"), "onnx", "engine") == "onnx"
+    assert require_ending(Path("a"), "checkpoint") == "checkpoint"
