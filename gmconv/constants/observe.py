@@ -124,7 +124,7 @@ class _Kernels(TorchFunctionMode):
             return self._called(func, args, kwargs or {})
         if func == SET_DATA:
             self.watched.writes = True
-        leaves = self.origins.leaves_for_python(func, args)
+        leaves = self.origins.leaves_for_python(func, (*args, *(kwargs or {}).values()))
         out = self._called(func, args, kwargs or {})
         if func is F.pad:
             self._note_padding(out, *args, **(kwargs or {}))
@@ -143,7 +143,7 @@ class _Kernels(TorchFunctionMode):
         try:
             return func(*args, **kwargs)
         except Exception:
-            self.origins.failed(func, args)
+            self.origins.failed(func, (*args, *kwargs.values()))
             raise
 
     def _note_padding(self, out: Tensor, input: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> None:

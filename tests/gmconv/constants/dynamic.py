@@ -207,7 +207,7 @@ class Collected(Base):
 
 class CollectedAnew(Base):
     def forward(self, x: Tensor) -> Tensor:
-        sigma = self.weight.new_tensor([x.std()]).clamp(max=0.01) + 1
+        sigma = self.weight.new_tensor(data=[x.std()]).clamp(max=0.01) + 1
         return F.conv2d(x, self.weight * gauss(5, sigma), self.bias, padding=2)
 
 
