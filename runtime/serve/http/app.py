@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -65,7 +64,7 @@ class App:
             "/openapi.json": {"GET": _file(described, [JSON])},
             **{path: {"GET": _page_file(PAGE / name)} for path, name in page.items()},
         }
-        self._of_model: dict[str | None, dict[str, Handler]] = {
+        self._of_model: dict[str, dict[str, Handler]] = {
             "": {"GET": _document(lambda request: documents.model_metadata(self._model(request), repository))},
             "ready": {"GET": _document(self._ready)},
             "config": {"GET": _document(lambda request: documents.model_config(self._model(request)))},
@@ -107,8 +106,9 @@ class App:
     def _find(self, request: Request) -> dict[str, Handler]:
         if methods := self._fixed.get(request.path):
             return methods
-        verb, request.target = _of_model(request.path)
-        if methods := self._of_model.get(verb):
+        found = OF_MODEL.fullmatch(request.path)
+        if found and (methods := self._of_model.get(found["verb"] or "")):
+            request.target = unquote(found["name"]), unquote(found["version"] or "")
             return methods
         raise RequestError("Not Found", Code.NOT_FOUND)
 
@@ -221,15 +221,6 @@ def _file(content: bytes, headers: Headers) -> Handler:
 
 def _page_file(path: Path) -> Handler:
     return _file(path.read_bytes(), [(b"content-type", MEDIA[path.suffix]), *PAGE_HEADERS])
-
-
-@lru_cache(maxsize=256)
-def _of_model(path: str) -> tuple[str | None, tuple[str, str]]:
-    """What a path asks of a model (None: it is no model's), and the model's name and version."""
-    found = OF_MODEL.fullmatch(path)
-    if not found:
-        return None, ("", "")
-    return found["verb"] or "", (unquote(found["name"]), unquote(found["version"] or ""))
 
 
 def header_size(value: bytes | None) -> int | None:
