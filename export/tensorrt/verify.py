@@ -45,9 +45,8 @@ def verify_engine(
         except (CheckpointError, ArchitectureUnavailableError):
             if trained is None or checkpoint is not None:
                 raise
-            parity = check_parity(
-                onnx_path, plan, golden=golden
-            )  # nobody asked for the one beside it, which says too little
+            # Nobody asked for the one beside it, which says too little.
+            parity = check_parity(onnx_path, plan, golden=golden)
         manifest = dataclasses.replace(manifest, parity=parity)
         return dataclasses.replace(manifest, benchmark=time_engine(plan))
     except UnavailableError as error:

@@ -106,11 +106,11 @@ def _best(names: list[str], wanted: frozenset[str]) -> tuple[Callable[[str], str
     for rename in _RENAMES:
         counts: Counter[str] = Counter()
         for name in map(rename, names):
-            if len(name) > _LONGEST:
+            if len(name) > _LONGEST or name.endswith("num_batches_tracked"):  # not everybody saves those
                 continue
             start = 0
             while start >= 0:
-                if name[start:] in wanted and not name.endswith("num_batches_tracked"):  # not everybody saves those
+                if name[start:] in wanted:
                     counts[name[:start]] += 1
                 start = name.find(".", start) + 1 or -1
         most = max(counts.values(), default=0)
