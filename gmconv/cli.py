@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
@@ -212,16 +213,20 @@ def warn(texts: Iterable[str]) -> None:
 
 def progress_console(quiet: bool = False) -> Console:
     """A rich console on stderr: progress and notes, so that stdout carries the result alone."""
-    from rich.console import Console
-
-    return Console(stderr=True, quiet=quiet)
+    return _console(sys.stderr, quiet=quiet)
 
 
 def result_console() -> Console:
-    """A rich console on stdout; 120 columns when piped, so that tables are not cut in logs."""
+    """A rich console on stdout."""
+    return _console(sys.stdout)
+
+
+def _console(stream: TextIO, quiet: bool = False) -> Console:
+    """As wide as the terminal or as COLUMNS says; in a pipe 120 columns, so that tables are not cut in logs."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 120)
+    known = stream.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return Console(stderr=stream is sys.stderr, quiet=quiet, width=None if known else 120)
 
 
 def print_json(value: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gmconv.cli import Command
+from gmconv.cli import Command, progress_console
 from gmconv.errors import Interrupted, RefusedError
 from gmconv.files import require_writable, write_text
 from gmconv.foreign import parse_shape
@@ -197,12 +198,11 @@ def _require_device(device: str) -> None:
 def _train_with_progress(
     options: TrainOptions, output: Path, quiet: bool, log: Path | None, resume: RunState | None
 ) -> TrainResult:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from gmconv.train.loop import train
 
-    console = Console(stderr=True, quiet=quiet, width=None if sys.stderr.isatty() else 120)
+    console = progress_console(quiet)
     columns = (
         TextColumn("[progress.description]{task.description}"),
         BarColumn(),
@@ -270,9 +270,8 @@ def _report(options: TrainOptions, output: Path, result: TrainResult, seconds: f
             f"{result.macs_kept:.1%} of the convolutions' multiply-adds ({windows})"
         )
     if result.network.own:
-        click.echo(
-            f"a file may not choose code to run, so name yours again: gmconv onnx {output} --arch {options.arch}"
-        )
+        again = shlex.join(["gmconv", "onnx", str(output), "--arch", options.arch])
+        click.echo(f"a file may not choose code to run, so name yours again: {again}")
 
 
 if __name__ == "__main__":

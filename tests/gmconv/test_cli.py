@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from export.tensorrt.command import main as tensorrt
 from gmconv.__main__ import COMMANDS
 from gmconv.__main__ import main as gmconv_command
-from gmconv.cli import data_options
+from gmconv.cli import data_options, progress_console, result_console
 
 COMMAND = """
 import click
@@ -122,3 +122,14 @@ def test_a_command_like_none_is_answered_with_all() -> None:
 
 def test_an_unknown_option_before_the_command_is_still_one() -> None:
     assert "No such option '--quiet'" in CliRunner().invoke(gmconv_command, ["--quiet", "onnx"]).output
+
+
+@pytest.mark.parametrize(("columns", "width"), [("60", 60), ("200", 200), (None, 120), ("wide", 120)])
+def test_tables_in_a_pipe_are_as_wide_as_columns_says(
+    monkeypatch: pytest.MonkeyPatch, columns: str | None, width: int
+) -> None:
+    if columns is None:
+        monkeypatch.delenv("COLUMNS", raising=False)
+    else:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert result_console().width == progress_console().width == width
