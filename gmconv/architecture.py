@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import click
 from torch import nn
 
 from gmconv.errors import ArchitectureUnavailableError, CheckpointError
@@ -86,7 +87,7 @@ def build(arch: str, kwargs: Mapping[str, Any], where: str, *, trusted: bool) ->
                     f"{where}: {arch} wants to download something from {attempts[0]}; the weights come from the "
                     f"checkpoint alone: build it without (weights=None, pretrained=False)"
                 ) from error
-            if isinstance(error, CheckpointError):
+            if isinstance(error, click.ClickException):  # a sentence already
                 message = error.message
                 raise CheckpointError(message if message.startswith(where) else f"{where}: {message}") from error
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]

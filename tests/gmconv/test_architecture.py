@@ -75,3 +75,14 @@ def test_torchvision_is_written_as_timm_is() -> None:
 
 def test_a_factory_that_is_misspelt_is_answered_with_its_neighbours() -> None:
     assert "did you mean gmconv.models.registry:create?" in refused("gmconv.models.registry:creat")
+
+
+def test_a_file_instead_of_a_module_is_answered_with_the_module_alone() -> None:
+    assert refused("nets/my.py:make") == "net.pt: nets/my.py is a file; name the module: nets.my:make"
+
+
+def test_what_a_factory_refuses_in_a_sentence_is_said_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "from gmconv.errors import SurgeryError\ndef make():\n    raise SurgeryError('conv1: has no sigma')\n"
+    (tmp_path / "own_nets_that_refuse.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert refused("own_nets_that_refuse:make") == "net.pt: conv1: has no sigma"
