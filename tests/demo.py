@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -21,9 +23,9 @@ NEXT = """
 The last row above: the cropped network's latency over its plain twin's, on this machine, one thread.
 
 reports              {folder}/index.html (proof.html, cropping.html)
-serve it             {bin}/gmconv serve {folder}/digits.onnx --model-name digits    # and a page: localhost:8000
+serve it             {gmconv} serve {folder}/digits.onnx --model-name digits    # and a page: localhost:8000
 classify a digit {digit}   curl -s --data-binary @{folder}/digit.png localhost:8000/v2/models/digits/classify
-your own checkpoint  {bin}/gmconv onnx state.pth --arch mypackage.nets:make --input-shape 3,64,64"""
+your own checkpoint  {gmconv} onnx state.pth --arch mypackage.nets:make --input-shape 3,64,64"""
 
 
 def write_digit(path: Path) -> int:
@@ -34,19 +36,30 @@ def write_digit(path: Path) -> int:
     return int(batch.labels[0])
 
 
+def free_port(wanted: int) -> int:
+    """`wanted`, or another where somebody listens there: his page is not the one to open."""
+    with socket.socket() as taken:
+        if taken.connect_ex(("localhost", wanted)) != 0:
+            return wanted
+    with socket.create_server(("localhost", 0)) as free:
+        return int(free.getsockname()[1])
+
+
 def show(folder: Path) -> None:
     """Open the report, then the page of a server that runs until Ctrl-C."""
     report = (folder / "proof.html").resolve().as_uri()
+    page = f"http://localhost:{(port := free_port(8000))}"
     if not webbrowser.open(report):
-        click.echo(f"\nno browser opens here: the report is {report}, the page will be http://localhost:8000")
+        click.echo(f"\nno browser opens here: the report is {report}, the page will be {page}")
     click.echo("\nserving until Ctrl-C")
     command = [sys.executable, "-m", "runtime.serve", str(folder / "digits.onnx"), "--model-name", "digits"]
+    command += ["--http-port", str(port), "--no-grpc", "--no-metrics"]
     with subprocess.Popen(command) as server, contextlib.suppress(KeyboardInterrupt):
         for _ in range(100):
             if server.poll() is not None:  # it has said why
                 break
-            with contextlib.suppress(OSError), urllib.request.urlopen("http://localhost:8000/v2/health/ready"):
-                webbrowser.open("http://localhost:8000")
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{page}/v2/health/ready"):
+                webbrowser.open(page)
                 break
             time.sleep(0.3)
         server.wait()
@@ -58,7 +71,8 @@ def show(folder: Path) -> None:
 def main(folder: Path, opened: bool) -> None:
     """Write FOLDER/digit.png and print the next steps."""
     digit = write_digit(folder / "digit.png")
-    click.echo(NEXT.format(folder=folder, digit=digit, bin=Path(sys.executable).parent))
+    here, command = shlex.quote(str(folder)), shlex.quote(str(Path(sys.executable).with_name("gmconv")))
+    click.echo(NEXT.format(folder=here, digit=digit, gmconv=command))
     if opened:
         show(folder)
 
