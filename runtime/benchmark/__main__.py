@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -54,7 +55,7 @@ def main(context: click.Context, /, artefacts: tuple[str, ...], as_json: bool, f
         require_report(values["report"], *(artefact.path for artefact in named))
     log = Log(silent=as_json)
     program = "gmconv" if Path(sys.argv[0]).stem == "gmconv" else "python -m runtime.benchmark"
-    command = " ".join([program, *sys.argv[1:]])
+    command = f"{program} {shlex.join(sys.argv[1:])}"
     log.verdict("RUNNING", command)
     with _verdict(log, command):
         if len(named) > 1 or values["twin"]:
@@ -65,8 +66,7 @@ def main(context: click.Context, /, artefacts: tuple[str, ...], as_json: bool, f
 
 def _single(artefact: Artefact, asked: Options, values: dict[str, Any], log: Log, as_json: bool) -> None:
     with Prepared(artefact, asked) as prepared:
-        for key, value in prepared.mode(asked).items():
-            log.info(f"{heading(key)}: {_words(value)}")
+        _print_mode(prepared, asked, log)
         if not prepared.on_device:
             log.info(
                 "H2D Latency, D2H Latency, Enqueue Time and GPU Compute Time: absent, the host clock has one number"
@@ -120,7 +120,8 @@ def _compare(named: Sequence[Artefact], asked: Options, values: dict[str, Any], 
         prepared = [stack.enter_context(Prepared(c.artefact, asked)) for c in contenders]
         require_same_inputs(prepared)
         for opened in prepared:
-            log.info(f"{opened.artefact.name}: {_words(opened.mode(asked))}")
+            log.info(f"=== {opened.artefact.name} ===")
+            _print_mode(opened, asked, log)
         log.info("Starting inference, interleaved")
         result: Comparison = compare(contenders, prepared, asked, _progress(asked, "rounds", len(prepared)))
         for warning in result.warnings:
@@ -135,6 +136,11 @@ def _compare(named: Sequence[Artefact], asked: Options, values: dict[str, Any], 
             write_comparison(values["report"], prepared, result)
     if result.interleaved.interrupted:
         raise Interrupted(f"interrupted after {result.interleaved.rounds} rounds; the figures are those so far")
+
+
+def _print_mode(prepared: Prepared, asked: Options, log: Log) -> None:
+    for key, value in prepared.mode(asked).items():
+        log.info(f"{heading(key)}: {_words(value)}")
 
 
 def _print_run(measured: Measured, asked: Options, values: dict[str, Any], log: Log) -> None:
