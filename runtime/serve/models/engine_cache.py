@@ -1,16 +1,15 @@
 """Engines for the GPU found here, built from ONNX files once and kept in a cache that several servers may share.
 
-`prepare_engine` builds in a child process (`python -m export.tensorrt`), compares the engine with ONNX Runtime on the
-ONNX file and with the golden pairs that its manifest names, where they lie beside it (`python -m runtime.parity`), and
-keeps it with the verdict in its manifest. A cache entry belongs to one GPU
-model, compute capability, driver, TensorRT version, gmconv-deploy version, ONNX file (with its manifest and external
-data) and batch profile; change one and another entry is built.
+`prepare_engine` has a child process build the engine (`python -m export.tensorrt`), which compares it with ONNX Runtime
+on the ONNX file, and with the golden pairs that its manifest names where they lie beside it, and leaves the verdict in
+the engine's manifest. A cache entry belongs to one GPU model, compute capability, driver, TensorRT version,
+gmconv-deploy version, ONNX file (with its manifest and external data) and batch profile; change one and another entry
+is built.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -20,29 +19,31 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import click
-import msgspec
 
 from gmconv.child import child_command, child_environment
 from gmconv.errors import BuildError, Interrupted, ParityError, RefusedError, UnavailableError
 from gmconv.files import locked, sha256_file
 from gmconv.version import __version__
 from runtime.manifest import Manifest, external_files, find_manifest, read_manifest, sidecar, utc_now
-from runtime.records import Parity
 
 Profile = tuple[int, int, int]
 Note = Callable[[str], None]
-RunChild = Callable[..., int]
-"""`run_child`, or what stands for it."""
 ENGINE = "model.plan"
 VERIFIED = "verified.json"
 STOP_SECONDS = 10.0
 """How long a child may take to end after SIGTERM."""
-_ERRORS = {4: ParityError, 5: BuildError, 6: UnavailableError, 130: Interrupted}
+ENDS: dict[int, tuple[type[click.ClickException], str]] = {
+    3: (RefusedError, "its input was refused"),
+    4: (ParityError, "it differs from ONNX Runtime"),
+    5: (BuildError, "the build failed"),
+    6: (UnavailableError, "it cannot run"),
+}
+"""What a child's exit code means."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +57,8 @@ class DeviceIdentity:
     tensorrt: str
 
 
-Machine = tuple[Callable[[str, int], DeviceIdentity], RunChild]
-"""What says which GPU there is, and what runs a child process."""
+Machine = tuple[Callable[[str, int], DeviceIdentity], Callable[[Sequence[str], Mapping[str, str]], int]]
+"""What says which GPU there is, and what runs a child process: `run_child`, or what stands for it."""
 
 
 def prepare_engine(
@@ -97,8 +98,8 @@ def prepare_engine(
                 note(f"engine for {found.gpu} found in the cache ({key[:12]})")
             else:
                 note(f"building an engine for {found.gpu}, {found.flavor} {found.tensorrt}: {problem}")
-                child = functools.partial(run, environment={"CUDA_VISIBLE_DEVICES": visible_device(index)})
-                _build(onnx_path, entry, identity, child, note)
+                only = {"CUDA_VISIBLE_DEVICES": visible_device(index)}
+                _build(onnx_path, entry, identity, lambda arguments: run(arguments, only), note)
             if hash_sources(onnx_path, require_manifest) != sources:  # it may have taken minutes
                 raise BuildError(f"{onnx_path}: changed while its engine was prepared; start again")
     except OSError as error:
@@ -160,46 +161,40 @@ def golden_pairs(onnx_path: Path, manifest: Manifest | None) -> Path | None:
     return file if file.is_file() else None
 
 
-def run_child(
-    arguments: Sequence[str], environment: Mapping[str, str] | None = None, output: Path | None = None
-) -> int:
-    """Run `python -m ARGUMENTS`, its standard output in the file `output` or on this process's stderr; the exit code.
+def run_child(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run `python -m ARGUMENTS`, its standard output on this process's stderr; the exit code.
 
     `environment` is added to this process's own. SIGTERM and Ctrl-C end the child first and raise Interrupted: a
     container that is told to stop during a build stops.
     """
-    asked: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def stop(*_: object) -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        raise Interrupted("stopped while the engine was being prepared; nothing was cached")
+
     main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-    before = {n: signal.signal(n, lambda number, _: asked.append(number)) for n in numbers if main_thread}
+    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT) if main_thread}
     try:
-        with output.open("wb") if output else contextlib.nullcontext(2) as stdout:
-            child = subprocess.Popen(
-                child_command(*arguments),
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                env=child_environment(**(environment or {})),
-            )
-        while child.poll() is None:
+        child = subprocess.Popen(
+            child_command(*arguments), stdin=subprocess.DEVNULL, stdout=2, env=child_environment(**environment)
+        )
+        try:
+            return child.wait()
+        finally:
+            child.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(0.2)
-            if asked:
-                child.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(STOP_SECONDS)
-                child.kill()
+                child.wait(STOP_SECONDS)
+            child.kill()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if asked:
-        raise Interrupted("stopped while the engine was being prepared; nothing was cached")
-    return child.returncode
 
 
-def _build(onnx_path: Path, entry: Path, identity: dict[str, Any], run: RunChild, note: Note) -> None:
+def _build(onnx_path: Path, entry: Path, identity: dict[str, Any], run: Callable[[list[str]], int], note: Note) -> None:
     """Build and compare beside the entry, then rename: an entry that exists was compared.
 
-    Both children read a copy, so that a file that is replaced meanwhile cannot be half of the engine's story.
+    The child reads a copy, so that a file that is replaced meanwhile cannot be half of the engine's story.
     """
     for left in entry.parent.glob(f".{entry.name}*.build"):  # of a server that was killed: the lock is ours
         shutil.rmtree(left, ignore_errors=True)
@@ -207,41 +202,34 @@ def _build(onnx_path: Path, entry: Path, identity: dict[str, Any], run: RunChild
     folder = entry.with_name(f".{entry.name}.{secrets.token_hex(4)}.build")
     folder.mkdir()
     try:
-        source = _copy(onnx_path, folder / "source")
+        source, engine = _copy(onnx_path, folder / "source"), folder / ENGINE
         if hash_sources(source, require_manifest=False) != identity["sources"]:
             raise BuildError(f"{onnx_path}: changed while its engine was prepared; start again")
-        engine, report = folder / ENGINE, folder / "parity.json"
-        profile = identity["profile"]
-        batches = [f"--{side}={n}" for side, n in zip(("min", "opt", "max"), profile, strict=True)] if profile else []
-        flavor = str(identity["flavor"])
-        build = ["export.tensorrt", str(source), "-o", str(engine), "--flavor", flavor, "--no-verify", *batches]
-        own = (
-            ["--compute-capability", "current"]
-            if flavor == "rtx"
-            else ["--timing-cache", str(entry.parent / "timings")]
-        )
-        code = run([*build, *own])
+        flavor, known = identity["flavor"], find_manifest(source)
+        build = ["export.tensorrt", str(source), "-o", str(engine), "--flavor", flavor]
+        for side, rows in zip(("min", "opt", "max"), identity["profile"] or (), strict=False):
+            build.append(f"--{side}={rows}")
+        if pairs := golden_pairs(source, known):
+            build += ["--golden", str(pairs)]
+        elif known and known.golden:
+            note(f"{known.golden.file} is not beside the model: the engine is not compared with those golden pairs")
+        timings = ["--timing-cache", str(entry.parent / "timings")]
+        code = run([*build, *(["--compute-capability", "current"] if flavor == "rtx" else timings)])
         if code in (BuildError.exit_code, UnavailableError.exit_code) and flavor == "rtx":
             note("TensorRT-RTX builds no engine for this GPU alone; building one for all")
             code = run(build)
-        _succeed(code, f"{onnx_path}: the engine was not built")
+        if code:
+            error, reason = ENDS.get(code, (BuildError, f"the child process ended with status {code}"))
+            raise error(f"{onnx_path}: no engine is served: {reason} (its message is above)")
         manifest = read_manifest(engine)
         link = manifest.source("onnx")
         if link is None or link.sha256 != identity["sources"][0]:
             raise BuildError(f"{onnx_path}: the engine's manifest names another ONNX file as its source; start again")
-        known, compare = find_manifest(source), ["runtime.parity", str(source), str(engine), "--device", "cuda"]
-        compare += ["--no-yardstick", "--json"]
-        if pairs := golden_pairs(source, known):
-            compare += ["--golden", str(pairs)]
-        elif known and known.golden:
-            note(f"{known.golden.file} is not beside the model: the engine is not compared with those golden pairs")
-        note("comparing the engine with ONNX Runtime" + (f" and with {pairs.name}" if pairs else ""))
-        _succeed(run(compare, output=report), f"{onnx_path}: the engine was not served")
-        verdict = _verdict(report, onnx_path)
-        sidecar(engine).write_text(replace(manifest, parity=verdict).to_json())
+        if manifest.parity is None or not manifest.parity.passed:
+            said = manifest.parity.sentence() if manifest.parity else "not run"
+            raise BuildError(f"{onnx_path}: no engine is served: its comparison with ONNX Runtime was {said}")
         record = {"identity": identity, "engine": manifest.artefact.sha256, "verified": utc_now()}
         (folder / VERIFIED).write_text(json.dumps(record, indent=1))
-        report.unlink()
         shutil.rmtree(source.parent)
         shutil.rmtree(entry, ignore_errors=True)
         folder.rename(entry)
@@ -257,26 +245,6 @@ def _copy(onnx_path: Path, folder: Path) -> Path:
     for file in (onnx_path, *external_files(onnx_path), *beside):
         shutil.copyfile(file, folder / file.name)
     return folder / onnx_path.name
-
-
-def _verdict(report: Path, onnx_path: Path) -> Parity:
-    """What a manifest says of parity, as export.tensorrt writes it, from the output of `runtime.parity --json`."""
-    try:
-        text = report.read_text()
-        document, _ = json.JSONDecoder().raw_decode(text, text.index("{\n"))  # a native library may have said more
-        candidate = document["candidates"][0]
-        kept = {key: candidate[key] for key in ("engine", "hops", "yardstick", "notes")}
-        return msgspec.convert({"reference": onnx_path.name, **kept}, Parity)
-    except (ValueError, LookupError, TypeError, msgspec.ValidationError) as error:
-        raise BuildError(f"{onnx_path}: the comparison with ONNX Runtime left no result; start again") from error
-
-
-def _succeed(code: int, what: str) -> None:
-    if code == 0:
-        return
-    reasons = {3: "its input was refused", 4: "it differs from ONNX Runtime", 5: "the build failed", 6: "it cannot run"}
-    reason = reasons.get(code, f"the child process ended with status {code}")
-    raise _ERRORS.get(code, RefusedError if code == 3 else BuildError)(f"{what}: {reason} (its message is above)")
 
 
 def _problem(entry: Path, identity: dict[str, Any]) -> str | None:

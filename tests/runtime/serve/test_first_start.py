@@ -46,12 +46,12 @@ def test_engines_stand_in_for_the_onnx_files_of_a_folder(tmp_path: Path) -> None
         assert engine.is_relative_to(tmp_path / "cache")
         read_manifest(engine)
     assert sources(models, children) == found
-    assert children.builds == 2
+    assert len(children.calls) == 2
     make_onnx(other, size=7)
     changed = sources(models, children)
     assert changed["net/3"] == found["net/3"]
     assert changed["other/1"] != found["other/1"], "as SIGHUP looks again"
-    assert children.builds == 3
+    assert len(children.calls) == 3
 
 
 def test_an_engine_beside_an_onnx_file_is_ignored_and_that_is_said(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,31 +12,17 @@ import onnx
 from onnx import TensorProto, helper
 
 from runtime.manifest import Manifest, TensorSpec, digest, external_files, sidecar
-from runtime.records import Parity
+from runtime.records import Hop, OutputComparison, Parity
 from runtime.serve.models.engine_cache import DeviceIdentity, prepare_engine
 
 from ..conftest import write_model
 
 DEVICE = DeviceIdentity(gpu="A Card", compute_capability="8.9", driver="580.1", flavor="rtx", tensorrt="1.7.1")
-COMPARED = {
-    "path": "/somewhere/model.plan",
-    "engine": "tensorrt-rtx 1.7.1",
-    "passed": True,
-    "precision": "fp32",
-    "tolerance": {"precision": "fp32", "rel_rms": 1e-5},
-    "hops": [
-        {
-            "name": "net.onnx -> model.plan",
-            "reference": "net.onnx",
-            "candidate": "model.plan",
-            "inputs": "noise, seed 0",
-            "shapes": {"input": [1, 3, 8, 8]},
-            "outputs": [{"output": "logits", "samples": 1, "passed": True}],
-        }
-    ],
-    "yardstick": [],
-    "notes": [],
-}
+OUTPUT = OutputComparison(output="logits", samples=1, passed=True)
+HOP = Hop(
+    name="net.onnx -> model.plan", reference="net.onnx", candidate="model.plan", inputs="noise", outputs=(OUTPUT,)
+)
+PASSED = Parity(reference="net.onnx", engine="tensorrt-rtx 1.7.1", hops=(HOP,))
 
 
 def make_onnx(path: Path, size: int = 8, **fields: Any) -> Path:
@@ -67,46 +52,35 @@ def network(path: Path) -> str:
 
 
 class Children:
-    """Stands for the two child processes: writes an engine where it is told to, and answers with given exit codes.
+    """Stands for the child process: writes an engine where it is told to, and answers with a given exit code.
 
-    `before` and `after` are called with a child's name, for what the world does meanwhile.
+    `before` and `after` it something may happen to the world.
     """
 
     def __init__(
         self,
-        build: int = 0,
-        parity: int = 0,
-        said: str = json.dumps({"candidates": [COMPARED]}, indent=2),
-        before: Callable[[str], object] = lambda name: None,
-        after: Callable[[str], object] = lambda name: None,
+        code: int = 0,
+        parity: Parity | None = PASSED,
+        before: Callable[[], object] = lambda: None,
+        after: Callable[[], object] = lambda: None,
     ) -> None:
-        self.codes = {"export.tensorrt": build, "runtime.parity": parity}
-        self.said, self.before, self.after = said, before, after
+        self.code, self.parity, self.before, self.after = code, parity, before, after
         self.calls: list[list[str]] = []
         self.environments: list[Mapping[str, str]] = []
 
-    def __call__(
-        self, arguments: Sequence[str], environment: Mapping[str, str] | None = None, output: Path | None = None
-    ) -> int:
-        name = arguments[0]
-        self.before(name)
+    def __call__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+        self.before()
         self.calls.append(list(arguments))
-        self.environments.append(environment or {})
-        if name == "export.tensorrt" and not self.codes[name]:
+        self.environments.append(environment)
+        if not self.code:
             source = Path(arguments[1])
-            write_engine(source, Path(arguments[3]), content=f"engine {len(self.calls)} of {network(source)}")
-        if output is not None:
-            output.write_text(self.said)
-        self.after(name)
-        return self.codes[name]
-
-    @property
-    def builds(self) -> int:
-        return sum(call[0] == "export.tensorrt" for call in self.calls)
+            write_engine(source, Path(arguments[3]), f"engine {len(self.calls)} of {network(source)}", self.parity)
+        self.after()
+        return self.code
 
 
-def write_engine(source: Path, engine: Path, content: str = "engine") -> Path:
-    """A file that passes for an engine, and its manifest as export.tensorrt --no-verify writes it."""
+def write_engine(source: Path, engine: Path, content: str = "engine", parity: Parity | None = PASSED) -> Path:
+    """A file that passes for an engine, and its manifest as export.tensorrt writes it."""
     engine.write_text(content)
     specs = (TensorSpec("input", "float32", ("batch", 3, 8, 8)),)
     manifest = Manifest(
@@ -114,7 +88,7 @@ def write_engine(source: Path, engine: Path, content: str = "engine") -> Path:
         inputs=specs,
         outputs=specs,
         chain=(digest(source, "onnx"),),
-        parity=Parity(result="not run", reason="no device"),
+        parity=parity,
     )
     sidecar(engine).write_text(manifest.to_json())
     return engine
