@@ -10,6 +10,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from queue import SimpleQueue
 from time import monotonic_ns
@@ -86,14 +87,10 @@ class Batcher:
         self._solo = Instance(solo) if solo else None
         self._lone: SimpleQueue[list[Item]] = SimpleQueue()
         """What the engine for lone requests has to run."""
-        self._threads = [
-            threading.Thread(target=self._work, args=(i,), name=f"{name}-{n}", daemon=True)
-            for n, i in enumerate(self._instances)
-        ]
+        work: list[tuple[Instance, Callable[[], list[Item]]]] = [(i, partial(self._take, i)) for i in self._instances]
         if self._solo:
-            self._threads.append(
-                threading.Thread(target=self._work_solo, args=(self._solo,), name=f"{name}-solo", daemon=True)
-            )
+            work.append((self._solo, self._lone.get))
+        self._threads = [threading.Thread(target=self._work, args=a, name=name, daemon=True) for a in work]
         for thread in self._threads:
             thread.start()
 
@@ -244,20 +241,14 @@ class Batcher:
         _fail_all(items, error)
         return len(items)
 
-    def _work(self, instance: Instance) -> None:
+    def _work(self, instance: Instance, take: Callable[[], list[Item]]) -> None:
         if self.policy.on_cpu:
             give_way()
-        while (items := self._take(instance)) is not None:
+        while items := take():
             self._execute(instance, items, self._call)
 
-    def _work_solo(self, solo: Instance) -> None:
-        if self.policy.on_cpu:
-            give_way()
-        while items := self._lone.get():
-            self._execute(solo, items, self._call)
-
-    def _take(self, instance: Instance) -> list[Item] | None:
-        """The next batch; blocks while there is none; None when closed and empty."""
+    def _take(self, instance: Instance) -> list[Item]:
+        """The next batch; blocks while there is none; an empty one when closed."""
         with self._wakeup:
             while True:
                 wait = None
@@ -274,7 +265,7 @@ class Batcher:
                             return items
                         continue
                 elif self._closing:
-                    return None
+                    return []
                 else:
                     self._queue.reset()
                     self._standing = 0
@@ -295,6 +286,7 @@ class Batcher:
         batch = items[0].batch
         assert batch is not None
         instance.items = items
+        suspects: list[Item] = []
         try:
             feeds = instance.gather(items, self.policy.max_rows)
             batch.fed = monotonic_ns()
@@ -319,13 +311,14 @@ class Batcher:
                 call(self._break, items, error)
             elif len(items) == 1:
                 call(_fail_all, items, refusal)
-            else:  # one of them is to blame
-                for item in items:
-                    item.batch = Batch(item.rows, taken=monotonic_ns())
-                    self._execute(instance, [item], call)
+            else:
+                suspects = items
         finally:
             instance.items = []
             self._busy_ns += monotonic_ns() - batch.taken
+        for item in suspects:  # one of them is to blame: each runs alone
+            item.batch = Batch(item.rows, taken=monotonic_ns())
+            self._execute(instance, [item], call)
 
     def _call(self, function: Callable[..., None], *args: Any) -> None:
         try:

@@ -414,13 +414,14 @@ def test_a_refusal_is_the_requests_fault_only_if_the_engine_still_works() -> Non
 def test_a_request_that_the_engine_refuses_leaves_its_batch_alone() -> None:
     class Picky(Engine):
         def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+            time.sleep(0.01)
             found = super().run(feeds)
             if (feeds["x"] == 7).any():
                 raise RefusedError("no such index") from ValueError()
             return found
 
     async def run() -> None:
-        engine, fatal = Picky(), list[BaseException]()
+        engine, fatal, began = Picky(), list[BaseException](), time.monotonic_ns()
         batcher = Batcher([engine], Policy(max_rows=8, probe=lambda runner: None), on_fatal=fatal.append)
         first = await hold(batcher, engine)
         futures = [batcher.submit(item(value, client=value)) for value in (5, 6, 7, 8)]
@@ -433,6 +434,7 @@ def test_a_request_that_the_engine_refuses_leaves_its_batch_alone() -> None:
         assert engine.batches[1:] == [[5, 6, 7, 8], [5], [6], [7], [8]]
         assert fatal == []
         assert await batcher.close()
+        assert batcher._busy_ns <= time.monotonic_ns() - began, "no time is counted twice"
 
     asyncio.run(run())
 
