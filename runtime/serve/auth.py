@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hmac
+import os
 import ssl
 from hashlib import sha256
-from pathlib import Path
 
 from gmconv.errors import RefusedError
-from runtime.serve.settings import Settings
+from runtime.serve.settings import TOKEN_VARIABLE, Settings
 
 MIN_TOKEN = 16
 ALPN = {"http": "http/1.1", "grpc": "h2"}
@@ -19,6 +19,7 @@ class Gate:
 
     def __init__(self, token: str | None) -> None:
         self._digest = sha256(token.encode()).digest() if token else None
+        self.open = token is None
 
     def allows(self, authorization: bytes | None) -> bool:
         """True if there is no token, or `authorization` is `Bearer <the token>`."""
@@ -29,20 +30,22 @@ class Gate:
         return match and scheme.lower() == b"bearer"
 
 
-def read_token(path: Path) -> str:
-    """The token in a file. Raises RefusedError when it is short or cannot be read."""
-    try:
-        return check_token(path.read_text("utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RefusedError(f"{path}: the token file cannot be read ({error})") from error
+def find_token(settings: Settings) -> str | None:
+    """The token that callers must bring: the file's, `settings.token`, or the environment's; None: there is none.
 
-
-def check_token(text: str, origin: str) -> str:
-    """`text` without the white space around it, such as the newline that an editor or `echo` leaves.
-
-    Raises RefusedError when it is too short to be a secret, or holds what no header can carry.
+    Without the white space around it, such as the newline that an editor or `echo` leaves. Raises RefusedError when the
+    file cannot be read, and when the token is too short to be a secret (an empty one is a mistake that would leave the
+    door open), or holds what no header can carry.
     """
-    token = text.strip()
+    origin = str(settings.token_file or TOKEN_VARIABLE)
+    try:
+        given = settings.token_file.read_text("utf-8") if settings.token_file else settings.token
+    except (OSError, UnicodeDecodeError) as error:
+        raise RefusedError(f"{origin}: the token file cannot be read ({error})") from error
+    given = os.environ.get(TOKEN_VARIABLE) if given is None else given
+    if given is None:
+        return None
+    token = given.strip()
     if len(token) < MIN_TOKEN:
         raise RefusedError(f"{origin}: the token must have at least {MIN_TOKEN} characters; try `openssl rand -hex 32`")
     if not token.isascii() or not token.isprintable() or " " in token:

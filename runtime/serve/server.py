@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+import uvloop
 
 from gmconv.errors import RefusedError
-from runtime.serve.auth import Gate, make_tls, read_token
+from runtime.serve.auth import Gate, find_token, make_tls
 from runtime.serve.connection import RESERVE, Connection, Listener, bind
 from runtime.serve.models.source import find_sources, read_source
 from runtime.serve.observe.access_log import logging_to
@@ -50,6 +51,9 @@ def check(settings: Settings) -> None:
     for name, port in zip(names, ports, strict=True):
         if port and ports.count(port) > 1:
             raise click.UsageError(f"--{name}-port {port}: two services cannot share a port")
+    if settings.engine in ("tensorrt", "rtx") and not settings.engine_cache:
+        raise click.UsageError(f"--engine {settings.engine}: say where engines are kept, by --engine-cache")
+    find_token(settings)
     for source in find_sources(settings):
         read_source(source, settings)
     if bool(settings.tls_cert) != bool(settings.tls_key):
@@ -75,19 +79,13 @@ def run(settings: Settings, *, as_json: bool = False) -> int:
     check(settings)
     # How long a thread may hold the interpreter while another waits: the default 5 ms is longer than an inference.
     sys.setswitchinterval(0.0001)
-    try:
-        import uvloop
-
-        factory: Any = uvloop.new_event_loop
-    except ImportError:
-        factory = None
 
     async def live() -> int:
         service = Service(settings)
         with logging_to(service.log):
             return await _Life(service, lambda event: _say(json.dumps(event) if as_json else _sentence(event))).run()
 
-    with asyncio.Runner(loop_factory=factory) as runner:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         code = runner.run(live())
     _say(None)
     return code
@@ -215,8 +213,7 @@ class _Life:
         await self.service.repository.reload()
 
     def _renew_token(self) -> None:
-        if self.settings.token_file:
-            self.service.gate = Gate(read_token(self.settings.token_file))
+        self.service.gate = Gate(find_token(self.settings))
 
     def _renew_certificates(self) -> None:
         for listener in self.listeners:  # what connects from now on gets the certificate that is in the files now

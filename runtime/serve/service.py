@@ -15,7 +15,7 @@ from time import monotonic_ns
 from typing import Any, TypeVar
 
 from runtime.runners.base import Array
-from runtime.serve.auth import Gate
+from runtime.serve.auth import Gate, find_token
 from runtime.serve.batching.fair_queue import Item
 from runtime.serve.errors import Code, RequestError, too_large
 from runtime.serve.http.images import Decoders
@@ -42,7 +42,7 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.repository = Repository(settings, self.break_down)
-        self.gate = Gate(settings.token)
+        self.gate = Gate(find_token(settings))
         self.log = AccessLog()
         self.log_settings = log_settings(settings.access_log)
         self.tracer = Tracer(settings.otel) if settings.otel else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ DAY = 86_400.0
 TOKEN_VARIABLE = "GMCONV_SERVE_TOKEN"
 PORT = click.IntRange(0, 65535)
 FILE = click.Path(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+ENGINES = click.Choice(("cpu", "gpu", "tensorrt", "rtx"))
 
 
 class _Finite(click.FloatRange):
@@ -29,15 +30,26 @@ class _Finite(click.FloatRange):
         return number
 
 
+class _Batches(click.ParamType[tuple[int, ...]]):
+    name = "min,opt,max"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """ "1,8,32" as numbers."""
+        sizes = tuple(int(part) for part in value.split(",") if part.strip().isdecimal())
+        if len(sizes) != 3 or value.count(",") != 2 or not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+            self.fail(f"{value!r}: write smallest, tuned and largest batch, such as 1,8,32", param, ctx)
+        return sizes
+
+
 TIME = _Finite(0.0, DAY)
 """A time of at most a day: a limit that is infinite or not a number limits nothing."""
 SOME_TIME = _Finite(0.0, DAY, min_open=True)
 PATIENCE = _Finite(0.1, DAY)
 
 
-def _option(default: Any, text: str, kind: Any = None) -> Any:
-    """A field that the command line sets, by an option of its name (`--no-...` too for a bool)."""
-    return field(default=default, metadata={"help": text, "type": kind})
+def _option(default: Any, text: str, kind: Any = None, variable: str | None = None) -> Any:
+    """A field that the command line sets, by an option of its name (`--no-...` too for a bool), or by a variable."""
+    return field(default=default, metadata={"help": text, "type": kind, "variable": variable})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +57,6 @@ class Settings:
     """What the command line decides. Sizes are bytes, times seconds unless the name says otherwise."""
 
     source: Path
-    prepare: Callable[[Path], Path] | None = None
-    """Makes, of an ONNX file that is found, the engine that is served in its place."""
     model_name: str | None = _option(None, "Name it is served under [default: the file's or folder's].")
     host: str = _option("127.0.0.1", "Address to listen on.")
     http_port: int = _option(8000, "REST; 0 takes a free port and prints it.", PORT)
@@ -86,10 +96,28 @@ class Settings:
     require_manifest: bool = _option(True, "Refuse artefacts without a manifest.")
     access_log: bool = _option(True, "One JSON line per request on stderr.")
     otel: str | None = _option(None, "Export OpenTelemetry spans.", click.Choice(["console", "otlp"]))
+    engine: str | None = _option(
+        None, "ONNX Runtime (cpu, gpu), or what engines are built with at the start.", ENGINES, "GMCONV_ENGINE"
+    )
+    engine_cache: Path | None = _option(  # noqa: RUF009
+        None, "Build an engine for this GPU of each .onnx file, and keep it there.", FOLDER, "GMCONV_ENGINE_CACHE"
+    )
+    engine_batch: tuple[int, int, int] | None = _option(
+        None, "Smallest, tuned and largest batch of engines that are built.", _Batches(), "GMCONV_ENGINE_BATCH"
+    )
     token: str | None = None
     token_file: Path | None = _option(None, f"Ask for this bearer token [or variable {TOKEN_VARIABLE}].", FILE)  # noqa: RUF009
     tls_cert: Path | None = _option(None, "PEM certificate chain for REST and gRPC.", FILE)  # noqa: RUF009
     tls_key: Path | None = _option(None, "PEM private key.", FILE)  # noqa: RUF009
+
+    def __post_init__(self) -> None:
+        if self.engine not in (None, "cpu") and self.device == "auto":
+            object.__setattr__(self, "device", "cuda")
+
+    @property
+    def builder(self) -> str:
+        """What builds the engines for this GPU that stand in for ONNX files; empty: nothing does."""
+        return self.engine or "auto" if self.engine_cache and self.engine not in ("cpu", "gpu") else ""
 
     @property
     def max_request_bytes(self) -> int:

@@ -51,7 +51,7 @@ class App:
         self.service = service
         repository = service.repository
         statistics = _document(lambda request: documents.statistics(repository.select(*request.target)))
-        described = documents.openapi(OPENAPI.read_bytes(), secured=service.settings.token is not None)
+        described = documents.openapi(OPENAPI.read_bytes(), secured=not service.gate.open)
         page = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
         self._fixed: dict[str, dict[str, Handler]] = {
             "/v2": {"GET": _document(lambda request: documents.SERVER)},

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
@@ -65,7 +65,7 @@ def prepare_engine(
     onnx_path: Path,
     cache_dir: Path,
     *,
-    flavor: Literal["auto", "tensorrt", "rtx"] = "auto",
+    flavor: str = "auto",
     device: str = "auto",
     profile: Profile | None = None,
     require_manifest: bool = True,
@@ -74,8 +74,9 @@ def prepare_engine(
 ) -> Path:
     """The engine for `onnx_path` on the GPU `device` ("cuda:1"; "auto": the first), cached or built and compared now.
 
-    `profile` is the smallest, tuned and largest batch (export.tensorrt's default without it). Servers that start
-    together on one cache wait for the one that builds. A damaged entry is built again. SIGTERM ends the build.
+    `flavor`: "tensorrt", "rtx" or "auto". `profile` is the smallest, tuned and largest batch (export.tensorrt's default
+    without it). Servers that start together on one cache wait for the one that builds. A damaged entry is built again.
+    SIGTERM ends the build.
 
     Raises RefusedError (the ONNX file or the cache folder), BuildError, ParityError (nothing is cached, nothing may be
     served), UnavailableError (no driver, GPU or TensorRT) and Interrupted.

@@ -45,10 +45,10 @@ def find_sources(settings: Settings) -> list[Source]:
 
     NAME.onnx and NAME.plan (or NAME.engine) in one folder are one model: the engine is served where a GPU was asked for
     and there is a TensorRT, else the ONNX file. A config.pbtxt in a model's folder says which of its versions. With
-    `settings.prepare` the engine that it makes stands in for each ONNX file, whatever lies beside that.
+    `settings.builder` an engine that is built for this GPU stands in for each ONNX file, whatever lies beside that.
 
-    Raises what that raises, and RefusedError when there is nothing to serve, two artefacts claim one version, a name
-    cannot be part of a URL, a configuration cannot be read, or a folder cannot.
+    Raises what `prepare_engine` raises, and RefusedError when there is nothing to serve, two artefacts claim one
+    version, a name cannot be part of a URL, a configuration cannot be read, or a folder cannot.
     """
     root = settings.source
     try:
@@ -72,14 +72,27 @@ def find_sources(settings: Settings) -> list[Source]:
         if source.key in seen:
             raise RefusedError(f"{source.path}: a second artefact for model {source.name!r} version {source.version}")
         seen.add(source.key)
-    if settings.prepare:
-        sources = [replace(s, path=settings.prepare(s.path)) if s.path.suffix == ".onnx" else s for s in sources]
-    return sources
+    return [_prepared(s, settings) if settings.builder and s.path.suffix == ".onnx" else s for s in sources]
+
+
+def _prepared(source: Source, settings: Settings) -> Source:
+    from runtime.serve.models.engine_cache import prepare_engine
+
+    assert settings.engine_cache
+    engine = prepare_engine(
+        source.path,
+        cache_dir=settings.engine_cache,
+        flavor=settings.builder,
+        profile=settings.engine_batch,
+        device=settings.device,
+        require_manifest=settings.require_manifest,
+    )
+    return replace(source, path=engine)
 
 
 def _scan(root: Path, settings: Settings) -> list[Source]:
     model_name = settings.model_name
-    wanted = settings.device.startswith("cuda") and not settings.prepare
+    wanted = settings.device.startswith("cuda") and not settings.builder
     engines = wanted and any(trt.installed(flavor) for flavor in trt.MODULES)
     sources = [Source(p.stem, "1", p) for p in _artefacts(root, engines)]
     # lost+found is what a volume's file system has at its root, for root alone.

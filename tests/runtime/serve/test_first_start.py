@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import pytest
@@ -30,10 +31,12 @@ def model(tmp_path: Path) -> Path:
 def sources(models: Path, children: Children, **chosen: Any) -> dict[str, Path]:
     """What a server that prepares engines serves."""
 
-    def make(path: Path) -> Path:
-        return prepare(path, models.with_name("cache"), children)
+    def make(path: Path, cache_dir: Path, **options: Any) -> Path:
+        return prepare(path, cache_dir, children)
 
-    return {f"{s.name}/{s.version}": s.path for s in find_sources(Settings(source=models, prepare=make, **chosen))}
+    settings = Settings(source=models, engine_cache=models.with_name("cache"), **chosen)
+    with mock.patch("runtime.serve.models.engine_cache.prepare_engine", make):
+        return {f"{s.name}/{s.version}": s.path for s in find_sources(settings)}
 
 
 def test_engines_stand_in_for_the_onnx_files_of_a_folder(tmp_path: Path) -> None:
@@ -73,7 +76,7 @@ def test_a_model_name_that_cannot_be_given_is_refused_before_anything_is_built(t
     make_onnx(tmp_path / "b.onnx")
     for chosen, text in (({"model_name": "c"}, "--model-name names one model"), ({"model_name": "a/b"}, "names one")):
         with pytest.raises(RefusedError, match=text):
-            find_sources(Settings(source=tmp_path, prepare=pytest.fail, **chosen))
+            find_sources(Settings(source=tmp_path, engine_cache=tmp_path / "cache", **chosen))
 
 
 @pytest.mark.parametrize(("text", "profile"), [("", None), ("1,8,32", (1, 8, 32)), ("4,4,4", (4, 4, 4))])

@@ -8,13 +8,12 @@ import click
 import pytest
 
 from runtime.serve import settings as module
-from runtime.serve.__main__ import main, make_settings
 from runtime.serve.models.source import Source
 from runtime.serve.models.version import open_runners
 from runtime.serve.server import check
 from runtime.serve.settings import Settings
 
-from .conftest import classifier
+from .conftest import classifier, parse
 
 
 @pytest.mark.parametrize(
@@ -26,12 +25,13 @@ from .conftest import classifier
         ("--body-timeout", "0"),
         ("--no-http", "--no-grpc", "--no-metrics"),
         ("--no-http", "--no-grpc"),
+        ("--engine", "rtx"),
         ("--http-port", "9000", "--grpc-port", "9000"),
     ],
 )
 def test_what_limits_nothing_or_serves_nobody_is_a_usage_error(flags: tuple[str, ...]) -> None:
     with pytest.raises(click.UsageError):
-        check(make_settings(main.make_context("serve", ["m.onnx", *flags]).params))
+        check(parse("m.onnx", *flags))
 
 
 @pytest.mark.parametrize(

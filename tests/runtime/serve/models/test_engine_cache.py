@@ -21,12 +21,11 @@ from gmconv.errors import BuildError, Interrupted, ParityError, RefusedError, Un
 from gmconv.files import sha256_file
 from runtime.manifest import digest, read_manifest, sidecar
 from runtime.records import Parity
-from runtime.serve.__main__ import main, make_settings
 from runtime.serve.models import engine_cache
 from runtime.serve.models.engine_cache import DeviceIdentity, prepare_engine, run_child, visible_device
 from runtime.serve.models.source import find_sources
 
-from ..conftest import write_model
+from ..conftest import parse, write_model
 from .engines import DEVICE, PASSED, Children, make_external, make_onnx, prepare, write_engine
 
 
@@ -399,8 +398,7 @@ def test_the_servers_command_line_prepares_with_its_own_options(
 
     monkeypatch.setattr(engine_cache, "prepare_engine", prepare)
     flags = ["--engine-cache", str(tmp_path / "cache"), "--device", "cuda:1", "--no-require-manifest"]
-    settings = make_settings(main.make_context("serve", [str(model), *flags]).params)
-    (source,) = find_sources(settings)
+    (source,) = find_sources(parse(str(model), *flags))
     chosen = {"cache_dir": tmp_path / "cache", "flavor": "auto", "profile": None}
     assert asked == [(model, {**chosen, "device": "cuda:1", "require_manifest": False})]
     assert (source.name, source.path) == ("net", tmp_path / "model.plan")
