@@ -10,7 +10,7 @@ from export.onnx.cases import Case
 from export.onnx.reference import Outputs, Reference, bitwise
 from gmconv.errors import RefusedError
 from runtime.parity.tolerances import tolerance_for, widen
-from runtime.parity.verdict import Verdict
+from runtime.parity.verdict import Verdict, order_notes
 from runtime.records import BAKING, Hop, Tolerance, YardstickComparison
 
 #: The hop from what the user's own program recorded to the network as it was loaded.
@@ -91,6 +91,8 @@ class Proof:
             compared = [t for t in zip(self.cases, left, right, rounded, strict=True) if not (t[0].noise and across)]
             more, said = self._hops(arrow, compared, limit, own)
             hops, notes = hops + more, notes + said
+        for live, shipped in zip(self.reference.live, self.shipped, strict=True):
+            notes += order_notes("outputs", list(live), list(shipped))
         return Verdict(tuple(hops), yardstick, tuple(dict.fromkeys(notes)))
 
     def unrounded(self, precision: str, file: Path) -> tuple[Hop, ...]:

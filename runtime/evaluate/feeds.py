@@ -13,7 +13,7 @@ from gmconv.errors import RefusedError
 from gmconv.npz import npz_header, npz_names
 from runtime.artefact import Facts
 from runtime.manifest import TensorSpec
-from runtime.runners.base import Runner, numpy_dtype
+from runtime.runners.base import Runner, as_inputs, numpy_dtype
 
 Array = NDArray[Any]
 
@@ -75,11 +75,7 @@ def outputs_of(runner: Runner, names: Sequence[str], feeds: Mapping[str, Array])
     """
     if len(runner.inputs) != len(feeds):
         raise RefusedError(f"{runner.artefact.path}: takes {_taken(runner)}, the reference {', '.join(feeds)}")
-    by_name = {spec.name for spec in runner.inputs} == feeds.keys()
-    given = {
-        spec.name: (feeds[spec.name] if by_name else array).astype(numpy_dtype(spec.dtype))
-        for spec, array in zip(runner.inputs, feeds.values(), strict=True)
-    }
+    given = as_inputs(runner.inputs, feeds)
     count = len(next(iter(given.values())))
     limits = [profile[name].max[0] for profile in runner.profiles for name in given if name in profile]
     first = runner.inputs[0].shape[0]

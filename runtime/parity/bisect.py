@@ -25,7 +25,7 @@ from runtime.parity.bisection import Bisection, LayerError, words
 from runtime.parity.cases import Case, Feeds
 from runtime.parity.layers import Graph, Match
 from runtime.records import Hop, Tolerance
-from runtime.runners.base import Array, Runner, numpy_dtype
+from runtime.runners.base import Array, Runner, as_inputs
 
 if TYPE_CHECKING:
     from runtime.runners.onnxruntime import OnnxRuntimeRunner
@@ -81,17 +81,14 @@ def _from_checkpoint(
 ) -> Bisection:
     """`foreign`: of the candidate, where that is a checkpoint too."""
     feeds = _smaller(feeds, reference)
-    own = {
-        spec.name: array.astype(numpy_dtype(spec.dtype))
-        for spec, array in zip(reference.inputs, feeds.values(), strict=True)
-    }
+    own = as_inputs(reference.inputs, feeds)
     modules = reference.activations(own)
     sigmas = reference.sigmas()
     if foreign is not None:
         from runtime.runners.torch import TorchOptions, TorchRunner
 
         with TorchRunner(path, options=TorchOptions(dynamic_hw=True, foreign=foreign)) as other:
-            theirs = other.activations(dict(zip((s.name for s in other.inputs), own.values(), strict=True)))
+            theirs = other.activations(as_inputs(other.inputs, own))
         return _from_two_checkpoints(modules, theirs, tolerance, sigmas)
     graph = Graph(path)
     norms = reference.batch_norms()
@@ -134,7 +131,7 @@ def _from_onnx(
     feeds = _smaller(feeds, reference)
     graph, other = Graph(path), Graph(reference.artefact.path)
     matches = graph.same_tensors(other)
-    own = dict(zip((spec.name for spec in reference.inputs), feeds.values(), strict=True))
+    own = as_inputs(reference.inputs, feeds)
     found = other.run([match.other for match in matches], own) if matches else {}
     values = {match.tensor: found[match.other] for match in matches}
     layers = ((manifest.certificate or {}) if manifest else {}).get("layers", [])

@@ -19,7 +19,7 @@ from runtime.parity.report import CandidateReport, ParityReport
 from runtime.parity.tables import table_ends
 from runtime.parity.tolerances import MAX_CROP_COST, crop_cost, for_engine, judged_as, override, tolerance_for, widen
 from runtime.parity.unrounded import UNROUNDED, Measures, unrounded
-from runtime.parity.verdict import Verdict
+from runtime.parity.verdict import Verdict, order_notes
 from runtime.parity.yardstick import Yardstick, one_by_one
 from runtime.records import Crop, Hop, OutputComparison, Tolerance
 from runtime.runners import open_runner
@@ -132,7 +132,7 @@ def _compare(
             verdict=Verdict(
                 (*(hop(own) for hop in recorded), *results),
                 yardstick.result() if judge else (),
-                (*notes, *more, *comparator.notes()),
+                (*notes, *pair.notes, *more, *comparator.notes()),
             ),
             bisection=None,
             seconds=time.perf_counter() - started,
@@ -210,7 +210,7 @@ def _run_case(
 
 
 class _Pair:
-    """Reference and candidate with the names of their tensors matched.
+    """Reference and candidate with the names of their tensors matched; `notes` say where their order differs.
 
     Inputs, and the outputs of a checkpoint, go by name where the names agree and by position where they do not:
     checkpoints do not name their tensors.
@@ -220,7 +220,11 @@ class _Pair:
         self.reference, self.candidate, self._memory = reference, candidate, memory
         name = candidate.artefact.path.name
         self._ends = reference.artefact.path.name, name
-        ours, theirs = reference.inputs, candidate.inputs
+        ours, theirs = reference.inputs, list(candidate.inputs)
+        own_inputs = [spec.name for spec in ours]
+        self.notes = order_notes("inputs", own_inputs, [spec.name for spec in theirs])
+        if self.notes:
+            theirs.sort(key=lambda spec: own_inputs.index(spec.name))
         if len(ours) != len(theirs):
             raise RefusedError(f"the reference takes {len(ours)} inputs, {name} {len(theirs)}: not one network")
         for mine, other in zip(ours, theirs, strict=True):
@@ -229,11 +233,11 @@ class _Pair:
                     f"the reference's {mine.name} is {tuple(mine.shape)}, that of {name} ({other.name}) "
                     f"{tuple(other.shape)}: not one network"
                 )
-        same = {spec.name for spec in ours} == {spec.name for spec in theirs}
-        self._inputs = {a.name: (a.name if same else b.name, a.dtype) for a, b in zip(ours, theirs, strict=True)}
+        self._inputs = {a.name: (b.name, a.dtype) for a, b in zip(ours, theirs, strict=True)}
         self._outputs: dict[str, str] = {}
         names = [spec.name for spec in candidate.outputs]
         own = [spec.name for spec in reference.outputs]
+        self.notes += order_notes("outputs", own, names)
         if reference.artefact.kind == "checkpoint" and set(own) != set(names) and len(own) == len(names):
             self._outputs = dict(zip(own, names, strict=True))
 

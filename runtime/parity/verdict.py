@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime.records import BAKING, Hop, Parity, YardstickComparison
@@ -46,3 +47,16 @@ class Verdict:
     def record(self, reference: str, engine: str) -> Parity:
         """For the manifest of an artefact that passed: base names only, a manifest travels."""
         return Parity(reference=reference, engine=engine, hops=self.hops, yardstick=self.yardstick, notes=self.notes)
+
+
+def order_notes(kind: str, network: Sequence[str], artefact: Sequence[str]) -> list[str]:
+    """A note where the "inputs" or "outputs" of both have the same names in another order: they are compared by name.
+
+    Whoever takes them by place would get another one.
+    """
+    if list(network) == list(artefact) or sorted(network) != sorted(artefact):
+        return []
+    return [
+        f"its {kind} come in another order, and were compared by name: {', '.join(artefact)} in the artefact, "
+        f"{', '.join(network)} in the network; take them by name, not by position"
+    ]

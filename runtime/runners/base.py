@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -183,6 +183,15 @@ def _inside(profile: Mapping[str, ShapeRange], feeds: Mapping[str, Array]) -> bo
         for name, r in profile.items()
         if name in feeds
     )
+
+
+def as_inputs(specs: Sequence[TensorSpec], feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """`feeds` of one network as another's inputs `specs`: by name where the names agree, else by position."""
+    named = {spec.name for spec in specs} == feeds.keys()
+    return {
+        spec.name: (feeds[spec.name] if named else array).astype(numpy_dtype(spec.dtype))
+        for spec, array in zip(specs, feeds.values(), strict=True)
+    }
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -42,3 +44,15 @@ def test_an_artefact_may_be_as_far_off_as_torch_fp32_itself(live: float, shipped
     verdict = proof(off(live, 1), off(shipped, 2)).judge("fp32")
     assert verdict.passed is passes
     assert verdict.hops[-1].outputs[0].tolerance == pytest.approx(min(max(2e-5, 2 * live), 2e-4), rel=0.3)
+
+
+def test_outputs_in_another_order_than_the_networks_are_noted() -> None:
+    """Files are read by name, and by position too: the export says where that gives another output."""
+    plain = proof(off(3e-7, 1), off(3e-7, 2))
+    both = {"boxes": off(3e-7, 1), "scores": off(3e-7, 3)}
+    reference = Reference((both,), (both,), (dict.fromkeys(both, EXACT),), BakeCertificate((), 0))
+    ordered = replace(plain, reference=reference, shipped=[both])
+    swapped = replace(ordered, shipped=[{"scores": both["scores"], "boxes": both["boxes"]}])
+    assert ordered.judge("fp32").notes == ()
+    assert swapped.judge("fp32").passed
+    assert "scores, boxes in the artefact, boxes, scores in the network" in swapped.judge("fp32").notes[0]

@@ -25,6 +25,7 @@ from runtime.parity.cases import corner_shapes
 from runtime.parity.run import ParityOptions, compare_artefacts
 from runtime.parity.tolerances import TOLERANCES
 from runtime.records import Crop
+from runtime.runners.base import as_inputs
 
 pytestmark = pytest.mark.xdist_group("test_parity")  # its networks are exported once
 
@@ -163,6 +164,50 @@ def test_several_outputs_of_a_checkpoint_go_by_position(tmp_path: Path) -> None:
     assert [output.output for output in found.verdict.hops[0].outputs] == ["map", "top"]
     assert [output.top1 is not None for output in found.verdict.hops[0].outputs] == [False, True]
     assert {item.output for item in found.verdict.yardstick} == {"map", "top"}
+
+
+def swapped_ends(path: Path) -> Path:
+    """Inputs `a` (N, 2), `b` (N, 3) and outputs `x` = 2a, `y` = 3b; b and y first unless `path` is called plain."""
+    info, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    inputs = [info("a", kind, ["batch", 2]), info("b", kind, ["batch", 3])]
+    outputs = [info("x", kind, ["batch", 2]), info("y", kind, ["batch", 3])]
+    nodes = [onnx.helper.make_node("Mul", [a, f"by_{b}"], [b], name=b) for a, b in ("ax", "by")]
+    factors = {"by_x": 2.0, "by_y": 3.0}
+    if path.stem != "plain":
+        inputs.reverse(), outputs.reverse()
+    held = [numpy_helper.from_array(np.float32(value), name) for name, value in factors.items()]
+    graph = onnx.helper.make_graph(nodes, "g", inputs, outputs, held)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+def test_another_order_of_inputs_and_outputs_is_said(tmp_path: Path) -> None:
+    """They are compared by name; who takes them by position would get another one."""
+    network, artefact = swapped_ends(tmp_path / "plain.onnx"), swapped_ends(tmp_path / "swapped.onnx")
+    said = [
+        "its inputs come in another order, and were compared by name: b, a in the artefact, a, b in the network; "
+        "take them by name, not by position",
+        "its outputs come in another order, and were compared by name: y, x in the artefact, x, y in the network; "
+        "take them by name, not by position",
+    ]
+    done = run(network, artefact, "--report", tmp_path / "report.html")
+    assert done.exit_code == 0, done.output
+    assert [line for line in done.stdout.splitlines() if "another order" in line] == [f"note: {text}" for text in said]
+    assert json.loads(run(network, artefact, "--json").stdout)["candidates"][0]["notes"] == said
+    assert all(text in (tmp_path / "report.html").read_text() for text in said)
+    assert "another order" not in run(network, network).stdout
+
+
+def test_one_networks_inputs_become_anothers_by_name_else_by_position() -> None:
+    feeds = {"a": np.zeros((2, 2), np.float32), "b": np.ones((2, 3), np.float32)}
+    swapped = (TensorSpec("b", "float32", ("batch", 3)), TensorSpec("a", "float16", ("batch", 2)))
+    named = as_inputs(swapped, feeds)
+    assert {name: (array.shape, array.dtype.name) for name, array in named.items()} == {
+        "b": ((2, 3), "float32"),
+        "a": ((2, 2), "float16"),
+    }
+    other = (TensorSpec("left", "float32", ("batch", 2)), TensorSpec("right", "float32", ("batch", 3)))
+    assert {name: array.shape for name, array in as_inputs(other, feeds).items()} == {"left": (2, 2), "right": (2, 3)}
 
 
 def test_a_network_with_other_inputs_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
