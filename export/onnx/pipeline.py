@@ -346,8 +346,7 @@ def _write_variants(
         quantized = precision in ("int8", "fp8")
         checked = proof.on_images() if quantized else proof
         outputs = run_onnx(folder / name, list(checked.cases))
-        verdict = replace(checked, shipped=outputs).judge(precision)
-        verdict = replace(verdict, hops=(*verdict.hops, *checked.unrounded(precision, folder / name)))
+        verdict = replace(checked, shipped=outputs).judge_file(precision, folder / name)
         if not verdict.passed:
             raise ParityError(f"{name}: nothing was written, parity failed: {verdict.summary()}")
         sidecar(folder / name).write_text(

@@ -10,6 +10,7 @@ from export.onnx.cases import Case
 from export.onnx.reference import Outputs, Reference, bitwise
 from gmconv.errors import RefusedError
 from runtime.parity.tolerances import tolerance_for, widen
+from runtime.parity.unrounded import UNROUNDED, Unrounded, not_unrounded
 from runtime.parity.verdict import Verdict, order_notes
 from runtime.records import BAKING, Hop, Tolerance, YardstickComparison
 
@@ -95,18 +96,22 @@ class Proof:
             notes += order_notes("outputs", list(live), list(shipped))
         return Verdict(tuple(hops), yardstick, tuple(dict.fromkeys(notes)))
 
-    def unrounded(self, precision: str, file: Path) -> tuple[Hop, ...]:
-        """The artefact in `file` with its activations unrounded, where that was computed and no crop is allowed for."""
-        from runtime.parity.unrounded import UNROUNDED, Unrounded
+    def judge_file(self, precision: str, file: Path) -> Verdict:
+        """`judge`, and the artefact in `file` with its activations unrounded; a note where ONNX Runtime cannot that."""
+        verdict = self.judge(precision)
+        try:
+            return replace(verdict, hops=(*verdict.hops, *self._unrounded(precision, file)))
+        except RefusedError as error:
+            return replace(verdict, notes=(*verdict.notes, not_unrounded(error.message)))
+
+    def _unrounded(self, precision: str, file: Path) -> tuple[Hop, ...]:
+        """Its hops, where that was computed and no crop is allowed for. Raises RefusedError where it does not run."""
 
         limit, weights = tolerance_for(precision), self.reference.weights.get(precision, ())
         if self.crop_cost or self.fused is not None or not any(weights):
             return ()
         names = list(next(filter(None, weights)))
-        try:
-            graph = Unrounded(file, names, limit, classes=self.classes)
-        except RefusedError:  # nothing that ONNX Runtime runs without its roundings: judged as it is alone
-            return ()
+        graph = Unrounded(file, names, limit, classes=self.classes)
         graph.match(set(self.reference.eight))
         rounded = self.reference.rounded[precision]
         for index, (case, told) in enumerate(zip(self.cases, weights, strict=True)):

@@ -303,13 +303,16 @@ def _rounded(
     """The yardstick's cases with the rounding of each lower precision, and of its weights alone; see `Reference`."""
     from gmconv.rounding import Rounding
 
+    def run_all() -> tuple[Outputs, ...]:
+        return tuple(run(i) if i in work.yardstick else {} for i in range(len(work.feeds)))
+
     rounded, weights, eight = {}, {}, set[int]()
     for precision in work.precisions:
         with Rounding(precision):
-            rounded[precision] = tuple(run(i) if i in work.yardstick else {} for i in range(len(work.feeds)))
+            rounded[precision] = run_all()
         alone = Rounding(precision, weights_only=True, reduced=work.reduced)
         with alone as mode, model.register_forward_pre_hook(mode.follow):
-            weights[precision] = tuple(run(i) if i in work.yardstick else {} for i in range(len(work.feeds)))
+            weights[precision] = run_all()
         eight |= mode.rounded
     layers = {name.removesuffix(".weight") for name, parameter in model.named_parameters() if id(parameter) in eight}
     return rounded, weights, frozenset(layers)

@@ -3,16 +3,18 @@
     def metric(outputs, targets):
         ...
 
-is called once per artefact. `outputs` are all outputs of the network by name, `targets` what is known of the samples by
-name: `labels` (N,) of a folder with a sub-folder per class, `masks` (N, H, W) of one with images and masks, and of an
-.npz file every array but the images. All are numpy arrays with one row per sample. It returns one number per sample,
-shape (N,), whose mean is shown with a bootstrap interval, or one number for all of them, shown without. Larger is
-better.
+is called once per artefact, and once for a reference that is none of them. `outputs` are all outputs of the network by
+name, `targets` what is known of the samples by name: `labels` (N,) of a folder with a sub-folder per class, `masks`
+(N, H, W) of one with images and masks, and of an .npz file every array but the images. All are numpy arrays with one
+row per sample. It returns one number per sample, shape (N,), whose mean is shown with a bootstrap interval, or one
+number for all of them, shown without. Larger is better.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +45,7 @@ def load_metric(spec: str) -> Metric:
     find_own(module, name, "--metric")
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # somebody's own code
+    except (Exception, SystemExit) as error:  # somebody's own code
         raise RefusedError(f"--metric {printable(spec)}: {module} does not import ({_said(error)})") from error
     metric = getattr(found, name, None)
     if not callable(metric):
@@ -102,43 +104,41 @@ class MetricJudge:
         self._outputs.append(list(outputs))
 
     def scores(self) -> list[MetricScore]:
-        """One score per runner, in the order of `add`'s outputs."""
-        found = [
-            {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            for parts in zip(*self._outputs, strict=True)
-        ]
-        count = len(next(iter(found[0].values())))
-        values = [self._values(outputs, count) for outputs in found]
-        return [self._score(outputs, own, found[0], values[0]) for outputs, own in zip(found, values, strict=True)]
+        """One score per runner, in the order of `add`'s outputs; two of the same outputs are one artefact."""
+        runs = [(id(parts[0]), parts) for parts in zip(*self._outputs, strict=True)]
+        found = {key: {n: np.concatenate([part[n] for part in parts]) for n in parts[0]} for key, parts in runs}
+        reference = found[runs[0][0]]
+        noise = {key: Noise() for key in found}
+        for key, outputs in found.items():  # before the metric, which may write into what it is given
+            for name, array in reference.items():
+                noise[key].add(array, outputs[name])
+        values = {key: self._values(outputs) for key, outputs in found.items()}
+        before = values[runs[0][0]]
+        return [self._score(values[key], before, noise[key].snr_db) for key, _ in runs]
 
-    def _values(self, outputs: dict[str, Array], count: int) -> NDArray[np.float64]:
+    def _values(self, outputs: dict[str, Array]) -> NDArray[np.float64]:
         """One value, or one per sample."""
+        count = len(next(iter(outputs.values())))
         try:
-            given = np.asarray(self.metric(dict(outputs), dict(self.targets)), np.float64)
-        except Exception as error:  # somebody's own code
+            with contextlib.redirect_stdout(sys.stderr):  # stdout has the table, or JSON
+                given = self.metric(dict(outputs), {name: array.copy() for name, array in self.targets.items()})
+        except (Exception, SystemExit) as error:  # somebody's own code
             raise RefusedError(
                 f"--metric {self.name} failed: {_said(error)}; it was given outputs {_shapes(outputs)} and targets "
                 f"{_shapes(self.targets) or 'none'}"
             ) from error
-        if given.shape not in ((), (count,)):
+        found = _numbers(given)
+        if found is None or found.shape not in ((), (count,)):
             raise RefusedError(
-                f"--metric {self.name} returned shape {given.shape}: one number, or one for each of {count} samples"
+                f"--metric {self.name} returned {_described(given, found)}; it has to return one number, or one for "
+                f"each of {count} samples"
             )
-        if not np.isfinite(given).all():
-            where = f" for sample {int(np.flatnonzero(~np.isfinite(given))[0])}" if given.ndim else ""
+        if not np.isfinite(found).all():
+            where = f" for sample {int(np.flatnonzero(~np.isfinite(found))[0])}" if found.ndim else ""
             raise RefusedError(f"--metric {self.name} returned NaN or infinity{where}; return a number")
-        return given
+        return found
 
-    def _score(
-        self,
-        outputs: dict[str, Array],
-        own: NDArray[np.float64],
-        reference: dict[str, Array],
-        before: NDArray[np.float64],
-    ) -> MetricScore:
-        noise = Noise()
-        for name, array in reference.items():
-            noise.add(array, outputs[name])
+    def _score(self, own: NDArray[np.float64], before: NDArray[np.float64], snr_db: float) -> MetricScore:
         if own.ndim:
 
             def statistics(weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -147,8 +147,24 @@ class MetricJudge:
             value, drop = bootstrap(len(own), statistics)
         else:
             value, drop = Estimate(float(own)), Estimate(float(before - own))
-        samples = len(next(iter(outputs.values())))
-        return MetricScore(samples=samples, metric=self.name, value=value, drop=drop, snr_db=noise.snr_db)
+        samples = sum(len(next(iter(parts[0].values()))) for parts in self._outputs)
+        return MetricScore(samples=samples, metric=self.name, value=value, drop=drop, snr_db=snr_db)
+
+
+def _numbers(given: Any) -> NDArray[np.float64] | None:
+    """What a metric returned as numbers; None where it is something else (numpy takes None and "1" for numbers)."""
+    try:
+        found = np.asarray(given)
+        return found.astype(np.float64) if found.dtype.kind in "biuf" else None
+    except Exception:  # a ragged list, a tensor on a GPU
+        return None
+
+
+def _described(given: Any, found: NDArray[np.float64] | None) -> str:
+    """What was returned instead of numbers: its shape, or what it is."""
+    if found is not None:
+        return f"numbers of shape {found.shape}"
+    return f"{type(given).__name__} {printable(repr(given))}"
 
 
 def _shapes(arrays: dict[str, Array]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,12 @@ def main(
         write_parity_report(report, found, flags["foreign"])
     if as_json:
         print_json(found.to_dict())
-    else:
-        found.show(result_console(), tables=not quiet)
+        if failed := [candidate for candidate in found.candidates if not candidate.passed]:
+            raise ParityError(f"{failed[0].path}: {failed[0].failures()[0]}")
+        return
+    found.show(result_console(), tables=not quiet)
     if not found.passed:
-        failed = [candidate for candidate in found.candidates if not candidate.passed]
-        raise ParityError(f"{failed[0].path}: {failed[0].failures()[0]}")
+        sys.exit(ParityError.exit_code)  # its FAILED lines have said why
 
 
 if __name__ == "__main__":

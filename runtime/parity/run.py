@@ -109,9 +109,8 @@ def _compare(
         yardstick = Yardstick()
         recorded = _recorded(pair, tolerance, options)
         comparator = Comparator(tolerance, classes=options.classes)
-        beyond = Measures(
-            beside, yardstick if judge else None, unrounded(candidate, tolerance, beside, options.classes)
-        )
+        without = unrounded(candidate, tolerance, beside, more, classes=options.classes)
+        beyond = Measures(beside, yardstick if judge else None, without)
         ran = []
         for index, case in enumerate(cases):
             note(f"comparing {path.name} on {case.label} {case.shape}")

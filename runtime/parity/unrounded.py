@@ -88,12 +88,16 @@ class Unrounded:
 
 @dataclass(frozen=True, slots=True)
 class Beyond:
-    """`Unrounded` in parity: the network with rounded weights runs there, batch by batch."""
+    """`Unrounded` in parity: the network with rounded weights runs there, batch by batch.
+
+    `notes` get a line where the graph does not run.
+    """
 
     graph: Unrounded
     beside: Beside
     tolerance: Tolerance
     reduced: bool
+    notes: list[str]
 
     def add(
         self,
@@ -111,6 +115,12 @@ class Beyond:
         """
         from runtime.runners.torch import TorchRunner, rounding
 
+        try:
+            found = self.graph.run(feeds)
+        except RefusedError as error:  # loaded, and does not run
+            if (note := not_unrounded(error.message)) not in self.notes:
+                self.notes.append(note)
+            return
         runner, precision = self.beside.baked, self.tolerance.precision
         assert isinstance(runner, TorchRunner)
         names = {id(p): name.removesuffix(".weight") for name, p in runner.model.named_parameters()}
@@ -123,7 +133,7 @@ class Beyond:
         rounded_there = self.beside.weights.setdefault(form, set())  # when it ran; its outputs may be remembered
         rounded_there |= {names[key] for key in mode.rounded if key in names}
         self.graph.match(rounded_there)
-        self.graph.add(self.graph.run(feeds), expected, rounded, weights, case, real=real)
+        self.graph.add(found, expected, rounded, weights, case, real=real)
 
 
 def _widened(graph: Graph) -> bytes:
@@ -182,20 +192,29 @@ def judged_unrounded(tolerance: Tolerance) -> bool:
     return tolerance.noise is not None and tolerance.precision != "tf32"
 
 
-def unrounded(candidate: Runner, tolerance: Tolerance, beside: Beside | None, classes: bool) -> Beyond | None:
-    """`Beyond` where it says something: an ONNX file whose manifest says how its weights were rounded."""
-    manifest = candidate.artefact.manifest
-    if beside is None or manifest is None or candidate.artefact.kind != "onnx" or not judged_unrounded(tolerance):
+def not_unrounded(why: str) -> str:
+    """The note where an artefact was judged with all its roundings alone."""
+    return f"not compared with its activations unrounded, which shows errors that rounding hides: {why}"
+
+
+def unrounded(
+    candidate: Runner, tolerance: Tolerance, beside: Beside | None, notes: list[str], *, classes: bool
+) -> Beyond | None:
+    """`Beyond` of an ONNX file whose manifest says how its weights were rounded; `notes` get why there is none."""
+    manifest, path = candidate.artefact.manifest, candidate.artefact.path
+    if beside is None or candidate.artefact.kind != "onnx" or not judged_unrounded(tolerance):
         return None
-    quantization = manifest.quantization
-    if tolerance.calibrated and (quantization is None or not quantization.per_channel):
+    quantization = manifest.quantization if manifest else None
+    if manifest is None or (tolerance.calibrated and (quantization is None or not quantization.per_channel)):
+        why = "is not per channel" if manifest else "is not known without a manifest"
+        notes.append(not_unrounded(f"how its weights were rounded {why}"))
         return None
-    outputs = [spec.name for spec in candidate.outputs]
     try:
-        graph = Unrounded(candidate.artefact.path, outputs, tolerance, classes=classes)
-    except (UnavailableError, RefusedError):  # no onnx package, a layout of its own: it is judged as it is alone
+        graph = Unrounded(path, [spec.name for spec in candidate.outputs], tolerance, classes=classes)
+    except (UnavailableError, RefusedError) as error:  # no onnx package, a layout of its own
+        notes.append(not_unrounded(error.message))
         return None
-    return Beyond(graph, beside, tolerance, reduced=quantization is not None and quantization.reduced_range)
+    return Beyond(graph, beside, tolerance, quantization is not None and quantization.reduced_range, notes)
 
 
 def _moved(weights: Array, expected: Array, rounded: Array) -> Array:

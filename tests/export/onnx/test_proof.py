@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,3 +57,13 @@ def test_outputs_in_another_order_than_the_networks_are_noted() -> None:
     assert ordered.judge("fp32").notes == ()
     assert swapped.judge("fp32").passed
     assert "scores, boxes in the artefact, boxes, scores in the network" in swapped.judge("fp32").notes[0]
+
+
+def test_a_check_that_could_not_be_made_is_noted(tmp_path: Path) -> None:
+    """A lower precision is also run with its activations unrounded, unless ONNX Runtime cannot."""
+    plain, outputs = proof(off(3e-7, 1), off(1e-3, 2)), {"logits": off(5e-4, 3)}
+    reference = replace(plain.reference, rounded={"fp16": (outputs,)}, weights={"fp16": (outputs,)})
+    (tmp_path / "net.onnx").write_bytes(b"no graph")
+    verdict = replace(plain, reference=reference).judge_file("fp16", tmp_path / "net.onnx")
+    assert verdict.notes[-1].startswith("not compared with its activations unrounded")
+    assert "net.onnx" in verdict.notes[-1]

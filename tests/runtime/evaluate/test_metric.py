@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,29 @@ def test_one_number_for_all_has_no_interval() -> None:
     assert second.cells()[0].text == "0"
 
 
+def test_a_reference_that_is_the_artefact_is_asked_once_and_what_a_metric_writes_or_prints_harms_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls = []
+
+    def careless(outputs: dict[str, np.ndarray], targets: dict[str, np.ndarray]) -> float:
+        print("so far", len(calls))
+        found = float(outputs["a"].sum() + targets["boxes"].sum())
+        calls.append(found)
+        outputs["a"] *= 0
+        targets["boxes"] *= 0
+        return found
+
+    judge = MetricJudge(careless, "careless", {"boxes": TARGETS["boxes"].copy()})
+    same, other = ({"a": np.ones((3, 2)) * value} for value in (1, 2))
+    judge.add([same, same, other], Batch(np.zeros(0, np.float32), None))
+    first, second, third = judge.scores()
+    assert calls == [6 + 15, 12 + 15]
+    assert (first.value.value, second.value.value, third.value.value, third.lost) == (21, 21, 27, -6)
+    assert (first.snr_db, third.snr_db) == (np.inf, 0)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("metric", "words"),
     [
@@ -52,10 +76,15 @@ def test_one_number_for_all_has_no_interval() -> None:
             lambda outputs, targets: targets["labels"],
             r"failed: KeyError: 'labels' in test_metric.py, line \d+; .*boxes",
         ),
-        (lambda outputs, targets: np.ones(2), r"returned shape \(2,\): one number, or one for each of 3 samples"),
+        (lambda outputs, targets: np.ones(2), r"shape \(2,\); it has .* one number, or one for each of 3 samples"),
         (lambda outputs, targets: np.array([0, 1, np.nan]), "NaN or infinity for sample 2"),
         (lambda outputs, targets: float("nan"), "NaN or infinity; return"),
-        (lambda outputs, targets: {"map": 1}, "failed"),
+        (lambda outputs, targets: {"map": 1}, r"returned dict \{'map': 1\}; it has to return one number"),
+        (lambda outputs, targets: {}, r"returned dict \{\}; it has to return one number"),
+        (lambda outputs, targets: None, "returned NoneType None; it has to return one number"),
+        (lambda outputs, targets: "1", "returned str '1'; it has to return one number"),
+        (lambda outputs, targets: [[1], [2, 3]], "returned list .*; it has to return one number"),
+        (lambda outputs, targets: sys.exit(0), "failed: SystemExit: 0"),
     ],
 )
 def test_a_metric_that_fails_is_one_sentence(metric: Any, words: str) -> None:

@@ -17,6 +17,7 @@ from export.precision.converter import PrecisionOptions
 from runtime.manifest import read_manifest
 from runtime.parity.run import CandidateReport, ParityOptions, compare_artefacts
 from runtime.parity.unrounded import UNROUNDED
+from runtime.runners import onnxruntime
 from tests.runtime.parity.test_bisect import randomize_norms, save
 
 FORMS = {
@@ -70,3 +71,25 @@ def test_a_clean_artefact_passes_also_where_layers_were_kept(said: dict[str, Can
 def test_an_error_that_the_rounding_would_hide_is_refused(said: dict[str, CandidateReport], form: str) -> None:
     assert not said[f"wrong.{form}"].passed
     assert UNROUNDED in " ".join(said[f"wrong.{form}"].failures())
+
+
+def test_where_it_cannot_run_that_is_said(said: dict[str, CandidateReport], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = said["fp16"].path
+    assert not any("unrounded" in text for text in said["fp16"].verdict.notes)
+
+    def notes(path: Path) -> list[str]:
+        (found,) = compare_artefacts(said["fp16"].path.with_name("net.pt"), [path], ParityOptions(samples=8)).candidates
+        assert not any(hop.name.endswith(UNROUNDED) for hop in found.verdict.hops)
+        return [text for text in found.verdict.notes if text.startswith("not compared with its activations unrounded")]
+
+    foreign = path.with_name("foreign.onnx")
+    foreign.write_bytes(path.read_bytes())
+    (note,) = notes(foreign)
+    assert note.endswith("errors that rounding hides: how its weights were rounded is not known without a manifest")
+    open_bytes = onnxruntime.open_bytes
+    monkeypatch.setattr(onnxruntime, "open_bytes", lambda model, path, outputs: open_bytes(model, path, ["no such"]))
+    (note,) = notes(path)
+    assert "fp16.onnx: cannot be run in parts" in note
+    monkeypatch.setattr("runtime.parity.unrounded._widened", lambda graph: b"what ONNX Runtime does not load")
+    (note,) = notes(path)
+    assert "fp16.onnx: cannot be run in parts" in note
