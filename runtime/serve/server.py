@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import uvloop
@@ -86,18 +86,13 @@ def run(settings: Settings, *, as_json: bool = False) -> int:
             return await _Life(service, lambda event: _say(json.dumps(event) if as_json else _sentence(event))).run()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        code = runner.run(live())
-    _say(None)
-    return code
+        return runner.run(live())
 
 
-def _say(line: str | None) -> None:
+def _say(line: str) -> None:
     """Print, as long as there is somebody to print to; a closed or full stdout is no reason to stop serving."""
     try:
-        if line is not None:
-            print(line, flush=True)  # noqa: T201
-        elif sys.stdout:
-            sys.stdout.flush()
+        print(line, flush=True)  # noqa: T201
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.close()  # with what could not be written, which the interpreter would try again at its end
@@ -151,7 +146,15 @@ class _Life:
             log.error("drain: %d requests were not finished within %g s", lost, self.settings.drain_timeout)
         if failed:
             await work
-        return self._code(released)
+        # An impatient second signal changes no exit code. Blocking it here would leave it to another thread, and a loop
+        # that is closed gives its signals back to the system, which kills.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            self.loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
+        if not released:
+            log.error("an engine is still busy; leaving it")
+            self._leave()
+        return self._code
 
     def _bind(self) -> dict[str, int]:
         """Take the ports, all of them before anything is loaded. Raises UnavailableError."""
@@ -205,19 +208,16 @@ class _Life:
 
     async def _reload(self) -> None:
         self.hangups.clear()
-        for what, renew in (("token", self._renew_token), ("certificate", self._renew_certificates)):
-            try:
-                renew()
-            except RefusedError as error:
-                log.error("reload: %s; the %s stays as it was", error, what)
+        try:
+            self.service.gate = Gate(find_token(self.settings))
+        except RefusedError as error:
+            log.error("reload: %s; the token stays as it was", error)
+        try:
+            for listener in self.listeners:  # what connects from now on gets the certificate that is in the files now
+                listener.tls = make_tls(self.settings, listener.protocol)
+        except RefusedError as error:
+            log.error("reload: %s; the certificate stays as it was", error)
         await self.service.repository.reload()
-
-    def _renew_token(self) -> None:
-        self.service.gate = Gate(find_token(self.settings))
-
-    def _renew_certificates(self) -> None:
-        for listener in self.listeners:  # what connects from now on gets the certificate that is in the files now
-            listener.tls = make_tls(self.settings, listener.protocol)
 
     def _stop(self) -> None:
         """SIGTERM or SIGINT: from now on the end is certain, whatever else hangs or is loaded."""
@@ -230,8 +230,12 @@ class _Life:
     def _give_up(self) -> None:
         log.error("not finished within --drain-timeout; leaving")
         self.service.decoders.close()
+        self._leave()
+
+    def _leave(self) -> NoReturn:
+        """End the process as it is: destructors under a thread that is still inside an engine could hang or crash."""
         self.service.log.close()
-        os._exit(ENGINE_FAILED if self.service.failure else 0)
+        os._exit(self._code)
 
     async def _drain(self) -> int:
         """Answer what was sent, then stop listening; how many requests the time limit cut off.
@@ -268,19 +272,6 @@ class _Life:
                 return
             await asyncio.sleep(0.01)
 
-    def _code(self, released: bool) -> int:
-        code = ENGINE_FAILED if self.service.failure else 0
-        # An impatient second signal changes no exit code. Blocking it here would leave it to another thread, and a loop
-        # that is closed gives its signals back to the system, which kills.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            self.loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_IGN)
-        if not released:
-            # A thread is still inside an engine, perhaps for ever. Destructors under it could hang or crash.
-            log.error("an engine is still busy; leaving it")
-            self.service.log.close()
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError, AttributeError):
-                    stream.flush()
-            os._exit(code)
-        return code
+    @property
+    def _code(self) -> int:
+        return ENGINE_FAILED if self.service.failure else 0

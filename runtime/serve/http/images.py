@@ -1,7 +1,7 @@
 """Images become pixels in processes of their own, which can be stopped: a few kB of file may ask for minutes of work.
 
-A decoder has a limit on its processor time and on its memory, set by itself before it reads a stranger's bytes
-(`runtime.serve.http.image_worker`). One that dies is replaced when it is needed.
+A decoder (`main`, the other end of the pipes) has a limit on its processor time and on its memory, set by itself before
+it reads a stranger's bytes. One that dies is replaced when it is needed.
 """
 
 from __future__ import annotations
@@ -9,19 +9,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
+import signal
 import struct
 import sys
+from typing import BinaryIO
 
 import msgspec
 import numpy as np
 
-from gmconv.images import Preprocessing
+from gmconv.errors import RefusedError
+from gmconv.images import Preprocessing, load_image
 from runtime.runners.base import Array
 from runtime.serve.errors import Code, RequestError
 
 WALL_SECONDS = 30.0
-"""The longest that one image may take; its processor time is limited more closely by the worker."""
-START = "from runtime.serve.http.image_worker import main; main()"
+"""The longest that one image may take, with the wait for a processor."""
+CPU_SECONDS = 12.0
+"""Processor time of one image: the largest that is allowed, saved with every option, takes a tenth of it."""
+MEMORY = 384 << 20
+"""Bytes that a decoder may allocate beyond what it has at its start."""
+MAX_SCANS = 500
+"""Passes of a progressive JPEG over its image; ten are usual, libjpeg-turbo's own fuzzers stop at 500."""
+START = "from runtime.serve.http.images import main; main()"
 FRAME = struct.Struct("<II")
 encode = msgspec.json.Encoder().encode
 
@@ -103,3 +113,39 @@ async def _ask(process: asyncio.subprocess.Process, file: bytes, preprocessing: 
     await process.stdin.drain()
     channels, size = FRAME.unpack(await process.stdout.readexactly(FRAME.size))
     return channels, await process.stdout.readexactly(size)
+
+
+def main() -> None:
+    """A decoder: reads (preprocessing, file) from stdin, writes pixels or why not, until stdin ends."""
+    limit_memory(MEMORY)
+    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints is not an answer
+    __import__("PIL.Image").Image.init()
+    while frame := source.read(FRAME.size):
+        answer(source, sink, *FRAME.unpack(frame))
+
+
+def limit_memory(more: int) -> None:
+    """Let the process allocate at most `more` bytes from now on."""
+    with open("/proc/self/statm") as stream:  # noqa: PTH123
+        data = int(stream.read().split()[5]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_DATA, (data + more, data + more))
+
+
+def answer(source: BinaryIO, sink: BinaryIO, head_size: int, file_size: int) -> None:
+    """Decode one image. Past its processor time SIGPROF ends the process."""
+    preprocessing = msgspec.json.decode(source.read(head_size), type=Preprocessing)
+    file = source.read(file_size)
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    try:
+        if file[:2] == b"\xff\xd8" and file.count(b"\xff\xda") > MAX_SCANS:  # work that a file's size does not show
+            raise RefusedError(f"the image is a JPEG of more than {MAX_SCANS} scans; save it again")
+        pixels = load_image(file, preprocessing)
+        kind, content = len(pixels), pixels.tobytes()
+    except RefusedError as refusal:
+        kind, content = 0, refusal.message[:200].encode()
+    except MemoryError:
+        kind, content = 0, b"the image takes more memory to decode than one may"
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    sink.write(FRAME.pack(kind, len(content)) + content)
+    sink.flush()

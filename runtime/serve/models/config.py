@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +13,22 @@ from runtime.serve.settings import Settings
 
 log = logging.getLogger("gmconv.serve")
 CONFIG = "config.pbtxt"
-ARTEFACT = frozenset(("name", "platform", "backend", "input", "output", "default_model_filename", "parameters"))
+ARTEFACT = ("name", "platform", "backend", "input", "output", "default_model_filename", "parameters")
 """Fields that describe the artefact. Its manifest does, and the server shows what it found."""
-GROUPS = frozenset(("dynamic_batching", "default_queue_policy"))
-DONE = frozenset(
-    (
-        *("max_batch_size", "version_policy", "instance_group", "instance_group.name", "instance_group.count"),
-        *("dynamic_batching.max_queue_delay_microseconds", "dynamic_batching.priority_levels"),
-        *("dynamic_batching.default_priority_level", "default_queue_policy.max_queue_size"),
-        *("default_queue_policy.default_timeout_microseconds", "default_queue_policy.allow_timeout_override"),
-    )
-)
+GROUPS = ("dynamic_batching", "default_queue_policy", "instance_group")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """The settings of one model, and which fields of the file the server does not follow."""
 
-    path: Path
     settings: dict[str, Any]
     """Fields of `Settings` that differ for this model."""
     max_batch: int
     """Rows per execution at most; 0: requests are not batched."""
-    policy: dict[str, Any] = field(default_factory=dict)
+    policy: dict[str, Any]
     """Which versions, as the file has it: `all`, `latest` or `specific`."""
-    ignored: tuple[str, ...] = ()
+    ignored: tuple[str, ...]
 
     def chosen(self, found: list[str]) -> set[str]:
         """Of the versions found in the folder those that the version policy serves."""
@@ -61,6 +52,7 @@ class ModelConfig:
 def read_config(path: Path) -> ModelConfig:
     """The configuration in a file. Raises RefusedError where it is no ModelConfig."""
     from google.protobuf import text_format
+    from google.protobuf.json_format import MessageToDict
     from tritonclient.grpc import model_config_pb2
 
     config = model_config_pb2.ModelConfig()
@@ -70,42 +62,43 @@ def read_config(path: Path) -> ModelConfig:
         raise RefusedError(f"{path}: not a Triton model configuration ({str(error)[:200]})") from error
     if config.max_batch_size < 0:
         raise RefusedError(f"{path}: max_batch_size {config.max_batch_size} is negative")
-    ignored = set(_fields(config, "")) - ARTEFACT - DONE
-    for group in config.instance_group:
-        ignored |= {f"instance_group.{descriptor.name}" for descriptor, _ in group.ListFields()} - DONE
-    settings: dict[str, Any] = {}
-    if config.HasField("dynamic_batching"):
-        settings = _batching(config.dynamic_batching)
-    if config.instance_group:
-        settings["instances"] = min(sum(max(1, group.count) for group in config.instance_group), 64)
-    return ModelConfig(path, settings, config.max_batch_size, _policy(config.version_policy), tuple(sorted(ignored)))
+    left = MessageToDict(config, preserving_proto_field_name=True)  # what is understood is taken out of it
+    for name in ARTEFACT:
+        left.pop(name, None)
+    max_batch, policy = left.pop("max_batch_size", 0), _policy(left.pop("version_policy", {}))
+    settings = _batching(left["dynamic_batching"]) if "dynamic_batching" in left else {}
+    if groups := left.pop("instance_group", []):
+        settings["instances"] = min(sum(max(1, group.pop("count", 0)) for group in groups), 64)
+        left["instance_group"] = {key: None for group in groups for key in group if key != "name"}
+    return ModelConfig(settings, max_batch, policy, tuple(sorted(_names(left))))
 
 
-def _fields(message: Any, group: str) -> Iterator[str]:
-    """The names of the fields that are there, those of a group after its own name."""
-    for descriptor, value in message.ListFields():
-        if descriptor.name in GROUPS:
-            yield from _fields(value, f"{descriptor.name}.")
-        else:
-            yield group + descriptor.name
-
-
-def _policy(policy: Any) -> dict[str, Any]:
+def _policy(policy: dict[str, Any]) -> dict[str, Any]:
     """Triton serves the highest version alone where no policy is given."""
-    kind = policy.WhichOneof("policy_choice")
-    if kind == "specific":
-        return {"specific": {"versions": list(policy.specific.versions)}}
-    return {"all": {}} if kind == "all" else {"latest": {"num_versions": policy.latest.num_versions or 1}}
+    if "specific" in policy:
+        return {"specific": {"versions": [int(version) for version in policy["specific"].get("versions", ())]}}
+    return policy if "all" in policy else {"latest": {"num_versions": 1, **policy.get("latest", {})}}
 
 
-def _batching(batching: Any) -> dict[str, Any]:
-    settings: dict[str, Any] = {"max_queue_delay": batching.max_queue_delay_microseconds / 1e6}
-    if levels := min(batching.priority_levels, 100):
-        settings |= {"priority_levels": levels, "default_priority": min(batching.default_priority_level, 100)}
-    if batching.HasField("default_queue_policy"):
-        policy = batching.default_queue_policy
-        settings["timeout_override"] = policy.allow_timeout_override
-        settings |= {"queue_size": policy.max_queue_size} if policy.max_queue_size else {}
-        if timeout := policy.default_timeout_microseconds:
+def _batching(batching: dict[str, Any]) -> dict[str, Any]:
+    """Takes out of `batching` what it becomes settings of; protobuf's JSON has 64-bit numbers as text."""
+    settings: dict[str, Any] = {"max_queue_delay": int(batching.pop("max_queue_delay_microseconds", 0)) / 1e6}
+    usual = min(int(batching.pop("default_priority_level", 0)), 100)
+    if levels := min(int(batching.pop("priority_levels", 0)), 100):
+        settings |= {"priority_levels": levels, "default_priority": usual}
+    if (policy := batching.get("default_queue_policy")) is not None:
+        settings["timeout_override"] = policy.pop("allow_timeout_override", False)
+        if size := policy.pop("max_queue_size", 0):
+            settings["queue_size"] = size
+        if timeout := int(policy.pop("default_timeout_microseconds", 0)):
             settings["queue_timeout"] = timeout / 1e6
     return settings
+
+
+def _names(left: dict[str, Any], group: str = "") -> Iterator[str]:
+    """The names of the fields that are left, those of a group after its own name."""
+    for name, value in left.items():
+        if name in GROUPS:
+            yield from _names(value, f"{name}.")
+        else:
+            yield group + name

@@ -37,7 +37,7 @@ class Repository:
         self._failed: dict[tuple[str, str], str] = {}
         self._background: set[asyncio.Task[bool]] = set()
         self._looked = False
-        self._working = 0
+        self._jobs: set[asyncio.Future[Any]] = set()
 
     def get(self, name: str, version: str = "") -> ModelVersion:
         """The version asked for, by default the highest.
@@ -83,19 +83,17 @@ class Repository:
         self.ready = True
 
     async def _look(self) -> list[Source]:
-        sources = await self._apart(find_sources, self.settings)
+        sources = await asyncio.shield(self._submit(find_sources, self.settings))
         self._looked = True
         self._coming = {s.key for s in sources} - {m.source.key for m in self.all()}
         return list(sources)
 
-    async def _apart(self, function: Callable[..., Any], *args: Any) -> Any:
-        self._working += 1
-        future = asyncio.get_running_loop().run_in_executor(self._loader, function, *args)
-        future.add_done_callback(self._done)
-        return await asyncio.shield(future)
-
-    def _done(self, future: asyncio.Future[Any]) -> None:
-        self._working -= 1
+    def _submit(self, function: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+        """Call a function in the loader's thread. Who waits for it may be cancelled; the call cannot be."""
+        job = asyncio.get_running_loop().run_in_executor(self._loader, function, *args)
+        self._jobs.add(job)
+        job.add_done_callback(self._jobs.discard)
+        return job
 
     async def reload(self) -> None:
         """Look at the folder again: load what is new or changed, then drop what is gone.
@@ -128,11 +126,11 @@ class Repository:
 
     async def _changed(self, source: Source) -> bool:
         old = self._models.get(source.name, {}).get(source.version)
-        manifest = await self._apart(read_source, source, self.settings)
+        manifest = await asyncio.shield(self._submit(read_source, source, self.settings))
         return not (old and manifest and old.manifest == manifest and old.source == source)
 
     async def _open(self, source: Source) -> ModelVersion:
-        opening = asyncio.ensure_future(self._apart(open_version, source, self.settings))
+        opening = self._submit(open_version, source, self.settings)
         try:
             model: ModelVersion = await asyncio.shield(opening)
         except asyncio.CancelledError:
@@ -183,7 +181,7 @@ class Repository:
         closing += self._background
         done, pending = await asyncio.wait(closing, timeout=timeout + 0.5) if closing else (set(), set())
         self._loader.shutdown(wait=False, cancel_futures=True)
-        return not pending and not self._working and all(task.result() for task in done)
+        return not pending and not self._jobs and all(task.result() for task in done)
 
 
 def _release_late(opening: asyncio.Future[ModelVersion]) -> None:

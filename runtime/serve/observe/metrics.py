@@ -40,11 +40,21 @@ GPU = {
 }
 
 
-class ServiceCollector(Collector):
-    """Yields every nv_ and gmconv_ family."""
+class Exposition(Collector):
+    """What the metrics port answers: every nv_ and gmconv_ family, and those of the process."""
+
+    media_type = CONTENT_TYPE_LATEST.encode()
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+
+    def text(self) -> bytes:
+        """The exposition. prometheus-client would call Triton's counters ..._total; Triton does not."""
+        return _SUFFIX.sub(rb"\1 ", generate_latest(self._registry))
 
     def collect(self) -> Iterable[Metric]:
         """Called by prometheus-client on each scrape."""
@@ -127,18 +137,3 @@ def gpu_metrics() -> Iterator[Metric]:
         for name, value in zip(GPU, values, strict=True):
             samples[name].append((labels, float(value)))
     yield from (_family(name, GPU[name], found, "gauge") for name, found in samples.items() if found)
-
-
-class Exposition:
-    """What the metrics port answers."""
-
-    def __init__(self, service: Service) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(ServiceCollector(service))
-        ProcessCollector(registry=self._registry)
-        PlatformCollector(registry=self._registry)
-        self.media_type = CONTENT_TYPE_LATEST.encode()
-
-    def text(self) -> bytes:
-        """The exposition. prometheus-client would call Triton's counters ..._total; Triton does not."""
-        return _SUFFIX.sub(rb"\1 ", generate_latest(self._registry))
