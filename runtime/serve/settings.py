@@ -71,7 +71,6 @@ class Settings:
     solo_threads: int | None = _option(
         None, "CPU threads of one more engine for lone requests; 0: none [default: all instances'].", click.IntRange(0)
     )
-    spinning: bool = _option(False, "Let idle ONNX Runtime threads spin for long.")
     max_batch: int = _option(32, "Rows per execution, where no profile says.", click.IntRange(1, 4096))
     max_queue_delay: float = _option(0.0, "Seconds to wait for a fuller batch.", _Finite(0, 10))
     queue_size: int = _option(2048, "Requests that may wait per model.", click.IntRange(1, 1 << 20))

@@ -16,9 +16,9 @@ from queue import SimpleQueue
 from time import monotonic_ns
 from typing import Any
 
-from runtime.runners.base import Array
+from runtime.runners.base import Array, Runner
 from runtime.serve.batching.fair_queue import Batch, FairQueue, Item
-from runtime.serve.batching.instance import Instance, RunsFeeds, give_way
+from runtime.serve.batching.instance import Instance, give_way
 from runtime.serve.errors import Code, RequestError
 
 INLINE_NS = 2_000_000
@@ -41,7 +41,7 @@ class Policy:
     on_cpu: bool = False
     """The engines compute on the cores that the event loop runs on: a short lone request runs on the loop itself, and
     the engines' threads give way to the loop."""
-    probe: Callable[[RunsFeeds], None] | None = None
+    probe: Callable[[Runner], None] | None = None
     """Runs an engine on what it is known to run: what the engine then refuses (a free axis too long, an index beyond a
     table) is the request's fault if the probe still passes, and the engine's otherwise, or where there is none."""
 
@@ -55,10 +55,10 @@ class Batcher:
 
     def __init__(
         self,
-        runners: list[RunsFeeds],
+        runners: list[Runner],
         policy: Policy,
         *,
-        solo: RunsFeeds | None = None,
+        solo: Runner | None = None,
         on_batch: Callable[[Batch], None] = lambda batch: None,
         on_fatal: Callable[[BaseException], None] = lambda error: None,
         name: str = "model",

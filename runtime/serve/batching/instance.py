@@ -6,31 +6,24 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from gmconv.errors import RefusedError
 from runtime.cuda import DeviceMemoryError
-from runtime.runners.base import Array
+from runtime.runners.base import Array, Runner
 from runtime.serve.batching.fair_queue import Item
 from runtime.serve.errors import Code, RequestError, without_paths
 
 NICENESS = 5
 
 
-class RunsFeeds(Protocol):
-    """The part of `runtime.runners.base.Runner` that serving needs."""
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once."""
-
-
 class Instance:
     """One engine and the buffer its batches are gathered in."""
 
-    def __init__(self, runner: RunsFeeds) -> None:
+    def __init__(self, runner: Runner) -> None:
         self.runner = runner
         self.staging: dict[str, Array] = {}
         self.items: list[Item] = []
@@ -46,8 +39,7 @@ class Instance:
             return {name: a if a.flags.aligned else a.copy() for name, a in first.items()}
         feeds = {}
         rows = sum(item.rows for item in items)
-        stage = getattr(self.runner, "stage", None)
-        staged = stage({name: (rows, *array.shape[1:]) for name, array in first.items()}) if stage else None
+        staged = self.runner.stage({name: (rows, *array.shape[1:]) for name, array in first.items()})
         for name, array in first.items():
             buffer = (staged or self.staging).get(name)
             if buffer is None or buffer.shape[1:] != array.shape[1:] or len(buffer) < rows:
@@ -62,7 +54,7 @@ class Instance:
             feeds[name] = buffer[:rows]
         return feeds
 
-    def refusal(self, error: BaseException, probe: Callable[[RunsFeeds], object] | None) -> RequestError | None:
+    def refusal(self, error: BaseException, probe: Callable[[Runner], object] | None) -> RequestError | None:
         """What clients are told of a run that failed because of what they sent; None where the engine is broken.
 
         A refusal that came out of the engine may be either: `probe` runs it on what it has run before.

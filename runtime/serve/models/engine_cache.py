@@ -29,12 +29,11 @@ from gmconv.child import child_command, child_environment
 from gmconv.errors import BuildError, Interrupted, ParityError, RefusedError, UnavailableError
 from gmconv.files import locked, sha256_file
 from gmconv.version import __version__
-from runtime.manifest import Manifest, external_files, find_manifest, read_manifest, sidecar, utc_now
+from runtime.manifest import Manifest, external_files, find_manifest, read_manifest, sidecar
 
 Profile = tuple[int, int, int]
 Note = Callable[[str], None]
 ENGINE = "model.plan"
-VERIFIED = "verified.json"
 STOP_SECONDS = 10.0
 """How long a child may take to end after SIGTERM."""
 ENDS: dict[int, tuple[type[click.ClickException], str]] = {
@@ -94,8 +93,10 @@ def prepare_engine(
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with locked(cache_dir / f"{key}.lock", lambda: note("another server is preparing this engine; waiting for it")):
-            problem = _problem(entry, identity)
-            if problem is None:
+            problem = "none in the cache for this GPU, driver, TensorRT, gmconv-deploy and ONNX file"
+            if entry.exists():
+                problem = _problem(entry / ENGINE, sources[0])
+            if not problem:
                 note(f"engine for {found.gpu} found in the cache ({key[:12]})")
             else:
                 note(f"building an engine for {found.gpu}, {found.flavor} {found.tensorrt}: {problem}")
@@ -222,15 +223,8 @@ def _build(onnx_path: Path, entry: Path, identity: dict[str, Any], run: Callable
         if code:
             error, reason = ENDS.get(code, (BuildError, f"the child process ended with status {code}"))
             raise error(f"{onnx_path}: no engine is served: {reason} (its message is above)")
-        manifest = read_manifest(engine)
-        link = manifest.source("onnx")
-        if link is None or link.sha256 != identity["sources"][0]:
-            raise BuildError(f"{onnx_path}: the engine's manifest names another ONNX file as its source; start again")
-        if manifest.parity is None or not manifest.parity.passed:
-            said = manifest.parity.sentence() if manifest.parity else "not run"
-            raise BuildError(f"{onnx_path}: no engine is served: its comparison with ONNX Runtime was {said}")
-        record = {"identity": identity, "engine": manifest.artefact.sha256, "verified": utc_now()}
-        (folder / VERIFIED).write_text(json.dumps(record, indent=1))
+        if problem := _problem(engine, identity["sources"][0]):
+            raise BuildError(f"{onnx_path}: no engine is served: {problem}")
         shutil.rmtree(source.parent)
         shutil.rmtree(entry, ignore_errors=True)
         folder.rename(entry)
@@ -248,15 +242,15 @@ def _copy(onnx_path: Path, folder: Path) -> Path:
     return folder / onnx_path.name
 
 
-def _problem(entry: Path, identity: dict[str, Any]) -> str | None:
-    """Why the entry cannot be used, or None when it can."""
-    if not entry.exists():
-        return "none in the cache for this GPU, driver, TensorRT, gmconv-deploy and ONNX file"
+def _problem(engine: Path, source: str) -> str:
+    """Why an engine cannot be served in the place of the ONNX file of that sha256; empty when it can."""
     try:
-        record = json.loads((entry / VERIFIED).read_text())
-        manifest = read_manifest(entry / ENGINE)
-        if record["engine"] != manifest.artefact.sha256 or record["identity"] != json.loads(json.dumps(identity)):
-            return "the cached one is not the one that was compared"
-    except (OSError, ValueError, KeyError, TypeError, RefusedError) as error:
-        return f"the cached one is damaged ({error})"
-    return None
+        manifest = read_manifest(engine)
+    except (OSError, RefusedError) as error:
+        return f"it is damaged ({error})"
+    link, parity = manifest.source("onnx"), manifest.parity
+    if link is None or link.sha256 != source:
+        return "its manifest names another ONNX file as its source"
+    if parity is None or not parity.passed:
+        return f"its comparison with ONNX Runtime was {parity.sentence() if parity else 'not run'}"
+    return ""

@@ -131,8 +131,7 @@ def open_runners(source: Source, settings: Settings) -> tuple[list[Runner], Runn
             runners.append(shared)
         return runners, None
     # Threads that never spin make a small network half as fast; ones that spin on starve the event loop.
-    config = {} if settings.spinning else {"session.intra_op.spin_duration_us": SPIN_US}
-    options: dict[str, Any] = {"config": config}
+    options: dict[str, Any] = {"config": {"session.intra_op.spin_duration_us": SPIN_US}}
     runners = [
         open_runner(path, device, threads=settings.intra_op_threads, **options) for _ in range(settings.instances)
     ]

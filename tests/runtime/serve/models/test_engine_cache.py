@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import signal
 import threading
@@ -42,7 +41,7 @@ def test_the_first_start_builds_and_compares_and_the_second_does_neither(model: 
     source = read_manifest(engine).source("onnx")
     assert source is not None
     assert source.sha256 == sha256_file(model)
-    assert sorted(file.name for file in engine.parent.iterdir()) == ["model.plan", "model.plan.json", "verified.json"]
+    assert sorted(file.name for file in engine.parent.iterdir()) == ["model.plan", "model.plan.json"]
 
     assert prepare(model, tmp_path / "cache", children) == engine
     assert len(children.calls) == 1
@@ -243,20 +242,21 @@ def _flip(entry: Path) -> None:
 
 
 def _other_engine(entry: Path) -> None:
-    source = make_onnx(entry.parent / "x.onnx")
-    write_engine(source, entry / "model.plan", content="never compared")
+    write_engine(make_onnx(entry.parent / "x.onnx", size=9), entry / "model.plan")
+
+
+def _never_compared(entry: Path) -> None:
+    write_engine(make_onnx(entry.parent / "x.onnx"), entry / "model.plan", parity=None)
 
 
 DAMAGES = {
     "engine truncated": _truncate,
     "one bit flipped": _flip,
-    "engine swapped with its manifest": _other_engine,
+    "engine of another network": _other_engine,
+    "engine that was never compared": _never_compared,
     "engine gone": lambda entry: (entry / "model.plan").unlink(),
     "manifest gone": lambda entry: (entry / "model.plan.json").unlink(),
     "manifest garbled": lambda entry: (entry / "model.plan.json").write_bytes(b"\xff{"),
-    "record gone": lambda entry: (entry / "verified.json").unlink(),
-    "record garbled": lambda entry: (entry / "verified.json").write_bytes(b"\xff{"),
-    "record of another shape": lambda entry: (entry / "verified.json").write_text("[1]"),
 }
 
 
@@ -383,8 +383,6 @@ def test_a_real_engine_is_built_and_cached(tmp_path: Path) -> None:
     manifest = read_manifest(engine)
     assert manifest.build.flavor == "rtx"
     assert manifest.profiles[0]["input"].max == (4, 3, 8, 8)
-    record = json.loads((engine.parent / engine_cache.VERIFIED).read_text())
-    assert record["engine"] == manifest.artefact.sha256
 
 
 def test_the_servers_command_line_prepares_with_its_own_options(

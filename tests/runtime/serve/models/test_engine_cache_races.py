@@ -103,7 +103,7 @@ def test_what_a_killed_server_left_behind_is_cleared(model: Path, tmp_path: Path
     entry = engine.parent
     half = entry.with_name(f".{entry.name}.1234abcd.build")
     entry.rename(half)
-    (half / "verified.json").unlink()
+    (half / "model.plan.json").unlink()
     assert prepare(model, tmp_path / "cache", Children()).is_file()
     assert not half.exists()
 
