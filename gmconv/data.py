@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gmconv.errors import RefusedError
 from gmconv.images import SUFFIXES, Preprocessing, load_image, load_mask
-from gmconv.npz import npz_array, npz_header, npz_names, npz_rows
+from gmconv.npz import npz_array, npz_header, npz_layout, npz_names, npz_rows
 from gmconv.packages import require
 from gmconv.splits import Labels, Part, recognize, split_indices
 
@@ -42,7 +42,8 @@ class Batch:
 class Source:
     """All samples of one place, in order; `chosen` of them where `part` is not all.
 
-    `targets`: further arrays of one row per sample; `entries` say of each sample which it is (`gmconv.splits`).
+    `targets`: further arrays of one row per sample; `entries` say of each sample which it is (`gmconv.splits`);
+    `unfit`: why labels or masks that lie there are none.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Source:
     part: Part | Literal["changed"] = "all"
     chosen: Labels | None = None
     entries: Callable[[], list[str]] | None = None
+    unfit: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,16 @@ class Samples:
     part: Part | Literal["changed"]
     _indices: Labels
     _source: Source
+
+    def judged(self) -> Samples:
+        """These, to be judged by their labels. Raises RefusedError where some lie there that do not fit."""
+        if self._source.unfit:
+            raise RefusedError(self._source.unfit)
+        return self
+
+    def images_alone(self) -> Samples:
+        """These, without what is known of the images: it is not read."""
+        return replace(self, labels=None, masked=False, _source=replace(self._source, masks=None, targets=None))
 
     def __len__(self) -> int:
         return self.count
@@ -143,7 +155,8 @@ def load_samples(
         part: of what training split, or lies in train and val: those not trained on, those that were, or all.
 
     Raises:
-        RefusedError: the source is missing, empty, unreadable, or does not have that shape.
+        RefusedError: the source is missing, empty, unreadable, or does not have that shape. Labels that do not fit
+            are no reason: there are none then, and `Samples.judged` says why.
         UnavailableError: scikit-learn (for digits) or pillow (for images) is not installed.
     """
     if limit is not None and limit < 1:
@@ -219,8 +232,8 @@ def refuse_missing(spec: str | Path) -> None:
         if not any(file.suffix.lower() in SUFFIXES for file in path.rglob("*")):
             raise RefusedError(f"{spec}: holds no images ({', '.join(sorted(SUFFIXES))})")
     elif path.suffix == ".npz":
-        for name in npz_names(path):
-            npz_header(path, name)
+        if (image := _image_array(npz_names(path))) is not None:
+            npz_header(path, image)
     else:
         raise _no_data(spec)
 
@@ -266,22 +279,28 @@ def _folder(
     roots = _roots(folder, part)
     names = sorted({entry.name for root in roots for entry in _folders(root)})
     held = [(root, file) for root in roots for file in _images(root)]
-    labels, classes, masks, entries = None, None, None, None
+    labels, classes, masks, entries, unfit = None, None, None, None, ""
     if names == ["images", "masks"]:
         inner = [(root, inside) for root in roots for inside in _roots(root / "images", part)]
         held = [(root, file) for root, inside in inner for file in _images(inside)]
-        drawn = [_mask_of(root, file) for root, file in held]
-        masks = _files_reader(drawn, lambda file: load_mask(file, preprocessing))
+        try:
+            drawn = [_mask_of(root, file) for root, file in held]
+            masks = _files_reader(drawn, lambda file: load_mask(file, preprocessing))
+        except RefusedError as error:
+            unfit = error.message
         roots = [inside for _, inside in inner if inside.name != "images"] or roots
     elif names and all(file.parent != root for root, file in held):
-        classes = tuple(names)
-        positions = _positions(folder, classes, class_names)
         held = [(root, file) for root in roots for name in names for file in _images(root / name)]
-        labels = np.asarray([positions[file.relative_to(root).parts[0]] for root, file in held], np.int64)
+        try:
+            positions = _positions(folder, tuple(names), class_names)
+            labels = np.asarray([positions[file.relative_to(root).parts[0]] for root, file in held], np.int64)
+            classes = tuple(names)
+        except RefusedError as error:
+            unfit = error.message
         entries = functools.partial(file_entries, folder, [file for _, file in held])
     images = _files_reader([file for _, file in held], lambda file: load_image(file, preprocessing))
     found: Part = "all" if roots == [folder] else part
-    return Source(folder.name, len(held), images, labels, classes, masks, part=found, entries=entries)
+    return Source(folder.name, len(held), images, labels, classes, masks, part=found, entries=entries, unfit=unfit)
 
 
 def _roots(folder: Path, part: Part) -> list[Path]:
@@ -327,33 +346,46 @@ def _images(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
+def _image_array(names: Sequence[str]) -> str | None:
+    """The array of the images, by its name, or because there is no other besides labels."""
+    others = [name for name in names if name not in _LABEL_NAMES]
+    known = next((name for name in _IMAGE_NAMES if name in names), None)
+    return known or (others[0] if len(others) == 1 else None)
+
+
 def _npz(path: Path, shape: tuple[int, int, int], array: str | None = None) -> Source:
     names = npz_names(path)
-    image = array or next((name for name in _IMAGE_NAMES if name in names), None)
-    others = [name for name in names if name not in _LABEL_NAMES]
-    if image is None and len(others) == 1:
-        image = others[0]
-    if image is None:
-        raise RefusedError(f"{path}: holds {', '.join(names) or 'nothing'}; name the images' array 'input'")
-    rows, dtype = npz_header(path, image)
-    if rows[1:] != tuple(shape) or dtype != np.float32:
+    image = array or _image_array(names)
+    rows, dtype = npz_header(path, image) if image is not None else ((), None)
+    if image is None or rows[1:] != tuple(shape) or dtype != np.float32:
         raise RefusedError(
-            f"{path}: {image!r} is {dtype} {rows}; the network takes float32 (N, {', '.join(map(str, shape))})"
+            f"{path}: holds {npz_layout(path)}; the network takes float32 (N, {', '.join(map(str, shape))}): "
+            f"preprocessed images, called {image or 'input'!r}, and beside them, to judge by, 'labels': integers (N,), "
+            f"or a class per pixel, (N, H, W)"
         )
-    labels, masks = None, None
+    labels, masks, unfit = None, None, ""
     if (label := next((name for name in _LABEL_NAMES if name in names), None)) is not None:
-        known, kind = npz_header(path, label)
-        if kind.kind not in "iub" or known[:1] != rows[:1] or len(known) not in (1, 3):
-            raise RefusedError(
-                f"{path}: {label!r} is {kind} {known}; one integer per image is needed, or per pixel (N, H, W); what "
-                f"only --metric knows has another name"
-            )
-        masks = npz_rows(path, label) if len(known) == 3 else None
-        labels = npz_array(path, label).astype(np.int64) if len(known) == 1 else None
+        try:
+            labels, masks = _npz_labels(path, label, rows[0])
+        except RefusedError as error:
+            unfit = error.message
     targets = {name: functools.partial(_chosen_rows, path, name, rows[0]) for name in names if name != image}
     images = npz_rows(path, image)
     entries = lambda: array_entries(images(np.arange(rows[0])))  # noqa: E731
-    return Source(path.name, rows[0], images, labels, None, masks, targets, entries=entries)
+    return Source(path.name, rows[0], images, labels, None, masks, targets, entries=entries, unfit=unfit)
+
+
+def _npz_labels(path: Path, label: str, count: int) -> tuple[Labels | None, Reader | None]:
+    """Labels, or masks. Raises RefusedError where there is not one for each of `count` images."""
+    known, kind = npz_header(path, label)
+    if kind.kind not in "iub" or known[:1] != (count,) or len(known) not in (1, 3):
+        raise RefusedError(
+            f"{path}: {label!r} is {kind} {known}; one integer for each of the {count} images is needed, or per pixel "
+            f"({count}, H, W); what only --metric knows has another name"
+        )
+    if len(known) == 3:
+        return None, npz_rows(path, label)
+    return npz_array(path, label).astype(np.int64), None
 
 
 def _chosen_rows(path: Path, name: str, count: int, indices: Labels) -> Array:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gmconv.errors import RefusedError
 from gmconv.files import sha256_file
-from gmconv.npz import npz_array, npz_header, npz_names
+from gmconv.npz import npz_array, npz_header, npz_layout, npz_names
 
 Arrays = dict[str, NDArray[Any]]
 _MOST = 2**31  # bytes of all arrays together
@@ -71,6 +71,6 @@ def _match(path: Path, names: Sequence[str], side: str, own: Sequence[str]) -> d
         places = [f"{side}.{name}", name, *(_SINGLE[side] if len(own) == 1 else ())]
         place = next((place for place in places if place in names), None)
         if place is None:
-            raise RefusedError(f"{path}: holds no {side} {name!r}; it has {', '.join(names) or 'nothing'}")
+            raise RefusedError(f"{path}: holds {npz_layout(path)}, and no {side} {name!r}")
         found[name] = place
     return found

@@ -10,7 +10,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gmconv.errors import RefusedError
+from gmconv.errors import RefusedError, printable
 
 
 def npz_names(path: Path) -> list[str]:
@@ -28,6 +28,20 @@ def npz_header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and dtype of one array of an .npz file, without reading it."""
     with _member(path, name) as (_, shape, dtype):
         return shape, dtype
+
+
+def npz_layout(path: Path) -> str:
+    """The arrays in an .npz file in words, for a refusal: "input float32 (8, 3, 32, 32), labels int64 (8,)"."""
+    names = npz_names(path)
+    told = []
+    for name in names[:8]:
+        try:
+            shape, dtype = npz_header(path, name)
+            told.append(f"{printable(name)} {dtype} {shape}")
+        except RefusedError:
+            told.append(f"{printable(name)} (no plain numbers)")
+    told += [f"{len(names) - 8} more"] * (len(names) > 8)
+    return ", ".join(told) or "no arrays"
 
 
 def npz_array(path: Path, name: str) -> NDArray[Any]:

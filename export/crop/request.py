@@ -227,6 +227,8 @@ def calibration_data(
         seed=request.seed,
         part="train",
     )
+    if request.budget is not None and request.budget.kind == "top1":
+        samples.judged()
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
     batches = [torch.from_numpy(batch.images).to(like.device, like.dtype) for batch in samples.batches(_BATCH)]
     known = samples.labels is not None and bool((samples.labels >= 0).all())

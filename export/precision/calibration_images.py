@@ -117,7 +117,7 @@ def open_images(
         raise RefusedError(
             f"{source}: {samples.count} calibration image; ranges need at least two, better a few hundred"
         )
-    return CalibrationImages(samples, seed, warnings=_warnings(samples, dataset))
+    return CalibrationImages(samples.images_alone(), seed, warnings=_warnings(samples, dataset))
 
 
 def _warnings(samples: Samples, dataset: dict[str, Any] | None) -> tuple[str, ...]:

@@ -373,7 +373,7 @@ def read_evaluation_images(source: str | Path | None, converter: PrecisionConver
         dataset=converter.dataset,
         limit=limit,
         seed=converter.options.seed,
-    )
+    ).judged()
     parts = [part for part in samples.batches(batch or 16) if batch is None or len(part.images) == batch]
     labels = [part.labels for part in parts if part.labels is not None]
     classes = np.concatenate(labels) if labels else None

@@ -129,7 +129,7 @@ def digits(input_shape: tuple[int, int, int] = (3, 32, 32), test_size: float = 0
 
 def arrays(file: Path, input_shape: tuple[int, int, int], test_size: float, split_seed: int) -> Dataset:
     """An .npz file of float32 `input` (N, C, H, W), as the network takes it, and integer `labels`; split by class."""
-    found = load_samples(file, input_shape=input_shape)
+    found = load_samples(file, input_shape=input_shape).judged()
     if found.labels is None:
         raise DataError(f"{file}: holds no labels; add an integer array 'labels', one per image")
     images = np.concatenate([batch.images for batch in found])

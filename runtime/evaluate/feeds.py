@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmconv.errors import RefusedError
-from gmconv.npz import npz_header, npz_names
+from gmconv.npz import npz_header, npz_layout, npz_names
 from runtime.artefact import Facts
 from runtime.manifest import TensorSpec
 from runtime.runners.base import Runner, as_inputs, numpy_dtype
@@ -37,14 +37,18 @@ def image_shape(runner: Runner, about: Facts, data: str | Path) -> tuple[int, in
         names = npz_names(Path(data)) if Path(data).suffix == ".npz" else []
         if missing := [one.name for one in runner.inputs if one.name not in names]:
             raise RefusedError(
-                f"{path}: takes {_taken(runner)}, and {data} has no array {missing[0]!r}; give --data FILE.npz with an "
-                f"array of each input by its name, and labels"
+                f"{path}: takes {_taken(runner)}, and {data} holds {_held(data)}, no {missing[0]!r}: give --data "
+                f"FILE.npz with an array of each input by its name, and labels"
             )
         known = npz_header(Path(data), spec.name)[0][1:]
     sizes = [size if isinstance(size, int) else known[axis] for axis, size in enumerate(spec.shape[1:])]
     if not all(sizes):
         raise RefusedError(f"{path}: height and width are dynamic and its manifest has no preprocessing size")
     return sizes[0], sizes[1], sizes[2]
+
+
+def _held(data: str | Path) -> str:
+    return npz_layout(Path(data)) if Path(data).suffix == ".npz" else "images alone"
 
 
 def other_inputs(runner: Runner, arrays: Mapping[str, Array]) -> dict[str, Array]:

@@ -222,6 +222,8 @@ def _samples(about: Facts, runner: Runner, options: EvaluateOptions) -> tuple[Sa
         seed=options.seed,
         part=options.part,
     )
+    if options.metric is None or Path(images).is_dir():  # of a file a metric is given every array as it is
+        samples.judged()
     if samples.part == "changed":
         raise RefusedError(
             f"{images}: the network was trained on a random part of it, and it has changed since, so which images were "

@@ -12,7 +12,7 @@ import numpy as np
 
 from gmconv.data import load_samples, trained_on
 from gmconv.errors import RefusedError, UnavailableError
-from gmconv.npz import npz_array, npz_header, npz_names
+from gmconv.npz import npz_array, npz_header, npz_layout, npz_names
 from runtime.artefact import Facts
 from runtime.manifest import ShapeRange, TensorSpec
 from runtime.runners.base import Array, numpy_dtype
@@ -247,7 +247,7 @@ def _real(specs: Sequence[TensorSpec], main: Shapes, facts: Facts, wanted: Wante
             class_names=facts.labels,
             limit=wanted.samples,
             seed=wanted.seed,
-        )
+        ).images_alone()
     except (UnavailableError, RefusedError) as error:
         if images:
             raise
@@ -294,9 +294,7 @@ def _given(path: Path, specs: Sequence[TensorSpec], profiles: Sequence[Mapping[s
     single = names[0] if len(names) == len(specs) == 1 else None
     chosen = {spec.name: single or spec.name for spec in specs}
     if missing := [spec.name for spec in specs if chosen[spec.name] not in names]:
-        raise RefusedError(
-            f"{path}: has no array {missing[0]!r} (it has {', '.join(names) or 'none'}); {_taken(specs)}"
-        )
+        raise RefusedError(f"{path}: holds {npz_layout(path)}, no {missing[0]!r}; {_taken(specs)}")
     headers = {spec.name: npz_header(path, chosen[spec.name]) for spec in specs}
     for spec in specs:
         shape, dtype = headers[spec.name]
@@ -307,7 +305,7 @@ def _given(path: Path, specs: Sequence[TensorSpec], profiles: Sequence[Mapping[s
             raise RefusedError(f"{path}: {chosen[spec.name]!r} is {dtype} {shape}; {_taken(specs)}")
     counts = {shape[0] for shape, _ in headers.values()}
     if len(counts) != 1 or counts == {0}:
-        raise RefusedError(f"{path}: its arrays hold {sorted(counts)} samples; the same number, at least 1, is needed")
+        raise RefusedError(f"{path}: holds {npz_layout(path)}; the same number of samples, at least 1, is needed")
     count, first = counts.pop(), specs[0].shape[0]
     size = first if isinstance(first, int) else min(count, FREE_BATCHES[-1])
     if profiles:

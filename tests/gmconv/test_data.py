@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gmconv.data import array_entries, file_entries, load_samples
+from gmconv.data import array_entries, file_entries, load_samples, refuse_missing
 from gmconv.errors import RefusedError
 from gmconv.images import Preprocessing
 from gmconv.splits import split_record
@@ -100,7 +100,7 @@ def test_sub_folders_follow_the_networks_labels_by_name(classes: Path) -> None:
     assert found.labels is not None
     assert found.labels.tolist() == [2, 2, 0, 0, 0]
     with pytest.raises(RefusedError, match="cat, dog are not among"):
-        load_samples(classes, input_shape=SHAPE, preprocessing=PLAIN, class_names=("a", "b", "c"))
+        load_samples(classes, input_shape=SHAPE, preprocessing=PLAIN, class_names=("a", "b", "c")).judged()
 
 
 def test_a_flat_folder_has_no_labels(classes: Path) -> None:
@@ -218,7 +218,7 @@ def test_masks_that_are_missing_or_in_colour_are_refused_by_name(tmp_path: Path)
         list(load_samples(tmp_path, input_shape=SHAPE, preprocessing=PLAIN))
     (tmp_path / "masks" / "b.png").unlink()
     with pytest.raises(RefusedError, match=r"b\.jpg: its mask .*b\.png is missing"):
-        load_samples(tmp_path, input_shape=SHAPE, preprocessing=PLAIN)
+        load_samples(tmp_path, input_shape=SHAPE, preprocessing=PLAIN).judged()
 
 
 def test_an_npz_gives_masks_and_every_other_array_by_name(tmp_path: Path) -> None:
@@ -259,19 +259,55 @@ def test_npz_is_read_in_batches(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({"input": np.zeros((2, 3, 8, 8))}, "float64"),
-        ({"input": np.zeros((2, 3, 8, 9), np.float32)}, "the network takes float32"),
+        (
+            {"x": np.zeros((2, 8, 8, 3), np.uint8), "y": np.zeros(2, int)},
+            r"a.npz: holds x uint8 \(2, 8, 8, 3\), y int64 \(2,\); the network takes float32 \(N, 3, 8, 8\): "
+            r"preprocessed images, called 'x', and beside them, to judge by, 'labels': integers \(N,\)",
+        ),
+        (
+            {"input": np.zeros((2, 3, 8, 8))},
+            r"holds input float64 \(2, 3, 8, 8\); the network takes float32 \(N, 3, 8, 8\)",
+        ),
+        ({"input": np.float32(0)}, r"holds input float32 \(\); the network takes"),
         ({"input": np.zeros((0, 3, 8, 8), np.float32)}, "no samples"),
-        ({"a": np.zeros(1), "b": np.zeros(1)}, "name the images' array 'input'"),
-        ({"input": np.zeros((2, 3, 8, 8), np.float32), "labels": np.zeros(3, int)}, "one integer per image"),
+        ({"a": np.zeros(1), "b": np.array([{}])}, r"holds a float64 \(1,\), b \(no plain numbers\); .* called 'input'"),
+        ({"input": np.zeros((2, 3, 8, 8), np.float32), "labels": np.zeros(3, int)}, "for each of the 2 images"),
         ({"input": np.array([{}])}, "plain numbers"),
-        ({}, "holds nothing"),
+        ({}, "holds no arrays; the network takes"),
     ],
 )
 def test_npz_files_that_do_not_fit_are_refused(tmp_path: Path, arrays: dict[str, Any], words: str) -> None:
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(RefusedError, match=words):
-        load_samples(tmp_path / "a.npz", input_shape=SHAPE)
+        load_samples(tmp_path / "a.npz", input_shape=SHAPE).judged()
+
+
+@pytest.mark.parametrize("labels", [np.zeros(3, int), np.zeros(2), np.zeros((2, 5), int), np.array([{}, {}])])
+def test_labels_that_do_not_fit_an_npz_matter_to_who_judges_by_them_alone(tmp_path: Path, labels: Any) -> None:
+    images = np.random.default_rng(0).standard_normal((2, *SHAPE), dtype=np.float32)
+    np.savez(tmp_path / "a.npz", input=images, y=labels)
+    refuse_missing(tmp_path / "a.npz")
+    found = load_samples(tmp_path / "a.npz", input_shape=SHAPE)
+    np.testing.assert_array_equal(stack(found.images_alone()), images)
+    assert found.labels is None
+    with pytest.raises(RefusedError, match=r"a\.npz: .*'y'"):
+        found.judged()
+
+
+def test_labels_and_masks_of_a_folder_that_do_not_fit_matter_to_who_judges_by_them_alone(classes: Path) -> None:
+    found = load_samples(classes, input_shape=SHAPE, preprocessing=PLAIN, class_names=["cat", "fish", "bird"])
+    assert (found.count, found.labels) == (5, None)
+    with pytest.raises(RefusedError, match="sub-folders dog are not among the network's 3 labels"):
+        found.judged()
+
+
+def test_masks_are_not_read_for_the_images_alone(tmp_path: Path) -> None:
+    masked_folder(tmp_path)
+    (tmp_path / "masks" / "b.png").write_bytes(b"no image")
+    found = load_samples(tmp_path, input_shape=SHAPE, preprocessing=PLAIN)
+    assert len(stack(found.images_alone())) == found.count
+    (tmp_path / "masks" / "b.png").unlink()
+    assert len(load_samples(tmp_path, input_shape=SHAPE, preprocessing=PLAIN).images_alone()) == found.count
 
 
 def test_truncated_and_foreign_npz_files_are_refused(tmp_path: Path) -> None:

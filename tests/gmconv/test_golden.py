@@ -56,7 +56,7 @@ def test_any_program_may_write_one(names: tuple[str, str], tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"input": np.ones((2, 3))}, "holds no output 'logits'; it has input"),
+        ({"input": np.ones((2, 3))}, r"holds input float64 \(2, 3\), and no output 'logits'"),
         ({"input": np.ones((2, 3)), "output": np.ones((3, 4))}, "different numbers of samples"),
         ({"input": np.ones((0, 3)), "output": np.ones((0, 4))}, "or none"),
         ({"input": np.ones((2, 3)), "output": np.ones((2, 4)), "weights": np.ones((2,))}, "'weights' is no input"),

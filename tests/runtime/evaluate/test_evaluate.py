@@ -247,7 +247,7 @@ def test_several_inputs_come_from_the_arrays_of_their_names(tmp_path: Path) -> N
     found = evaluate(paths, EvaluateOptions(images=tmp_path / "two.npz", batch=7, limit=17))
     assert [row.score.top1.value for row in found.rows] == [1.0, 1.0, 1.0]
     np.savez(tmp_path / "one.npz", image=image, labels=labels)
-    with pytest.raises(RefusedError, match=r"takes shift int64 \(n, 8\), image .* has no array 'shift'"):
+    with pytest.raises(RefusedError, match=r"takes shift int64 \(n, 8\), image .* holds image .*, no 'shift'"):
         evaluate(paths, EvaluateOptions(images=tmp_path / "one.npz"))
     np.savez(tmp_path / "odd.npz", image=image, shift=shift[:, 1:], labels=labels)
     with pytest.raises(RefusedError, match=r"array 'shift' is int64 \(20, 7\)"):
