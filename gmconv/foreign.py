@@ -25,7 +25,8 @@ class Foreign:
 
     `arch` is a factory, `"package.module:factory"`, looked for on the import path and in the working directory.
     `input_shape` is `(C, H, W)` of one sample; a network of several inputs has `inputs` instead, `(name, shape of one
-    sample, dtype)` of each. `preprocessing` has fields of `gmconv.images.Preprocessing`.
+    sample, dtype)` of each. `preprocessing` has fields of `gmconv.images.Preprocessing`. `labels_file` is where
+    `labels` were read.
     """
 
     arch: str | None = None
@@ -34,10 +35,11 @@ class Foreign:
     preprocessing: dict[str, Any] | None = None
     labels: tuple[str, ...] | None = None
     inputs: tuple[tuple[str, tuple[int, ...], str], ...] | None = None
+    labels_file: Path | None = None
 
     def given(self) -> dict[str, Any]:
         """Those that are not None."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "labels_file"}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -52,8 +54,9 @@ def foreign_options(command: Callable[..., Any]) -> Callable[..., Any]:
         mean, std, file = (values.pop(name) for name in ("mean", "std", "preprocessing"))
         preprocessing = dict(file or {})
         preprocessing |= {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
-        own = {name: values.pop(name) for name in ("arch", "num_classes", "input_shape", "labels")}
+        own = {name: values.pop(name) for name in ("arch", "num_classes", "input_shape", "labels_file")}
         own["inputs"] = values.pop("own_inputs")
+        own["labels"] = read_labels(own["labels_file"]) if own["labels_file"] else None
         return command(*args, foreign=Foreign(**own, preprocessing=preprocessing or None), **values)
 
     for option in reversed(_OPTIONS):
@@ -102,6 +105,18 @@ def read_labels(file: Path) -> tuple[str, ...]:
     if not found or not all(isinstance(label, str) and label and label.isprintable() for label in found):
         raise RefusedError(f"{file}: not a list of labels; write one name a line, in the order of the logits")
     return tuple(found)
+
+
+def refuse_labels(labels: Sequence[str] | None, outputs: Sequence[Sequence[int | str]], given: Foreign) -> None:
+    """Raise RefusedError where there are labels of another number than the classes of the first output (N, K).
+
+    `labels`: of the checkpoint as it was loaded; `outputs`: the shapes of what it returns; `given`: with it.
+    """
+    classes = next((shape[1] for shape in outputs if len(shape) == 2), None)
+    if labels is None or not isinstance(classes, int) or classes < 2 or len(labels) == classes:
+        return
+    whose = "the checkpoint's labels" if given.labels is None else given.labels_file or "labels"
+    raise RefusedError(f"{whose}: {len(labels)} names for the network's {classes} classes; give one for each class")
 
 
 def read_preprocessing_file(file: Path) -> dict[str, Any]:
@@ -168,7 +183,5 @@ _OPTIONS: list[Callable[[Any], Any]] = [
         metavar="FILE.json",
         help="Of its images: size, mean, std, scale, channel_order, interpolation, resize, crop_ratio.",
     ),
-    click.option(
-        "--labels", type=_FILE, callback=_parsed(read_labels), metavar="FILE", help="Its classes, one a line."
-    ),
+    click.option("--labels", "labels_file", type=_FILE, metavar="FILE", help="Its classes, one a line."),
 ]

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from gmconv.errors import SurgeryError
+from gmconv.outputs import output_tensors
 from gmconv.surgery import copied
 
 METHODS = ("switch_to_deploy", "reparameterize", "fuse")
@@ -97,7 +97,7 @@ def _method(module: nn.Module) -> str | None:
 
 @torch.no_grad()
 def _outputs(model: nn.Module, examples: tuple[Any, ...]) -> list[Tensor]:
-    return [t.clone() for t in tree_leaves(model(*examples)) if isinstance(t, Tensor)]
+    return [t.clone() for t in output_tensors(model(*examples))]
 
 
 def _error(before: list[Tensor], after: list[Tensor]) -> float:

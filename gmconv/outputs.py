@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gmconv.errors import RefusedError
+from gmconv.errors import RefusedError, printable
+
+_PLAIN = (bool, int, float, str, bytes)
 
 
 def named_outputs(value: Any, names: Sequence[str] = ()) -> dict[str, Tensor]:
@@ -21,8 +25,7 @@ def named_outputs(value: Any, names: Sequence[str] = ()) -> dict[str, Tensor]:
     Raises:
         RefusedError: no tensors, another count of names, or names that are not the keys.
     """
-    leaves, _ = pytree.tree_flatten_with_path(value)
-    found = {path: leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+    found = {path: leaf for path, leaf in _leaves(value) if isinstance(leaf, Tensor)}
     if not found:
         raise RefusedError(f"the network returns a {type(value).__name__} without tensors; nothing to export")
     keyed = any(not isinstance(part, pytree.SequenceKey) for path in found for part in path)
@@ -39,6 +42,49 @@ def named_outputs(value: Any, names: Sequence[str] = ()) -> dict[str, Tensor]:
     if names and not keyed:
         own = list(names)
     return dict(zip(own, found.values(), strict=True))
+
+
+def output_tensors(value: Any) -> list[Tensor]:
+    """The tensors in a return value of any nesting, in the order of `named_outputs`."""
+    return [leaf for _, leaf in _leaves(value) if isinstance(leaf, Tensor)]
+
+
+def left_out(value: Any) -> list[str]:
+    """What else is in a return value, in words: "stride (8)", "boxes (a Boxes)"; None is nothing."""
+    return [
+        f"{_name(path)} ({printable(repr(leaf), 40) if isinstance(leaf, _PLAIN) else f'a {type(leaf).__name__}'})"
+        for path, leaf in _leaves(value)
+        if leaf is not None and not isinstance(leaf, Tensor)
+    ]
+
+
+@contextmanager
+def tensors_alone(model: nn.Module) -> Iterator[None]:
+    """`model` returns a tuple of its tensors where it returns anything else too, which no exporter takes."""
+
+    def only(_: object, __: object, value: Any) -> Any:
+        given, _ = pytree.tree_flatten(value)
+        return None if all(isinstance(leaf, Tensor) for leaf in given) else tuple(output_tensors(value))
+
+    handle = model.register_forward_hook(only)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _leaves(value: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """The leaves with their paths; a dataclass, and a mapping that torch does not know, is like a dict."""
+    leaves, _ = pytree.tree_flatten_with_path(pytree.tree_map(_opened, value))
+    return leaves
+
+
+def _opened(leaf: Any) -> Any:
+    if is_dataclass(leaf) and not isinstance(leaf, type):
+        leaf = {field.name: getattr(leaf, field.name) for field in fields(leaf)}
+    elif not isinstance(leaf, Mapping):
+        return leaf
+    return pytree.tree_map(_opened, dict(leaf))
 
 
 def _name(path: tuple[Any, ...]) -> str:

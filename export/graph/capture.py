@@ -79,9 +79,11 @@ def to_onnx(
     """
     import torch
 
+    from gmconv.outputs import tensors_alone
+
     free = [_free(name, example, axes, alone=len(examples) == 1) for name, example in examples.items()]
     try:
-        with captured(log), attributes_restored(model), reserved_renamed(model):
+        with captured(log), attributes_restored(model), reserved_renamed(model), tensors_alone(model):
             program = torch.onnx.export(
                 model,
                 tuple(examples.values()),

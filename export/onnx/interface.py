@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from export.onnx.options import ExportOptions
 from gmconv.errors import RefusedError, printable
+from gmconv.foreign import Foreign, refuse_labels
 
 if TYPE_CHECKING:
     import torch
@@ -25,15 +26,18 @@ def input_names(loaded: Checkpoint, options: ExportOptions) -> list[str]:
     return list(options.input_names) or own
 
 
-def output_names(loaded: Checkpoint, options: ExportOptions, *, in_memory: bool = False) -> list[str]:
-    """The graph's, from one run.
+def output_names(
+    loaded: Checkpoint, options: ExportOptions, foreign: Foreign, *, in_memory: bool = False
+) -> tuple[list[str], list[str]]:
+    """The graph's, from one run, and notes on what the network returns besides tensors. `foreign`: as it was given.
 
-    Raises RefusedError when the network does not run on its inputs, or computes with what its checkpoint lacks.
+    Raises RefusedError when the network does not run on its inputs, or computes with what its checkpoint lacks, or when
+    there are labels for another number of classes.
     """
     import torch
 
     from gmconv.checkpoint.unsaved import saved_alone
-    from gmconv.outputs import named_outputs
+    from gmconv.outputs import left_out, named_outputs
 
     given = examples(loaded, options)
     checked = contextlib.nullcontext() if in_memory else saved_alone(loaded.model)
@@ -50,7 +54,10 @@ def output_names(loaded: Checkpoint, options: ExportOptions, *, in_memory: bool 
             f"the network, whose forward takes ({takes}), does not run on {shapes} ({reason}); check "
             f"--input-shape, and give --input NAME:SHAPE for each of several inputs"
         ) from error
-    return list(named_outputs(outputs, options.output_names))
+    named = named_outputs(outputs, options.output_names)
+    refuse_labels(loaded.labels, [tuple(tensor.shape) for tensor in named.values()], foreign)
+    others = left_out(outputs)
+    return list(named), [f"not in the graph, as they are no tensors: {', '.join(others)}"] * bool(others)
 
 
 def examples(loaded: Checkpoint, options: ExportOptions) -> tuple[torch.Tensor, ...]:

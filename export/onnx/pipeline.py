@@ -94,10 +94,12 @@ def export_onnx(
     refuse_early(source, written, options)
     from export.onnx.cases import comparison_cases
     from export.onnx.reference import work_on
+    from export.onnx.trained import Live
 
     with staged(written[0]) as folder, _opened(source, options, note) as trained:
         loaded = trained.loaded
-        names = output_names(loaded, options, in_memory=not trained.chain)
+        given = source.foreign if isinstance(source, Live) else options.foreign
+        names, said = output_names(loaded, options, given, in_memory=not trained.chain)
         refuse_unfit_images(loaded)
         refuse_precisions(loaded, options)
         golden = None
@@ -108,7 +110,7 @@ def export_onnx(
         crops = options.crop is not None or options.crop_budget is not None  # it times layers, which wants all cores
         trained.start(work, beside=not crops)
         name = output.name if "fp32" in options.precisions else f".fp32.{output.name}"
-        exported = _write_fp32(loaded, names, cases, folder / name, options, note)
+        exported = _write_fp32(loaded, names, cases, folder / name, options, note, said)
         del loaded  # ONNX Runtime is about to need as much memory again
         note("running ONNX Runtime and comparing")
         with ThreadPoolExecutor(1) as beside_it:
@@ -126,8 +128,15 @@ def _opened(source: str | Path | Live, options: ExportOptions, note: Note) -> Fr
 
 
 def _write_fp32(
-    loaded: Checkpoint, names: list[str], cases: list[Case], file: Path, options: ExportOptions, note: Note
+    loaded: Checkpoint,
+    names: list[str],
+    cases: list[Case],
+    file: Path,
+    options: ExportOptions,
+    note: Note,
+    said: list[str],
 ) -> _Exported:
+    """`said`: notes so far."""
     from export.graph import capture
     from export.graph.kernels import require_stored_kernels
     from export.onnx.changes import crop_kernels, merge_branches
@@ -147,7 +156,7 @@ def _write_fp32(
     written = _to_onnx(model, loaded, names, file, options, note)
     exported = written.model
     require_stored_kernels(written.program, kept)
-    notes = [f"merged by their own method: {', '.join(merged)}"] if merged else []
+    notes = [*said, *[f"merged by their own method: {', '.join(merged)}"] * bool(merged)]
     notes += [f"layer {name!r} keeps computing its kernel: {reason}" for name, reason in kept.items()]
     unused = capture.unused_layers(written, model, baked)
     if unused:

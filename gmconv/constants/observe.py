@@ -23,6 +23,7 @@ from gmconv.constants.operators import Call, Product, kernel_call, product_opera
 from gmconv.constants.origins import INPUT, Origin, Origins, unwrapped
 from gmconv.eager import as_written
 from gmconv.errors import BakeError
+from gmconv.outputs import output_tensors
 
 #: What `tensor.data = other` calls.
 SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
@@ -284,7 +285,7 @@ def watch(model: nn.Module, runs: Sequence[tuple[Any, ...]]) -> Watched:
             out = model(*copied)
             kernels.origins.busy = True
             watched.writes |= kernels.origins.written
-            watched.outputs.append([t.detach().clone() for t in tree_leaves(out) if isinstance(t, Tensor)])
+            watched.outputs.append([t.detach().clone() for t in output_tensors(out)])
             kernels.origins.busy = False
     _pass_over_products(watched)
     return watched

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gmconv.cropping.macs import evaluating, first_input
+from gmconv.outputs import output_tensors
 
 Batch = Tensor | tuple[Tensor, ...]
 Outputs = tuple[Tensor, ...]
@@ -36,7 +37,7 @@ class OutputError:
 def run(model: nn.Module, batch: Batch) -> Outputs:
     """The tensors that `model` returns for one batch, in order, in eval mode and without gradients."""
     with torch.no_grad(), evaluating(model):
-        return tuple(_tensors_in(model(*batch) if isinstance(batch, tuple) else model(batch)))
+        return tuple(output_tensors(model(*batch) if isinstance(batch, tuple) else model(batch)))
 
 
 def output_error(reference: Sequence[Outputs], candidate: Sequence[Outputs]) -> OutputError:
@@ -103,12 +104,3 @@ def watching(model: nn.Module, see: Callable[[str, nn.Conv2d, Tensor], None]) ->
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in nested dicts, lists and tuples, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for v in value for t in _tensors_in(v)] if isinstance(value, list | tuple) else []

@@ -15,7 +15,7 @@ import click
 
 from gmconv.cli import require
 from gmconv.errors import RefusedError, UnavailableError
-from gmconv.foreign import NOTHING, Foreign
+from gmconv.foreign import NOTHING, Foreign, refuse_labels
 from gmconv.images import read_preprocessing
 from runtime import cuda
 from runtime.artefact import Artefact, Facts
@@ -112,6 +112,7 @@ class TorchRunner(Runner):
             for given in found.inputs
         )
         self.outputs = self._learn_outputs()
+        refuse_labels(found.labels, [spec.shape for spec in self.outputs], options.foreign)
         words = [options.form, "compiled" if options.compiled else "eager"]
         words += ["CUDA graph"] * options.cuda_graph + [options.dtype] * (options.dtype != "float32")
         words += ["channels last"] * options.channels_last

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import gmconv
 from gmconv.cli import Command
 from gmconv.errors import RefusedError
-from gmconv.foreign import Foreign, foreign_options, read_labels, read_preprocessing_file
+from gmconv.foreign import Foreign, foreign_options, read_labels, read_preprocessing_file, refuse_labels
 from gmconv.images import read_preprocessing
 
 
@@ -101,3 +101,19 @@ def test_a_foreign_checkpoint_gets_what_it_does_not_say(tmp_path: Path) -> None:
     assert preprocessing is not None
     assert (preprocessing.size, preprocessing.mean, preprocessing.std) == ((16, 24), (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))
     assert loaded.labels == tuple("0123456789")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (Foreign(labels=("a", "b"), labels_file=Path("names.txt")), "^names.txt: 2 names for the network's 3 classes"),
+        (Foreign(labels=("a", "b")), "^labels: 2 names"),
+        (Foreign(), "^the checkpoint's labels: 2 names"),
+    ],
+)
+def test_labels_of_another_number_than_the_classes_are_refused(given: Foreign, words: str) -> None:
+    with pytest.raises(RefusedError, match=words):
+        refuse_labels(("a", "b"), [("batch", 4, 8, 8), ("batch", 3)], given)
+    refuse_labels(("a", "b"), [("batch", 2)], given)
+    refuse_labels(("a", "b"), [("batch", 4, 8, 8)], given)
+    refuse_labels(None, [("batch", 3)], given)
