@@ -183,15 +183,13 @@ class _Life:
         """Connections per port: --max-connections, or fewer where the limit on open files would end all accepting."""
         ports = self.settings.http + self.settings.grpc
         wanted = ports * (self.settings.max_connections + RESERVE) + OTHER_FILES
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        if soft != resource.RLIM_INFINITY and soft < most:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        if most < wanted:
-            places = max(1, (most - OTHER_FILES) // ports - RESERVE)
-            log.warning("%d open files are allowed (ulimit -Hn): at most %d connections per port", most, places)
-            return places
-        return self.settings.max_connections
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        if most >= wanted or most == resource.RLIM_INFINITY:
+            return self.settings.max_connections
+        places = max(1, (most - OTHER_FILES) // ports - RESERVE)
+        log.warning("%d open files are allowed (ulimit -Hn): at most %d connections per port", most, places)
+        return places
 
     async def _load_and_reload(self) -> None:
         """The first load, then one look at the files for any number of SIGHUPs that came since the last."""

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -68,8 +69,7 @@ class AccessLog(logging.Handler):
     def _text(self, entry: dict[str, Any] | str) -> str:
         if isinstance(entry, str):
             return entry[:MAX_LINE]
-        moment = entry["time"]
-        entry["time"] = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)) + f".{int(moment % 1 * 1e3):03}Z"
+        entry["time"] = datetime.fromtimestamp(entry["time"], UTC)
         return self._encode(entry).decode()
 
 

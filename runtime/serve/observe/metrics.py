@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.core import HistogramMetricFamily, Metric
@@ -69,7 +69,6 @@ class Exposition(Collector):
             yield _family(name, text, ((labels, read(model.stats)) for model, labels in models))
         waiting = ((labels, model.batcher.pending) for model, labels in models)
         yield _family("nv_inference_pending_request_count", "Requests in the queue", waiting, "gauge")
-        yield build_times(models)
         for name, text, read_histogram in HISTOGRAMS:
             histograms = HistogramMetricFamily(name, text, labels=["model", "version"])
             for model, labels in models:
@@ -105,13 +104,6 @@ def _pairs(name: str, text: str, second: str, counts: Mapping[tuple[str, str], i
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
     return list(zip((*map(str, histogram.bounds), "+Inf"), accumulate(histogram.counts), strict=True))
-
-
-def build_times(models: Iterable[tuple[Any, dict[str, str]]]) -> Metric:
-    """What each engine took to build, from its manifest; other artefacts have no sample."""
-    builds = ((labels, model.manifest and model.manifest.build) for model, labels in models)
-    samples = ((labels, build.seconds["build"]) for labels, build in builds if build and "build" in build.seconds)
-    return _family("gmconv_engine_build_seconds", "What it took to build the engine", samples, "gauge")
 
 
 def gpu_metrics() -> Iterator[Metric]:
