@@ -18,12 +18,12 @@ class Gate:
     """Compares bearer tokens in constant time; without a token it is open."""
 
     def __init__(self, token: str | None) -> None:
-        self._digest = sha256(token.encode()).digest() if token else None
         self.open = token is None
+        self._digest = sha256((token or "").encode()).digest()
 
     def allows(self, authorization: bytes | None) -> bool:
         """True if there is no token, or `authorization` is `Bearer <the token>`."""
-        if self._digest is None:
+        if self.open:
             return True
         scheme, _, given = (authorization or b"").partition(b" ")
         match = hmac.compare_digest(sha256(given.strip()).digest(), self._digest)

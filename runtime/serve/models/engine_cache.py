@@ -169,14 +169,15 @@ def run_child(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     `environment` is added to this process's own. SIGTERM and Ctrl-C end the child first and raise Interrupted: a
     container that is told to stop during a build stops.
     """
+    main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    numbers = (signal.SIGTERM, signal.SIGINT) if main_thread else ()
 
     def stop(*_: object) -> None:
-        for number in before:
+        for number in numbers:  # an impatient second one does not keep the child from being ended
             signal.signal(number, signal.SIG_IGN)
         raise Interrupted("stopped while the engine was being prepared; nothing was cached")
 
-    main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT) if main_thread}
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         child = subprocess.Popen(
             child_command(*arguments), stdin=subprocess.DEVNULL, stdout=2, env=child_environment(**environment)
