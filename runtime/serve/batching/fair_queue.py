@@ -41,14 +41,7 @@ class Item:
     __slots__ = ("batch", "client", "deadline", "feeds", "future", "key", "priority", "queued", "rows")
 
     def __init__(
-        self,
-        feeds: dict[str, Array],
-        rows: int,
-        *,
-        client: object = None,
-        timeout_ns: int = 0,
-        priority: int = 0,
-        future: asyncio.Future[dict[str, Array]] | None = None,
+        self, feeds: dict[str, Array], rows: int, *, client: object = None, timeout_ns: int = 0, priority: int = 0
     ) -> None:
         self.feeds = feeds
         self.rows = rows
@@ -57,7 +50,7 @@ class Item:
         self.priority = priority
         self.queued = monotonic_ns()
         self.deadline = self.queued + timeout_ns if timeout_ns else 0
-        self.future = future or asyncio.get_running_loop().create_future()
+        self.future: asyncio.Future[dict[str, Array]] = asyncio.get_running_loop().create_future()
         self.batch: Batch | None = None
 
 

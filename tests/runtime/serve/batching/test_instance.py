@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import threading
@@ -22,15 +23,11 @@ class Anywhere:
         return None
 
 
-class Future:
-    """What an item asks of one."""
+def items(*arrays: np.ndarray) -> list[Item]:
+    async def make() -> list[Item]:
+        return [Item({"x": array}, len(array)) for array in arrays]
 
-    def done(self) -> bool:
-        return False
-
-
-def item(array: np.ndarray) -> Item:
-    return Item({"x": array}, len(array), future=Future())  # type: ignore[arg-type]
+    return asyncio.run(make())
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.integers(0, 3))
@@ -39,7 +36,7 @@ def test_a_batch_is_the_rows_of_its_items_in_order(rows: list[int], seed: int) -
     arrays = [draw.random((n, 2, 3), np.float32) for n in rows]
     instance = Instance(Anywhere())  # type: ignore[arg-type]
     for _ in range(2):  # the second time the buffer is there
-        feeds = instance.gather([item(a) for a in arrays], capacity=4)
+        feeds = instance.gather(items(*arrays), capacity=4)
         np.testing.assert_array_equal(feeds["x"], np.concatenate(arrays))
 
 
@@ -52,7 +49,7 @@ def test_a_batch_is_gathered_where_the_runner_reads_it_from() -> None:
             return {"x": memory[:3]}
 
     instance = Instance(Staging())  # type: ignore[arg-type]
-    feeds = instance.gather([item(np.full((n, 3), n, np.float32)) for n in (1, 2)], capacity=4)
+    feeds = instance.gather(items(*(np.full((n, 3), n, np.float32) for n in (1, 2))), capacity=4)
     assert np.shares_memory(feeds["x"], memory)
     np.testing.assert_array_equal(memory[:, 0], [1, 2, 2, -1])
     assert instance.staging == {}
@@ -61,9 +58,9 @@ def test_a_batch_is_gathered_where_the_runner_reads_it_from() -> None:
 def test_a_lone_item_is_copied_only_if_it_lies_unaligned() -> None:
     instance = Instance(Anywhere())  # type: ignore[arg-type]
     aligned = np.zeros((1, 4), np.float32)
-    assert instance.gather([item(aligned)], capacity=4)["x"] is aligned
+    assert instance.gather(items(aligned), capacity=4)["x"] is aligned
     unaligned = np.frombuffer(bytearray(17), np.float32, offset=1).reshape(1, 4)
-    fed = instance.gather([item(unaligned)], capacity=4)["x"]
+    fed = instance.gather(items(unaligned), capacity=4)["x"]
     assert fed.flags.aligned
     np.testing.assert_array_equal(fed, unaligned)
 
