@@ -134,33 +134,31 @@ def visible_device(index: int) -> str:
 
 
 def hash_sources(onnx_path: Path, require_manifest: bool) -> list[str]:
-    """sha256 of what an engine and its manifest are made from: the ONNX file, its external data, its manifest.
+    """sha256 of what an engine and its manifest are made from, the ONNX file's first.
 
-    Raises RefusedError when one cannot be read or does not match the manifest, or when there is no manifest and
+    Raises RefusedError when a file cannot be read or does not match the manifest, or when there is no manifest and
     `require_manifest`.
     """
     try:
         manifest = read_manifest(onnx_path) if require_manifest else find_manifest(onnx_path)
         known = {onnx_path: manifest.artefact.sha256} if manifest else {}
         known |= {onnx_path.with_name(data.file): data.sha256 for data in (manifest.external if manifest else ())}
-        files = [onnx_path, *external_files(onnx_path), *([sidecar(onnx_path)] if manifest else [])]
-        files += [golden] if (golden := golden_pairs(onnx_path, manifest)) else []
-        return [known.get(file) or sha256_file(file) for file in files]
+        return [known.get(file) or sha256_file(file) for file in _files(onnx_path, manifest)]
     except OSError as error:
         raise RefusedError(f"{onnx_path}: cannot be read ({error.strerror or error})") from error
 
 
-def golden_pairs(onnx_path: Path, manifest: Manifest | None) -> Path | None:
-    """The golden pairs that the ONNX file was proven with, if they lie beside it.
+def _files(onnx_path: Path, manifest: Manifest | None) -> list[Path]:
+    """The ONNX file, its external data, its manifest, and the golden pairs that it was proven with if they lie there.
 
     Raises RefusedError when others have their name.
     """
-    if manifest is None or manifest.golden is None:
-        return None
-    file = onnx_path.with_name(manifest.golden.file)
-    if file.is_file() and sha256_file(file) != manifest.golden.sha256:
-        raise RefusedError(f"{file}: not the golden pairs that {onnx_path.name} was proven with; export it again")
-    return file if file.is_file() else None
+    files = [onnx_path, *external_files(onnx_path), *([sidecar(onnx_path)] if manifest else [])]
+    if manifest and manifest.golden and (pairs := onnx_path.with_name(manifest.golden.file)).is_file():
+        if sha256_file(pairs) != manifest.golden.sha256:
+            raise RefusedError(f"{pairs}: not the golden pairs that {onnx_path.name} was proven with; export it again")
+        files.append(pairs)
+    return files
 
 
 def run_child(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -203,19 +201,22 @@ def _build(onnx_path: Path, entry: Path, identity: dict[str, Any], run: Callable
         shutil.rmtree(left, ignore_errors=True)
     # A name of its own: a child may outlive its server (not in a container) and still write.
     folder = entry.with_name(f".{entry.name}.{secrets.token_hex(4)}.build")
-    folder.mkdir()
+    source, engine = folder / "source" / onnx_path.name, folder / ENGINE
+    source.parent.mkdir(parents=True)
     try:
-        source, engine = _copy(onnx_path, folder / "source"), folder / ENGINE
+        for file in _files(onnx_path, find_manifest(onnx_path)):
+            shutil.copyfile(file, source.with_name(file.name))
         if hash_sources(source, require_manifest=False) != identity["sources"]:
             raise BuildError(f"{onnx_path}: changed while its engine was prepared; start again")
         flavor, known = identity["flavor"], find_manifest(source)
         build = ["export.tensorrt", str(source), "-o", str(engine), "--flavor", flavor]
         for side, rows in zip(("min", "opt", "max"), identity["profile"] or (), strict=False):
             build.append(f"--{side}={rows}")
-        if pairs := golden_pairs(source, known):
-            build += ["--golden", str(pairs)]
-        elif known and known.golden:
-            note(f"{known.golden.file} is not beside the model: the engine is not compared with those golden pairs")
+        if known and known.golden:
+            pairs = source.with_name(known.golden.file)
+            build += ["--golden", str(pairs)] if pairs.is_file() else []
+            if not pairs.is_file():
+                note(f"{pairs.name} is not beside the model: the engine is not compared with those golden pairs")
         timings = ["--timing-cache", str(entry.parent / "timings")]
         code = run([*build, *(["--compute-capability", "current"] if flavor == "rtx" else timings)])
         if code in (BuildError.exit_code, UnavailableError.exit_code) and flavor == "rtx":
@@ -231,16 +232,6 @@ def _build(onnx_path: Path, entry: Path, identity: dict[str, Any], run: Callable
         folder.rename(entry)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _copy(onnx_path: Path, folder: Path) -> Path:
-    """The ONNX file, its manifest, external data and golden pairs in `folder`; the copy's path."""
-    folder.mkdir()
-    beside = [sidecar(onnx_path)] if sidecar(onnx_path).exists() else []
-    beside += [pairs] if (pairs := golden_pairs(onnx_path, find_manifest(onnx_path))) else []
-    for file in (onnx_path, *external_files(onnx_path), *beside):
-        shutil.copyfile(file, folder / file.name)
-    return folder / onnx_path.name
 
 
 def _problem(engine: Path, source: str) -> str:

@@ -7,7 +7,9 @@ from pathlib import Path
 import click
 import pytest
 
+from gmconv.errors import RefusedError
 from runtime.serve import settings as module
+from runtime.serve.auth import find_token
 from runtime.serve.models.source import Source
 from runtime.serve.models.version import open_runners
 from runtime.serve.server import check
@@ -32,6 +34,22 @@ from .conftest import classifier, parse
 def test_what_limits_nothing_or_serves_nobody_is_a_usage_error(flags: tuple[str, ...]) -> None:
     with pytest.raises(click.UsageError):
         check(parse("m.onnx", *flags))
+
+
+def test_the_token_comes_from_the_file_else_from_the_caller_else_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, tokens = tmp_path / "token", {name: name * 16 for name in "abc"}
+    file.write_text(tokens["a"] + "\n")
+    monkeypatch.setenv("GMCONV_SERVE_TOKEN", tokens["c"])
+    assert find_token(Settings(source=tmp_path, token=tokens["b"], token_file=file)) == tokens["a"]
+    assert find_token(Settings(source=tmp_path, token=tokens["b"])) == tokens["b"]
+    assert find_token(Settings(source=tmp_path)) == tokens["c"]
+    for weak in ("", "short", "with a space inside"):
+        with pytest.raises(RefusedError, match="GMCONV_SERVE_TOKEN: the token must"):
+            find_token(Settings(source=tmp_path, token=weak))
+    monkeypatch.delenv("GMCONV_SERVE_TOKEN")
+    assert find_token(Settings(source=tmp_path)) is None
 
 
 @pytest.mark.parametrize(
