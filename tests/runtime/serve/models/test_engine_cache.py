@@ -22,9 +22,8 @@ from runtime.manifest import digest, read_manifest, sidecar
 from runtime.records import Parity
 from runtime.serve.models import engine_cache
 from runtime.serve.models.engine_cache import DeviceIdentity, prepare_engine, run_child, visible_device
-from runtime.serve.models.source import find_sources
 
-from ..conftest import parse, write_model
+from ..conftest import write_model
 from .engines import DEVICE, PASSED, Children, make_external, make_onnx, prepare, write_engine
 
 
@@ -383,20 +382,3 @@ def test_a_real_engine_is_built_and_cached(tmp_path: Path) -> None:
     manifest = read_manifest(engine)
     assert manifest.build.flavor == "rtx"
     assert manifest.profiles[0]["input"].max == (4, 3, 8, 8)
-
-
-def test_the_servers_command_line_prepares_with_its_own_options(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[Path, dict[str, object]]] = []
-
-    def prepare(path: Path, **options: object) -> Path:
-        asked.append((path, options))
-        return tmp_path / "model.plan"
-
-    monkeypatch.setattr(engine_cache, "prepare_engine", prepare)
-    flags = ["--engine-cache", str(tmp_path / "cache"), "--device", "cuda:1", "--no-require-manifest"]
-    (source,) = find_sources(parse(str(model), *flags))
-    chosen = {"cache_dir": tmp_path / "cache", "flavor": "auto", "profile": None}
-    assert asked == [(model, {**chosen, "device": "cuda:1", "require_manifest": False})]
-    assert (source.name, source.path) == ("net", tmp_path / "model.plan")
