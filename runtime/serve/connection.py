@@ -113,7 +113,8 @@ class Connection(asyncio.Protocol):
         """Account for a request, or a message, that begins."""
         call = Call(self.service, self.listener.protocol, self.client[0] if self.client else None, method, path)
         call.request_id = call.entry["request_id"] = self.service.request_id(headers.get(b"x-request-id"))
-        call.trace = {k.decode(): headers[k].decode("latin-1") for k in headers if k.startswith(b"trace")}
+        if self.service.tracer:
+            call.trace = {k.decode(): headers[k].decode("latin-1") for k in headers if k.startswith(b"trace")}
         return call
 
     def wait(self, seconds: float) -> None:
