@@ -58,7 +58,12 @@ def main(as_json: bool, **options: Any) -> None:
         require(module, "serve")
     from runtime.serve.server import run
 
-    raise click.exceptions.Exit(run(Settings(**options), as_json=as_json))
+    raise click.exceptions.Exit(run(make_settings(options), as_json=as_json))
+
+
+def make_settings(options: dict[str, Any]) -> Settings:
+    """Options, under the names of the command line, as Settings."""
+    return Settings(**options)
 
 
 if __name__ == "__main__":

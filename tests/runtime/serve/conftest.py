@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gmconv.images import Preprocessing
 from runtime.manifest import Manifest, TensorSpec, digest, sidecar
-from runtime.serve.__main__ import main
+from runtime.serve.__main__ import main, make_settings
 from runtime.serve.settings import Settings
 
 IMAGE = Preprocessing(size=(8, 8), mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
@@ -45,7 +45,7 @@ def parse(*arguments: str) -> Settings:
     """What a server with these arguments would run with."""
     options = main.make_context("serve", list(arguments)).params
     del options["as_json"]
-    return Settings(**options)
+    return make_settings(options)
 
 
 def write_model(
