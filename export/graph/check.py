@@ -29,18 +29,18 @@ Feeds = Mapping[str, Array]
 
 
 def image_shape(model: ModelProto) -> tuple[int | None, tuple[int, int, int]]:
-    """Batch (None: dynamic) and (C, H, W) of the graph's only image input.
+    """Batch (None: dynamic) and (C, H, W) of the graph's only image input, for what is judged on images.
 
     Raises RefusedError when the graph has several inputs or no (N, C, H, W) input with known C, H and W.
     """
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
     if len(inputs) != 1:
-        raise RefusedError(f"the graph has {len(inputs)} inputs; calibration knows networks with one image input")
+        raise RefusedError(f"the graph has {len(inputs)} inputs; a budget is judged on networks with one image input")
     dims = [d.dim_value if d.HasField("dim_value") else None for d in inputs[0].type.tensor_type.shape.dim]
     if len(dims) != 4 or not all(dims[1:]):
         raise RefusedError(
-            f"input {inputs[0].name!r} has shape {dims}; calibration needs (N, C, H, W) with fixed C, H and W"
+            f"input {inputs[0].name!r} has shape {dims}; a budget is judged on (N, C, H, W) with fixed C, H and W"
         )
     return dims[0], (dims[1] or 0, dims[2] or 0, dims[3] or 0)
 

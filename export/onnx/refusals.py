@@ -13,7 +13,7 @@ from gmconv.files import require_writable
 from gmconv.images import read_preprocessing
 from gmconv.kinds import refuse_other_kinds, require_ending
 from gmconv.packages import require
-from runtime.manifest import refuse_other_precision, sidecar
+from runtime.manifest import TensorSpec, refuse_other_precision, sidecar
 from runtime.metadata import misfit
 
 if TYPE_CHECKING:
@@ -68,10 +68,8 @@ def refuse_precisions(loaded: Checkpoint, options: ExportOptions) -> None:
 
     if not {"int8", "fp8"} & set(options.precisions):
         return
-    if len(loaded.inputs) != 1 or not loaded.inputs[0].is_image:
-        raise RefusedError("int8 and fp8 are calibrated on images, and this network takes something else")
-    preprocessing = read_preprocessing(loaded.preprocessing)
-    open_calibration(options.calibrated, loaded.input_shape, preprocessing, loaded.dataset)
+    specs = [TensorSpec(one.name, one.dtype, ("batch", *one.shape)) for one in loaded.inputs]
+    open_calibration(options.calibrated, specs, read_preprocessing(loaded.preprocessing), loaded.dataset)
 
 
 def refuse_two_answers(here: Mapping[str, Array], there: Mapping[str, Array]) -> None:

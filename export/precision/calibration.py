@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from export.graph.check import tensor_specs
 from export.graph.read import layer_upstream
 from export.precision.calibration_images import CalibrationImages
 from gmconv.errors import RefusedError
@@ -139,14 +140,14 @@ def calibrate(
     histograms = {name: RangeHistogram() for name in wanted}
     run = _tapped(model, wanted)
     done = 0
-    for batch in images.batches():
-        for name, values in zip(wanted, run(batch), strict=True):
+    for arrays in images.batches():
+        for name, values in zip(wanted, run(arrays), strict=True):
             if not histograms[name].add(values):
                 raise RefusedError(
                     f"calibration: layer {layer_upstream(model, name)!r} produced NaN or infinity (tensor {name!r}, "
-                    f"image {done}..{done + len(batch) - 1} of {images.name}); check the checkpoint's weights"
+                    f"image {done}..{done + len(arrays[0]) - 1} of {images.name}); check the checkpoint's weights"
                 )
-        done += len(batch)
+        done += len(arrays[0])
         if progress is not None:
             progress(done, images.count)
     images.refuse_uninformative()
@@ -156,29 +157,32 @@ def calibrate(
     return Calibration(histograms, origin)
 
 
-def _tapped(model: ModelProto, tensors: Sequence[str]) -> Callable[[NDArray[Any]], list[NDArray[np.float32]]]:
-    """A function that runs `model` on one batch and returns `tensors`."""
+def _tapped(
+    model: ModelProto, tensors: Sequence[str]
+) -> Callable[[tuple[NDArray[Any], ...]], list[NDArray[np.float32]]]:
+    """A function that runs `model` on one batch of each input and returns `tensors`."""
     import onnx
     import onnxruntime as ort
     from onnx import TensorProto, helper
 
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model)
-    fed = tapped.graph.input[0].name
-    known = {value.name for value in tapped.graph.output}
+    inputs = [spec.name for spec in tensor_specs(model)[0]]
+    known = {value.name for value in tapped.graph.output} | set(inputs)
     for name in tensors:
-        if name not in known and name != fed:
+        if name not in known:
             tapped.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # The arena would keep the peak of every shape seen; calibration is to stay within one batch.
     options.enable_cpu_mem_arena = False
     session = ort.InferenceSession(tapped.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    fetched = [name for name in tensors if name != fed]
+    fetched = [name for name in tensors if name not in inputs]
 
-    def run(batch: NDArray[Any]) -> list[NDArray[np.float32]]:
-        values = dict(zip(fetched, session.run(fetched, {fed: batch}) if fetched else [], strict=True))
-        return [values.get(name, batch) for name in tensors]
+    def run(arrays: tuple[NDArray[Any], ...]) -> list[NDArray[np.float32]]:
+        feeds = dict(zip(inputs, arrays, strict=True))
+        values = dict(zip(fetched, session.run(fetched, feeds) if fetched else [], strict=True)) | feeds
+        return [values[name] for name in tensors]
 
     return run
 

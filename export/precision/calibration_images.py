@@ -1,9 +1,9 @@
-"""Where calibration images come from (`gmconv.data` reads them) and whether they can set a range at all."""
+"""Where calibration samples come from and whether they can set a range at all: images, or arrays of several inputs."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,20 +16,25 @@ from gmconv.errors import RefusedError
 if TYPE_CHECKING:
     from gmconv.data import Samples
     from gmconv.images import Preprocessing
+    from runtime.manifest import TensorSpec
 
+Array = NDArray[Any]
 DEFAULT_IMAGES = 256
 _FEW = 32
 
 
 @dataclass(slots=True)
 class CalibrationImages:
-    """Preprocessed images on their way through the network, one batch at a time.
+    """What the network is fed with, one batch at a time: preprocessed images, or the arrays of several inputs.
 
-    While they are read it takes note of what it saw: the hash of the bytes, and whether the images differ at all.
+    While they are read it takes note of what it saw: the hash of the bytes, and whether the samples differ at all.
+    `name` of the source, never a path; `read` yields batches of a size, an array for each input in their order.
     `fixed_batch`: the graph takes batches of exactly `batch`; a smaller rest is left out.
     """
 
-    samples: Samples
+    name: str
+    count: int
+    read: Callable[[int], Iterator[tuple[Array, ...]]]
     seed: int
     batch: int = 4
     fixed_batch: bool = False
@@ -40,27 +45,17 @@ class CalibrationImages:
     _different: bool = False
     _seen: int = 0
 
-    @property
-    def name(self) -> str:
-        """The source's name, never a path."""
-        return self.samples.name
-
-    @property
-    def count(self) -> int:
-        """How many images."""
-        return self.samples.count
-
-    def batches(self) -> Iterator[NDArray[np.float32]]:
-        """Batches (N, C, H, W) float32, from the beginning."""
+    def batches(self) -> Iterator[tuple[Array, ...]]:
+        """An array of each input, in their order; images are (N, C, H, W) float32. From the beginning."""
         self._hash, self._first, self._varied, self._different, self._seen = hashlib.sha256(), None, False, False, 0
-        for part in self.samples.batches(self.batch):
-            if self.fixed_batch and len(part.images) < self.batch:
+        for arrays in self.read(self.batch):
+            if self.fixed_batch and len(arrays[0]) < self.batch:
                 return
-            self._note(part.images)
-            yield part.images
+            self._note(arrays)
+            yield arrays
 
     def sha256(self) -> str:
-        """Hex sha256 of the float32 bytes read by the last `batches()`, in order."""
+        """Hex sha256 of the bytes read by the last `batches()`, in order."""
         return str(self._hash.hexdigest())
 
     def refuse_uninformative(self) -> None:
@@ -72,16 +67,40 @@ class CalibrationImages:
         if not self._different:
             raise RefusedError(f"{self.name}: all {self._seen} calibration images are the same; use different ones")
 
-    def _note(self, images: NDArray[np.float32]) -> None:
-        flat = images.reshape(len(images), -1)
+    def _note(self, arrays: tuple[Array, ...]) -> None:
+        rows = [array.reshape(len(array), -1).astype(np.float32, copy=False) for array in arrays]
+        flat = np.concatenate(rows, axis=1) if len(rows) > 1 else rows[0]
         low, high = flat.min(axis=1), flat.max(axis=1)
         if not np.isfinite(low).all() or not np.isfinite(high).all():
             raise RefusedError(f"{self.name}: calibration images {self._seen}.. hold NaN or infinity")
-        self._hash.update(np.ascontiguousarray(images).tobytes())
+        for array in arrays:
+            self._hash.update(np.ascontiguousarray(array).tobytes())
         self._varied |= bool((low != high).any())
         self._first = flat[0].copy() if self._first is None else self._first
         self._different |= bool((flat != self._first).any())
-        self._seen += len(images)
+        self._seen += len(flat)
+
+
+def open_arrays(
+    source: Path, specs: Sequence[TensorSpec], *, limit: int | None = None, seed: int = 0
+) -> CalibrationImages:
+    """Calibration samples of a network of several inputs: an .npz file with an array of each, by its name.
+
+    `limit` of them (default 256) are drawn as `open_images` does. Raises RefusedError as
+    `runtime.runners.feeds.read_feeds`, and where there are fewer than two.
+    """
+    from runtime.runners.feeds import read_feeds
+
+    arrays = tuple(read_feeds(source, specs, limit=_enough(limit), seed=seed).values())
+    count = len(arrays[0])
+
+    def read(size: int) -> Iterator[tuple[Array, ...]]:
+        for start in range(0, count, size):
+            yield tuple(array[start : start + size] for array in arrays)
+
+    _refuse_too_few(source, count)
+    few = (f"calibrated on {count} samples of {source.name}; ranges want a few hundred (--data)",)
+    return CalibrationImages(source.name, count, read, seed, warnings=few if count < _FEW else ())
 
 
 def open_images(
@@ -102,22 +121,33 @@ def open_images(
     """
     from gmconv.data import load_samples
 
-    if limit is not None and limit < 2:
-        raise RefusedError(f"{limit} calibration image(s) asked for; ranges need at least two, better a few hundred")
     samples = load_samples(
         source,
         input_shape=shape,
         preprocessing=preprocessing,
         dataset=dataset,
-        limit=limit or DEFAULT_IMAGES,
+        limit=_enough(limit),
         seed=seed,
         part="train",
     )
-    if samples.count < 2:
-        raise RefusedError(
-            f"{source}: {samples.count} calibration image; ranges need at least two, better a few hundred"
-        )
-    return CalibrationImages(samples.images_alone(), seed, warnings=_warnings(samples, dataset))
+    _refuse_too_few(source, samples.count)
+    alone = samples.images_alone()
+
+    def read(size: int) -> Iterator[tuple[Array, ...]]:
+        return ((part.images,) for part in alone.batches(size))
+
+    return CalibrationImages(samples.name, samples.count, read, seed, warnings=_warnings(samples, dataset))
+
+
+def _enough(limit: int | None) -> int:
+    if limit is not None and limit < 2:
+        raise RefusedError(f"{limit} calibration image(s) asked for; ranges need at least two, better a few hundred")
+    return limit or DEFAULT_IMAGES
+
+
+def _refuse_too_few(source: str | Path, count: int) -> None:
+    if count < 2:
+        raise RefusedError(f"{source}: {count} calibration image; ranges need at least two, better a few hundred")
 
 
 def _warnings(samples: Samples, dataset: dict[str, Any] | None) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from export.precision.calibration_images import CalibrationImages
     from export.precision.plan import PrecisionPlan
     from gmconv.images import Preprocessing
-    from runtime.manifest import Manifest
+    from runtime.manifest import Manifest, TensorSpec
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -223,13 +223,15 @@ class PrecisionConverter:
     def calibrate(self) -> Calibration:
         """The histograms of the activations, measured on the first call."""
         if self._calibration is None:
-            from export.graph.check import image_shape
+            from export.graph.check import tensor_specs
             from export.precision.calibration import calibrate
             from export.precision.quantize import tensors_to_calibrate
 
-            batch, shape = image_shape(self.model)
-            images = open_calibration(self.options, shape, self.preprocessing, self.dataset)
-            images.batch, images.fixed_batch = batch or self.options.calibration_batch, batch is not None
+            specs, _ = tensor_specs(self.model)
+            images = open_calibration(self.options, specs, self.preprocessing, self.dataset)
+            batch = specs[0].shape[0]
+            images.fixed_batch = isinstance(batch, int)
+            images.batch = batch if isinstance(batch, int) else self.options.calibration_batch
             tensors = tensors_to_calibrate(self.model, self.options.target)
             self._calibration = calibrate(self.model, images, tensors, progress=self.progress)
         return self._calibration
@@ -249,16 +251,17 @@ class PrecisionConverter:
 
 def open_calibration(
     options: PrecisionOptions,
-    shape: tuple[int, int, int],
+    specs: Sequence[TensorSpec],
     preprocessing: Preprocessing | None,
     dataset: dict[str, Any] | None,
 ) -> CalibrationImages:
-    """The images that `options` name, else those of the data set that the network was trained on, as far as it is here.
+    """The samples that `options` name, else those of the data set that the network was trained on, if it is here.
 
-    Raises RefusedError as `open_images`, and when neither names any.
+    `specs`: what the network takes. Raises RefusedError as `open_images` and `open_arrays`, and when neither names any.
     """
-    from export.precision.calibration_images import open_images
+    from export.precision.calibration_images import open_arrays, open_images
     from gmconv.data import trained_on
+    from runtime.runners.feeds import taken
 
     source = options.calibration or trained_on(dataset)
     if source is None:
@@ -267,7 +270,16 @@ def open_calibration(
             "--data digits"
         )
     limit, seed = options.calibration_images, options.seed
-    return open_images(source, shape, limit=limit, seed=seed, preprocessing=preprocessing, dataset=dataset)
+    shape = specs[0].shape[1:]
+    if len(specs) == 1 and len(shape) == 3 and all(isinstance(side, int) for side in shape):
+        image: Any = shape
+        return open_images(source, image, limit=limit, seed=seed, preprocessing=preprocessing, dataset=dataset)
+    if Path(source).suffix == ".npz":
+        return open_arrays(Path(source), specs, limit=limit, seed=seed)
+    raise RefusedError(
+        f"{source}: int8 and fp8 are calibrated on images of one size or on --data FILE.npz with an array of each "
+        f"input by its name; this network takes {taken(specs)}"
+    )
 
 
 def with_precision(manifest: Manifest, model: ModelProto, audit: PrecisionAudit) -> Manifest:

@@ -13,7 +13,8 @@ from gmconv.errors import RefusedError
 from gmconv.npz import npz_header, npz_layout, npz_names
 from runtime.artefact import Facts
 from runtime.manifest import TensorSpec
-from runtime.runners.base import Runner, as_inputs, numpy_dtype
+from runtime.runners.base import Runner, as_inputs
+from runtime.runners.feeds import refuse_misfit, taken
 
 Array = NDArray[Any]
 
@@ -31,13 +32,13 @@ def image_shape(runner: Runner, about: Facts, data: str | Path) -> tuple[int, in
     """
     path, spec = runner.artefact.path, image_input(runner)
     if len(spec.shape) != 4:
-        raise RefusedError(f"{path}: evaluation knows networks of images; this one takes {_taken(runner)}")
+        raise RefusedError(f"{path}: evaluation knows networks of images; this one takes {taken(runner.inputs)}")
     known: Sequence[int] = (0, *about.preprocessing.size) if about.preprocessing else (0, 0, 0)
     if len(runner.inputs) > 1:
         names = npz_names(Path(data)) if Path(data).suffix == ".npz" else []
         if missing := [one.name for one in runner.inputs if one.name not in names]:
             raise RefusedError(
-                f"{path}: takes {_taken(runner)}, and {data} holds {_held(data)}, no {missing[0]!r}: give --data "
+                f"{path}: takes {taken(runner.inputs)}, and {data} holds {_held(data)}, no {missing[0]!r}: give --data "
                 f"FILE.npz with an array of each input by its name, and labels"
             )
         known = npz_header(Path(data), spec.name)[0][1:]
@@ -51,24 +52,16 @@ def _held(data: str | Path) -> str:
     return npz_layout(Path(data)) if Path(data).suffix == ".npz" else "images alone"
 
 
-def other_inputs(runner: Runner, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """The arrays of the inputs besides the image. Raises RefusedError where one has another shape or kind."""
+def other_inputs(runner: Runner, arrays: Mapping[str, Array], data: str | Path) -> dict[str, Array]:
+    """The arrays in `data` of the inputs besides the image. Raises RefusedError where one has another shape or kind."""
     found = {}
     for spec in runner.inputs:
         if spec.name == image_input(runner).name:
             continue
-        array, kind = arrays[spec.name], numpy_dtype(spec.dtype)
-        fits = all(isinstance(a, str) or a == b for a, b in zip(spec.shape[1:], array.shape[1:], strict=False))
-        if array.ndim != len(spec.shape) or not fits or not np.can_cast(array.dtype, kind, "same_kind"):
-            raise RefusedError(
-                f"array {spec.name!r} is {array.dtype} {array.shape}; the network takes {_taken(runner)}"
-            )
+        array = arrays[spec.name]
+        refuse_misfit(data, spec.name, array.shape, array.dtype, runner.inputs, spec)
         found[spec.name] = array
     return found
-
-
-def _taken(runner: Runner) -> str:
-    return ", ".join(f"{s.name} {s.dtype} ({', '.join(map(str, s.shape))})" for s in runner.inputs)
 
 
 def outputs_of(runner: Runner, names: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -78,7 +71,7 @@ def outputs_of(runner: Runner, names: Sequence[str], feeds: Mapping[str, Array])
     another number of inputs.
     """
     if len(runner.inputs) != len(feeds):
-        raise RefusedError(f"{runner.artefact.path}: takes {_taken(runner)}, the reference {', '.join(feeds)}")
+        raise RefusedError(f"{runner.artefact.path}: takes {taken(runner.inputs)}, the reference {', '.join(feeds)}")
     given = as_inputs(runner.inputs, feeds)
     count = len(next(iter(given.values())))
     limits = [profile[name].max[0] for profile in runner.profiles for name in given if name in profile]

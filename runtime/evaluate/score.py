@@ -231,4 +231,4 @@ def _samples(about: Facts, runner: Runner, options: EvaluateOptions) -> tuple[Sa
         )
     if options.labelled and _unlabelled(samples, options):
         raise RefusedError(f"{images} has no labels, so --max-drop cannot be judged; use --min-agreement")
-    return samples, other_inputs(runner, samples.targets()) if several else {}
+    return samples, other_inputs(runner, samples.targets(), images) if several else {}

@@ -12,10 +12,10 @@ import numpy as np
 
 from gmconv.data import load_samples, trained_on
 from gmconv.errors import RefusedError, UnavailableError
-from gmconv.npz import npz_array, npz_header, npz_layout, npz_names
 from runtime.artefact import Facts
 from runtime.manifest import ShapeRange, TensorSpec
 from runtime.runners.base import Array, numpy_dtype
+from runtime.runners.feeds import read_feeds, taken
 
 #: Batches tried where the batch is free and no profile bounds it; the last is above what a forward may call small.
 FREE_BATCHES = (1, 2, 3, 17)
@@ -56,7 +56,8 @@ class Case:
 class Wanted:
     """What to compare on.
 
-    `images`: a folder, an .npz file of images or "digits", instead of the digits that a network was trained on.
+    `images`: a folder, an .npz file or "digits", instead of the digits that a network was trained on; of a network that
+    takes something else than one image, an .npz file with an array per input.
     `inputs`: an .npz file with one array per input, used alone. `samples`: of real data. `noise`: samples of noise at
     the main shape where nothing is real. `seed`: of noise and draws. `calibrated`: ranges, or a crop, were calibrated
     on data: real samples fill the corners then, because noise lies outside what the candidate was made for; None: some
@@ -85,7 +86,7 @@ def make_cases(
     Raises RefusedError when a source is missing or does not fit.
     """
     if wanted.inputs is not None:
-        return _given(wanted.inputs, specs, profiles), []
+        return [_given(wanted.inputs, specs, profiles)], []
     corners, main = corner_shapes(specs, profiles, facts)
     notes: list[str] = []
     real = _real(specs, main, facts, wanted, notes)
@@ -235,9 +236,14 @@ def _real(specs: Sequence[TensorSpec], main: Shapes, facts: Facts, wanted: Wante
         return []
     shape = main[specs[0].name]
     if len(specs) != 1 or len(shape) != 4 or numpy_dtype(specs[0].dtype).kind not in "fV":
-        if images:
-            raise RefusedError(f"--images needs a network with one image input; this one takes {_taken(specs)}")
-        return []
+        if not images:
+            return []
+        if Path(images).suffix != ".npz":
+            raise RefusedError(
+                f"{images}: the network takes {taken(specs)}; give --data FILE.npz with an array of each by its name"
+            )
+        sized = [replace(one, shape=(one.shape[0], *main[one.name][1:])) for one in specs]
+        return [_given(Path(images), sized, (), shape[0], wanted.samples, wanted.seed)]
     try:
         found = load_samples(
             spec,
@@ -288,35 +294,38 @@ def _same_image(corner: Shapes, main: Shapes) -> bool:
     return all(corner[name][1:] == main[name][1:] for name in main)
 
 
-def _given(path: Path, specs: Sequence[TensorSpec], profiles: Sequence[Mapping[str, ShapeRange]]) -> list[Case]:
-    """One case from an .npz file with an array per input, cut into batches the network takes."""
-    names = npz_names(path)
-    single = names[0] if len(names) == len(specs) == 1 else None
-    chosen = {spec.name: single or spec.name for spec in specs}
-    if missing := [spec.name for spec in specs if chosen[spec.name] not in names]:
-        raise RefusedError(f"{path}: holds {npz_layout(path)}, no {missing[0]!r}; {_taken(specs)}")
-    headers = {spec.name: npz_header(path, chosen[spec.name]) for spec in specs}
-    for spec in specs:
-        shape, dtype = headers[spec.name]
-        fits = len(shape) == len(spec.shape) and all(
-            isinstance(want, str) or got == want for got, want in zip(shape[1:], spec.shape[1:], strict=False)
-        )
-        if not fits or dtype != numpy_dtype(spec.dtype):
-            raise RefusedError(f"{path}: {chosen[spec.name]!r} is {dtype} {shape}; {_taken(specs)}")
-    counts = {shape[0] for shape, _ in headers.values()}
-    if len(counts) != 1 or counts == {0}:
-        raise RefusedError(f"{path}: holds {npz_layout(path)}; the same number of samples, at least 1, is needed")
-    count, first = counts.pop(), specs[0].shape[0]
-    size = first if isinstance(first, int) else min(count, FREE_BATCHES[-1])
-    if profiles:
-        size = min(size, max(next(iter(profile.values())).max[0] for profile in profiles))
-    if size > count:
+def _given(
+    path: Path,
+    specs: Sequence[TensorSpec],
+    profiles: Sequence[Mapping[str, ShapeRange]],
+    size: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Case:
+    """One case from an .npz file with an array per input, in batches of `size`, else of what the network takes."""
+    arrays = read_feeds(path, specs, limit=limit, seed=seed)
+    count, first = len(next(iter(arrays.values()))), specs[0].shape[0]
+    if isinstance(first, int):
+        size = first
+    elif size is None:
+        size = min(count, FREE_BATCHES[-1], *(next(iter(profile.values())).max[0] for profile in profiles))
+    if isinstance(first, int) and size > count:
         raise RefusedError(f"{path}: {count} samples do not fill one batch of {size}")
-    arrays = {name: npz_array(path, chosen[name]) for name in headers}
-    starts = range(0, count - count % size if isinstance(first, int) else count, size)
-    batches = [{name: array[start : start + size] for name, array in arrays.items()} for start in starts]
-    return [Case(path.name, {n: (size, *s[1:]) for n, (s, _) in headers.items()}, batches, real=True)]
+    shapes = {name: (size, *array.shape[1:]) for name, array in arrays.items()}
+    return Case(path.name, shapes, _array_feeds(arrays, size, isinstance(first, int)), real=True)
 
 
-def _taken(specs: Sequence[TensorSpec]) -> str:
-    return "the network takes " + ", ".join(f"{s.name} {s.dtype} {tuple(s.shape)}" for s in specs)
+@dataclass(frozen=True, slots=True)
+class _array_feeds:  # noqa: N801
+    """Arrays as feeds, in batches of `size`; with a fixed batch what does not fill one is left out."""
+
+    arrays: Feeds
+    size: int
+    fixed: bool
+    only: int | None = None
+
+    def __iter__(self) -> Iterator[Feeds]:
+        count = len(next(iter(self.arrays.values())))
+        starts = range(0, count - count % self.size if self.fixed else count, self.size)
+        for start in starts[: self.only]:
+            yield {name: array[start : start + self.size] for name, array in self.arrays.items()}

@@ -116,6 +116,28 @@ def test_several_inputs_and_outputs_of_any_nesting(tmp_path: Path) -> None:
     assert np.allclose(found["maps.1"], expected["maps"][1].numpy(), atol=1e-5)
 
 
+def test_several_inputs_are_calibrated_and_judged_on_their_arrays(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    random = np.random.default_rng(0)
+    arrays = {
+        "image": random.standard_normal((40, 3, 8, 8)),  # float64: what numpy makes where nobody says
+        "mask": random.random((40, 1, 8, 8), dtype=np.float32),
+        "age": random.integers(0, 7, (40, 1)),
+    }
+    np.savez(tmp_path / "data.npz", **arrays)
+    examples = {name: torch.from_numpy(array[:3]) for name, array in arrays.items()}
+    examples["image"] = examples["image"].float()
+    done = gmconv.deploy(
+        Several().eval(), examples, tmp_path / "net.onnx", precisions=("int8",), images=tmp_path / "data.npz"
+    )
+    (manifest,) = done.manifests
+    assert manifest.precision_found == {"int8": 2}
+    assert manifest.calibration is not None
+    assert (manifest.calibration.source, manifest.calibration.images) == ("data.npz", 40)
+    assert manifest.parity is not None
+    assert "images, data.npz" in {hop.inputs for hop in manifest.parity.hops}
+
+
 def test_a_golden_pair_of_another_network_is_refused_at_its_own_hop(net: nn.Module, tmp_path: Path) -> None:
     other = Net()
     other.load_state_dict(net.state_dict())

@@ -124,7 +124,7 @@ def test_digits_for_calibration_are_not_those_accuracy_is_measured_on() -> None:
 
     split = {"name": "digits", "test_size": 0.2, "split_seed": 0}
     images = open_images("digits", (1, 8, 8), limit=1797, dataset=split)
-    seen = {image.tobytes() for batch in images.batches() for image in batch}
+    seen = {image.tobytes() for (batch,) in images.batches() for image in batch}
     held_out = [image for part in load_samples("digits", input_shape=(1, 8, 8), dataset=split) for image in part.images]
     assert images.count == 1437
     # scikit-learn's set holds a few digits twice; the split is by index.

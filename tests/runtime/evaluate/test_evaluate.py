@@ -250,7 +250,7 @@ def test_several_inputs_come_from_the_arrays_of_their_names(tmp_path: Path) -> N
     with pytest.raises(RefusedError, match=r"takes shift int64 \(n, 8\), image .* holds image .*, no 'shift'"):
         evaluate(paths, EvaluateOptions(images=tmp_path / "one.npz"))
     np.savez(tmp_path / "odd.npz", image=image, shift=shift[:, 1:], labels=labels)
-    with pytest.raises(RefusedError, match=r"array 'shift' is int64 \(20, 7\)"):
+    with pytest.raises(RefusedError, match=r"odd.npz: 'shift' is int64 \(20, 7\)"):
         evaluate(paths, EvaluateOptions(images=tmp_path / "odd.npz"))
     with pytest.raises(RefusedError, match=r"a\.onnx: takes shift .*, the reference input"):
         evaluate([save(tmp_path / "d.onnx"), paths[0]], EvaluateOptions(images=tmp_path / "one.npz"))

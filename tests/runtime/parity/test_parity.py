@@ -444,7 +444,7 @@ def test_inputs_from_a_file(pair: tuple[Path, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({"input": np.zeros((2, 3, 16, 16))}, "float64"),
+        ({"input": np.zeros((2, 3, 16, 16), np.uint8)}, "uint8"),
         ({"input": np.zeros((2, 3, 16), np.float32)}, r"float32 \(2, 3, 16\)"),
         ({"input": np.zeros((0, 3, 16, 16), np.float32)}, "at least 1"),
         ({"a": np.zeros(2), "b": np.zeros(2)}, r"holds a float64 \(2,\), b float64 \(2,\), no 'input'"),

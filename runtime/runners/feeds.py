@@ -1,0 +1,75 @@
+"""Inputs that somebody keeps in an .npz file: an array of each by its name, a row for each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gmconv.errors import RefusedError
+from gmconv.npz import npz_array, npz_header, npz_layout, npz_names, npz_rows
+from runtime.manifest import TensorSpec
+from runtime.runners.base import Array, numpy_dtype
+
+
+def read_feeds(path: Path, specs: Sequence[TensorSpec], *, limit: int | None = None, seed: int = 0) -> dict[str, Array]:
+    """The array of each input, by its name and in its dtype; a single array may have any name.
+
+    Args:
+        path: the .npz file.
+        specs: what the network takes; axes that are names are free.
+        limit: at most this many samples, drawn by `seed` without repetition and kept in their order.
+        seed: of the draw.
+
+    Raises RefusedError where an array is missing, has another shape or kind, or holds another number of samples.
+    """
+    names = npz_names(path)
+    single = names[0] if len(names) == len(specs) == 1 else None
+    chosen = {spec.name: single or spec.name for spec in specs}
+    if missing := [name for name in chosen.values() if name not in names]:
+        raise RefusedError(f"{path}: holds {npz_layout(path)}, no {missing[0]!r}; the network takes {taken(specs)}")
+    headers = {spec.name: npz_header(path, chosen[spec.name]) for spec in specs}
+    for spec in specs:
+        refuse_misfit(path, chosen[spec.name], *headers[spec.name], specs, spec)
+    counts = sorted({shape[0] for shape, _ in headers.values()})
+    if len(counts) != 1 or counts == [0]:
+        raise RefusedError(f"{path}: holds {npz_layout(path)}; the same number of samples, at least 1, is needed")
+    if limit is None or limit >= counts[0]:
+        arrays = {name: npz_array(path, chosen[name]) for name in headers}
+    else:
+        drawn = np.sort(np.random.default_rng(seed).permutation(counts[0])[:limit])
+        arrays = {name: np.stack(list(npz_rows(path, chosen[name])(drawn))) for name in headers}
+    return {spec.name: arrays[spec.name].astype(numpy_dtype(spec.dtype), copy=False) for spec in specs}
+
+
+def refuse_misfit(
+    where: object,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype[np.generic],
+    specs: Sequence[TensorSpec],
+    spec: TensorSpec,
+) -> None:
+    """Raise RefusedError unless an array of that shape and dtype is one for the input `spec` of `specs`.
+
+    Another width is cast, another kind is not: whole numbers for an input of floating point are pixels that nobody
+    has normalized.
+    """
+    wanted = numpy_dtype(spec.dtype)
+    same = len(shape) == len(spec.shape) and all(
+        isinstance(length, str) or got == length for got, length in zip(shape[1:], spec.shape[1:], strict=True)
+    )
+    kinds = [{"u": "i", "V": "f"}.get(one.kind, one.kind) for one in (dtype, wanted)]
+    if not same or kinds[0] != kinds[1]:
+        raise RefusedError(f"{where}: {name!r} is {dtype} {sides(shape)}; the network takes {taken(specs)}")
+
+
+def taken(specs: Sequence[TensorSpec]) -> str:
+    """What a network takes, in words: "image float32 (batch, 3, 32, 32), meta float32 (batch, 4)"."""
+    return ", ".join(f"{spec.name} {spec.dtype} {sides(spec.shape)}" for spec in specs)
+
+
+def sides(shape: Sequence[int | str]) -> str:
+    """A shape in words: "(batch, 4)"."""
+    return f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
