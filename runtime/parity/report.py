@@ -14,6 +14,7 @@ import msgspec
 from gmconv.foreign import NOTHING, Foreign
 from runtime.artefact import artefact_kind
 from runtime.manifest import find_manifest
+from runtime.parity.unrounded import UNROUNDED
 from runtime.parity.verdict import Verdict
 from runtime.records import Parity as ParityRecord
 from runtime.records import Tolerance
@@ -202,9 +203,10 @@ def _table(report: ParityReport, candidate: CandidateReport) -> Table:
         f"{tolerance.precision} tolerance {tolerance.rel_rms:.1e} ({tolerance.source})",
     )
     for hop in candidate.verdict.hops:
+        form = UNROUNDED if hop.name.endswith(UNROUNDED) else ""
         for o in hop.outputs:
             table.add(
-                hop.inputs,
+                f"{hop.inputs}{form}",
                 *[o.output] * several,
                 hop.shape,
                 str(o.samples),

@@ -15,6 +15,7 @@ from export.graph.check import save_graph
 from export.precision.convert import convert_precision
 from export.precision.converter import PrecisionOptions
 from runtime.manifest import read_manifest
+from runtime.parity.report import ParityReport
 from runtime.parity.run import CandidateReport, ParityOptions, compare_artefacts
 from runtime.parity.unrounded import UNROUNDED
 from runtime.runners import onnxruntime
@@ -65,6 +66,9 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CandidateReport]
 def test_a_clean_artefact_passes_also_where_layers_were_kept(said: dict[str, CandidateReport], form: str) -> None:
     assert said[form].passed, said[form].failures()
     assert any(hop.name.endswith(UNROUNDED) for hop in said[form].verdict.hops)
+    table = repr(ParityReport(reference=Path("net.pt"), engine="torch", candidates=(said[form],)))
+    assert f"digits{UNROUNDED}" in table
+    assert "digits  " in table
 
 
 @pytest.mark.parametrize("form", FORMS)
