@@ -84,6 +84,6 @@ def softmax(scores: Array) -> Array:
 
 
 def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= 1000 or len(text) > 4:
+    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= 1000):
         raise RequestError("k must be a whole number from 1 to 1000")
     return int(text)

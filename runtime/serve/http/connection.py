@@ -301,8 +301,7 @@ class HttpConnection(Connection):
         else:
             self.transport.write(head)
             self.transport.write(body)
-        if request is not self._current:
-            self._current = request
+        self._current = request
         self._lingering |= not keep
         if not self.stuck:
             self._sent()

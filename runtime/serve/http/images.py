@@ -13,6 +13,7 @@ import resource
 import signal
 import struct
 import sys
+from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
@@ -127,8 +128,7 @@ def main() -> None:
 
 def limit_memory(more: int) -> None:
     """Let the process allocate at most `more` bytes from now on."""
-    with open("/proc/self/statm") as stream:  # noqa: PTH123
-        data = int(stream.read().split()[5]) * resource.getpagesize()
+    data = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_DATA, (data + more, data + more))
 
 

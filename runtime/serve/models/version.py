@@ -197,18 +197,8 @@ def make_signature(
 def warm_up(runner: Any, signature: Signature) -> None:
     """Run once per shape that serving meets first: every profile's opt shape, or 1 row and the largest batch."""
     shapes: list[Mapping[str, tuple[int, ...]]] = [{n: r.opt for n, r in p.items()} for p in runner.profiles]
-    if not shapes:
-        batches = {1, signature.max_rows} if signature.max_rows else {1}
-        shapes = [
-            {
-                s.name: tuple(rows if a == 0 and signature.max_rows else _extent(d) for a, d in enumerate(s.shape))
-                for s in runner.inputs
-            }
-            for rows in sorted(batches)
-        ]
+    for rows in () if shapes else sorted({1, signature.max_rows or 1}):
+        sizes = {s.name: tuple(d if isinstance(d, int) else 32 for d in s.shape) for s in runner.inputs}
+        shapes.append({name: (rows, *size[1:]) if signature.max_rows else size for name, size in sizes.items()})
     for shape in shapes:
         runner.run({s.name: np.zeros(shape[s.name], numpy_dtype(s.dtype)) for s in runner.inputs})
-
-
-def _extent(dim: int | str) -> int:
-    return dim if isinstance(dim, int) else 32
