@@ -61,8 +61,11 @@ def comparison_cases(
     note: Note = lambda text: None,
 ) -> list[Case]:
     """Parity's cases, batch by batch: noise and images at the batches and sizes to be free; then what is the user's."""
+    from gmconv.lookups import table_ends
+
     given = options.images or (options.precision.calibration if options.precision else None)
     between = {one.name: one.between for one in loaded.inputs}
+    between |= table_ends(loaded.model, loaded.inputs, options.batch or 2)  # as parity draws them
     wanted = Wanted(images=given, samples=options.samples, noise=0, seed=options.seed, calibrated=None, between=between)
     facts = Facts(
         loaded.input_shape,

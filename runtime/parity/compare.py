@@ -246,7 +246,7 @@ class _Sums:
         cosine = min(1.0, self.dot / norms) if norms and self.error_power else float(self.error_power == 0)
         ranks = self._ranks(2 * tolerance.rel_rms * scale)
         reasons = [] if self.integral else _over(rel_rms, max_rel, cosine, ranks.get("top1_decided"), tolerance)
-        reasons += over_all
+        reasons += [reason for reason in over_all if reason not in reasons]
         margin = min(_ratio(tolerance.rel_rms, rel_rms), _ratio(tolerance.max_rel_rms, max_rel))
         return OutputComparison(
             output=name,

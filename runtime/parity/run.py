@@ -100,11 +100,9 @@ def _compare(
         facts = candidate.artefact.facts | reference.artefact.facts
         _check_source(reference.artefact, artefact, notes)
         wanted = _wanted(options, tolerance, [m.crop for m in (manifest, source) if m and m.crop])
-        if artefact.kind == "onnx":
-            whole = [spec.name for spec in candidate.inputs if spec.dtype in ("int32", "int64")]
-            wanted = replace(wanted, between=table_ends(path, whole))
-        cases, more = make_cases(candidate.inputs, candidate.profiles, facts, wanted)
         pair = _Pair(reference, candidate, memory)
+        wanted = replace(wanted, between=pair.table_ends())
+        cases, more = make_cases(candidate.inputs, candidate.profiles, facts, wanted)
         judge = beside is not None and tolerance == tolerance_for("fp32")
         yardstick = Yardstick()
         recorded = _recorded(pair, tolerance, options)
@@ -239,6 +237,14 @@ class _Pair:
         self.notes += order_notes("outputs", own, names)
         if reference.artefact.kind == "checkpoint" and set(own) != set(names) and len(own) == len(names):
             self._outputs = dict(zip(own, names, strict=True))
+
+    def table_ends(self) -> dict[str, tuple[int, int]]:
+        """First and last row, for those of the candidate's inputs that choose rows of a table on either side."""
+        found = table_ends(self.candidate)
+        for name, (low, high) in table_ends(self.reference).items():
+            other = self._inputs[name][0]
+            found[other] = low, min(high, found.get(other, (low, high))[1])
+        return found
 
     def hop(self, case: Case, outputs: tuple[OutputComparison, ...], tolerance: Tolerance, how: str = "") -> Hop:
         """The record of one case; `how`: in what form the candidate ran."""

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from runtime.runners.base import Runner
+
 _STORED = ("Cast", "DequantizeLinear", "Identity")
 _PASSING = (*_STORED, "Flatten", "Gather", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 
 
-def table_ends(path: Path, names: Collection[str]) -> dict[str, tuple[int, int]]:
-    """First and last row, for those of the inputs `names` that choose rows of a table stored in an ONNX file."""
+def table_ends(runner: Runner) -> dict[str, tuple[int, int]]:
+    """First and last row, for those inputs of a checkpoint or an ONNX file that choose rows of a table."""
+    if runner.artefact.kind == "checkpoint":
+        return runner.table_ends()  # type: ignore[attr-defined,no-any-return]
+    whole = [spec.name for spec in runner.inputs if spec.dtype in ("int32", "int64")]
+    return stored_tables(runner.artefact.path, whole) if runner.artefact.kind == "onnx" else {}
+
+
+def stored_tables(path: Path, names: Collection[str]) -> dict[str, tuple[int, int]]:
+    """The same of the inputs `names` of an ONNX file, from its graph."""
     if not names:
         return {}
     import onnx

@@ -185,6 +185,10 @@ class TorchRunner(Runner):
                 log.warning("%s: no CUDA graph (%s); run without", self.name, self._graph_problem)
         return None
 
+    def table_ends(self) -> dict[str, tuple[int, int]]:
+        """See `gmconv.lookups`."""
+        return require("gmconv.lookups", "export").table_ends(self.model, self.checkpoint.inputs)  # type: ignore[no-any-return]
+
     def activations(self, feeds: Mapping[str, Array]) -> dict[str, list[Array]]:
         """What each module returned in one run, call by call, in the order in which they returned first.
 

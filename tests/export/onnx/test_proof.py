@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from export.onnx.cases import Case
+from export.onnx.cases import Case, comparison_cases
+from export.onnx.options import ExportOptions
 from export.onnx.proof import Proof
 from export.onnx.reference import Reference
+from export.onnx.trained import InMemory, Live
 from gmconv.certificate import BakeCertificate
+from gmconv.foreign import NOTHING
 from runtime.runners.base import Array
 
 RNG = np.random.default_rng(0)
@@ -67,3 +71,22 @@ def test_a_check_that_could_not_be_made_is_noted(tmp_path: Path) -> None:
     verdict = replace(plain, reference=reference).judge_file("fp16", tmp_path / "net.onnx")
     assert verdict.notes[-1].startswith("not compared with its activations unrounded")
     assert "net.onnx" in verdict.notes[-1]
+
+
+class Table(torch.nn.Module):
+    """An image, and a kind of ten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.rows = torch.nn.Conv2d(3, 4, 3), torch.nn.Embedding(10, 4)
+
+    def forward(self, image: torch.Tensor, kind: torch.Tensor) -> torch.Tensor:
+        return self.conv(image).mean((2, 3)) + self.rows(kind)
+
+
+def test_whole_numbers_that_choose_rows_are_drawn_over_the_whole_table_whatever_the_examples_hold() -> None:
+    examples = torch.zeros(4, 3, 8, 8), torch.tensor([2, 3, 2, 3])
+    loaded = InMemory(Live(Table().eval(), examples, NOTHING)).loaded
+    drawn = [case.feeds["kind"] for case in comparison_cases(loaded, ExportOptions()) if case.noise]
+    found = np.unique(np.concatenate(drawn))
+    assert (found.min(), found.max()) == (0, 9)

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from runtime.parity.__main__ import main
-from runtime.parity.tables import table_ends
+from runtime.parity.tables import stored_tables
 
 
 def save(path: Path, *, lost: int | None = None, stored: str = "") -> Path:
@@ -38,9 +38,9 @@ def save(path: Path, *, lost: int | None = None, stored: str = "") -> Path:
 @pytest.mark.parametrize("stored", ["", "Identity"])
 def test_the_rows_are_those_of_the_table(tmp_path: Path, stored: str) -> None:
     path = save(tmp_path / "a.onnx", stored=stored)
-    assert table_ends(path, ["kind"]) == {"kind": (0, 9)}
-    assert not table_ends(path, ["other"])
-    assert not table_ends(path, [])
+    assert stored_tables(path, ["kind"]) == {"kind": (0, 9)}
+    assert not stored_tables(path, ["other"])
+    assert not stored_tables(path, [])
 
 
 def test_a_lost_row_fails(tmp_path: Path) -> None:
