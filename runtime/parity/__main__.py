@@ -60,6 +60,8 @@ def main(
     from gmconv.cli import print_json, progress_console, result_console
     from runtime.parity.run import ParityOptions, compare_artefacts
 
+    if flags["inputs"] is not None and flags["images"] is not None:
+        raise click.UsageError("--inputs are compared on alone: leave --data out, or give it instead")
     if flags["images"] is not None:
         refuse_missing(flags["images"])
     for path in (reference, *candidates):

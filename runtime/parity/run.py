@@ -90,7 +90,7 @@ def _compare(
 ) -> CandidateReport:
     started = time.perf_counter()
     note(f"opening {path.name}")
-    notes: list[str] = []
+    notes = [f"{path.name} is the reference itself"] * (path.resolve() == reference.artefact.path.resolve())
     artefact, source = open_artefact(path), reference.artefact.manifest
     artefact.require_agreement(options.foreign.preprocessing)
     manifest = artefact.manifest

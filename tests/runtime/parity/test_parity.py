@@ -531,6 +531,7 @@ def test_the_report_is_one_file_with_the_verdict(pair: tuple[Path, Path], tmp_pa
         (("none.pt", "none.onnx", "--precision", "int4"), 2),
         (("none.pt", "none.onnx", "--samples", "0"), 2),
         (("none.pt", "none.onnx", "--input-shape", "3x3"), 2),
+        (("none.pt", "none.onnx", "--inputs", "a.npz", "--data", "digits"), 2),
     ],
 )
 def test_usage_and_missing_files(arguments: tuple[str, ...], code: int) -> None:
