@@ -106,7 +106,7 @@ def require_writable(path: Path, *inputs: Path | None) -> None:
     """
     _refuse_special(path)
     if path.exists() and any(given is not None and given.exists() and path.samefile(given) for given in inputs):
-        raise RefusedError(f"{path}: is an input of this command, which it would overwrite; give -o another name")
+        raise RefusedError(f"{path}: is an input of this command, which it would overwrite; give another name")
     if not path.parent.is_dir():
         raise RefusedError(f"{path}: cannot be written (there is no folder {path.parent}); make it first")
 

@@ -7,8 +7,8 @@ the artefact, else the first artefact. A Q/DQ graph runs as it is served (`runti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,13 +82,7 @@ def evaluate(artefacts: Sequence[str | Path], options: EvaluateOptions | None = 
         samples, others = _samples(known, runner, options)
         names = _output_names(runners, found)
         judge = _judge(samples, names, runners, options)
-        done, image = 0, image_input(runner).name
-        for batch in samples.batches(options.batch):
-            taken = slice(done, done := done + len(batch.images))
-            feeds = {s.name: batch.images if s.name == image else others[s.name][taken] for s in runner.inputs}
-            given = {id(one): outputs_of(one, names, feeds) for one in dict.fromkeys(runners)}
-            judge.add([given[id(one)] for one in runners], batch)
-        scores: Sequence[Score | PixelScore | MetricScore] = judge.scores()[1:]
+        scores = _scores(judge, runners, samples, others, names, options)
         rows = [
             ArtefactScore(
                 artefact=artefact.path.name,
@@ -114,6 +108,46 @@ def evaluate(artefacts: Sequence[str | Path], options: EvaluateOptions | None = 
     )
 
 
+def _scores(
+    judge: ClassJudge | PixelJudge | MetricJudge,
+    runners: Sequence[Runner],
+    samples: Samples,
+    others: Mapping[str, NDArray[Any]],
+    names: Sequence[str],
+    options: EvaluateOptions,
+) -> Sequence[Score | PixelScore | MetricScore]:
+    """Of the runners but the first, the reference, in order. `others`: inputs beside the image."""
+    done, image = 0, image_input(runners[0]).name
+    for batch in samples.batches(options.batch):
+        taken = slice(done, done := done + len(batch.images))
+        feeds = {s.name: batch.images if s.name == image else others[s.name][taken] for s in runners[0].inputs}
+        given = {id(one): outputs_of(one, names, feeds) for one in dict.fromkeys(runners)}
+        for one in runners if options.metric is None else ():
+            _require_finite(one, judge.output, given[id(one)], samples.name)  # type: ignore[union-attr]
+        with _about(samples.name, options):
+            judge.add([given[id(one)] for one in runners], batch)
+    with _about(samples.name, options):
+        return judge.scores()[1:]
+
+
+@contextmanager
+def _about(images: str, options: EvaluateOptions) -> Iterator[None]:
+    """What labels or masks are refused for is told with the data they belong to."""
+    try:
+        yield
+    except RefusedError as error:
+        raise error if options.metric is not None else RefusedError(f"{images}: {error.message}") from error
+
+
+def _require_finite(runner: Runner, output: str, outputs: Mapping[str, NDArray[Any]], images: str) -> None:
+    import numpy as np
+
+    if not np.isfinite(outputs[output]).all():
+        raise RefusedError(
+            f"{runner.artefact.path}: output {output!r} is NaN or infinite on {images}; no accuracy can be given"
+        )
+
+
 def _unlabelled(samples: Samples, options: EvaluateOptions) -> bool:
     return options.metric is None and samples.labels is None and not samples.masked
 
@@ -122,6 +156,8 @@ def _doubt(samples: Samples, known: Facts, options: EvaluateOptions) -> str | No
     """What makes the scores say less than they seem to."""
     if _unlabelled(samples, options):
         return f"{samples.name} has no labels: only agreement with the reference is measured"
+    if options.part == "train" and samples.part == "all":
+        return f"nothing says which part of {samples.name} was trained on: all of it was taken"
     if samples.classes and known.labels and not set(samples.classes) <= set(known.labels):
         shown = ", ".join(f"{name} is {label}" for name, label in zip(samples.classes[:3], known.labels, strict=False))
         return f"the sub-folders of {samples.name} are not named as the network's labels; taken in their order: {shown}"

@@ -321,3 +321,22 @@ def test_preprocessing_that_contradicts_a_manifest_is_refused(tmp_path: Path) ->
     artefact.require_agreement(None)
     with pytest.raises(RefusedError, match=r"its manifest has mean .0\.5.*, not .0\.4"):
         artefact.require_agreement({"mean": (0.4,)})
+
+
+def test_what_cannot_be_judged_names_the_data_or_the_artefact(tmp_path: Path) -> None:
+    artefact = save(tmp_path / "a.onnx")
+    images = np.random.default_rng(0).random((4, 1, 2, 4), dtype=np.float32)
+    np.savez(tmp_path / "far.npz", input=images, labels=np.array([0, 1, 2, CLASSES]))
+    with pytest.raises(RefusedError, match=r"^far\.npz: labels go from 0 to 8, the network has 8 classes"):
+        evaluate([artefact], EvaluateOptions(images=tmp_path / "far.npz"))
+    np.savez(tmp_path / "nan.npz", input=images * np.nan, labels=np.arange(4))
+    with pytest.raises(RefusedError, match=r"a\.onnx: output 'y' is NaN or infinite on nan\.npz"):
+        evaluate([artefact], EvaluateOptions(images=tmp_path / "nan.npz"))
+
+
+def test_a_part_that_nothing_knows_of_is_said(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).random((4, 1, 2, 4), dtype=np.float32)
+    np.savez(tmp_path / "a.npz", input=images, labels=np.arange(4))
+    options = EvaluateOptions(images=tmp_path / "a.npz", part="train")
+    said = "nothing says which part of a.npz was trained on: all of it was taken"
+    assert said in evaluate([save(tmp_path / "a.onnx")], options).warnings
