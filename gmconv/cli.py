@@ -199,7 +199,11 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--calibration", "--calibration-npz", metavar=where, help="Calibrate on these instead of --data."),
         click.option("--images", metavar=where, help="Compare and judge on these instead of --data."),
-        click.option("--data", metavar=where, help="Images: a folder, preprocessed float32 in an .npz, or the digits."),
+        click.option(
+            "--data",
+            metavar=where,
+            help="Images: a folder, preprocessed float32 in an .npz (of several inputs, an array of each), or the digits.",
+        ),
     ):
         collected = option(collected)
     return collected

@@ -98,11 +98,11 @@ class Subject:
 
 
 def subject(name: str, folder: Path) -> Subject:
-    """Make a network of the bench; its pictures to calibrate and to compare on lie beside it."""
+    """Make a network of the bench; the samples to calibrate and to compare on lie beside it."""
     entry, checkpoint = NETWORKS[name], save(name, folder)
     inputs = (("image", (3, SIZE, SIZE), "float32"), ("numbers", (4,), "float32")) if entry.numbers else None
     foreign = Foreign(inputs=inputs) if entry.digits else Foreign(arch=entry.arch, inputs=inputs)
-    images = None if entry.digits or entry.numbers else folder / "pictures.npz"
+    images = None if entry.digits else folder / "samples.npz"
     fresh = [{"image": pictures(16, seed=5)}, {"image": pictures(16, seed=6)}]
     if entry.digits:
         held_out = load_samples("digits", input_shape=(3, SIZE, SIZE), limit=32, seed=5)
@@ -110,8 +110,7 @@ def subject(name: str, folder: Path) -> Subject:
     fresh.append({"image": np.random.default_rng(8).standard_normal((16, 3, SIZE, SIZE), dtype=np.float32)})
     if entry.numbers:
         fresh = [{**feeds, "numbers": numbers(16, seed)} for seed, feeds in enumerate(fresh)]
-    given = folder / "inputs.npz" if entry.numbers else None
-    options = ParityOptions(images=images, inputs=given, samples=SAMPLES, foreign=foreign)
+    options = ParityOptions(images=images, samples=SAMPLES, foreign=foreign)
     return Subject(name, entry, checkpoint, options, fresh)
 
 
@@ -124,7 +123,7 @@ def artefacts(found: Subject, precisions: Sequence[str]) -> Iterator[tuple[str, 
             yield precision, source
             continue
         kind, _, target = precision.partition(" ")
-        calibration = "digits" if found.entry.digits else found.checkpoint.with_name("pictures.npz")
+        calibration = "digits" if found.entry.digits else found.checkpoint.with_name("samples.npz")
         options = PrecisionOptions(calibration=calibration, calibration_images=64, target=target or "tensorrt")
         path = source.with_name(f"net.{precision.replace(' ', '-')}.onnx")
         try:

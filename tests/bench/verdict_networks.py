@@ -193,15 +193,15 @@ def _centre(part: Any, given: Any, output: Tensor) -> None:
 
 
 def save(name: str, folder: Path) -> Path:
-    """A checkpoint of the network and, as `pictures.npz`, the images to calibrate and compare on; `inputs.npz` has what
-    the network with two inputs is compared on."""
+    """A checkpoint of the network and, as `samples.npz`, what to calibrate and compare on, unless it is digits."""
     entry, path = NETWORKS[name], folder / "net.pt"
     if entry.digits:
         arch = entry.arch.partition(":")[2]
         command = ["--dataset", "digits", "--arch", arch, "--seed", "1", "--epochs", "3", "-o", str(path)]
         subprocess.run([sys.executable, "-m", "gmconv.train", *command], check=True, capture_output=True)
         return path
-    np.savez(folder / "pictures.npz", input=pictures(64, seed=2))
-    np.savez(folder / "inputs.npz", image=pictures(32, seed=2), numbers=numbers(32, seed=2))
+    image = pictures(64, seed=2)
+    samples = {"image": image, "numbers": numbers(64, seed=2)} if entry.numbers else {"input": image}
+    np.savez(folder / "samples.npz", **samples)
     gmconv.save_checkpoint(path, trained(entry), entry.arch, (3, SIZE, SIZE))
     return path
