@@ -202,7 +202,7 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--data",
             metavar=where,
-            help="Images: a folder, preprocessed float32 in an .npz (of several inputs, an array of each), or the digits.",
+            help="Images: a folder, an .npz of preprocessed float32 (of several inputs, an array of each), or digits.",
         ),
     ):
         collected = option(collected)

@@ -27,18 +27,41 @@ class Fused(NamedTuple):
     modules: tuple[str, ...]
 
 
-def fuse_modules(model: nn.Module, *examples: Any, tolerance: float) -> Fused:
+def fuse_modules(model: nn.Module, *examples: Any, tolerance: float, live: nn.Module | None = None) -> Fused:
     """Call `switch_to_deploy`, `reparameterize` or `fuse` of every module that has one, in a copy of `model`.
 
     Args:
-        model: in eval mode.
+        model: in eval mode, baked or not.
         examples: the arguments of its forward that the result is measured on.
         tolerance: the largest error of an output, relative RMS.
+        live: what `model` was before it was baked. A method that asks a layer for its mask or sigma fails where that
+            layer is a plain convolution already; it is called there then, and what it leaves is to be baked again.
 
     Raises:
         SurgeryError: a module (named) whose method fails, or changes the network by more than `tolerance`.
     """
     before = _outputs(model, examples)
+    try:
+        return _measured(model, before, examples, tolerance)
+    except SurgeryError:
+        if live is None:
+            raise
+    return _measured(_with_modules_of(live, model), before, examples, tolerance)
+
+
+def _with_modules_of(live: nn.Module, model: nn.Module) -> nn.Module:
+    """A copy of `model` in which the modules that merge their branches are those of `live`."""
+    model, live = copied(model), copied(live)
+    outer: list[str] = []
+    for name in [name for name, module in live.named_modules() if _method(module)]:
+        if not any(f"{name}.".startswith(f"{above}.") or not above for above in outer):
+            outer.append(name)
+    for name in outer:
+        model = _set(model, name, live.get_submodule(name))
+    return model
+
+
+def _measured(model: nn.Module, before: list[Tensor], examples: tuple[Any, ...], tolerance: float) -> Fused:
     fused = _apply(copied(model))
     error = _error(before, _outputs(fused.model, examples)) if fused.modules else 0.0
     if error <= tolerance:
@@ -76,11 +99,16 @@ def _apply(model: nn.Module, only: str | None = None) -> Fused:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise SurgeryError(f"layer {name!r} ({type(module).__name__}): its {method}() fails ({reason})") from error
         if isinstance(made, nn.Module) and made is not module:
-            parent, _, attribute = name.rpartition(".")
-            if not name:
-                model = made
-            else:
-                setattr(model.get_submodule(parent), attribute, made)
+            model = _set(model, name, made)
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """The model with `module` in the place of the one called `name`, which may be all of it."""
+    parent, _, attribute = name.rpartition(".")
+    if not name:
+        return module
+    setattr(model.get_submodule(parent), attribute, module)
+    return model
 
 
 def _method(module: nn.Module) -> str | None:

@@ -15,15 +15,20 @@ if TYPE_CHECKING:
 
 
 def merge_branches(model: nn.Module, loaded: Checkpoint, options: ExportOptions) -> tuple[nn.Module, tuple[str, ...]]:
-    """The network with branches merged, where that was asked for, and the modules that merged theirs."""
+    """The baked network with branches merged, where that was asked for, and the modules that merged theirs."""
     if not options.fuse:
         return model, ()
+    from gmconv.constants import bake_for_inputs
     from gmconv.fusing import fuse_modules
     from gmconv.inputs import noise, tensors_of
     from runtime.parity.tolerances import tolerance_for
 
     examples = tensors_of(model, loaded.inputs, noise(loaded.inputs, options.batch or 2))
-    return fuse_modules(model, *examples, tolerance=tolerance_for("fp32").rel_rms)
+    tolerance = tolerance_for("fp32").rel_rms
+    model, merged = fuse_modules(model, *examples, tolerance=tolerance, live=loaded.model)
+    if merged:  # what a method left of the live modules computes its kernels still
+        model, _ = bake_for_inputs(model, loaded.inputs, **options.bake_options)
+    return model, merged
 
 
 def crop_kernels(
