@@ -64,9 +64,15 @@ def comparison_cases(
     from gmconv.lookups import table_ends
 
     given = options.images or (options.precision.calibration if options.precision else None)
-    between = {one.name: one.between for one in loaded.inputs}
-    between |= table_ends(loaded.model, loaded.inputs, options.batch or 2)  # as parity draws them
-    wanted = Wanted(images=given, samples=options.samples, noise=0, seed=options.seed, calibrated=None, between=between)
+    rows = table_ends(loaded.model, loaded.inputs, options.batch or 2)
+    wanted = Wanted(
+        images=given,
+        samples=options.samples,
+        noise=options.samples if rows else 0,  # the few of each corner would leave most rows out
+        seed=options.seed,
+        calibrated=None,
+        between={one.name: one.between for one in loaded.inputs} | rows,
+    )
     facts = Facts(
         loaded.input_shape,
         read_preprocessing(loaded.preprocessing),

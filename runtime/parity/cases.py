@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ USUAL_BATCH = 8
 SMALL_BATCH = 2
 #: Sizes tried besides the usual one where height and width are free.
 SIDES = ("larger", "odd", "smaller")
+#: Numbers shuffled at a time.
+_DECK = 2**20
 Feeds = dict[str, Array]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -203,8 +206,8 @@ def _other(side: int, size: str, *, last: bool) -> int:
 class _noise:  # noqa: N801
     """Standard normal batches; `samples` None is one batch.
 
-    Whole numbers are `between` their ends; where nothing is said, 0 to 127, but int32 and int64 0 or 1: they look
-    something up, in a table of unknown length.
+    Whole numbers are `between` their ends, each once before one comes again; where nothing is said, 0 to 127, but int32
+    and int64 0 or 1: they look something up, in a table of unknown length.
     """
 
     specs: Sequence[TensorSpec]
@@ -215,18 +218,27 @@ class _noise:  # noqa: N801
 
     def __iter__(self) -> Iterator[Feeds]:
         generator = np.random.default_rng(self.seed)
+        decks = {name: _deck(generator, *ends) for name, ends in self.between.items()}
         batch = next(iter(self.shapes.values()))[0]
         for _ in range(1 if self.samples is None else -(-self.samples // batch)):
-            yield {s.name: self._draw(generator, s) for s in self.specs}
+            yield {s.name: self._draw(generator, s, decks.get(s.name)) for s in self.specs}
 
-    def _draw(self, generator: np.random.Generator, spec: TensorSpec) -> Array:
+    def _draw(self, generator: np.random.Generator, spec: TensorSpec, deck: Iterator[int] | None) -> Array:
         shape, kind = self.shapes[spec.name], numpy_dtype(spec.dtype)
         if kind == np.bool_:
             return generator.random(shape) < 0.5
         if kind.kind in "iu":
-            ends = self.between.get(spec.name, (0, 127 if kind.itemsize < 4 else 1))
-            return generator.integers(*ends, shape, endpoint=True).astype(kind)
+            if deck is not None:
+                return np.fromiter(deck, kind, math.prod(shape)).reshape(shape)
+            return generator.integers(0, 127 if kind.itemsize < 4 else 1, shape, endpoint=True).astype(kind)
         return generator.standard_normal(shape, dtype=np.float32).astype(kind)
+
+
+def _deck(generator: np.random.Generator, low: int, high: int) -> Iterator[int]:
+    """Every whole number of a range in random order, again and again; of a huge range any."""
+    while True:
+        count = high - low + 1
+        yield from low + (generator.permutation(count) if count <= _DECK else generator.integers(0, count, _DECK))
 
 
 def _real(specs: Sequence[TensorSpec], main: Shapes, facts: Facts, wanted: Wanted, notes: list[str]) -> list[Case]:

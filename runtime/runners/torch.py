@@ -346,7 +346,7 @@ class TorchRunner(Runner):
                 raise cuda.CudaError(f"{self.device}: {text.partition(' CUDA kernel errors')[0]}") from error
             if "compile" in type(error).__module__ or "inductor" in type(error).__module__ or "dynamo" in text:
                 raise UnavailableError(f"torch.compile does not work on this machine: {text}") from error
-            raise RefusedError(f"the checkpoint's network does not run on this input: {text}") from error
+            raise RefusedError(f"{self.artefact.path}: its network does not run on this input: {text}") from error
 
 
 def rounding(precision: str, **options: Any) -> Rounding:

@@ -10,7 +10,10 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
+from runtime.artefact import Facts
+from runtime.manifest import TensorSpec
 from runtime.parity.__main__ import main
+from runtime.parity.cases import Wanted, make_cases
 from runtime.parity.tables import stored_tables
 
 
@@ -47,3 +50,11 @@ def test_a_lost_row_fails(tmp_path: Path) -> None:
     whole, lost = save(tmp_path / "a.onnx"), save(tmp_path / "b.onnx", lost=7)
     assert CliRunner().invoke(main, [str(whole), str(save(tmp_path / "c.onnx")), "-q"]).exit_code == 0
     assert CliRunner().invoke(main, [str(whole), str(lost), "-q"]).exit_code == 4
+
+
+def test_each_row_comes_once_before_one_comes_again() -> None:
+    wanted = Wanted(between={"kind": (0, 49)}, noise=64)
+    cases, _ = make_cases([TensorSpec("kind", "int64", ("batch", 1))], (), Facts(), wanted)
+    drawn = np.concatenate([feeds["kind"].ravel() for feeds in cases[-1]])
+    assert len(drawn) == 64
+    assert set(drawn[:50].tolist()) == set(range(50))
