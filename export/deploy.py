@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import click
+
 from export.onnx.options import ExportOptions, Note
 from export.wording import in_python, python_words
 from gmconv.errors import RefusedError
@@ -85,7 +87,8 @@ def deploy(
         preprocessing: fields of `gmconv.images.Preprocessing`, for serving and evaluation.
         labels: class names in the order of the logits.
         flavor: of an engine: "tensorrt", "rtx" (TensorRT-RTX), or "auto", what is installed.
-        options: fields of `export.onnx.ExportOptions`: precisions, golden, batch, dynamic_hw, crop, images, ...
+        options: fields of `export.onnx.ExportOptions`: precisions, golden, batch, dynamic_hw, crop, images, ...; also
+            spelled as on the command line (precision="fp16,int8", crop="1e-3").
 
     Returns:
         The files and their manifests; printed, the tables of the command.
@@ -102,13 +105,15 @@ def deploy(
 
     output = Path(output)
     engine = require_ending(output, "onnx", "engine") == "engine"
+    if isinstance(options.get("precision"), str | tuple | list):  # as the command calls it
+        options["precisions"] = options.pop("precision")
     known = {field.name for field in fields(ExportOptions)} - {"foreign"}
     if unknown := sorted(options.keys() - known):
         close = difflib.get_close_matches(unknown[0], known, n=1)
         advice = f"did you mean {close[0]}?" if close else f"it takes {', '.join(sorted(known))}"
         raise TypeError(f"deploy takes no {unknown[0]!r}; {advice}")
     live = Live(model, examples, Foreign(preprocessing=preprocessing, labels=tuple(labels) if labels else None))
-    asked = ExportOptions(**{name: _path(name, value) for name, value in options.items()})
+    asked = ExportOptions(**_parsed(options))
     written = output.with_suffix(".onnx") if engine else output
     if engine and len(asked.precisions) > 1:
         raise RefusedError("an engine has one precision; deploy each with a call of its own")
@@ -124,5 +129,17 @@ def deploy(
     return Deployed(tuple(files), tuple(read_manifest(file, verify=False) for file in files))
 
 
-def _path(name: str, value: Any) -> Any:
-    return Path(value) if name in ("golden", "images") and isinstance(value, str) else value
+def _parsed(options: dict[str, Any]) -> dict[str, Any]:
+    """The options as the command's own flags read them. Raises RefusedError, which says what a parameter takes."""
+    from export.onnx.__main__ import main as command
+
+    flags = {"seed" if flag.name == "noise_seed" else flag.name: flag for flag in command.params}
+    context, parsed = click.Context(command), dict(options)
+    for name, value in options.items():
+        if name in flags and value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, tuple | list) else value
+            try:
+                parsed[name] = flags[name].process_value(context, text)
+            except click.UsageError as error:
+                raise RefusedError(f"{name}={value!r}: {error.message}") from None
+    return parsed

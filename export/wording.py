@@ -54,4 +54,4 @@ def python_words() -> Iterator[None]:
         yield
     except click.ClickException as error:
         said = type(error)(in_python(error.message))
-        raise said.with_traceback(error.__traceback__) from error.__cause__
+        raise said.with_traceback(error.__traceback__) from None  # the exporter's chain is hundreds of lines

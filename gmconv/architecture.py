@@ -140,6 +140,11 @@ def _make(namespace: str, name: str, kwargs: dict[str, Any], where: str, arch: s
 
 
 def _own_factory(namespace: str, name: str, where: str, arch: str) -> Callable[..., object]:
+    if namespace == "__main__":
+        raise CheckpointError(
+            f"{where}: {arch} is in a notebook or a script, which no other program can import: put it into a module, "
+            f"or hand the network itself to gmconv.deploy"
+        )
     find_own(namespace, name, where)
     module = _module(namespace, arch, where)
     factory = getattr(module, name, None)

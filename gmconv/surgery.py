@@ -7,6 +7,7 @@ parent, a second parent that shares it, hooks, a plain Python list) goes on poin
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar, cast
 
@@ -97,6 +98,12 @@ def bake(model: M, inplace: bool = False, *, others: Literal["refuse", "leave"] 
     for name, module in model.named_modules():
         if others == "refuse" or has_static_mask(module):
             _require_bakeable(name, module)
+    if others == "refuse" and not masked_layers(model):
+        warnings.warn(
+            "nothing was baked: no layer is a gmconv.GMConv2d; gmconv.bake_constants(model, *examples) finds the "
+            "computed kernels of layers of any class",
+            stacklevel=2,
+        )
     if not inplace:
         model = copied(model)
     products: dict[tuple[int, int], nn.Parameter] = {}  # layers that share weight and sigma go on sharing the product
@@ -168,14 +175,15 @@ def _require_bakeable(name: str, module: nn.Module) -> None:
         if "sigma" in module._parameters and (isinstance(module, nn.Conv2d) or "gm" in type(module).__name__.lower()):
             raise BakeError(
                 f"layer {name!r} is a {type(module).__name__} with a sigma, but not a gmconv.GMConv2d: its mask is "
-                f"unknown here; load its weight, bias and sigma into a GMConv2d first"
+                f"unknown here; gmconv.bake_constants(model, *examples) and gmconv.deploy(model, examples) bake layers "
+                f"of any class by watching them run"
             )
         return
     _require_plain_weight(name, module, BakeError)
     if _changes(module, GMConv2d, _GMCONV_BEHAVIOUR):
         raise BakeError(
             f"layer {name!r} is a {type(module).__name__}, which computes its mask or output in its own way (perhaps "
-            f"from the input): only the static GMConv2d has one kernel to bake"
+            f"from the input); gmconv.bake_constants(model, *examples) watches it run and bakes it if it is constant"
         )
     for part in ("sigma", "weight"):
         if not torch.isfinite(getattr(module, part)).all():

@@ -149,6 +149,8 @@ def _why_not(error: Exception, axes: Axes, model: nn.Module) -> str:
     lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()]
     reason = (lines[0] if lines else type(error).__name__)[:300]
     advice = "the exporter's own report, above unless -q, says more"
+    if any("data-dependent" in str(link) for link in chain):
+        advice = "its forward decides in Python by values of a tensor, and a graph has one way for all: use torch.where"
     marks = ("constraint", "specializ", "user-specified ranges")
     if any(mark in str(link).lower() for link in chain for mark in marks):
         what = "batch, height or width" if axes.hw else "batch"

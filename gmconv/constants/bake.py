@@ -94,9 +94,8 @@ def bake_constants(
     kept = [layer for layer in layers if layer.why is not None]
     if kept and dynamic == "refuse":
         first = kept[0]
-        raise BakeError(
-            f"layer {first.name!r} ({type(first.module).__name__}): {first.why}; --keep-dynamic leaves it as it is"
-        )
+        advice = "" if first.why == _NOT_FINITE else "; --keep-dynamic leaves it as it is"
+        raise BakeError(f"layer {first.name!r} ({type(first.module).__name__}): {first.why}{advice}")
     found = [layer for layer in layers if layer.why is None]
     certificates = [kept_certificate(layer.name, layer.why or "") for layer in kept]
     if not found:
@@ -190,6 +189,9 @@ def _computed_layers(seen: Watched) -> list[_Layer]:
     return found
 
 
+_NOT_FINITE = "its kernel holds NaN or Inf: the training diverged or the checkpoint is damaged"
+
+
 def _why_not(layer: _Layer, seen: Watched) -> str | None:
     """Why the layer's kernels cannot be stored, in words; None if they can."""
     uses = [use for call in layer.calls for use in call]
@@ -199,9 +201,12 @@ def _why_not(layer: _Layer, seen: Watched) -> str | None:
     if RANDOM in sources:
         return "its kernel is random"
     if seen.escapes:
-        return f"values of the input reach Python in {seen.escapes[0]}, where they may decide about its kernel"
+        return (
+            f"values of the input reach Python in {seen.escapes[0]}, where they may decide about its kernel "
+            f"(torch.where makes such a choice in the graph)"
+        )
     if not all(bool(torch.isfinite(use.kernel).all()) for use in uses if use.kernel is not None):
-        return "its kernel holds NaN or Inf"
+        return _NOT_FINITE
     for call in layer.calls:
         found = [(use.digest, str(use.settings)) for use in call]
         if len(set(found[:2])) > 1:

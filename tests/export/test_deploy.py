@@ -184,6 +184,30 @@ def test_an_option_that_there_is_not_is_named(net: nn.Module, tmp_path: Path) ->
         gmconv.deploy(net, torch.randn(2, 3, 16, 16), tmp_path / "net.onnx", precission="fp16")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"crop": "1e-x"}, "crop='1e-x': a crop tolerance is"),
+        ({"precision": "fp17"}, "precisions='fp17': 'fp17' is none of fp32, fp16"),
+        ({"precisions": ("fp16", "fp17")}, r"precisions=\('fp16', 'fp17'\): 'fp17' is none of"),
+        ({"batch": 0}, "batch=0: 0 is not in the range"),
+        ({"crop_budget": "top:1"}, "crop_budget='top:1': a crop budget is"),
+        ({"golden": "no.npz"}, "no.npz: no such file"),
+    ],
+)
+def test_a_value_that_an_option_does_not_take_is_refused_as_by_the_command(
+    options: dict[str, object], said: str, net: nn.Module, tmp_path: Path
+) -> None:
+    with pytest.raises(RefusedError, match=said):
+        gmconv.deploy(net, torch.randn(2, 3, 16, 16), tmp_path / "net.onnx", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_may_be_spelled_as_on_the_command_line(net: nn.Module, tmp_path: Path) -> None:
+    done = gmconv.deploy(net, torch.randn(2, 3, 16, 16), tmp_path / "net.onnx", precision="fp16,bf16", crop="lossless")
+    assert [file.name for file in done.files] == ["net.fp16.onnx", "net.bf16.onnx"]
+
+
 @pytest.mark.parametrize("name", ["nb.plann", "nb.pt", "nb"])
 def test_an_output_that_is_neither_is_refused_before_any_work(name: str, net: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match=r"did you mean .*nb\.(plan|onnx)\?"):

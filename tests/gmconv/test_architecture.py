@@ -77,6 +77,10 @@ def test_a_factory_that_is_misspelt_is_answered_with_its_neighbours() -> None:
     assert "did you mean gmconv.models.registry:create?" in refused("gmconv.models.registry:creat")
 
 
+def test_a_class_of_a_notebook_is_refused_while_there_is_something_to_do() -> None:
+    assert "put it into a module, or hand the network itself to gmconv.deploy" in refused("__main__:Net")
+
+
 def test_a_file_instead_of_a_module_is_answered_with_the_module_alone() -> None:
     assert refused("nets/my.py:make") == "net.pt: nets/my.py is a file; name the module: nets.my:make"
 

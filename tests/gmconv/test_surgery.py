@@ -210,8 +210,13 @@ def test_a_foreign_mask_is_refused_rather_than_left_in() -> None:
             super().__init__()
             self.sigma = nn.Parameter(torch.ones(1))
 
-    with pytest.raises(BakeError, match="not a gmconv.GMConv2d"):
+    with pytest.raises(BakeError, match=r"not a gmconv.GMConv2d: .*gmconv\.bake_constants"):
         gmconv.bake(nn.Sequential(ForeignGMConv()))
+
+
+def test_a_network_in_which_nothing_is_baked_is_no_silent_success() -> None:
+    with pytest.warns(UserWarning, match=r"nothing was baked: .*gmconv\.bake_constants"):
+        gmconv.bake(nn.Sequential(nn.Conv2d(3, 4, 3)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
