@@ -233,6 +233,9 @@ def manifest_sections(name: str, manifest: Manifest, *, alone: bool = True) -> l
         sections.append(
             Parity(reference=reference, candidate=name, rows=rows, title=title(f"Parity, as proven {proven}"))
         )
+    notes = [text for part in (manifest.export, manifest.parity) if part for text in part.notes]
+    if notes:
+        sections.append(Text(title=title("Notes"), paragraphs=notes))
     if manifest.build:
         sections.append(Facts(rows=_build_rows(manifest.build), title=title("Build"), warnings=manifest.build.warnings))
     if (manifest.certificate or {}).get("layers"):

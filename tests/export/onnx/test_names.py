@@ -81,6 +81,8 @@ def test_what_a_network_returns_beside_tensors_is_left_out_and_said(tmp_path: Pa
     assert manifest.export is not None
     said = "not in the graph, as they are no tensors: task ('seg'), heads.0.stride (8), heads.1 (0.5)"
     assert said in manifest.export.notes
+    write_artefact_report(tmp_path / "report.html", [tmp_path / "net.onnx"])
+    assert "heads.0.stride (8), heads.1 (0.5)" in (tmp_path / "report.html").read_text()
 
 
 def test_labels_of_another_number_are_refused_before_anything_is_exported(tmp_path: Path) -> None:
