@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,7 +157,7 @@ def _write_fp32(
     written = _to_onnx(model, loaded, names, file, options, note)
     exported = written.model
     require_stored_kernels(written.program, kept)
-    notes = [*said, *[f"merged by their own method: {', '.join(merged)}"] * bool(merged)]
+    notes = [*said, *[_merged(merged)] * options.fuse]
     notes += [f"layer {name!r} keeps computing its kernel: {reason}" for name, reason in kept.items()]
     unused = capture.unused_layers(written, model, baked)
     if unused:
@@ -172,6 +173,14 @@ def _write_fp32(
 
     facts = replace(loaded, model=torch.nn.Identity(), notes=(*loaded.notes, *notes))
     return _Exported(file, facts, inputs, outputs, operators, baked, first, fused, crop, cropped, written.ranges)
+
+
+def _merged(modules: Sequence[str]) -> str:
+    from gmconv.fusing import METHODS
+
+    if not modules:
+        return f"--fuse merged nothing: no module has a method {', '.join(METHODS)} that needs no argument"
+    return f"merged their branches by a method of their own: {', '.join(map(repr, modules))}"
 
 
 def _to_onnx(
