@@ -19,6 +19,15 @@ _FLAG = re.compile(
     r"(?<![\w-])(?:--keep-fp32 (?P<layer>[^\s;,)]+)|(?P<flag>--[a-z][a-z0-9-]*|-o)"
     r"(?: (?P<value>[A-Z][A-Z,:|]*(?:\.npz)?|\d[\w.]*|digits|lossless|fp16|bf16|int8|fp8)(?![\w-]))?)"
 )
+#: What is said of a checkpoint or a shell, and what of a network in memory.
+_PHRASES = {
+    NOTHING_BAKED: NOTHING_BAKED.partition(", this checkpoint")[0],
+    "check --input-shape, and give --input NAME:SHAPE for each of several inputs": (
+        "the examples are a batch of what it takes: a tensor, or a dict with one for each argument"
+    ),
+    ", above unless -q,": ", which note= gets,",
+    ", or hand the network itself to gmconv.deploy": "",
+}
 _RENAMED = {"data": "images", "calibration": "images", "precision": "precisions", "to": "precisions", "o": "output"}
 _SWITCHES = {field.name for field in fields(ExportOptions) if field.type == "bool"}
 _OPTIONS = {field.name for field in fields(ExportOptions)} | {"output", "labels", "preprocessing"}
@@ -27,7 +36,8 @@ _PRECISION = {field.name for field in fields(PrecisionOptions)} - _OPTIONS
 
 def in_python(message: str) -> str:
     """`message` with `keep_dynamic=True` where it says `--keep-dynamic`; a flag that `deploy` lacks stays as it is."""
-    message = message.replace(NOTHING_BAKED, NOTHING_BAKED.partition(", this checkpoint")[0])
+    for shell, python in _PHRASES.items():
+        message = message.replace(shell, python)
     message = _NORMALIZED.sub('preprocessing={"mean": (M, M, M), "std": (S, S, S)}', message)
     return _FLAG.sub(_parameter, message)
 

@@ -51,6 +51,14 @@ def test_a_flag_of_the_export_is_a_parameter(flag: str) -> None:
         ("give -o another name", "give output another name"),
         ("(--mean M,M,M --std S,S,S), as", '(preprocessing={"mean": (M, M, M), "std": (S, S, S)}), as'),
         ("--crop 0 cuts them", "crop=0 cuts them"),
+        (
+            "the exporter's own report, above unless -q, says more",
+            "the exporter's own report, which note= gets, says more",
+        ),
+        (
+            "on 2x4 (no); check --input-shape, and give --input NAME:SHAPE for each of several inputs",
+            "on 2x4 (no); the examples are a batch of what it takes: a tensor, or a dict with one for each argument",
+        ),
         ("layers 0--1 of a-o, --elsewhere", "layers 0--1 of a-o, --elsewhere"),
     ],
 )
