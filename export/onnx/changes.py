@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from export.onnx.options import ExportOptions, Note
@@ -12,10 +13,16 @@ if TYPE_CHECKING:
 
     from gmconv import Checkpoint
     from gmconv.cropping.certificate import CropCertificate
+    from gmconv.inputs import Input
 
 
-def merge_branches(model: nn.Module, loaded: Checkpoint, options: ExportOptions) -> tuple[nn.Module, tuple[str, ...]]:
-    """The baked network with branches merged, where that was asked for, and the modules that merged theirs."""
+def merge_branches(
+    model: nn.Module, live: nn.Module, inputs: Sequence[Input], options: ExportOptions
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The baked network with branches merged, where that was asked for, and the modules that merged theirs.
+
+    `live`: the network before it was baked.
+    """
     if not options.fuse:
         return model, ()
     from gmconv.constants import bake_for_inputs
@@ -23,11 +30,11 @@ def merge_branches(model: nn.Module, loaded: Checkpoint, options: ExportOptions)
     from gmconv.inputs import noise, tensors_of
     from runtime.parity.tolerances import tolerance_for
 
-    examples = tensors_of(model, loaded.inputs, noise(loaded.inputs, options.batch or 2))
+    examples = tensors_of(model, inputs, noise(inputs, options.batch or 2))
     tolerance = tolerance_for("fp32").rel_rms
-    model, merged = fuse_modules(model, *examples, tolerance=tolerance, live=loaded.model)
+    model, merged = fuse_modules(model, *examples, tolerance=tolerance, live=live)
     if merged:  # what a method left of the live modules computes its kernels still
-        model, _ = bake_for_inputs(model, loaded.inputs, **options.bake_options)
+        model, _ = bake_for_inputs(model, inputs, **options.bake_options)
     return model, merged
 
 

@@ -143,13 +143,15 @@ def _write_fp32(
     from export.onnx.changes import crop_kernels, merge_branches
     from export.onnx.reference import run_torch
     from gmconv.constants import bake_for_inputs
+    from gmconv.surgery import copied
 
     first = run_torch(loaded.model, loaded.inputs, cases[:1], names)
+    live = copied(loaded.model) if options.fuse else loaded.model  # baking works in place
     note("baking masks and other constant kernels")
     model, certificate = bake_for_inputs(loaded.model, loaded.inputs, **options.bake_options)
     baked = certificate.sha256()
     kept = {kernel.name: kernel.reason for kernel in certificate.kernels if kernel.kind == "kept"}
-    model, merged = merge_branches(model, loaded, options)
+    model, merged = merge_branches(model, live, loaded.inputs, options)
     fused = run_torch(model, loaded.inputs, cases, names) if merged else None
     model, crop = crop_kernels(model, loaded, options, note)
     cropped = run_torch(model, loaded.inputs, cases, names) if crop and crop.cropped else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-
-
-@pytest.fixture(scope="session", autouse=True)
-def torchlib_read_once() -> None:
-    """torch parses the source of its 497 ONNX functions at every export (0.9 s): here once in a process."""
-    from torch.onnx._internal.exporter import _registration
-
-    apis: Any = _registration.onnxscript_apis
-    apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
 
 
 def export(*arguments: str | Path) -> int:

@@ -15,7 +15,7 @@ from export.onnx.trained import Live
 from gmconv.errors import BakeError, RefusedError
 from gmconv.foreign import Foreign
 from tests.gmconv.constants import calls, dynamic, layers
-from tests.gmconv.test_fusing import Branches
+from tests.gmconv.test_fusing import Branches, MaskedBranches
 
 Layer = Callable[[int, int], nn.Module]
 
@@ -128,8 +128,9 @@ def test_a_layer_under_autocast_is_refused_by_name(tmp_path: Path) -> None:
         export_onnx(live(layers.net(calls.Autocast)), tmp_path / "net.onnx")
 
 
-def test_branches_are_merged_where_asked_and_that_is_a_hop(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), Branches(), nn.Flatten(), nn.Linear(4 * 14 * 14, 5)).eval()
+@pytest.mark.parametrize("block", [Branches, MaskedBranches])
+def test_branches_are_merged_where_asked_and_that_is_a_hop(block: type[nn.Module], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), block(), nn.Flatten(), nn.Linear(4 * 14 * 14, 5)).eval()
     manifest = export_onnx(live(model), tmp_path / "net.onnx", ExportOptions(fuse=True))
     assert manifest.parity is not None
     assert {hop.name for hop in manifest.parity.hops} == {"live -> baked", "baked -> fused", "fused -> ORT"}
