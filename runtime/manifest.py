@@ -212,17 +212,42 @@ def read_manifest(artefact: Path, *, verify: bool = True) -> Manifest:
     return manifest
 
 
-def refuse_other_precision(artefact: Path, precision: str, *, force: bool = False) -> None:
-    """Raise RefusedError where an artefact of another precision has the name that one of `precision` would take."""
+def refuse_other_artefact(
+    artefact: Path,
+    precision: str,
+    *,
+    target: str = "",
+    reference: str | None = None,
+    instead: str = "",
+    force: bool = False,
+) -> None:
+    """Raise RefusedError where an artefact that says something else has the name that one of `precision` would take.
+
+    It is of another precision, it is quantized for another `target`, or it is proven against a file of another name
+    than `reference`, which the new one is to be compared with: "" where with none, None where by a proof as good.
+    `instead`: what else to do, where no -o names the new one.
+    """
     if force or not (artefact.is_file() and sidecar(artefact).is_file()):
         return
     try:
-        found = read_manifest(artefact, verify=False).precision
+        found = read_manifest(artefact, verify=False)
     except RefusedError:  # half of a pair may be replaced by a whole one
         return
-    if found != precision:
-        other = f"{artefact.stem.removesuffix('.' + found)}.{precision}{artefact.suffix}"
-        raise RefusedError(f"{artefact}: is there in {found}, and {precision} would replace it: -o {other}, or --force")
+    stem = artefact.stem
+    if found.precision != precision:
+        there, new = f"in {found.precision}", precision
+        stem = f"{stem.removesuffix('.' + found.precision)}.{precision}"
+    elif target and found.quantization is not None and found.quantization.target != target:
+        there, new = f"laid out for {found.quantization.target}", f"one for {target}"
+        stem += f".{target}"
+    elif reference is not None and found.parity and found.parity.passed and found.parity.reference != reference:
+        there = f"proven against {found.parity.reference or 'its network'}"
+        new = f"one compared with {reference} alone" if reference else "one that nothing is compared with"
+        stem += ".converted"
+    else:
+        return
+    instead = instead or f"-o {artefact.with_name(stem + artefact.suffix)}"
+    raise RefusedError(f"{artefact}: is there {there}, and {new} would replace it: {instead}, or --force")
 
 
 def _decode(path: Path) -> Manifest:

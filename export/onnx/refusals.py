@@ -13,7 +13,7 @@ from gmconv.files import require_writable
 from gmconv.images import read_preprocessing
 from gmconv.kinds import refuse_other_kinds, require_ending
 from gmconv.packages import require
-from runtime.manifest import TensorSpec, refuse_other_precision, sidecar
+from runtime.manifest import TensorSpec, refuse_other_artefact, sidecar
 from runtime.metadata import misfit
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def refuse_early(source: object, written: Sequence[Path], options: ExportOptions
         require_writable(file, *read)
         require_ending(file, "onnx")
         require_writable(sidecar(file))
-        refuse_other_precision(file, precision, force=options.force)
+        refuse_other_artefact(file, precision, target=options.calibrated.target, force=options.force)
         if clash := options.calibrated.io_clash(precision):
             raise RefusedError(clash)
     for module in ("torch", "onnxruntime", "onnxscript", *(["onnxslim"] if options.simplify else [])):

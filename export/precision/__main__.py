@@ -85,7 +85,7 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
 @click.option(
     "--save-plan", type=click.Path(path_type=Path), help="Where --auto-precision writes it [OUTPUT.plan.json]."
 )
-@click.option("--force", is_flag=True, help="Overwrite a file of another precision.")
+@click.option("--force", is_flag=True, help="Overwrite a file of another precision or target, or a proven one.")
 @report_option
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -104,15 +104,15 @@ def main(model: Path, precision: Precision | None, output: Path | None, **flags:
         raise click.UsageError("--auto-precision needs a budget: --max-top1-drop POINTS or --min-snr DB")
     if precision is not None and (clash := options.io_clash(precision)):
         raise click.UsageError(clash)
+    if flags["plan"] is not None:
+        from export.precision.plan import read_plan
+
+        options = options.follow(read_plan(flags["plan"]))
     console = progress_console(flags["quiet"])
     wanted = str(automatic or precision)
     output = output or default_output(model, wanted)
     require_replaceable(model, output, wanted, options, force=flags["force"])
     require_report(flags["report"], model, output)
-    if flags["plan"] is not None:
-        from export.precision.plan import read_plan
-
-        options = options.follow(read_plan(flags["plan"]))
     searched: list[Section] = []
     if automatic:
         plan_path = flags["save_plan"] or Path(f"{output}.plan.json")

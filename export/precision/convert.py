@@ -10,7 +10,7 @@ from export.graph.read import load_fp32
 from export.precision.converter import Precision, PrecisionConverter, PrecisionOptions, Progress, with_precision
 from gmconv.files import require_writable
 from gmconv.kinds import require_ending
-from runtime.manifest import Manifest, digest, find_manifest, refuse_other_precision, sidecar
+from runtime.manifest import Manifest, digest, find_manifest, refuse_other_artefact, sidecar
 
 
 def convert_precision(
@@ -24,8 +24,8 @@ def convert_precision(
 ) -> Manifest:
     """Convert the fp32 ONNX file `onnx_path` and write `output` (default `model.<precision>.onnx`) with its manifest.
 
-    `force` overwrites a file of another precision. Raises RefusedError as `PrecisionConverter.convert`, and when the
-    file is unreadable, quantized or fp16 already.
+    `force` overwrites a file of another precision or target, or one that is proven. Raises RefusedError as
+    `PrecisionConverter.convert`, and when the file is unreadable, quantized or fp16 already.
     """
     options, onnx_path = options or PrecisionOptions(), Path(onnx_path)
     output = Path(output) if output else default_output(onnx_path, precision)
@@ -49,7 +49,7 @@ def require_replaceable(
     for file in (output, sidecar(output)):
         require_writable(file, onnx_path, None if options.calibration is None else Path(options.calibration))
     require_ending(output, "onnx")
-    refuse_other_precision(output, precision, force=force)
+    refuse_other_artefact(output, precision, target=options.target, reference="", force=force)
 
 
 def default_output(onnx_path: Path, precision: str) -> Path:

@@ -17,7 +17,7 @@ from gmconv.cli import Command, print_json, warn
 from gmconv.files import require_writable
 from gmconv.kinds import artefact_kind, refuse_other_kinds, require_ending
 from runtime import trt
-from runtime.manifest import refuse_other_precision
+from runtime.manifest import refuse_other_artefact
 from runtime.records import Build
 from runtime.report.artefacts import report_option, require_report, write_artefact_report
 
@@ -54,6 +54,14 @@ def prepare(
         from export.precision.convert import convert_precision
 
         converted = output.with_name(f"{onnx_path.stem}.{precision}.onnx")
+        refuse_other_artefact(
+            converted,
+            precision,
+            target=asked.calibrated.target,
+            reference="",
+            instead=f"build it (gmconv tensorrt {converted})",
+            force=asked.force,
+        )
         note(f"converting {onnx_path} to {precision}: {converted}")
         warn(convert_precision(onnx_path, converted, precision, asked.precision, force=asked.force).warnings)
         onnx_path = converted
@@ -226,7 +234,7 @@ def main(
     require_report(report, model, output)
     refuse_other_kinds(model, "onnx", "checkpoint")
     if precision or checkpoint:
-        refuse_other_precision(output, precision or "fp32", force=flags["force"])
+        refuse_other_artefact(output, precision or "fp32", force=flags["force"])
     refuse_options(flavor, options)
     note(f"flavor {flavor} ({trt.TITLES[flavor]}): {why}")
     onnx_path = prepare(model, output, precision, note, asked)

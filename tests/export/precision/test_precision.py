@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from export.precision.convert import convert_precision
 from export.precision.converter import PrecisionOptions
 from gmconv.errors import RefusedError
 from runtime import trt
-from runtime.manifest import read_manifest
+from runtime.manifest import read_manifest, sidecar
+from runtime.records import Hop, OutputComparison, Parity
 
 Network = Callable[..., onnx.ModelProto]
 
@@ -89,10 +91,29 @@ def test_a_seven_by_seven_kernel_stays_in_fp16_beside_fp8(
 def test_a_file_of_another_precision_is_overwritten_by_force_alone(fp32: Path) -> None:
     half = fp32.with_name("half.onnx")
     convert_precision(fp32, half, "fp16")
-    with pytest.raises(RefusedError, match=r"is there in fp16.*-o half\.bf16\.onnx, or --force"):
+    with pytest.raises(RefusedError, match=r"is there in fp16.*-o \S+half\.bf16\.onnx, or --force"):
         convert_precision(fp32, half, "bf16")
     convert_precision(fp32, half, "fp16")
     assert convert_precision(fp32, half, "bf16", force=True).precision == "bf16"
+
+
+def test_what_is_proven_or_for_another_target_is_overwritten_by_force_alone(fp32: Path, npz: Path) -> None:
+    for target in ("cpu", "tensorrt"):
+        invoke(fp32, "--to", "int8", "--data", npz, "--target", target, "--force")
+    there = fp32.with_name("model.int8.onnx")
+    done = invoke(fp32, "--to", "int8", "--target", "cpu", code=3)  # before it looks for data
+    assert f"{there}: is there laid out for tensorrt, and one for cpu would replace it" in done.stderr
+    assert f"-o {fp32.with_name('model.int8.cpu.onnx')}, or --force" in done.stderr
+    same = OutputComparison(output="logits", samples=8, passed=True)
+    hop = Hop(name="baked -> ORT int8", reference="baked", candidate="ORT int8", inputs="digits", outputs=(same,))
+    proven = replace(read_manifest(there), parity=Parity(reference="ckpt.pt", hops=(hop,)))
+    sidecar(there).write_text(proven.to_json())
+    done = invoke(fp32, "--to", "int8", code=3)
+    assert f"{there}: is there proven against ckpt.pt, and one " in done.stderr
+    assert f"-o {fp32.with_name('model.int8.converted.onnx')}, or --force" in done.stderr
+    assert read_manifest(there) == proven
+    invoke(fp32, "--to", "int8", "--data", npz, "--force")
+    assert read_manifest(there).parity != proven.parity
 
 
 def test_converting_twice_gives_the_same_bytes(fp32: Path, npz: Path) -> None:
