@@ -23,7 +23,7 @@ def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLik
 
     Args:
         model: any module; its mode is put back.
-        batches: one batch or several: a tensor, a tuple of tensors, or a dict of the forward's arguments.
+        batches: one batch (a tensor or array, a tuple of them, or a dict by the forward's arguments), or a list of such.
         path: the .npz file to write.
 
     Raises:
@@ -31,9 +31,8 @@ def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLik
     """
     path = Path(path)
     require_writable(path)
-    whole = isinstance(batches, torch.Tensor | Mapping) or (
-        isinstance(batches, tuple) and all(isinstance(part, torch.Tensor) for part in batches)
-    )
+    parted = isinstance(batches, tuple) and all(hasattr(part, "__array__") for part in batches)
+    whole = parted or isinstance(batches, Mapping) or hasattr(batches, "__array__")
     parts: dict[str, list[NDArray[Any]]] = {}
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     training, tf32 = model.training, (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)

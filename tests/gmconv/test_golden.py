@@ -69,6 +69,17 @@ def test_pairs_that_are_not_whole_are_refused(arrays: dict[str, Any], message: s
         read_golden(tmp_path / "golden.npz", ["input"], ["logits"])
 
 
+def test_an_array_is_one_batch_as_a_tensor_is(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((4, 3), dtype=np.float32)
+    for given in (x, torch.from_numpy(x), [x[:1], x[1:]], iter([x])):
+        gmconv.save_golden(nn.Tanh(), given, tmp_path / "golden.npz")
+        golden = read_golden(tmp_path / "golden.npz", ["input"], ["logits"])
+        assert np.array_equal(golden.inputs["input"], x)
+        assert np.allclose(golden.outputs["logits"], np.tanh(x), atol=1e-6)
+    gmconv.save_golden(Two(), (x, x), tmp_path / "two.npz")
+    assert read_golden(tmp_path / "two.npz", ["image", "mask"], ["sum", "mask"]).samples == 4
+
+
 def test_no_batches_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="no batches"):
         gmconv.save_golden(nn.Identity(), [], tmp_path / "golden.npz")
