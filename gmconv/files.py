@@ -8,12 +8,17 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from gmconv.errors import RefusedError
+
+
+def each_path(given: str | os.PathLike[str] | Iterable[str | Path]) -> list[str | Path]:
+    """Where several files may be given: them, or the only one; a string is no list of its letters."""
+    return [os.fspath(given)] if isinstance(given, str | os.PathLike) else list(given)
 
 
 def sha256_file(path: Path) -> str:

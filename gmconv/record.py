@@ -23,7 +23,7 @@ def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLik
 
     Args:
         model: any module; its mode is put back.
-        batches: one batch (a tensor or array, a tuple of them, or a dict by the forward's arguments), or a list of such.
+        batches: one batch (a tensor or array, a tuple of them, or a dict by argument), or a list of such.
         path: the .npz file to write.
 
     Raises:

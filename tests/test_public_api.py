@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
+import onnx
 import pytest
+from onnx import TensorProto, helper
+
+import runtime
+from gmconv.errors import RefusedError
 
 NAMES = {
     "gmconv": [
@@ -34,3 +40,19 @@ def test_each_public_name_is_listed_and_found_and_listing_them_imports_no_torch(
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", [str, Path])
+def test_one_artefact_is_a_list_of_one_and_no_list_of_letters(path: type[str] | type[Path], tmp_path: Path) -> None:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Tanh", ["x"], ["y"])], "tanh", [x], [y])
+    opset = [helper.make_opsetid("", 20)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "there.onnx")
+    missing = path(tmp_path / "missing.onnx")
+    for asked in (
+        lambda: runtime.score_artefacts(missing),
+        lambda: runtime.time_artefacts(missing),
+        lambda: runtime.compare_artefacts(tmp_path / "there.onnx", missing),
+    ):
+        with pytest.raises(RefusedError, match=r"missing\.onnx: no such file"):
+            asked()

@@ -13,6 +13,7 @@ import click
 
 from gmconv.child import child_command, child_environment
 from gmconv.errors import BuildError, RefusedError
+from gmconv.files import each_path
 from gmconv.foreign import NOTHING, Foreign
 from runtime.artefact import artefact_kind
 from runtime.benchmark import machine
@@ -148,18 +149,18 @@ class Comparison(Shown):
         return table
 
 
-def time_artefacts(artefacts: Sequence[str | Path], options: Options | None = None) -> Comparison:
+def time_artefacts(artefacts: str | Path | Sequence[str | Path], options: Options | None = None) -> Comparison:
     """Time artefacts in turns and divide each by the first: what `gmconv benchmark a b` does.
 
     Args:
-        artefacts: files; `FILE@option=value,...` sets an option of that artefact's runner alone.
+        artefacts: files, or one; `FILE@option=value,...` sets an option of that artefact's runner alone.
         options: see `runtime.benchmark.options.Options`.
 
     Raises:
         RefusedError, UnavailableError: an artefact cannot be opened or fed here, or they take different inputs.
     """
     asked = options or Options()
-    contenders = against_first([parse_artefact(str(artefact)) for artefact in artefacts])
+    contenders = against_first([parse_artefact(str(artefact)) for artefact in each_path(artefacts)])
     with ExitStack() as stack:
         prepared = [stack.enter_context(Prepared(contender.artefact, asked)) for contender in contenders]
         require_same_inputs(prepared)

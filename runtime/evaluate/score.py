@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gmconv.errors import ArchitectureUnavailableError, CheckpointError, RefusedError, UnavailableError
+from gmconv.files import each_path
 from gmconv.foreign import NOTHING, Foreign
 from gmconv.splits import Part
 from runtime.artefact import Artefact, Facts, open_artefact
@@ -51,8 +52,8 @@ class EvaluateOptions:
     metric: str | Metric | None = None
 
 
-def evaluate(artefacts: Sequence[str | Path], options: EvaluateOptions | None = None) -> Evaluation:
-    """Run every artefact on the same labelled images.
+def evaluate(artefacts: str | Path | Sequence[str | Path], options: EvaluateOptions | None = None) -> Evaluation:
+    """Run every artefact, or the only one, on the same labelled images.
 
     Raises RefusedError when an artefact, the images or the metric are unfit or the artefacts take different inputs, and
     UnavailableError when the device is missing.
@@ -64,9 +65,9 @@ def evaluate(artefacts: Sequence[str | Path], options: EvaluateOptions | None = 
     options = options or EvaluateOptions()
     if isinstance(options.metric, str):
         options = replace(options, metric=load_metric(options.metric))
-    if not artefacts:
+    found = [open_artefact(path) for path in each_path(artefacts)]
+    if not found:
         raise RefusedError("no artefact given")
-    found = [open_artefact(path) for path in artefacts]
     for artefact in found:
         artefact.require_agreement(options.foreign.preprocessing)
     with ExitStack() as stack:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gmconv.errors import RefusedError
+from gmconv.files import each_path
 from gmconv.foreign import NOTHING, Foreign
 from runtime.artefact import Artefact, artefact_kind, open_artefact
 from runtime.manifest import Manifest
@@ -52,7 +53,7 @@ class ParityOptions:
 
 def compare_artefacts(
     reference: str | Path,
-    candidates: Iterable[str | Path],
+    candidates: str | Path | Iterable[str | Path],
     options: ParityOptions | None = None,
     *,
     note: Note = lambda text: None,
@@ -61,7 +62,7 @@ def compare_artefacts(
 
     Args:
         reference: usually the live checkpoint; also an ONNX file or an engine.
-        candidates: artefacts of the same network.
+        candidates: artefacts of the same network, or one.
         options: see `ParityOptions`.
         note: called with a few words when a step begins.
 
@@ -79,7 +80,7 @@ def compare_artefacts(
     extra: dict[str, Any] = {"dynamic_hw": True, "foreign": options.foreign} if is_checkpoint else {}
     with open_runner(reference, _device(reference, options.reference_device), **extra) as runner:
         beside = Beside(reference, extra) if is_checkpoint and options.yardstick else None
-        paths = [Path(path) for path in candidates]
+        paths = [Path(path) for path in each_path(candidates)]
         memory = Memory() if len(paths) > 1 else Memory(0)
         reports = tuple(_compare(runner, beside, path, options, note, memory) for path in paths)
     return ParityReport(reference, runner.name, reports)
