@@ -26,7 +26,7 @@ class Foreign:
     `arch` is a factory, `"package.module:factory"`, looked for on the import path and in the working directory.
     `input_shape` is `(C, H, W)` of one sample; a network of several inputs has `inputs` instead, `(name, shape of one
     sample, dtype)` of each. `preprocessing` has fields of `gmconv.images.Preprocessing`. `labels_file` is where
-    `labels` were read.
+    `labels` were read. `weights` is where in the file the weights are, `"state_dict_ema"` or `"ema.module"`.
     """
 
     arch: str | None = None
@@ -36,6 +36,7 @@ class Foreign:
     labels: tuple[str, ...] | None = None
     inputs: tuple[tuple[str, tuple[int, ...], str], ...] | None = None
     labels_file: Path | None = None
+    weights: str | None = None
 
     def given(self) -> dict[str, Any]:
         """Those that are not None."""
@@ -54,7 +55,7 @@ def foreign_options(command: Callable[..., Any]) -> Callable[..., Any]:
         mean, std, file = (values.pop(name) for name in ("mean", "std", "preprocessing"))
         preprocessing = dict(file or {})
         preprocessing |= {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
-        own = {name: values.pop(name) for name in ("arch", "num_classes", "input_shape", "labels_file")}
+        own = {name: values.pop(name) for name in ("arch", "num_classes", "input_shape", "labels_file", "weights")}
         own["inputs"] = values.pop("own_inputs")
         own["labels"] = read_labels(own["labels_file"]) if own["labels_file"] else None
         return command(*args, foreign=Foreign(**own, preprocessing=preprocessing or None), **values)
@@ -164,6 +165,7 @@ DTYPES = ("float32", "float64", "float16", "int64", "int32", "int16", "int8", "u
 _FILE = click.Path(path_type=Path)
 _OPTIONS: list[Callable[[Any], Any]] = [
     click.option("--arch", help="Of a foreign checkpoint: package.module:factory, timm:NAME, torchvision:NAME."),
+    click.option("--weights", metavar="KEY", help="Of several sets in it: state_dict_ema, ema.module."),
     click.option("--num-classes", type=click.IntRange(1), help="Passed to that factory."),
     click.option("--input-shape", callback=_parsed(parse_shape), metavar="C,H,W", help="Of a foreign checkpoint."),
     click.option(

@@ -23,7 +23,13 @@ _EXPANDED = 2**22  # elements that a tensor may have beyond those that the file 
 
 
 def fill(
-    model: nn.Module, raw: Mapping[str, Any], path: Path, arch: str, recorded: Any = None
+    model: nn.Module,
+    raw: Mapping[str, Any],
+    path: Path,
+    arch: str,
+    *,
+    recorded: Any = None,
+    weights: str | None = None,
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Load the weights in `raw` into `model` (as its factory made it, on the CPU); masked layers are converted first.
 
@@ -32,6 +38,7 @@ def fill(
         raw: of `read_file`.
         path, arch: for messages.
         recorded: a file's own list of masked layers; None to find them by their `sigma`.
+        weights: which of several sets; see `load_checkpoint`.
 
     Returns:
         The layers converted, with their `sigma_per`, and notes on what was read between the lines.
@@ -41,7 +48,7 @@ def fill(
     """
     what = f"{path}: does not fit {arch}"
     names = set(model.state_dict()) | {f"{name}.sigma" for name in (recorded if isinstance(recorded, dict) else ())}
-    found = find_state(raw, names, path)
+    found = find_state(raw, names, path, weights)
     state, notes = found.state, list(found.notes)
     masked = _masked(recorded, state, model, path)
     converted = put_masks(model, masked, str(path), arch)

@@ -137,6 +137,7 @@ def load_checkpoint(
     preprocessing: Mapping[str, Any] | None = None,
     labels: Sequence[str] | None = None,
     inputs: Sequence[Sequence[Any]] | None = None,
+    weights: str | None = None,
 ) -> Checkpoint:
     """Read a checkpoint of ours, or a foreign state_dict when `arch` says what it belongs to.
 
@@ -153,6 +154,8 @@ def load_checkpoint(
         preprocessing: fields of `gmconv.images.Preprocessing`, for files that do not know them.
         labels: class names, for files that do not know them.
         inputs: of a network that takes several: `(name, shape of one sample, dtype)` of each, by its forward's names.
+        weights: which of a file's weights, by key or dotted path (`"state_dict_ema"`, `"ema.module"`); None: the raw
+            ones, not an average of them.
 
     Raises:
         CheckpointError: the file is missing, damaged, holds code, NaN or Inf, or does not fit its architecture.
@@ -188,7 +191,7 @@ def load_checkpoint(
     if ours:
         _require_small(raw, name, kwargs, path, trusted=arch is not None)
     model = build(name, kwargs, str(path), trusted=arch is not None).cpu()
-    masked, notes = fill(model, raw, path, name, recorded=facts["masked"])
+    masked, notes = fill(model, raw, path, name, recorded=facts["masked"], weights=weights)
     return Checkpoint(
         model=model.eval(),
         arch=name,

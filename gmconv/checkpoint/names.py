@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ _PARALLEL = re.compile(rf"(?:module\.|{_TRANSPARENT.pattern})")
 _USUAL = {"", "state_dict", "model_state_dict", "model", "net", "module", "_orig_mod"}  # prefixes not worth a note
 _AVERAGES = re.compile(r"ema|teacher|average|shadow|swa|target", re.IGNORECASE)
 _COUNTERS = ("total_ops", "total_params", "n_averaged")  # of thop and of SWA: no network's own
+_Flat = dict[str, tuple[str, Any]]  # by full names: the place of its dict, and what it is
 _RENAMES: tuple[Callable[[str], str], ...] = (
     lambda name: name,
     lambda name: _TRANSPARENT.sub("", name),
@@ -43,20 +44,22 @@ class Found:
     notes: tuple[str, ...]
 
 
-def find_state(raw: Mapping[str, Any], wanted: Collection[str], path: Path) -> Found:
-    """The state_dict in `raw` that fits the names `wanted` best, renamed to them.
+def find_state(raw: Mapping[str, Any], wanted: Collection[str], path: Path, chosen: str | None = None) -> Found:
+    """The state_dict in `raw` (of what it has under `chosen`) that fits the names `wanted` best, renamed to them.
 
     Values are as the file has them: of the wanted names whatever lies under them, of others tensors alone.
 
     Raises:
-        CheckpointError: no tensors at all, or two that would have one name.
+        CheckpointError: no tensors at all, none that fits under `chosen`, or two that would have one name.
     """
     trees = dict(_trees(raw, "", 0, set()))
     flat = {f"{at}{key}": (at, value) for at, tree in trees.items() for key, value in tree.items() if _leaf(key, value)}
     if not any(isinstance(value, Tensor | NumpyArray) for _, value in flat.values()):
         kept = first(list(raw)) or "nothing"
         raise CheckpointError(f"{path}: holds no state_dict (its keys: {kept}); save model.state_dict()")
-    rename, prefix, rivals = _best(list(flat), frozenset(wanted))
+    if chosen is not None:
+        flat = _under(chosen, flat, frozenset(wanted), path)
+    _, rename, prefix, rivals = _best(list(flat), frozenset(wanted))
     state, others = OrderedDict[str, Any](), []
     inside = {name: rename(name).removeprefix(prefix) for name in flat if rename(name).startswith(prefix)}
     homes = {flat[name][0] for name, own in inside.items() if own in wanted} or set(trees)
@@ -71,14 +74,27 @@ def find_state(raw: Mapping[str, Any], wanted: Collection[str], path: Path) -> F
             state[name] = value
     state._metadata = OrderedDict(_versions(trees, rename, prefix))  # type: ignore[attr-defined]
     notes = []
-    if rivals or not set(prefix.split(".")) <= _USUAL:
-        notes.append(f"weights taken from {printable(prefix.rstrip('.'))!r}")
-        notes[0] += (
-            f"; the file also holds {', '.join(repr(printable(r.rstrip('.'))) for r in rivals)}" if rivals else ""
-        )
+    if rivals or chosen is not None or not set(prefix.split(".")) <= _USUAL:
+        also = f"; the file also holds {_places(rivals)}, which --weights KEY takes" if rivals else ""
+        notes.append(f"weights taken from {_places([prefix])}{also}")
     if others:
         notes.append(f"left out, as they are not the network's: {first(others)}")
     return Found(state, tuple(notes))
+
+
+def _under(chosen: str, flat: _Flat, wanted: frozenset[str], path: Path) -> _Flat:
+    """Those of `flat` at `chosen`, a place as the file has it or as a note says it, without what wrappers insert."""
+    place = f"{chosen.rstrip('.')}."
+    found = {name: one for name, one in flat.items() if any(rename(name).startswith(place) for rename in _RENAMES)}
+    if _best(list(found), wanted)[0]:
+        return found
+    most, _, prefix, rivals = _best(list(flat), wanted)
+    there = f"they are at {_places([prefix, *rivals])}" if most else "nor is any elsewhere in the file; check --arch"
+    raise CheckpointError(f"{path}: no weights of this network are at --weights {printable(chosen)!r}; {there}")
+
+
+def _places(places: Sequence[str]) -> str:
+    return ", ".join(repr(printable(place.rstrip("."))) if place else "the top of the file" for place in places)
 
 
 def first(names: list[str]) -> str:
@@ -100,8 +116,8 @@ def _trees(tree: Mapping[Any, Any], place: str, depth: int, seen: set[int]) -> I
             yield from _trees(value, f"{place}{key}.", depth + 1, seen)
 
 
-def _best(names: list[str], wanted: frozenset[str]) -> tuple[Callable[[str], str], str, list[str]]:
-    """Renaming and prefix under which most wanted names are found, and other prefixes that have as many."""
+def _best(names: list[str], wanted: frozenset[str]) -> tuple[int, Callable[[str], str], str, list[str]]:
+    """How many wanted names are found, under which renaming and prefix, and other prefixes that have as many."""
     best: tuple[int, Callable[[str], str], list[str]] = (-1, _RENAMES[0], [""])
     for rename in _RENAMES:
         counts: Counter[str] = Counter()
@@ -117,7 +133,7 @@ def _best(names: list[str], wanted: frozenset[str]) -> tuple[Callable[[str], str
         if most > best[0]:
             equal = [prefix for prefix, count in counts.items() if count == most] or [""]
             best = most, rename, sorted(equal, key=lambda p: (p != "", bool(_AVERAGES.search(p))))
-    return best[1], best[2][0], best[2][1:]
+    return best[0], best[1], best[2][0], best[2][1:]
 
 
 def _versions(trees: Mapping[str, Any], rename: Callable[[str], str], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -52,6 +52,7 @@ def test_everything_said_arrives_in_one_object(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(json.dumps({"interpolation": "bicubic", "mean": [0, 0, 0]}))
     text = (
         f"--arch my.nets:make --num-classes 2 --input-shape 3x32x48 --mean 0.5,0.5,0.4 --labels {tmp_path}/labels.txt"
+        " --weights ema.module"
     )
     found = collected(*text.split(), "--preprocessing", str(tmp_path / "p.json"))
     assert found.given() == {
@@ -60,6 +61,7 @@ def test_everything_said_arrives_in_one_object(tmp_path: Path) -> None:
         "input_shape": (3, 32, 48),
         "preprocessing": {"interpolation": "bicubic", "mean": (0.5, 0.5, 0.4)},
         "labels": ("cat", "dog"),
+        "weights": "ema.module",
     }
 
 

@@ -95,8 +95,44 @@ def test_two_sets_of_weights_are_said_to_be_two(model: nn.Module, tmp_path: Path
         {"state_dict_ema": trained("channel").state_dict(), "state_dict": model.state_dict()}, tmp_path / "two.pt"
     )
     loaded = gmconv.load_checkpoint(tmp_path / "two.pt", arch="resnet20", input_shape=SHAPE)
-    assert loaded.notes[0] == "weights taken from 'state_dict'; the file also holds 'state_dict_ema'"
+    assert loaded.notes[0] == (
+        "weights taken from 'state_dict'; the file also holds 'state_dict_ema', which --weights KEY takes"
+    )
     assert same_outputs(loaded.model, model)
+
+
+@pytest.mark.parametrize(
+    ("place", "raw", "said"),
+    [
+        ("state_dict_ema", "state_dict", {"state_dict_ema": "state_dict_ema", "state_dict": "state_dict"}),
+        ("ema.module", "model", {"ema.module": "ema.module", "ema": "ema.module", "model": "model"}),
+        ("callbacks.Average.state.module", "state_dict.net", {"callbacks": "callbacks.Average.state.module"}),
+        ("net_ema.module._orig_mod", "net.module._orig_mod", {"net_ema": "net_ema.module._orig_mod"}),
+    ],
+)
+def test_the_weights_are_the_callers_choice(place: str, raw: str, said: dict[str, str], tmp_path: Path) -> None:
+    networks = {place: trained("layer"), raw: trained("channel")}
+    tree: dict[str, Any] = {"epoch": 3}
+    for path, network in networks.items():
+        inner = tree
+        for key in path.split("."):
+            inner = inner.setdefault(key, {})
+        inner.update(network.state_dict())
+    torch.save(tree, tmp_path / "two.pt")
+    for key, found in said.items():
+        loaded = gmconv.load_checkpoint(tmp_path / "two.pt", arch="resnet20", input_shape=SHAPE, weights=key)
+        assert loaded.notes[0] == f"weights taken from {found!r}"
+        assert same_outputs(loaded.model, networks[place if f"{place}.".startswith(f"{key}.") else raw])
+
+
+@pytest.mark.parametrize("key", ["ema", "", "optimizer", "state_dict_e", "\x1b[2J"])
+def test_weights_that_are_not_there_are_refused_with_those_that_are(key: str, model: nn.Module, tmp_path: Path) -> None:
+    state = model.state_dict()
+    torch.save(
+        {"state_dict": state, "state_dict_ema": {**state}, "optimizer": {"m": torch.ones(1)}}, tmp_path / "two.pt"
+    )
+    with pytest.raises(CheckpointError, match="^[^\x1b]* --weights .*; they are at 'state_dict', 'state_dict_ema'$"):
+        gmconv.load_checkpoint(tmp_path / "two.pt", arch="resnet20", input_shape=SHAPE, weights=key)
 
 
 def test_half_precision_is_widened_exactly(model: nn.Module, tmp_path: Path) -> None:
