@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 _GAP = 2
-_NAME = 32  # characters that a name has before numbers are left out for it
+_NAME = 32  # characters that a name in one piece has before numbers are left out for it
+_FOLDED = 20  # and one that can be folded between its words
 
 OK = Text("ok", style="green")
 FAILED = Text("FAILED", style="red")
@@ -20,6 +22,7 @@ FAILED = Text("FAILED", style="red")
 class Column:
     """A heading with its unit. `spare` 0 stays at any width; of the others the largest is left out first.
 
+    0 is what tells rows apart, and what they are about; of the spare ones, those that say nothing of any row go first.
     `name`: text on the left that may be folded; every other cell is a number, on the right, in one piece.
     """
 
@@ -66,10 +69,14 @@ class Table:
     def _fitting(self, width: int) -> list[int]:
         """The columns that stay, and of the spare ones, the most important first, each that still has room."""
         shown = [index for index, column in enumerate(self.columns) if column.spare == 0]
-        for spare in sorted(set(range(len(self.columns))) - set(shown), key=lambda index: self.columns[index].spare):
+        spares = set(range(len(self.columns))) - set(shown)
+        for spare in sorted(spares, key=lambda index: (self._says_nothing(index), self.columns[index].spare)):
             if self._fits(wider := sorted([*shown, spare]), width):
                 shown = wider
         return shown
+
+    def _says_nothing(self, index: int) -> bool:
+        return all(row[index].plain in ("", "-") for row in self.rows)
 
     def _cells(self, index: int) -> int:
         return max((row[index].cell_len for row in self.rows), default=0)
@@ -79,8 +86,10 @@ class Table:
         for index in shown:
             column = self.columns[index]
             longest = self._cells(index)
-            word = max((len(word) for word in column.title.split()), default=0)
-            widths.append(max(min(longest, _NAME) if column.name else longest, word))
+            if column.name:
+                words = (cell_len(word) for row in self.rows for word in row[index].plain.split())
+                longest = min(longest, _NAME, max(_FOLDED, *words, 0))
+            widths.append(max(longest, *map(len, column.title.split()), 0))
         return widths
 
     def _laid_out(self, shown: Sequence[int], width: int) -> RenderResult:
@@ -117,10 +126,11 @@ class Table:
         yield Text(self.title, style="bold")
         for row in self.rows:
             line = Text()
-            for column, cell in zip(self.columns, row, strict=True):
+            for index, (column, cell) in enumerate(zip(self.columns, row, strict=True)):
                 if not cell.plain:
                     continue
-                part = cell.copy() if column.name or not column.title else Text(f"{column.title} ").append_text(cell)
+                told = index == 0 or not column.title
+                part = cell.copy() if told else Text(f"{column.title} ").append_text(cell)
                 if line.plain and line.cell_len + _GAP + part.cell_len > width:
                     yield line
                     line = Text("  ")

@@ -122,15 +122,16 @@ class Comparison(Shown):
         from gmconv.tables import Column, Table
 
         with_live = any(row.over_live for row in self.rows)
+        several = len({row.reference for row in self.rows if row.reference}) > 1
         table = Table(
             f"Interleaved, {self.interleaved.rounds} rounds",
             [
                 Column("artefact", name=True),
-                Column("runs in", 4, name=True),
+                Column("runs in", 3, name=True),
                 Column("median [ms]"),
                 Column("p99 [ms]", 1),
                 Column("latency ratio"),
-                Column("to", 3, name=True),
+                Column("to", 0 if several else 4, name=True),
                 *[Column("to live", 2)] * with_live,
             ],
             "ratio: the median of each round's own, with its 95 % interval; steadier than the medians of all queries",

@@ -100,7 +100,7 @@ def _table(done: Evaluation) -> Table:
         f"{_images(done)}; reference: {done.reference}",
         [
             Column("artefact", name=True),
-            Column("precision", 1),
+            Column("precision", 2),
             *(Column(cell.heading, cell.spare) for cell in cells[0]),
         ],
     )

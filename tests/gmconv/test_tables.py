@@ -63,6 +63,24 @@ def test_the_least_important_column_goes_first() -> None:
     assert "err/RMS" not in " ".join(left)
 
 
+def test_of_the_spare_columns_one_that_says_nothing_goes_first() -> None:
+    table = Table("t", [Column("layer", name=True), Column("top-5", 1), Column("agreement", 2), Column("SNR [dB]", 3)])
+    for name in ("layer1", "layer2"):
+        table.add(name, "-", "99.72 [98.40, 99.95]", "32.8")
+    text = shown(table, 40)
+    assert "not shown at this width: top-5\n" in text
+    assert text.count("32.8") == 2
+
+
+def test_a_name_is_folded_between_its_words_before_a_number_goes() -> None:
+    table = Table("t", [Column("hop", name=True), Column("err/RMS"), Column("max abs", 1)])
+    table.add("baked -> ORT fp16, activations unrounded", "2.1e-04", "3.6e-04")
+    assert shown(table, 40).splitlines()[3:] == [
+        "baked -> ORT fp16,      2.1e-04  3.6e-04",
+        "activations unrounded",
+    ]
+
+
 @given(widths=st.lists(st.integers(3, 20), min_size=2, max_size=6), width=st.integers(60, 140))
 def test_a_column_is_left_out_only_where_it_has_no_room(widths: list[int], width: int) -> None:
     table = Table("t", [Column("n", name=True), *(Column(f"c{i}", 1 + i) for i in range(len(widths)))])
