@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +13,7 @@ import click
 from export.onnx.options import ExportOptions, Note
 from export.wording import in_python, python_words
 from gmconv.errors import RefusedError
-from gmconv.foreign import Foreign
+from gmconv.foreign import Foreign, labels_of, preprocessing_fields
 from gmconv.kinds import require_ending
 from runtime.report.artefacts import artefact_sections
 from runtime.report.shown import Shown
@@ -71,8 +72,8 @@ def deploy(
     output: str | Path = "model.onnx",
     *,
     note: Note = lambda text: None,
-    preprocessing: dict[str, Any] | None = None,
-    labels: tuple[str, ...] | None = None,
+    preprocessing: Mapping[str, Any] | str | Path | None = None,
+    labels: Sequence[str] | str | Path | None = None,
     flavor: Literal["auto", "tensorrt", "rtx"] = "auto",
     **options: Any,
 ) -> Deployed:
@@ -84,8 +85,9 @@ def deploy(
             runs on them too, so real data says more than noise.
         output: the ONNX file; with the suffix .plan or .engine an engine, and the ONNX file beside it.
         note: called with a few words when a step begins.
-        preprocessing: fields of `gmconv.images.Preprocessing`, for serving and evaluation.
-        labels: class names in the order of the logits.
+        preprocessing: fields of `gmconv.images.Preprocessing`, or a JSON file of them, for serving and evaluation; the
+            size and the channels are the examples' where they are not said.
+        labels: class names in the order of the logits, or the file that has them one a line.
         flavor: of an engine: "tensorrt", "rtx" (TensorRT-RTX), or "auto", what is installed.
         options: fields of `export.onnx.ExportOptions`: precisions, golden, batch, dynamic_hw, crop, images, ...; also
             spelled as on the command line (precision="fp16,int8", crop="1e-3").
@@ -112,7 +114,7 @@ def deploy(
         close = difflib.get_close_matches(unknown[0], known, n=1)
         advice = f"did you mean {close[0]}?" if close else f"it takes {', '.join(sorted(known))}"
         raise TypeError(f"deploy takes no {unknown[0]!r}; {advice}")
-    live = Live(model, examples, Foreign(preprocessing=preprocessing, labels=tuple(labels) if labels else None))
+    live = Live(model, examples, Foreign(preprocessing=preprocessing_fields(preprocessing), labels=labels_of(labels)))
     asked = ExportOptions(**_parsed(options))
     written = output.with_suffix(".onnx") if engine else output
     if engine and len(asked.precisions) > 1:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class Foreign:
     arch: str | None = None
     num_classes: int | None = None
     input_shape: tuple[int, int, int] | None = None
-    preprocessing: dict[str, Any] | None = None
+    preprocessing: Mapping[str, Any] | None = None
     labels: tuple[str, ...] | None = None
     inputs: tuple[tuple[str, tuple[int, ...], str], ...] | None = None
     labels_file: Path | None = None
@@ -103,9 +104,25 @@ def read_labels(file: Path) -> tuple[str, ...]:
         found = json.loads(text) if text.startswith("[") else [line.strip() for line in text.splitlines()]
     except ValueError as error:
         raise RefusedError(f"{file}: not a JSON list of labels ({error})") from error
-    if not found or not all(isinstance(label, str) and label and label.isprintable() for label in found):
+    if not _are_labels(found):
         raise RefusedError(f"{file}: not a list of labels; write one name a line, in the order of the logits")
     return tuple(found)
+
+
+def labels_of(given: str | os.PathLike[str] | Iterable[str] | None) -> tuple[str, ...] | None:
+    """Class names as a caller gives them: a file, as `read_labels` reads it, or names. Raises RefusedError."""
+    if isinstance(given, str | os.PathLike):
+        return read_labels(Path(given))
+    found = tuple(given) if isinstance(given, Iterable) else given
+    if found and not _are_labels(found):
+        said = printable(repr(given))
+        raise RefusedError(f"labels: {said} is no list of class names in the order of the logits, nor a file of them")
+    return found or None
+
+
+def _are_labels(found: Any) -> bool:
+    listed = isinstance(found, list | tuple) and len(found) > 0
+    return listed and all(isinstance(label, str) and label and label.isprintable() for label in found)
 
 
 def refuse_labels(labels: Sequence[str] | None, outputs: Sequence[Sequence[int | str]], given: Foreign) -> None:
@@ -134,6 +151,52 @@ def read_preprocessing_file(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RefusedError(f"{file}: not a JSON object with the fields size, mean, std, scale, channel_order, ...")
     return found
+
+
+def preprocessing_fields(given: Mapping[str, Any] | str | os.PathLike[str] | None) -> Mapping[str, Any] | None:
+    """Preprocessing as a caller gives it: fields of `gmconv.images.Preprocessing`, or a file that has them.
+
+    Raises RefusedError as `read_preprocessing_file`, and where it is none, or has a field of another name.
+    """
+    from gmconv.images import Preprocessing
+
+    found: Any = read_preprocessing_file(Path(given)) if isinstance(given, str | os.PathLike) else given
+    if found is None or (isinstance(found, Mapping) and not found):
+        return None
+    names = [field.name for field in fields(Preprocessing)]
+    takes = f"it takes a dict, or a JSON file, with {', '.join(names)}"
+    if not isinstance(found, Mapping):
+        raise RefusedError(f"preprocessing is a {type(found).__name__}; {takes}")
+    if unknown := [str(name) for name in found if name not in names]:
+        where = printable(f"{given}: the preprocessing" if isinstance(given, str | os.PathLike) else "preprocessing")
+        raise RefusedError(f"{where} has a field {printable(unknown[0])!r}; {takes}")
+    return found
+
+
+def preprocessing_of(given: Mapping[str, Any] | str | os.PathLike[str] | None, shape: Sequence[int]) -> Any:
+    """`preprocessing_fields`, as a dict, with what it does not say: the network's own, of `shape` (C, H, W), unscaled.
+
+    Raises RefusedError, also where a field is of another type.
+    """
+    import msgspec
+
+    from gmconv.images import Preprocessing
+
+    said = preprocessing_fields(given)
+    if said is None:
+        return None
+    channels, height, width = shape
+    usual = {"size": (height, width), "mean": (0.0,) * channels, "std": (1.0,) * channels}
+    own = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in said.items()}
+    full = {**usual, "channel_order": "L" if channels == 1 else "RGB", **own}
+    try:
+        msgspec.convert(full, Preprocessing)
+    except msgspec.ValidationError as error:
+        reason = str(error).replace("`", "").replace("$.", "")
+        raise RefusedError(
+            f"preprocessing: {reason}; mean and std take one number for each channel, size (height, width)"
+        ) from None
+    return full
 
 
 def _text(file: Path) -> str:

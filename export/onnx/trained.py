@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from export.onnx.options import Note
 from gmconv.errors import RefusedError
-from gmconv.foreign import Foreign
+from gmconv.foreign import Foreign, preprocessing_of
 from runtime.manifest import FileDigest
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class InMemory:
             inputs=arguments.inputs,
             masked={name: layer.sigma_per for name, layer in masked_layers(live.model).items()},
             sha256=_digest(live.model),
-            preprocessing=given.preprocessing,
+            preprocessing=preprocessing_of(given.preprocessing, shape),
             labels=given.labels,
             notes=("exported from memory",),
         )

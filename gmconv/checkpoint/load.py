@@ -24,7 +24,7 @@ from gmconv.checkpoint.fill import fill, put_masks, require_same_keys
 from gmconv.checkpoint.names import plain_values
 from gmconv.errors import CheckpointError, RefusedError, printable
 from gmconv.files import replacing
-from gmconv.foreign import DTYPES
+from gmconv.foreign import DTYPES, labels_of, preprocessing_of
 from gmconv.inputs import Input, in_order
 from gmconv.surgery import masked_layers
 
@@ -59,14 +59,15 @@ class Checkpoint:
 class Facts(TypedDict, total=False):
     """What a checkpoint of ours may say besides its network.
 
-    `preprocessing`: fields of `gmconv.images.Preprocessing`. `labels`: class names in the order of the logits.
+    `preprocessing`: fields of `gmconv.images.Preprocessing`. `labels`: class names in the order of the logits,
+    or the file that has them one a line.
     `dataset`: how to find the data it was trained on, e.g. `{"name": "digits", "test_size": 0.2, "split_seed": 0}`.
     `training`: anything worth keeping (epochs, accuracy, seed). `inputs`: of a network that takes several,
     `(name, shape of one sample, dtype)` of each, by its forward's names.
     """
 
     preprocessing: Mapping[str, Any] | None
-    labels: Sequence[str] | None
+    labels: Sequence[str] | str | Path | None
     dataset: Mapping[str, Any] | None
     training: Mapping[str, Any] | None
     inputs: Sequence[tuple[str, Sequence[int], str]] | None
@@ -93,6 +94,7 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: the architecture does not rebuild this model, or the file cannot be written.
+        RefusedError: labels that are none.
         TypeError: a fact that there is not.
     """
     if unknown := sorted(facts.keys() - Facts.__annotations__.keys()):
@@ -112,7 +114,7 @@ def save_checkpoint(
         "preprocessing": dict(facts.get("preprocessing") or {}) or None,
         "dataset": dict(facts.get("dataset") or {}) or None,
         "training": dict(facts.get("training") or {}) or None,
-        "labels": list(facts.get("labels") or ()) or None,
+        "labels": list(labels_of(facts.get("labels")) or ()) or None,
         "inputs": [[name, list(shape), dtype] for name, shape, dtype in facts.get("inputs") or ()] or None,
         "state_dict": state,
     }
@@ -134,8 +136,8 @@ def load_checkpoint(
     arch: str | None = None,
     num_classes: int | None = None,
     input_shape: tuple[int, int, int] | None = None,
-    preprocessing: Mapping[str, Any] | None = None,
-    labels: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | str | Path | None = None,
+    labels: Sequence[str] | str | Path | None = None,
     inputs: Sequence[Sequence[Any]] | None = None,
     weights: str | None = None,
 ) -> Checkpoint:
@@ -151,14 +153,15 @@ def load_checkpoint(
         arch: overrides the file's own; any `package.module:factory`, because the caller is trusted and the file is not.
         num_classes: passed to the factory.
         input_shape: `(C, H, W)`, for files that do not know it.
-        preprocessing: fields of `gmconv.images.Preprocessing`, for files that do not know them.
-        labels: class names, for files that do not know them.
+        preprocessing: fields of `gmconv.images.Preprocessing`, or a JSON file of them, for files that do not know them.
+        labels: class names, or the file that has them one a line, for files that do not know them.
         inputs: of a network that takes several: `(name, shape of one sample, dtype)` of each, by its forward's names.
         weights: which of a file's weights, by key or dotted path (`"state_dict_ema"`, `"ema.module"`); None: the raw
             ones, not an average of them.
 
     Raises:
         CheckpointError: the file is missing, damaged, holds code, NaN or Inf, or does not fit its architecture.
+        RefusedError: `labels` or `preprocessing` are none.
         ArchitectureUnavailableError: the architecture's package is not installed.
     """
     path = Path(path)
@@ -200,19 +203,12 @@ def load_checkpoint(
         inputs=in_order(model, given),
         masked=masked,
         sha256=_sha256(path),
-        preprocessing=_preprocessing(preprocessing, shape) if preprocessing else facts["preprocessing"],
-        labels=tuple(labels or facts["labels"] or ()) or None,
+        preprocessing=preprocessing_of(preprocessing, shape) or facts["preprocessing"],
+        labels=labels_of(labels) or tuple(facts["labels"] or ()) or None,
         dataset=facts["dataset"],
         training=facts["training"],
         notes=notes,
     )
-
-
-def _preprocessing(given: Mapping[str, Any], shape: tuple[int, int, int]) -> dict[str, Any]:
-    """What the caller says, with the network's own size and no normalisation where nothing is said."""
-    channels, height, width = shape
-    usual = {"size": (height, width), "mean": (0.0,) * channels, "std": (1.0,) * channels}
-    return {**usual, "channel_order": "L" if channels == 1 else "RGB", **given}
 
 
 _FACTS = ("arch", "arch_kwargs", "input_shape", "masked", *Facts.__annotations__)

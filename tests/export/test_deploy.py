@@ -203,6 +203,49 @@ def test_a_value_that_an_option_does_not_take_is_refused_as_by_the_command(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_labels_and_preprocessing_are_read_from_the_files_that_a_command_reads(net: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("crane\ncrow\ncrane\nowl\nwren\n")  # ImageNet has two cranes
+    (tmp_path / "p.json").write_text('{"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}')
+    files = {"labels": str(tmp_path / "labels.txt"), "preprocessing": tmp_path / "p.json"}
+    (manifest,) = gmconv.deploy(net, torch.randn(2, 3, 16, 16), tmp_path / "net.onnx", **files).manifests
+    assert manifest.labels == ("crane", "crow", "crane", "owl", "wren")
+    assert manifest.preprocessing is not None
+    assert (manifest.preprocessing.mean, manifest.preprocessing.size) == ((0.5, 0.4, 0.3), (16, 16))
+
+
+def test_preprocessing_that_says_the_mean_alone_is_completed_by_the_examples(tmp_path: Path) -> None:
+    said = {"mean": np.array([0.5]), "std": [0.25]}
+    (manifest,) = gmconv.deploy(
+        nn.Conv2d(1, 2, 3), torch.randn(2, 1, 8, 6), tmp_path / "grey.onnx", preprocessing=said
+    ).manifests
+    assert manifest.preprocessing is not None
+    assert (manifest.preprocessing.size, manifest.preprocessing.channel_order) == ((8, 6), "L")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"labels": "nolabels.txt"}, "nolabels.txt: no such file"),
+        ({"labels": 0.5}, "0.5 is no list of class names"),
+        ({"labels": [0, 1, 2, 3, 4]}, "is no list of class names"),
+        ({"labels": ["cat", "dog"]}, "2 names for the network's 5 classes"),
+        ({"preprocessing": 0.5}, "preprocessing is a float; it takes a dict, or a JSON file"),
+        ({"preprocessing": "nothing.json"}, "nothing.json: no such file"),
+        ({"preprocessing": {"means": [0.5]}}, "has a field 'means'; it takes"),
+        ({"preprocessing": {"mean": 0.5}}, "Expected array, got float - at mean; mean and std take"),
+        ({"preprocessing": {"mean": [0.5], "std": [0.2]}}, "1 means and 1 deviations for 3 channels"),
+    ],
+)
+def test_labels_and_preprocessing_that_are_none_are_refused_in_a_sentence(
+    given: dict[str, object], said: str, net: nn.Module, tmp_path: Path
+) -> None:
+    with pytest.raises(RefusedError, match=said) as refusal:
+        gmconv.deploy(net, torch.randn(2, 3, 16, 16), tmp_path / "net.onnx", **given)
+    assert "checkpoint" not in refusal.value.message
+    assert "--" not in refusal.value.message
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_options_may_be_spelled_as_on_the_command_line(net: nn.Module, tmp_path: Path) -> None:
     done = gmconv.deploy(net, torch.randn(2, 3, 16, 16), tmp_path / "net.onnx", precision="fp16,bf16", crop="lossless")
     assert [file.name for file in done.files] == ["net.fp16.onnx", "net.bf16.onnx"]

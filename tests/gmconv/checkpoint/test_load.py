@@ -44,6 +44,14 @@ def saved(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_labels_in_a_file_are_not_the_letters_of_its_name(model: nn.Module, saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    file = str(tmp_path / "labels.txt")
+    gmconv.save_checkpoint(tmp_path / "net.pt", model, ARCH, SHAPE, labels=file)
+    assert gmconv.load_checkpoint(tmp_path / "net.pt").labels == ("cat", "dog")
+    assert gmconv.load_checkpoint(saved, labels=file).labels == ("cat", "dog")
+
+
 def same_outputs(left: nn.Module, right: nn.Module) -> bool:
     x = torch.randn(2, *SHAPE)
     with torch.no_grad():
