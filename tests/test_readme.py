@@ -76,11 +76,13 @@ def workplace(digits_checkpoint: Path, digits_onnx: Path, tmp_path_factory: pyte
     )
     torch.save(gmconv.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())).state_dict(), folder / "net.pt")
     torch.save(nn.Linear(2, 2).state_dict(), folder / "state.pth")
-    (folder / "DIR").mkdir()
-    for index, image in enumerate(load_digits().images[:12]):
-        Image.fromarray((image * 255 / 16).round().astype(np.uint8)).save(folder / "DIR" / f"{index}.png")
-    for to, name in (("fp16", "model.fp16.onnx"), ("int8", "model.int8.onnx")):
-        run = [sys.executable, "-m", "export.precision", "model.onnx", "--to", to, "-o", name, "-q"]
+    digits = load_digits()
+    for index, (image, digit) in enumerate(zip(digits.images[:60], digits.target, strict=False)):
+        for kind in (folder / "DIR", folder / "val" / str(digit)):
+            kind.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((image * 255 / 16).round().astype(np.uint8)).save(kind / f"{index}.png")
+    for to in ("fp16", "int8"):
+        run = [sys.executable, "-m", "export.precision", "model.onnx", "--to", to, "--target", "cpu", "-q"]
         subprocess.run(run, check=True, cwd=folder, env=environment(folder))
     build = [sys.executable, "-m", "export.tensorrt", "model.onnx", "--flavor", "rtx", "-o", "model.plan"]
     subprocess.run(build, check=True, cwd=folder, env=environment(folder))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gmconv.architecture import build, factory_keywords
 from gmconv.errors import CheckpointError
+from gmconv.layer import GMConv2d
 from gmconv.surgery import convert, masked_layers
 from gmconv.train.options import TrainOptions
 
@@ -52,14 +53,26 @@ def make_network(options: TrainOptions, num_classes: int) -> Network:
     note = ""
     if options.gmconv and not masked_layers(model):
         convert(model, options.sigma, options.sigma_per, subclasses="skip", inplace=True)  # type: ignore[arg-type]
-        masked, total = len(masked_layers(model)), sum(isinstance(module, nn.Conv2d) for module in model.modules())
-        note = f"{masked} of {total} nn.Conv2d became GMConv2d (1x1 kernels need no mask; --plain: none)"
+        note = _masked_note(model)
     elif options.gmconv:
         note = f"trained with the {len(masked_layers(model))} GMConv2d layers that its factory makes"
     if options.sigma_penalty and not masked_layers(model):
         raise CheckpointError(f"{where}: has no GMConv2d whose sigma could be penalized; drop --sigma-penalty")
     _require_fit(model, options, num_classes, where)
     return Network(model, arch, kwargs, "" if zoo else note)
+
+
+def _masked_note(model: nn.Module) -> str:
+    """How many convolutions were masked, and which were left as they are, and why."""
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    left = [module for module in convolutions if not isinstance(module, GMConv2d)]
+    own = [type(module).__name__ for module in left if tuple(module.kernel_size) != (1, 1)]
+    reasons = [f"{len(left) - len(own)} of 1x1 kernels, which need no mask"] if len(left) > len(own) else []
+    if own:
+        classes = ", ".join(dict.fromkeys(own))
+        reasons.append(f"{len(own)} with a forward of their own ({classes}), left as their factory makes them")
+    done = f"{len(convolutions) - len(left)} of {len(convolutions)} nn.Conv2d became GMConv2d (--plain: none)"
+    return "; ".join((done, *reasons))
 
 
 def _arguments(arch: str, options: TrainOptions, num_classes: int, where: str) -> dict[str, Any]:

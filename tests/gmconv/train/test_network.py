@@ -39,10 +39,26 @@ def own(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module = types.ModuleType("own_nets_of_a_test")
     module.make = Net  # type: ignore[attr-defined]
     module.masked = lambda num_classes: gmconv.convert(Net(num_classes), sigma=3.0)  # type: ignore[attr-defined]
+    module.own = lambda num_classes: Masked(num_classes)  # type: ignore[attr-defined]
     module.fixed = lambda: Net(7)  # type: ignore[attr-defined]
     module.two = lambda num_classes: Two(num_classes)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module
+
+
+class OwnMask(nn.Conv2d):
+    """A mask that the user wrote."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight * 0.5, self.bias)
+
+
+class Masked(Net):
+    """A network of such layers."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(num_classes)
+        self.first = OwnMask(1, 4, 3, padding=1, stride=2)
 
 
 class Two(Net):
@@ -55,7 +71,9 @@ class Two(Net):
 def test_plain_convolutions_of_an_own_factory_are_masked_and_the_checkpoint_rebuilds_it(tmp_path: Path) -> None:
     result = train(OPTIONS, tmp_path / "c.pt")
     assert result.network.own
-    assert result.network.note.startswith("1 of 2 nn.Conv2d became GMConv2d")
+    assert result.network.note == (
+        "1 of 2 nn.Conv2d became GMConv2d (--plain: none); 1 of 1x1 kernels, which need no mask"
+    )
     assert result.network.kwargs == {"num_classes": 10, "in_channels": 1}
     with pytest.raises(CheckpointError, match="say --arch"):
         gmconv.load_checkpoint(tmp_path / "c.pt")
@@ -63,6 +81,15 @@ def test_plain_convolutions_of_an_own_factory_are_masked_and_the_checkpoint_rebu
     assert loaded.masked == {"first": "layer"}
     assert isinstance(loaded.model.first, gmconv.GMConv2d)
     assert loaded.labels == tuple("0123456789")
+
+
+def test_layers_with_masks_of_their_own_class_are_left_and_named() -> None:
+    found = make_network(dataclasses.replace(OPTIONS, arch="own_nets_of_a_test:own"), 10)
+    assert type(found.model.first) is OwnMask
+    assert found.note == (
+        "0 of 2 nn.Conv2d became GMConv2d (--plain: none); 1 of 1x1 kernels, which need no mask; "
+        "1 with a forward of their own (OwnMask), left as their factory makes them"
+    )
 
 
 def test_plain_leaves_a_network_as_its_factory_makes_it_and_own_masks_stay() -> None:
