@@ -100,3 +100,11 @@ def test_no_other_precision_and_no_number_of_the_user_has_that_floor() -> None:
         assert floored(tolerance, 1e-3) is tolerance
     wide = widen(TOLERANCES["fp32"], 1e-3)
     assert floored(wide, 4e-5) is wide, "what a crop may cost is more"
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_a_tolerance_says_for_which_networks_it_was_dimensioned(precision: str) -> None:
+    """It is printed beside networks of three layers: no depth is named as if it were theirs."""
+    said, _, layers = TOLERANCES[precision].source.partition("dimensioned for ")
+    assert "layers" in layers
+    assert "layers" not in said
