@@ -119,9 +119,12 @@ BUDGET: dict[str, Any] = {
 }
 
 
+TITLES = ("drop [points]", "top-1 % [95 %]", "pixel accuracy % [95 %]", "SNR [dB]")
+
+
 def table() -> Table:
-    found = Table("Layers", [Column("layer", name=True), Column("drop [points]"), Column("SNR [dB]")], "a caption")
-    found.add(HOSTILE, "+0.10", "41.2")
+    found = Table("Layers", [Column("layer", name=True), *map(Column, TITLES)], "a caption")
+    found.add(HOSTILE, "+0.10", "100.00 [91.24, 100.00]", "99.72 [98.44, 99.95]", "41.2")
     return found
 
 

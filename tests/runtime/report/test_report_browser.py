@@ -83,6 +83,14 @@ def test_no_table_is_cut(opened: Opened) -> None:
     assert cut == []
 
 
+def test_no_cell_is_printed_over_the_next(opened: Opened) -> None:
+    over = opened.page.evaluate(
+        """() => [...document.querySelectorAll('th, td')].filter(e => e.getClientRects().length)
+            .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)"""
+    )
+    assert over == []
+
+
 def test_plots_are_drawn_for_the_width_at_hand(opened: Opened) -> None:
     wide, narrow = (opened.page.locator(f"{kind} svg").first.is_visible() for kind in (".wide", ".narrow"))
     assert (wide, narrow) == ((True, False) if opened.page.viewport_size["width"] > 640 else (False, True))
