@@ -27,7 +27,7 @@ def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLik
         path: the .npz file to write.
 
     Raises:
-        RefusedError: no batches, shapes that differ beyond axis 0, or a path that cannot be written.
+        RefusedError: no batches, bfloat16, shapes that differ beyond axis 0, or a path that cannot be written.
     """
     path = Path(path)
     require_writable(path)
@@ -45,6 +45,10 @@ def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLik
                 returned = named_outputs(given.call(model, device))
             for side, tensors in (("input", given.tensors), ("output", returned)):
                 for name, tensor in tensors.items():
+                    if tensor.dtype == torch.bfloat16:
+                        raise RefusedError(
+                            f"{side} {name!r} is in bfloat16, which numpy has not: record copy.deepcopy(model).float()"
+                        )
                     key = side if len(tensors) == 1 else f"{side}.{name}"
                     parts.setdefault(key, []).append(tensor.detach().cpu().numpy())
     finally:

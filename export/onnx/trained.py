@@ -17,7 +17,7 @@ from gmconv.foreign import Foreign, preprocessing_of
 from runtime.manifest import FileDigest
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from export.onnx.reference import Reference, Work
     from runtime.runners.base import Array
@@ -92,6 +92,7 @@ class InMemory:
         from gmconv.surgery import masked_layers
 
         arguments = arguments_of(live.model, live.examples)
+        _refuse_dtypes(live.model, arguments.tensors)
         self._model, given = _copied(live.model), live.foreign
         shape = next((one.shape for one in arguments.inputs if one.is_image), (0, 0, 0))
         kind = type(live.model)
@@ -128,6 +129,22 @@ class InMemory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+def _refuse_dtypes(model: nn.Module, examples: Mapping[str, Tensor]) -> None:
+    """Raise RefusedError for what ONNX Runtime does not run on a CPU, or numpy does not have; half is widened."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and parameter.dtype in (torch.bfloat16, torch.float64):
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise RefusedError(
+                f"the network is in {kind} (parameter {name!r}), and an export starts from float32: pass its copy, "
+                f"copy.deepcopy(model).float(), and examples.float()"
+            )
+    for name, tensor in examples.items():
+        if tensor.dtype == torch.bfloat16:
+            raise RefusedError(f"example {name!r} is in bfloat16, which numpy has not: pass it as .float()")
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -179,6 +179,23 @@ def test_examples_that_do_not_fit_are_refused_in_a_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_network_in_a_dtype_that_cannot_be_proven_is_refused_at_once(dtype: torch.dtype, tmp_path: Path) -> None:
+    kind = str(dtype).removeprefix("torch.")
+    x = torch.randn(2, 3, 16, 16, dtype=dtype)
+    with pytest.raises(RefusedError, match=rf"is in {kind} .*\.float\(\)") as refusal:
+        gmconv.deploy(Net().to(dtype), x, tmp_path / "net.onnx")
+    assert "\n" not in refusal.value.message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_examples_in_bfloat16_are_refused_and_half_precision_is_widened(net: nn.Module, tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 16, 16)
+    with pytest.raises(RefusedError, match=r"example 'input' is in bfloat16, .*\.float\(\)"):
+        gmconv.deploy(net, x.bfloat16(), tmp_path / "net.onnx")
+    assert gmconv.deploy(nn.Conv2d(3, 2, 3).half(), x.half(), tmp_path / "net.onnx").passed
+
+
 def test_an_option_that_there_is_not_is_named(net: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="takes no 'precission'; did you mean precision?"):
         gmconv.deploy(net, torch.randn(2, 3, 16, 16), tmp_path / "net.onnx", precission="fp16")

@@ -80,6 +80,11 @@ def test_an_array_is_one_batch_as_a_tensor_is(tmp_path: Path) -> None:
     assert read_golden(tmp_path / "two.npz", ["image", "mask"], ["sum", "mask"]).samples == 4
 
 
+def test_bfloat16_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="input 'input' is in bfloat16, .*float"):
+        gmconv.save_golden(nn.Tanh().bfloat16(), torch.ones(2, 3).bfloat16(), tmp_path / "golden.npz")
+
+
 def test_no_batches_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="no batches"):
         gmconv.save_golden(nn.Identity(), [], tmp_path / "golden.npz")
