@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from numbers import Number
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from export.onnx.options import ExportOptions, Note
+from export.precision.converter import PrecisionOptions
 from export.wording import in_python, python_words
 from gmconv.errors import RefusedError
 from gmconv.foreign import Foreign, labels_of, preprocessing_fields
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
     from runtime.manifest import Manifest
     from runtime.report import Section
+
+_OWN = {"note", "preprocessing", "labels", "flavor"}
+_SEEDS = {"noise_seed": "seed", "seed": "calibration_seed"}  # click's names of two flags, and theirs here
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -89,8 +94,9 @@ def deploy(
             size and the channels are the examples' where they are not said.
         labels: class names in the order of the logits, or the file that has them one a line.
         flavor: of an engine: "tensorrt", "rtx" (TensorRT-RTX), or "auto", what is installed.
-        options: fields of `export.onnx.ExportOptions`: precisions, golden, batch, dynamic_hw, crop, images, ...; also
-            spelled as on the command line (precision="fp16,int8", crop="1e-3").
+        options: fields of `export.onnx.ExportOptions` and of `export.precision.PrecisionOptions`: precisions, golden,
+            batch, dynamic_hw, crop, images, keep_fp32, calibration, ...; also with the values and names of the command
+            line (precision="fp16,int8", crop="1e-3", data="images/", calibration_seed=1).
 
     Returns:
         The files and their manifests; printed, the tables of the command.
@@ -107,15 +113,8 @@ def deploy(
 
     output = Path(output)
     engine = require_ending(output, "onnx", "engine") == "engine"
-    if isinstance(options.get("precision"), str | tuple | list):  # as the command calls it
-        options["precisions"] = options.pop("precision")
-    known = {field.name for field in fields(ExportOptions)} - {"foreign"}
-    if unknown := sorted(options.keys() - known):
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        advice = f"did you mean {close[0]}?" if close else f"it takes {', '.join(sorted(known))}"
-        raise TypeError(f"deploy takes no {unknown[0]!r}; {advice}")
+    asked = _asked(options)
     live = Live(model, examples, Foreign(preprocessing=preprocessing_fields(preprocessing), labels=labels_of(labels)))
-    asked = ExportOptions(**_parsed(options))
     written = output.with_suffix(".onnx") if engine else output
     if engine and len(asked.precisions) > 1:
         raise RefusedError("an engine has one precision; deploy each with a call of its own")
@@ -131,17 +130,51 @@ def deploy(
     return Deployed(tuple(files), tuple(read_manifest(file, verify=False) for file in files))
 
 
+def _asked(options: dict[str, Any]) -> ExportOptions:
+    """The options by the names of both classes, or of the flags. Raises TypeError for another, and as `_parsed`."""
+    if isinstance(options.get("precision"), str | tuple | list):  # as the command calls it
+        options["precisions"] = options.pop("precision")
+    export = {field.name for field in fields(ExportOptions)} - {"foreign"}
+    conversion = {"calibration_seed" if field.name == "seed" else field.name for field in fields(PrecisionOptions)}
+    known = export | conversion | {"data"}
+    if unknown := sorted(options.keys() - known):
+        close = difflib.get_close_matches(unknown[0], known | _OWN, n=1)
+        advice = f"did you mean {close[0]}?" if close else f"it takes {', '.join(sorted(known | _OWN))}"
+        raise TypeError(f"deploy takes no {unknown[0]!r}; {advice}")
+    given = {name: value for name, value in _parsed(options).items() if value is not None}
+    settings = given.get("precision", PrecisionOptions())
+    if not isinstance(settings, PrecisionOptions):
+        raise RefusedError(f"precision is a {type(settings).__name__}; it takes 'fp16,int8', or PrecisionOptions")
+    if (data := given.pop("data", None)) is not None:
+        given.setdefault("images", data)
+        given.setdefault("calibration", settings.calibration or data)
+    own = {name: given.pop(name) for name in conversion - export if name in given}
+    if "calibration_seed" in own:
+        own["seed"] = own.pop("calibration_seed")
+    if own:
+        given["precision"] = replace(settings, **own)
+    return ExportOptions(**given)
+
+
 def _parsed(options: dict[str, Any]) -> dict[str, Any]:
     """The options as the command's own flags read them. Raises RefusedError, which says what a parameter takes."""
     from export.onnx.__main__ import main as command
 
-    flags = {"seed" if flag.name == "noise_seed" else flag.name: flag for flag in command.params}
+    flags = {_SEEDS.get(str(flag.name), flag.name): flag for flag in command.params}
     context, parsed = click.Context(command), dict(options)
     for name, value in options.items():
-        if name in flags and value is not None:
-            text = ",".join(map(str, value)) if isinstance(value, tuple | list) else value
-            try:
-                parsed[name] = flags[name].process_value(context, text)
-            except click.UsageError as error:
-                raise RefusedError(f"{name}={value!r}: {error.message}") from None
+        if name not in flags or value is None:
+            continue
+        if not isinstance(value, str | Path | Number | tuple | list):
+            takes = getattr(flags[name], "metavar", None) or "a plain value"
+            raise RefusedError(f"{name} is a {type(value).__name__}; it takes {takes}")
+        given: Any = value
+        if getattr(flags[name], "multiple", False):
+            given = value if isinstance(value, tuple | list) else [value]
+        elif isinstance(value, tuple | list):
+            given = ",".join(map(str, value))
+        try:
+            parsed[name] = flags[name].process_value(context, given)
+        except click.UsageError as error:
+            raise RefusedError(f"{name}={value!r}: {error.message}") from None
     return parsed

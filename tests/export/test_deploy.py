@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import gmconv
 from export.deploy import Deployed
+from export.precision import PrecisionOptions
 from gmconv.errors import ParityError, RefusedError
 from runtime.runners import open_runner
 
@@ -210,6 +211,14 @@ def test_an_option_that_there_is_not_is_named(net: nn.Module, tmp_path: Path) ->
         ({"batch": 0}, "batch=0: 0 is not in the range"),
         ({"crop_budget": "top:1"}, "crop_budget='top:1': a crop budget is"),
         ({"golden": "no.npz"}, "no.npz: no such file"),
+        ({"data": "nodata"}, "nodata: no such data; give 'digits', a folder of images or an .npz file"),
+        ({"images": torch.ones(2, 3, 16, 16)}, r"^images is a Tensor; it takes DIR\|FILE.npz\|digits$"),
+        ({"data": np.ones((2, 3, 16, 16))}, r"^data is a ndarray; it takes DIR\|FILE.npz\|digits$"),
+        ({"golden": torch.ones(2, 3, 16, 16)}, r"^golden is a Tensor; it takes FILE.npz$"),
+        ({"golden": {"input": 1}}, r"^golden is a dict; it takes FILE.npz$"),
+        ({"target": "gpu"}, "target='gpu': 'gpu' is not one of 'tensorrt', 'cpu'"),
+        ({"precision": 16}, "precision is a int; it takes 'fp16,int8', or PrecisionOptions"),
+        ({"precision": "fp16", "io_dtype": "bf16"}, r"io_dtype=?.* does not go with fp16"),
     ],
 )
 def test_a_value_that_an_option_does_not_take_is_refused_as_by_the_command(
@@ -261,6 +270,40 @@ def test_labels_and_preprocessing_that_are_none_are_refused_in_a_sentence(
     assert "checkpoint" not in refusal.value.message
     assert "--" not in refusal.value.message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_deploy_takes_is_listed_with_its_own_parameters(net: nn.Module) -> None:
+    with pytest.raises(TypeError, match="deploy takes no 'zzz'; it takes ") as refusal:
+        gmconv.deploy(net, torch.randn(2, 3, 16, 16), zzz=1)
+    listed = str(refusal.value).partition("it takes ")[2].split(", ")
+    assert {"labels", "preprocessing", "flavor", "note", "data", "keep_fp32", "calibration_seed", "batch"} <= {*listed}
+    with pytest.raises(TypeError, match="did you mean labels?"):
+        gmconv.deploy(net, torch.randn(2, 3, 16, 16), lables=["a"])
+
+
+def test_how_to_convert_is_said_flat_or_in_an_object_that_it_adds_to(net: nn.Module, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", input=np.random.default_rng(0).standard_normal((40, 3, 16, 16), dtype=np.float32))
+    (manifest,) = gmconv.deploy(
+        net,
+        torch.randn(2, 3, 16, 16),
+        tmp_path / "net.onnx",
+        precisions="int8",
+        precision=PrecisionOptions(calibration_batch=5),
+        data=tmp_path / "data.npz",
+        keep_fp32="head*",
+        target="tensorrt",
+        calibration_images=33,
+        calibration_method="minmax",
+        calibration_seed=3,
+    ).manifests
+    assert manifest.precision_found == {"int8": 1, "fp32": 1}
+    assert manifest.quantization is not None
+    assert manifest.quantization.target == "tensorrt"
+    assert manifest.calibration is not None
+    assert (manifest.calibration.images, manifest.calibration.method) == (33, "minmax")
+    assert (manifest.calibration.seed, manifest.calibration.source) == (3, "data.npz")
+    assert manifest.parity is not None
+    assert "images, data.npz" in {hop.inputs for hop in manifest.parity.hops}
 
 
 def test_options_may_be_spelled_as_on_the_command_line(net: nn.Module, tmp_path: Path) -> None:
