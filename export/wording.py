@@ -16,7 +16,7 @@ from export.precision.converter import PrecisionOptions
 _NORMALIZED = re.compile(r"--mean(?: M,M,M)?(?: and)? --std(?: S,S,S)?(?: \(or --preprocessing FILE\))?")
 #: A flag, and what it is advised with: a placeholder (DIR, FILE.npz), a number or a word that is one of its values.
 _FLAG = re.compile(
-    r"(?<![\w-])(?:--keep-fp32 (?P<layer>[^\s;,)]+)|(?P<flag>--[a-z][a-z0-9-]*|-o)"
+    r"(?<![\w-])(?:--keep-fp32 (?P<layers>[^\s;,)]+(?: --keep-fp32 [^\s;,)]+)*)|(?P<flag>--[a-z][a-z0-9-]*|-o)"
     r"(?: (?P<value>[A-Z][A-Z,:|]*(?:\.npz)?|\d[\w.]*|digits|lossless|fp16|bf16|int8|fp8)(?![\w-]))?)"
 )
 #: What is said of a checkpoint or a shell, and what of a network in memory.
@@ -43,8 +43,8 @@ def in_python(message: str) -> str:
 
 
 def _parameter(found: re.Match[str]) -> str:
-    if found["layer"]:
-        return f"precision=PrecisionOptions(keep_fp32=({found['layer']!r},))"
+    if found["layers"]:
+        return f"precision=PrecisionOptions(keep_fp32={tuple(found['layers'].split(' --keep-fp32 '))})"
     name = found["flag"].lstrip("-").replace("-", "_")
     name, value = _RENAMED.get(name, name), found["value"]
     if name in _SWITCHES:

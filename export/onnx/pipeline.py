@@ -12,6 +12,7 @@ from export.onnx.interface import examples, input_names, output_names
 from export.onnx.options import ExportOptions, Note
 from export.onnx.refusals import (
     NOTHING_BAKED,
+    advice_on_parity,
     refuse_early,
     refuse_precisions,
     refuse_two_answers,
@@ -368,7 +369,8 @@ def _write_variants(
         outputs = run_onnx(folder / name, list(checked.cases))
         verdict = replace(checked, shipped=outputs).judge_file(precision, folder / name)
         if not verdict.passed:
-            raise ParityError(f"{name}: nothing was written, parity failed: {verdict.summary()}")
+            said = f"nothing was written, parity failed: {verdict.summary()}"
+            raise ParityError(f"{name}: {said}; {advice_on_parity(precision, options)}")
         sidecar(folder / name).write_text(
             replace(
                 written,

@@ -93,3 +93,9 @@ def refuse_two_kernels(baked_here: Mapping[str, str], baked_there: Mapping[str, 
     for name in sorted(baked_here.keys() | baked_there.keys()):
         if baked_here.get(name) != baked_there.get(name):
             raise ParityError(f"layer {name!r}: two processes baked different weights; refusing to ship either")
+
+
+def advice_on_parity(precision: str, options: ExportOptions) -> str:
+    """What to do where the file of one of several precisions is not near enough to the network."""
+    others = f"leave {precision} out of --precision to have the others, or " if len(options.precisions) > 1 else ""
+    return f"{others}keep the layers that cost it in fp32 (--keep-fp32 LAYER)"

@@ -150,6 +150,15 @@ def test_a_golden_pair_of_another_network_is_refused_at_its_own_hop(net: nn.Modu
     assert [path.name for path in tmp_path.iterdir()] == ["golden.npz"]
 
 
+def test_a_precision_that_does_not_hold_says_what_to_do_and_leaves_nothing(tmp_path: Path) -> None:
+    twice = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Conv2d(2, 1, 1, bias=False))
+    twice[0].weight.data = torch.tensor([1.0, 1.0003]).reshape(2, 1, 1, 1)  # the same number in fp16
+    twice[1].weight.data = torch.tensor([1.0, -1.0]).reshape(1, 2, 1, 1)
+    with pytest.raises(ParityError, match="nothing was written, parity failed: .*; leave fp16 out of precisions to"):
+        gmconv.deploy(twice, torch.randn(2, 1, 8, 8), tmp_path / "net.onnx", precision="fp32,fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_class_of_the_main_module_needs_no_file(tmp_path: Path) -> None:
     script = (
         "import torch, gmconv\n"

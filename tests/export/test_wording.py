@@ -47,6 +47,7 @@ def test_a_flag_of_the_export_is_a_parameter(flag: str) -> None:
         ("give --images DIR or --images digits", "give images=DIR or images='digits'"),
         ("--data DIR, --data FILE.npz or", "images=DIR, images=FILE.npz or"),
         ("--keep-fp32 node_Conv_3 leaves it", "precision=PrecisionOptions(keep_fp32=('node_Conv_3',)) leaves it"),
+        ("with --keep-fp32 up1 --keep-fp32 up2", "with precision=PrecisionOptions(keep_fp32=('up1', 'up2'))"),
         ("ask for --precision bf16 or fp16", "ask for precisions=('bf16',) or fp16"),
         ("give -o another name", "give output another name"),
         ("(--mean M,M,M --std S,S,S), as", '(preprocessing={"mean": (M, M, M), "std": (S, S, S)}), as'),

@@ -11,6 +11,7 @@ from torch import nn
 from export.onnx import pipeline
 from export.onnx.options import ExportOptions
 from export.onnx.pipeline import export_onnx
+from export.onnx.refusals import advice_on_parity
 from export.onnx.trained import Live
 from export.precision.converter import Precision, PrecisionOptions
 from gmconv.errors import RefusedError
@@ -68,3 +69,9 @@ def test_the_checkpoint_is_not_overwritten_under_any_name(taken: str, tmp_path: 
     (tmp_path / "link.onnx").symlink_to("net.pt")
     with pytest.raises(RefusedError, match=f"{taken}: is an input of this command"):
         export_onnx(tmp_path / "net.pt", tmp_path / taken)
+
+
+def test_the_advice_about_parity_is_what_there_is_left_to_do() -> None:
+    assert advice_on_parity("fp16", ExportOptions(precisions=("fp16",))).startswith("keep the layers")
+    several = ExportOptions(precisions=("fp32", "fp16"))
+    assert advice_on_parity("fp16", several).startswith("leave fp16 out of --precision to have the others, or keep the")
