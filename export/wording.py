@@ -25,6 +25,7 @@ _PHRASES = {
     "check --input-shape, and give --input NAME:SHAPE for each of several inputs": (
         "the examples are a batch of what it takes: a tensor, or a dict with one for each argument"
     ),
+    " at last, all of it with -v:": " at last:",
     ", above unless -q,": ", which note= gets,",
     ", or hand the network itself to gmconv.deploy": "",
 }

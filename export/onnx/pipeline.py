@@ -13,6 +13,7 @@ from export.onnx.options import ExportOptions, Note
 from export.onnx.refusals import (
     NOTHING_BAKED,
     advice_on_parity,
+    last_words,
     refuse_early,
     refuse_precisions,
     refuse_two_answers,
@@ -189,11 +190,10 @@ def _merged(modules: Sequence[str]) -> str:
 def _to_onnx(
     model: nn.Module, loaded: Checkpoint, names: list[str], file: Path, options: ExportOptions, note: Note
 ) -> Captured:
-    """The captured graph; what the exporter printed meanwhile is noted."""
+    """The captured graph; what the exporter printed meanwhile is noted, its end once more where it refused."""
     from export.graph import capture
 
-    log = file.with_name("exporter.log")
-    said = "[exporter]"
+    log, refused = file.with_name("exporter.log"), False
     try:
         return capture.to_onnx(
             model,
@@ -204,12 +204,14 @@ def _to_onnx(
             log=log,
         )
     except RefusedError:
-        said = "the exporter said:"
+        refused = True
         raise
     finally:
         chatter = log.read_text(errors="replace").strip() if log.exists() else ""
         if chatter:
-            note(f"{said} {chatter}")
+            note(f"[exporter] {chatter}")
+        if refused and (end := last_words(chatter)):
+            note(end)
         log.unlink(missing_ok=True)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from export.onnx.options import ExportOptions
 from gmconv.data import refuse_missing
-from gmconv.errors import ParityError, RefusedError
+from gmconv.errors import ParityError, RefusedError, printable
 from gmconv.files import require_writable
 from gmconv.images import read_preprocessing
 from gmconv.kinds import refuse_other_kinds, require_ending
@@ -24,6 +24,7 @@ NOTHING_BAKED = (
     "nothing was baked: no convolution and no product of matrices has a mask or computes its kernel; if the network "
     "was trained with Gaussian masks, this checkpoint lacks them, or --arch builds another network"
 )
+_LAST = 15  # lines of what the exporter printed
 _SAME = 1e-3  # of the RMS: far beyond what another number of threads changes
 
 
@@ -99,3 +100,10 @@ def advice_on_parity(precision: str, options: ExportOptions) -> str:
     """What to do where the file of one of several precisions is not near enough to the network."""
     others = f"leave {precision} out of --precision to have the others, or " if len(options.precisions) > 1 else ""
     return f"{others}keep the layers that cost it in fp32 (--keep-fp32 LAYER)"
+
+
+def last_words(chatter: str) -> str:
+    """The end of what torch's exporter printed before it refused, or "": the graph before it can fill screens."""
+    lines = [line for line in chatter.splitlines() if line.strip() and "torchvision is not installed" not in line]
+    said = [printable(line, 200) for line in lines[-_LAST:]]
+    return "\n".join(["the exporter said at last, all of it with -v:", *said]) if said else ""

@@ -340,7 +340,7 @@ def make():
 """
 
 
-def test_the_exporters_own_words_appear_when_it_fails_and_only_then(
+def test_the_end_of_the_exporters_own_words_appears_when_it_fails_and_only_then(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert export(checkpoint, "-o", tmp_path / "net.onnx") == 0
@@ -351,6 +351,8 @@ def test_the_exporters_own_words_appear_when_it_fails_and_only_then(
     assert export(tmp_path / "branching.pt", "--arch", "branching:make", "--input-shape", "3,8,8") == 3
     said = capfd.readouterr().err
     assert "if y.sum() > 0" in said  # the exporter's report names the line of the user's forward
+    assert "torchvision" not in said
+    assert "the exporter said at last, all of it with -v:" in said
     assert said.splitlines()[-1].startswith("Error: the network cannot be exported")
     assert not (tmp_path / "branching.onnx").exists()
 

@@ -11,7 +11,7 @@ from torch import nn
 from export.onnx import pipeline
 from export.onnx.options import ExportOptions
 from export.onnx.pipeline import export_onnx
-from export.onnx.refusals import advice_on_parity
+from export.onnx.refusals import advice_on_parity, last_words
 from export.onnx.trained import Live
 from export.precision.converter import Precision, PrecisionOptions
 from gmconv.errors import RefusedError
@@ -75,3 +75,13 @@ def test_the_advice_about_parity_is_what_there_is_left_to_do() -> None:
     assert advice_on_parity("fp16", ExportOptions(precisions=("fp16",))).startswith("keep the layers")
     several = ExportOptions(precisions=("fp32", "fp16"))
     assert advice_on_parity("fp16", several).startswith("leave fp16 out of --precision to have the others, or keep the")
+
+
+def test_of_what_the_exporter_printed_the_end_is_shown() -> None:
+    noise = "W1 _registration.py:107] torchvision is not installed. Skipping torchvision::nms\n"
+    printed = noise * 4 + "".join(f"line {n} {'x' * 999}\n\n" for n in range(80)) + noise
+    heading, *lines = last_words(printed).splitlines()
+    assert "-v" in heading
+    assert [line[:7] for line in lines] == [f"line {n}" for n in range(65, 80)]
+    assert max(map(len, lines)) < 220
+    assert last_words(noise) == ""
