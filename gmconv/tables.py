@@ -24,11 +24,13 @@ class Column:
 
     0 is what tells rows apart, and what they are about; of the spare ones, those that say nothing of any row go first.
     `name`: text on the left that may be folded; every other cell is a number, on the right, in one piece.
+    `meaning`: what the heading does not say, told below the table where the column is shown.
     """
 
     title: str
     spare: int = 0
     name: bool = False
+    meaning: str = ""
 
 
 class Table:
@@ -51,6 +53,11 @@ class Table:
         """How many rows there are."""
         return len(self.rows)
 
+    def footnote(self, shown: Iterable[int]) -> str:
+        """The caption, and what the columns of these indices mean."""
+        told = (self.columns[index] for index in shown)
+        return "; ".join(filter(None, [self.caption, *(f"{c.title}: {c.meaning}" for c in told if c.meaning)]))
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         shown = self._fitting(options.max_width)
         if not self._fits(shown, options.max_width):
@@ -58,8 +65,8 @@ class Table:
             return
         yield Text(self.title, style="bold")
         yield from self._laid_out(shown, options.max_width)
-        if self.caption:
-            yield Text(self.caption, style="dim")
+        if said := self.footnote(shown):
+            yield Text(said, style="dim")
         if left := [column.title for index, column in enumerate(self.columns) if index not in shown]:
             yield Text(f"not shown at this width: {', '.join(left)}", style="dim")
 
@@ -138,8 +145,8 @@ class Table:
                     line.append(" " * _GAP)
                 line.append_text(part)
             yield line
-        if self.caption:
-            yield Text(self.caption, style="dim")
+        if said := self.footnote(range(len(self.columns))):
+            yield Text(said, style="dim")
 
 
 def number(value: float | None) -> str:

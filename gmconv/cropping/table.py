@@ -14,21 +14,20 @@ def crop_table(certificate: dict[str, Any]) -> Table:
 
     layers = [layer for layer in certificate["layers"] if layer["kernel"] != layer["kept"]]
     clocked = any(layer.get("latency_after_ms") is not None for layer in layers)
-    data = f"the data ({certificate.get('measured_on') or 'of the caller'})"
+    data = certificate.get("measured_on") or "the caller's"
+    seen = any(layer["measured"] is not None for layer in layers)
     table = Table(
-        "What was cropped",
+        "What was cropped" + f"; the data: {data}" * seen,
         [
             Column("layer", name=True),
             Column("kernel [taps]"),
-            Column("L1 gone", 1),
-            Column("[M MACs]"),
-            Column("worst case", 4),
-            Column("measured", 3),
-            Column("of RMS", 2),
-            *[Column("alone [ms]", 2)] * clocked,
+            Column("L1 gone", 1, meaning="the largest share of an output channel's L1 norm that went"),
+            Column("MACs [M]", meaning="the layer's multiply-accumulates, in millions"),
+            Column("worst case", 4, meaning="the largest error of its outputs, for inputs as large as the data's"),
+            Column("measured", 3, meaning="the largest error on the data"),
+            Column("err/RMS", 2, meaning="the RMS error on the data over the RMS of its outputs"),
+            *[Column("alone [ms]", 2, meaning="the layer, fp32, in ONNX Runtime")] * clocked,
         ],
-        f"worst case: of any output of the layer, for inputs as large as those of {data}; measured: on it"
-        + "; alone: the layer, fp32, in ONNX Runtime" * clocked,
     )
     for layer in layers:
         macs = (layer["macs_before"], layer["macs_after"])

@@ -216,7 +216,7 @@ def _(section: Search) -> Block:
 def _(section: Rows) -> Block:
     table = section.table
     rows = [[cell.plain for cell in row] for row in table.rows]
-    values = {"columns": table.columns, "rows": rows, "caption": table.caption}
+    values = {"columns": table.columns, "rows": rows, "caption": table.footnote(range(len(table.columns)))}
     return Block("rows", section.title or table.title, values)
 
 

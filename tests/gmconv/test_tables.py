@@ -81,6 +81,15 @@ def test_a_name_is_folded_between_its_words_before_a_number_goes() -> None:
     ]
 
 
+def test_the_footnote_explains_the_columns_that_are_shown() -> None:
+    columns = [Column("measured", 2, meaning="the largest error"), Column("err/RMS", 1, meaning="the RMS error")]
+    table = Table("t", [Column("layer", name=True), *columns], caption="of digits")
+    table.add("conv1", "2.1e-04", "3.6e-04")
+    assert "of digits; measured: the largest error; err/RMS: the RMS error" in shown(table, 80)
+    assert "largest" not in shown(table, 20)
+    assert "RMS error" in shown(table, 20).replace("\n", " ")
+
+
 @given(widths=st.lists(st.integers(3, 20), min_size=2, max_size=6), width=st.integers(60, 140))
 def test_a_column_is_left_out_only_where_it_has_no_room(widths: list[int], width: int) -> None:
     table = Table("t", [Column("n", name=True), *(Column(f"c{i}", 1 + i) for i in range(len(widths)))])

@@ -13,7 +13,7 @@ from gmconv.cropping.certificate import certify, crop_model
 from gmconv.cropping.choose import crop_to
 from gmconv.cropping.macs import count_macs
 from gmconv.cropping.measure import output_error
-from gmconv.cropping.table import crop_summary
+from gmconv.cropping.table import crop_summary, crop_table
 from gmconv.cropping.window import Window
 from gmconv.errors import SurgeryError
 from gmconv.surgery import bake, convert
@@ -181,6 +181,9 @@ def test_json_and_table(batches: list[Tensor]) -> None:
     text = console.export_text()
     assert "2 of 2 kernels cropped (tolerance 0.02, fp32)" in crop_summary(document)
     assert "7x7" in text
+    measures = crop_table(document).columns[2:]
+    assert all(column.title[0].isalnum() and column.meaning for column in measures)
+    assert all(f"{column.title}: {column.meaning}" in " ".join(text.split()) for column in measures)
 
 
 def test_ranges_are_measured_per_input_channel_over_all_batches() -> None:
