@@ -97,6 +97,11 @@ class Manifest:
         return next((link for link in reversed(self.chain) if link.kind == kind), None)
 
     @property
+    def rows_meet(self) -> bool:
+        """Whether a sample's outputs depend on the others of its batch, so that batches may not be merged."""
+        return self.export is not None and self.export.rows_meet
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What whoever uses the artefact should know before they trust it."""
         own = self.export.warnings if self.export else ()

@@ -170,13 +170,17 @@ class AxisRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    """How the ONNX file was made from the network. `batch`: its fixed size, or "dynamic"; `operators`: by type."""
+    """How the ONNX file was made from the network. `batch`: its fixed size, or "dynamic"; `operators`: by type.
+
+    `rows_meet`: a sample's outputs depend on the others of its batch, so that nobody may merge batches or pad them.
+    """
 
     opset: int
     batch: int | Literal["dynamic"] = "dynamic"
     dynamic_hw: bool = False
     simplify: bool = False
     operators: dict[str, int] = field(default_factory=dict)
+    rows_meet: bool = False
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 

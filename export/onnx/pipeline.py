@@ -12,6 +12,7 @@ from export.onnx.interface import examples, input_names, output_names
 from export.onnx.options import ExportOptions, Note
 from export.onnx.refusals import (
     NOTHING_BAKED,
+    SAME,
     advice_on_parity,
     last_words,
     refuse_early,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from export.onnx.reference import Outputs
     from export.onnx.trained import FromFile, InMemory, Live
     from gmconv import Checkpoint
+    from gmconv.certificate import BakeCertificate
     from gmconv.cropping.certificate import CropCertificate
     from runtime.manifest import FileDigest, Manifest
     from runtime.records import AxisRange, Crop
@@ -46,7 +48,7 @@ _EXTERNAL_ABOVE = 2**31 - 2**20  # protobuf cannot hold 2 GiB; the graph itself 
 class _Exported:
     """The graph as written, and what of the network is still needed once its memory is free.
 
-    `first`: what the network returned for the first case before anything was done to it.
+    `first`: what the network returned for the first case before anything was done to it; `rows_apart`: see there.
     """
 
     file: Path
@@ -56,6 +58,7 @@ class _Exported:
     operators: dict[str, int]
     baked_sha256: dict[str, str]
     first: list[Outputs]
+    rows_apart: float
     fused: list[Outputs] | None
     crop: CropCertificate | None
     cropped: list[Outputs] | None
@@ -143,11 +146,12 @@ def _write_fp32(
     from export.graph import capture
     from export.graph.kernels import require_stored_kernels
     from export.onnx.changes import crop_kernels, merge_branches
-    from export.onnx.reference import run_torch
+    from export.onnx.reference import rows_apart, run_torch
     from gmconv.constants import bake_for_inputs
     from gmconv.surgery import copied
 
     first = run_torch(loaded.model, loaded.inputs, cases[:1], names)
+    apart = rows_apart(loaded.model, loaded.inputs, cases, names)
     live = copied(loaded.model) if options.fuse else loaded.model  # baking works in place
     note("baking masks and other constant kernels")
     model, certificate = bake_for_inputs(loaded.model, loaded.inputs, **options.bake_options)
@@ -176,7 +180,8 @@ def _write_fp32(
     import torch
 
     facts = replace(loaded, model=torch.nn.Identity(), notes=(*loaded.notes, *notes))
-    return _Exported(file, facts, inputs, outputs, operators, baked, first, fused, crop, cropped, written.ranges)
+    hops = (first, apart, fused, crop, cropped)
+    return _Exported(file, facts, inputs, outputs, operators, baked, *hops, written.ranges)
 
 
 def _merged(modules: Sequence[str]) -> str:
@@ -326,14 +331,24 @@ def _manifest(
             dynamic_hw=options.dynamic_hw,
             simplify=options.simplify,
             operators=exported.operators,
+            rows_meet=exported.rows_apart > SAME,
             notes=(*options.confirmed(facts.notes), *proof.reference.notes),
-            warnings=() if baked.layers or baked.kernels else (NOTHING_BAKED,),
+            warnings=_warnings(exported, baked),
         ),
         versions=versions("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "gmconv-deploy"),
     )
     refuse_untrue(manifest)
     sidecar(file).write_text(manifest.to_json())
     return manifest
+
+
+def _warnings(exported: _Exported, baked: BakeCertificate) -> tuple[str, ...]:
+    meet = (
+        f"a sample's outputs depend on the others of its batch (by {exported.rows_apart:.1e} of their RMS): whoever "
+        f"merges or pads batches gets other answers; gmconv serve and gmconv triton run each request alone"
+    )
+    nothing = not (baked.layers or baked.kernels)
+    return (*[NOTHING_BAKED] * nothing, *[meet] * (exported.rows_apart > SAME))
 
 
 def _write_variants(

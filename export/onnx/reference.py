@@ -175,6 +175,23 @@ def run_torch(model: nn.Module, inputs: Sequence[Input], cases: Sequence[Case], 
     return [_attempt(lambda: _run(model, inputs, c.feeds, names), probe=c.probe) for c in cases]  # noqa: B023 (at once)
 
 
+def rows_apart(model: nn.Module, inputs: Sequence[Input], cases: Sequence[Case], names: Sequence[str]) -> float:
+    """How far a small batch's outputs are from those of its samples one by one, RMS relative to RMS, at most.
+
+    More than rounding where samples meet: statistics of the batch, a kernel computed from all of it.
+    """
+    from runtime.parity.cases import USUAL_BATCH
+    from runtime.parity.yardstick import distance, one_by_one
+
+    small = (case for case in cases if not case.probe and 1 < len(next(iter(case.feeds.values()))) <= USUAL_BATCH)
+    if (case := next(small, None)) is None:
+        return 0.0
+    together = _run(model, inputs, case.feeds, names)
+    alone = one_by_one(lambda feeds: _run(model, inputs, feeds, names), case.feeds)
+    floats = [name for name in together if together[name].dtype.kind == "f"]  # a class may flip where two are as good
+    return max((distance(together[name], alone.get(name)) for name in floats), default=0.0)
+
+
 def _attempt(run: Callable[[], Outputs], *, probe: bool) -> Outputs:
     """What `run` returns; of a probe that the network does not take, nothing."""
     try:

@@ -25,7 +25,7 @@ NOTHING_BAKED = (
     "was trained with Gaussian masks, this checkpoint lacks them, or --arch builds another network"
 )
 _LAST = 15  # lines of what the exporter printed
-_SAME = 1e-3  # of the RMS: far beyond what another number of threads changes
+SAME = 1e-3  # of the RMS: far beyond what another number of threads changes
 
 
 def refuse_early(source: object, written: Sequence[Path], options: ExportOptions) -> None:
@@ -80,7 +80,7 @@ def refuse_two_answers(here: Mapping[str, Array], there: Mapping[str, Array]) ->
         if left.shape != right.shape or here[name].dtype.kind != "f":  # a class may flip where two are as good
             continue
         scale, off = (float((values**2).mean()) ** 0.5 for values in (right, left - right))
-        if off > _SAME * scale > 0:
+        if off > SAME * scale > 0:
             raise RefusedError(
                 f"loaded twice, the network gives two answers (output {name!r} differs by {off / scale:.1e} of its RMS)"
                 f": it holds random values that are no parameters or buffers, so that no checkpoint has them, or its "

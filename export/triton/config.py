@@ -281,8 +281,14 @@ def _warmup_dims(
             candidates.append(profile[spec.name].opt[1 if batched else 0 :])
         if interface.sample is not None:
             candidates.append(interface.sample if batched else (1, *interface.sample))
+        if interface.rows_meet:
+            candidates.append((1, *dims[1:]))
     for candidate in candidates:
-        if len(candidate) == len(dims) and all(d in (-1, c) for d, c in zip(dims, candidate, strict=True)):
+        if (
+            len(candidate) == len(dims)
+            and -1 not in candidate
+            and all(d in (-1, c) for d, c in zip(dims, candidate, strict=True))
+        ):
             return candidate
     if given is not None:
         raise RefusedError(f"{interface.source}: --shape {list(given)} does not fit input {spec.name!r}: {list(dims)}")

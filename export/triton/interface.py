@@ -26,16 +26,19 @@ class Interface:
     labels: tuple[str, ...] | None = None
     sample: tuple[int, ...] | None = None
     external: tuple[str, ...] = ()
+    rows_meet: bool = False
 
     @property
     def batched(self) -> bool:
         """Whether axis 0 of all inputs and outputs is one and the same dynamic axis: the one Triton batches along."""
         first = self._first_axes()
-        return len({axis for _, axis in first}) == 1 and isinstance(first[0][1], str)
+        return not self.rows_meet and len({axis for _, axis in first}) == 1 and isinstance(first[0][1], str)
 
     @property
     def unbatched_reason(self) -> str:
         """Why Triton cannot batch an artefact that is not `batched`, as part of a sentence."""
+        if self.rows_meet:
+            return "a sample's outputs depend on the others of its batch"
         first = self._first_axes()
         if not any(isinstance(axis, str) for _, axis in first):
             return "its batch is fixed"
@@ -117,6 +120,7 @@ def interface_of(artefact: Path, manifest: Manifest | None) -> Interface:
         labels=manifest.labels,
         sample=_sample(manifest),
         external=tuple(e.file for e in manifest.external),
+        rows_meet=manifest.rows_meet,
     )
 
 

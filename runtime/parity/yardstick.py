@@ -61,7 +61,7 @@ class Yardstick:
                 self._failed.setdefault(name, f"output {name!r} holds NaN or Inf in the float64 comparison")
             else:
                 exact = arrays[0]
-                self._own[name] = max(_distance(*arrays[:2]), self._own.get(name, 0.0))
+                self._own[name] = max(distance(*arrays[:2]), self._own.get(name, 0.0))
                 sums[0] += len(exact) if exact.ndim else 1
                 sums[1] += float(np.vdot(exact, exact))
                 sums[2] += float(np.square(arrays[1] - exact).sum())
@@ -73,7 +73,7 @@ class Yardstick:
 
     def wants_more(self, yardstick: Mapping[str, Array], reference: Mapping[str, Array]) -> bool:
         """Whether the terms of sums may cancel in a batch, so that one fp32 run says too little of how far fp32 is."""
-        return any(_distance(exact, reference.get(name)) > SENSITIVE for name, exact in yardstick.items())
+        return any(distance(exact, reference.get(name)) > SENSITIVE for name, exact in yardstick.items())
 
     def add_again(self, yardstick: Mapping[str, Array], reference: Mapping[str, Array]) -> None:
         """Another fp32 run of a batch that was added, its sums in another order: the farther one tells `own`.
@@ -81,7 +81,7 @@ class Yardstick:
         One that is farther than any floor may be was none of the same numbers (a network whose samples meet).
         """
         for name, exact in yardstick.items():
-            if (own := _distance(exact, reference.get(name))) <= MOST_DISTANCE * TOLERANCES["fp32"].rel_rms:
+            if (own := distance(exact, reference.get(name))) <= MOST_DISTANCE * TOLERANCES["fp32"].rel_rms:
                 self._own[name] = max(own, self._own.get(name, 0.0))
 
     def result(self) -> tuple[YardstickComparison, ...]:
@@ -124,8 +124,8 @@ def one_by_one(run: Callable[[dict[str, Array]], dict[str, Array]], feeds: Mappi
         return {}
 
 
-def _distance(exact: Array, found: Array | None) -> float:
-    """RMS of the difference over the RMS; 0 where that says nothing."""
+def distance(exact: Array, found: Array | None) -> float:
+    """RMS of the difference from `exact` over the RMS of that; 0 where that says nothing."""
     if found is None or found.shape != exact.shape or not (power := float(np.square(exact, dtype=np.float64).sum())):
         return 0.0
     return math.sqrt(float(np.square(found.astype(np.float64) - exact).sum()) / power)

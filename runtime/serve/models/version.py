@@ -153,6 +153,7 @@ def make_signature(
     profiles = runner.profiles or (manifest.profiles if manifest else ())
     first = runner.inputs[0].shape[0] if runner.inputs and runner.inputs[0].shape else None
     batched = isinstance(first, str) and all(s.shape and s.shape[0] == first for s in (*runner.inputs, *runner.outputs))
+    batched = batched and not (manifest and manifest.rows_meet)
     try:
         inputs = {s.name: make_port(s) for s in runner.inputs}
         outputs = {s.name: make_port(s) for s in runner.outputs}

@@ -30,6 +30,7 @@ def test_a_constant_kernel_is_an_initializer_and_the_manifest_says_what_it_was(l
     manifest = export_onnx(live(layers.net(layer)), tmp_path / "net.onnx")
     assert manifest.certificate is not None
     assert [kernel["kind"] for kernel in manifest.certificate["kernels"]] == ["mask", "mask"]
+    assert not manifest.rows_meet
     assert all(kernel["gaussian"]["misfit"] <= 1e-6 for kernel in manifest.certificate["kernels"])
     graph = onnx.load(tmp_path / "net.onnx").graph
     stored = {tensor.name for tensor in graph.initializer}
@@ -46,6 +47,8 @@ def test_a_kernel_that_depends_on_the_input_is_refused_or_kept_and_noted(tmp_pat
     assert not list(tmp_path.iterdir())
     manifest = export_onnx(live(model), tmp_path / "net.onnx", ExportOptions(keep_dynamic=True))
     assert manifest.export is not None
+    assert manifest.rows_meet  # it is computed from the whole batch
+    assert any("depend on the others of its batch" in text for text in manifest.warnings)
     assert [note for note in manifest.export.notes if "layer 'a' keeps computing its kernel" in note]
 
 

@@ -18,6 +18,7 @@ from export.triton.write import write_repository
 from gmconv.errors import RefusedError
 from gmconv.images import Preprocessing
 from runtime.manifest import ShapeRange, TensorSpec
+from runtime.records import Export
 
 from .triton_artefacts import make_engine, make_onnx, read_config, run, write_manifest
 
@@ -30,6 +31,16 @@ def test_a_fixed_batch_keeps_it_in_the_dims_and_is_not_batched(tmp_path: Path) -
     assert list(config.input[0].dims) == [4, 3, 8, 8]
     assert [w.batch_size for w in config.model_warmup] == [1], "Triton skips samples of batch 0"
     assert list(config.model_warmup[0].inputs["input"].dims) == [4, 3, 8, 8]
+
+
+def test_samples_that_meet_in_their_batch_are_not_batched(tmp_path: Path) -> None:
+    artefact = make_onnx(tmp_path / "m.onnx")
+    manifest = write_manifest(artefact, export=Export(opset=20, rows_meet=True))
+    config = read_config(write_repository(artefact, tmp_path / "repo").model)
+    assert config.max_batch_size == 0
+    assert list(config.input[0].dims) == [-1, 3, 8, 8]
+    with pytest.raises(RefusedError, match="depend on the others of its batch, so Triton cannot batch it"):
+        model_config("m", interface_of(artefact, manifest), ServingOptions(max_batch=8))
 
 
 def test_an_engine_is_batched_up_to_its_profile_on_a_gpu(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from gmconv.errors import RefusedError
-from runtime.manifest import TensorSpec
+from runtime.manifest import TensorSpec, read_manifest
+from runtime.records import Export
 from runtime.serve.models.config import read_config
 from runtime.serve.models.source import find_sources
 from runtime.serve.models.version import make_signature
@@ -81,6 +83,17 @@ def test_a_model_that_is_not_batched_takes_json_of_any_number_of_rows(max_batch:
     tensor = TensorSpec("x", "float32", ("batch", 3))
     runner = SimpleNamespace(inputs=(tensor,), outputs=(tensor,), profiles=())
     assert make_signature(runner, None, Settings(source=Path()), max_batch).max_elements == elements
+
+
+def test_requests_whose_rows_would_meet_are_not_merged(tmp_path: Path) -> None:
+    tensor = TensorSpec("x", "float32", ("batch", 3))
+    runner = SimpleNamespace(inputs=(tensor,), outputs=(tensor,), profiles=())
+    artefact = classifier(tmp_path / "m.onnx")
+    for meet, rows in ((False, 32), (True, 0)):
+        manifest = replace(
+            read_manifest(artefact), preprocessing=None, labels=None, export=Export(opset=20, rows_meet=meet)
+        )
+        assert make_signature(runner, manifest, Settings(source=Path())).max_rows == rows
 
 
 def test_a_served_model_keeps_its_own_limits(start: Callable[..., Server], tmp_path: Path) -> None:
