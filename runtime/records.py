@@ -170,10 +170,7 @@ class AxisRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    """How the ONNX file was made from the network. `batch`: its fixed size, or "dynamic"; `operators`: by type.
-
-    `rows_meet`: a sample's outputs depend on the others of its batch, so that nobody may merge batches or pad them.
-    """
+    """How the ONNX file was made. `batch`: its fixed size; `rows_meet`: samples depend on the others of their batch."""
 
     opset: int
     batch: int | Literal["dynamic"] = "dynamic"
@@ -245,7 +242,6 @@ class Benchmark:
     """A timing; `result` "not run" has a `reason`.
 
     `*_ms`: count, min, max, mean, median, cv and percentiles ("p99"); None where nothing measured them.
-
     `mode` and `machine` are open sets, for a reader: what the runner was set to, what disturbed the measurement.
     """
 
