@@ -38,6 +38,15 @@ def merge_branches(
     return model, merged
 
 
+def what_was_merged(modules: Sequence[str]) -> str:
+    """The modules that `--fuse` merged, in words."""
+    from gmconv.fusing import METHODS
+
+    if not modules:
+        return f"--fuse merged nothing: no module has a method {', '.join(METHODS)} that needs no argument"
+    return f"merged their branches by a method of their own: {', '.join(map(repr, modules))}"
+
+
 def crop_kernels(
     model: nn.Module, loaded: Checkpoint, options: ExportOptions, note: Note
 ) -> tuple[nn.Module, CropCertificate | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from export.onnx.interface import examples, input_names, output_names
 from export.onnx.options import ExportOptions, Note
 from export.onnx.refusals import (
-    NOTHING_BAKED,
     SAME,
     advice_on_parity,
+    doubts,
     last_words,
     refuse_early,
     refuse_precisions,
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from export.onnx.reference import Outputs
     from export.onnx.trained import FromFile, InMemory, Live
     from gmconv import Checkpoint
-    from gmconv.certificate import BakeCertificate
     from gmconv.cropping.certificate import CropCertificate
     from runtime.manifest import FileDigest, Manifest
     from runtime.records import AxisRange, Crop
@@ -145,7 +143,7 @@ def _write_fp32(
     """`said`: notes so far."""
     from export.graph import capture
     from export.graph.kernels import require_stored_kernels
-    from export.onnx.changes import crop_kernels, merge_branches
+    from export.onnx.changes import crop_kernels, merge_branches, what_was_merged
     from export.onnx.reference import rows_apart, run_torch
     from gmconv.constants import bake_for_inputs
     from gmconv.surgery import copied
@@ -165,7 +163,7 @@ def _write_fp32(
     written = _to_onnx(model, loaded, names, file, options, note)
     exported = written.model
     require_stored_kernels(written.program, kept)
-    notes = [*said, *[_merged(merged)] * options.fuse]
+    notes = [*said, *[what_was_merged(merged)] * options.fuse]
     notes += [f"layer {name!r} keeps computing its kernel: {reason}" for name, reason in kept.items()]
     unused = capture.unused_layers(written, model, baked)
     if unused:
@@ -182,14 +180,6 @@ def _write_fp32(
     facts = replace(loaded, model=torch.nn.Identity(), notes=(*loaded.notes, *notes))
     hops = (first, apart, fused, crop, cropped)
     return _Exported(file, facts, inputs, outputs, operators, baked, *hops, written.ranges)
-
-
-def _merged(modules: Sequence[str]) -> str:
-    from gmconv.fusing import METHODS
-
-    if not modules:
-        return f"--fuse merged nothing: no module has a method {', '.join(METHODS)} that needs no argument"
-    return f"merged their branches by a method of their own: {', '.join(map(repr, modules))}"
 
 
 def _to_onnx(
@@ -333,22 +323,13 @@ def _manifest(
             operators=exported.operators,
             rows_meet=exported.rows_apart > SAME,
             notes=(*options.confirmed(facts.notes), *proof.reference.notes),
-            warnings=_warnings(exported, baked),
+            warnings=doubts(bool(baked.layers or baked.kernels), exported.rows_apart),
         ),
         versions=versions("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "gmconv-deploy"),
     )
     refuse_untrue(manifest)
     sidecar(file).write_text(manifest.to_json())
     return manifest
-
-
-def _warnings(exported: _Exported, baked: BakeCertificate) -> tuple[str, ...]:
-    meet = (
-        f"a sample's outputs depend on the others of its batch (by {exported.rows_apart:.1e} of their RMS): whoever "
-        f"merges or pads batches gets other answers; gmconv serve and gmconv triton run each request alone"
-    )
-    nothing = not (baked.layers or baked.kernels)
-    return (*[NOTHING_BAKED] * nothing, *[meet] * (exported.rows_apart > SAME))
 
 
 def _write_variants(

@@ -28,6 +28,15 @@ _LAST = 15  # lines of what the exporter printed
 SAME = 1e-3  # of the RMS: far beyond what another number of threads changes
 
 
+def doubts(baked: bool, apart: float) -> tuple[str, ...]:
+    """What the user should know of a proven network: that nothing was `baked`, or that samples meet (`rows_apart`)."""
+    meet = (
+        f"a sample's outputs depend on the others of its batch (by {apart:.1e} of their RMS): whoever merges or pads "
+        f"batches gets other answers; gmconv serve and gmconv triton run each request alone"
+    )
+    return (*[NOTHING_BAKED] * (not baked), *[meet] * (apart > SAME))
+
+
 def refuse_early(source: object, written: Sequence[Path], options: ExportOptions) -> None:
     """Before torch is imported: files that are not there, outputs that may not be written, libraries that lack.
 
