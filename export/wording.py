@@ -1,4 +1,4 @@
-"""Messages name the flags of the commands; a caller of `gmconv.deploy` reads its parameters in their place."""
+"""Messages name the flags of the commands; a caller of the Python functions reads their parameters in that place."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 from export.onnx.options import ExportOptions
 from export.onnx.refusals import NOTHING_BAKED
 from export.precision.converter import PrecisionOptions
+from export.precision.search import search_precision as search
 
 _NORMALIZED = re.compile(r"--mean(?: M,M,M)?(?: and)? --std(?: S,S,S)?(?: \(or --preprocessing FILE\))?")
 #: A flag, and what it is advised with: a placeholder (DIR, FILE.npz), a number or a word that is one of its values.
@@ -66,3 +67,7 @@ def python_words() -> Iterator[None]:
     except click.ClickException as error:
         said = type(error)(in_python(error.message))
         raise said.with_traceback(error.__traceback__) from None  # the exporter's chain is hundreds of lines
+
+
+#: `export.precision.search.search_precision`, as `export` has it.
+search_precision = python_words()(search)

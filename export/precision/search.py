@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -260,6 +260,7 @@ def search_precision(
         budget: what may be lost.
         options: of the conversion; `dataclasses.replace(options, plan=found.plan)` converts by what was found.
         images: a folder, an .npz file or "digits" to judge on, `limit` of them at most; None: what it was trained on.
+            They calibrate too, unless `options` names others.
         keep_as: the type of the layers that are kept.
         note: called with what is done, how much of it, and of how much.
 
@@ -274,11 +275,12 @@ def search_precision(
     from runtime.manifest import find_manifest
 
     path = Path(onnx_path)
+    options = options or PrecisionOptions()
     model = load_fp32(path)
     source = find_manifest(path) or bare_manifest(path, model)
     converter = PrecisionConverter(
         model,
-        options or PrecisionOptions(),
+        replace(options, calibration=options.calibration or images),
         preprocessing=source.preprocessing,
         dataset=source.dataset,
         progress=lambda done, total: note("calibrating", done, total),
@@ -365,7 +367,9 @@ def read_evaluation_images(source: str | Path | None, converter: PrecisionConver
     batch, shape = image_shape(converter.model)
     source = source or trained_on(converter.dataset)
     if source is None:
-        raise RefusedError("--auto-precision needs images to measure on: give --images DIR or --images digits")
+        raise RefusedError(
+            "a search for layers to keep needs images to measure on: give --images DIR or --images digits"
+        )
     samples = load_samples(
         source,
         input_shape=shape,

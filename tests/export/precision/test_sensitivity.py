@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 
+import export
+from export.precision.__main__ import main
 from export.precision.converter import PrecisionConverter, PrecisionOptions
 from export.precision.plan import PrecisionPlan, read_plan, write_plan
 from export.precision.search import (
@@ -108,6 +111,30 @@ def test_the_search_is_one_function_whose_result_prints_as_tables(
     html = render("t", [points, front, alone])
     assert "SNR [dB] over layers kept" in html
     assert html.count("block.conv1") == 1
+
+
+def test_the_images_of_a_search_calibrate_too_unless_others_are_named(
+    search: SensitivitySearch, npz: Path, tmp_path: Path
+) -> None:
+    onnx.save(search.converter.model, tmp_path / "net.onnx")
+    found = search_precision(tmp_path / "net.onnx", "int8", Budget(min_snr=0), images=npz, limit=8)
+    assert found.plan.calibration is not None
+    assert found.plan.calibration.source == npz.name
+    other = PrecisionOptions(calibration=tmp_path / "other.npz")
+    with pytest.raises(RefusedError, match=r"other\.npz: no such"):
+        search_precision(tmp_path / "net.onnx", "int8", Budget(min_snr=0), other, images=npz)
+
+
+def test_a_search_without_images_says_so_in_python_and_to_a_shell_in_flags(
+    search: SensitivitySearch, tmp_path: Path
+) -> None:
+    onnx.save(search.converter.model, tmp_path / "net.onnx")
+    with pytest.raises(RefusedError, match="needs images to measure on: give images=DIR or images='digits'$"):
+        export.search_precision(tmp_path / "net.onnx", "int8", Budget(min_snr=0))
+    asked = [str(tmp_path / "net.onnx"), "--auto-precision", "int8", "--min-snr", "0"]
+    done = CliRunner().invoke(main, asked)
+    assert done.exit_code == 3
+    assert "give --images DIR or --images digits" in done.output
 
 
 def test_a_plan_with_other_images_or_another_network_is_refused(
