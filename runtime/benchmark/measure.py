@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -67,7 +67,8 @@ class Prepared:
     """An open artefact with its inputs and its lane. A context manager; `on_device` says which clock it has."""
 
     def __init__(self, artefact: Artefact, options: Options) -> None:
-        self.artefact, self.foreign = artefact, options.foreign
+        own = replace(options.foreign, weights=None)  # a twin is a file of ours, with one set of weights
+        self.artefact, self.foreign = artefact, own if artefact.generated else options.foreign
         self._stack = ExitStack()
         try:
             self._open(artefact, options)
@@ -84,7 +85,7 @@ class Prepared:
         if not isinstance(self.cuda_graph, bool):
             raise click.UsageError(f"{artefact.name}: cuda_graph is true or false")
         runner: Runner = self._stack.enter_context(
-            open_runner(artefact.path, device=self.device, foreign=options.foreign, **self.runner_options)
+            open_runner(artefact.path, device=self.device, foreign=self.foreign, **self.runner_options)
         )
         self.runner = runner
         self.manifest = runner.artefact.manifest

@@ -67,6 +67,22 @@ def test_the_twin_has_the_weights_and_no_masks(small_checkpoint: Path, tmp_path:
     np.testing.assert_array_equal(outputs[1], outputs[2])
 
 
+def test_of_two_sets_of_weights_the_twin_has_the_chosen_one(tmp_path: Path) -> None:
+    import torch
+
+    import gmconv
+
+    raw, average = (gmconv.models.create("resnet8", num_classes=10) for _ in range(2))
+    torch.save({"state_dict": raw.state_dict(), "ema": average.state_dict()}, tmp_path / "two.pt")
+    foreign = Foreign(arch="resnet8", input_shape=(3, 16, 16), weights="ema")
+    twin, live, _ = with_twins([Artefact(tmp_path / "two.pt")], tmp_path, foreign)
+    kept = gmconv.load_checkpoint(twin.artefact.path).model.state_dict()
+    assert torch.equal(kept["conv1.weight"], average.state_dict()["conv1.weight"])
+    for contender in (twin, live):
+        with Prepared(contender.artefact, Options(foreign=foreign)) as opened:
+            assert opened.feeds.keys() == {"input"}
+
+
 def test_twin_and_report_from_the_command_line(
     digits_checkpoint: Path, digits_onnx: Path, tmp_path: Path, cli: Callable[..., Any]
 ) -> None:
