@@ -260,6 +260,16 @@ def _same_tensors(path: Path, what: str, specs: tuple[TensorSpec, ...], built: l
         raise BuildError(f"{path}: its {what}s are {wanted}, the engine's are {found}; please report this model")
 
 
+def _layer_names(path: Path, nodes: list[str]) -> list[str]:
+    """The layers that those nodes of the ONNX file are, as `--keep-fp32` takes them: by module where it is known."""
+    import onnx
+
+    from export.graph.read import layers
+
+    known = {layer.node: layer.name for layer in layers(onnx.load(path, load_external_data=False))}
+    return [known.get(node, node) for node in nodes]
+
+
 def refuse_other_precision(
     path: Path, asked: str, network: dict[str, Any], fusion: Fusion, found: dict[str, int]
 ) -> None:
@@ -283,6 +293,6 @@ def refuse_other_precision(
         if transposed and wide - wanted_wide <= len(transposed):
             raise BuildError(
                 f"{said}: this TensorRT quantizes no transposed convolutions; convert the fp32 file again with "
-                f"--keep-fp32 {','.join(repr(name) for name in transposed)}"
+                + " ".join(f"--keep-fp32 {name}" for name in _layer_names(path, transposed))
             )
         raise BuildError(f"{said}; convert the ONNX file again with --precision {asked}")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from onnx import helper
 
 from export.tensorrt.build import refuse_other_precision
 from export.tensorrt.layers import count_fusions, layers_of_inspector, layers_of_log, precision_histogram, read_layers
@@ -141,11 +144,23 @@ def test_an_engine_built_with_layer_names_only_has_names() -> None:
 
 @pytest.mark.parametrize(
     ("transposed", "advice"),
-    [(["up"], "quantizes no transposed convolutions.*--keep-fp32 'up'"), ([], "again with --precision int8")],
+    [
+        (["node_up"], "quantizes no transposed convolutions.*--keep-fp32 up.2$"),
+        (["node_up", "of_a_stranger"], "--keep-fp32 up.2 --keep-fp32 of_a_stranger$"),
+        ([], "again with --precision int8"),
+    ],
 )
-def test_the_advice_about_another_precision_is_one_that_helps(transposed: list[str], advice: str) -> None:
+def test_the_advice_about_another_precision_is_one_that_helps(
+    transposed: list[str], advice: str, one_node: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = one_node(
+        tmp_path / "net.onnx",
+        helper.make_node("DequantizeLinear", ["up.2.weight_quantized", "scale"], ["w"], name="node_dequantize"),
+        helper.make_node("ConvTranspose", ["input", "w"], ["logits"], name="node_up"),
+        weights={"up.2.weight_quantized": np.ones((3, 3, 1, 1), np.int8), "scale": np.float32(1)},
+    )
     fusion = count_fusions(layers_of_log(LOG.replace("Int8", "Float")), CONVOLUTIONS)
     network = {"precisions": {"int8": 2, "fp32": 0}, "transposed": transposed}
     with pytest.raises(BuildError, match=f"1 of 2 convolutions compute in fp32, where the ONNX file has 0.*{advice}"):
-        refuse_other_precision(Path("net.onnx"), "int8", network, fusion, {"int8": 1, "fp32": 3})
-    refuse_other_precision(Path("net.onnx"), "fp32", network, fusion, {"fp32": 3})
+        refuse_other_precision(path, "int8", network, fusion, {"int8": 1, "fp32": 3})
+    refuse_other_precision(path, "fp32", network, fusion, {"fp32": 3})
