@@ -85,7 +85,12 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
 @click.option(
     "--save-plan", type=click.Path(path_type=Path), help="Where --auto-precision writes it [OUTPUT.plan.json]."
 )
-@click.option("--force", is_flag=True, help="Overwrite a file of another precision or target, or a proven one.")
+@click.option(
+    "--verify/--no-verify", default=True, show_default=True, help="Compare it with MODEL before it is written."
+)
+@click.option(
+    "--force", is_flag=True, help="Overwrite a file of another precision or target, or one with another proof."
+)
 @report_option
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -111,7 +116,8 @@ def main(model: Path, precision: Precision | None, output: Path | None, **flags:
     console = progress_console(flags["quiet"])
     wanted = str(automatic or precision)
     output = output or default_output(model, wanted)
-    require_replaceable(model, output, wanted, options, force=flags["force"])
+    write = {"verify": flags["verify"], "force": flags["force"]}
+    require_replaceable(model, output, wanted, options, **write)
     require_report(flags["report"], model, output)
     searched: list[Section] = []
     if automatic:
@@ -120,11 +126,12 @@ def main(model: Path, precision: Precision | None, output: Path | None, **flags:
         found = _search_plan(model, automatic, options, flags, plan_path, console)
         searched = found.sections()
         options = replace(options, plan=found.plan)
-        manifest = convert_precision(model, output, automatic, options, force=flags["force"])
+        manifest = convert_precision(model, output, automatic, options, images=flags["images"], **write)
     else:
         assert precision is not None
         with progress_bar(console, "calibrating") as progress:
-            manifest = convert_precision(model, output, precision, options, progress=progress, force=flags["force"])
+            images = flags["images"]
+            manifest = convert_precision(model, output, precision, options, progress=progress, images=images, **write)
     warn(manifest.warnings)
     if flags["report"] is not None:
         write_artefact_report(flags["report"], [output], searched)
@@ -134,6 +141,18 @@ def main(model: Path, precision: Precision | None, output: Path | None, **flags:
         print_json(msgspec.to_builtins(manifest))
         return
     _print_result(manifest)
+    result_console().print(_parity_line(manifest, model, output), soft_wrap=True, highlight=False, markup=False)
+
+
+def _parity_line(manifest: Manifest, model: Path, output: Path) -> str:
+    """The last line of the command: what the new file was compared with, on what, and how close it came."""
+    parity = manifest.parity
+    if parity is None:
+        return f"parity: not run (--no-verify); gmconv parity {model} {output}"
+    inputs = ", ".join(dict.fromkeys(hop.inputs for hop in parity.hops))
+    margins = [o.margin for hop in parity.hops for o in hop.outputs if o.margin is not None]
+    close = f"smallest margin {min(margins):.3g}x" if margins else "equal"
+    return f"parity: {parity.sentence()}, {output} against {model} on {inputs}, {close}"
 
 
 def _search_plan(

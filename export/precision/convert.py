@@ -8,7 +8,8 @@ from pathlib import Path
 from export.graph.check import bare_manifest, save_graph
 from export.graph.read import load_fp32
 from export.precision.converter import Precision, PrecisionConverter, PrecisionOptions, Progress, with_precision
-from gmconv.files import require_writable
+from gmconv.errors import ParityError
+from gmconv.files import require_writable, staged
 from gmconv.kinds import require_ending
 from runtime.manifest import Manifest, digest, find_manifest, refuse_other_artefact, sidecar
 
@@ -20,16 +21,21 @@ def convert_precision(
     options: PrecisionOptions | None = None,
     *,
     progress: Progress | None = None,
+    verify: bool = False,
+    images: str | Path | None = None,
     force: bool = False,
 ) -> Manifest:
     """Convert the fp32 ONNX file `onnx_path` and write `output` (default `model.<precision>.onnx`) with its manifest.
 
-    `force` overwrites a file of another precision or target, or one that is proven. Raises RefusedError as
-    `PrecisionConverter.convert`, and when the file is unreadable, quantized or fp16 already.
+    `verify` compares it with `onnx_path` first, by the tolerance of its precision, on `images` (default: those of the
+    calibration, else what the network was trained on, else noise), and keeps the result in the manifest. `force`
+    overwrites a file of another precision or target, or one with another proof. Raises RefusedError as
+    `PrecisionConverter.convert`, and when the file is unreadable, quantized or fp16 already, and ParityError when
+    `verify` finds another network; nothing is written then.
     """
     options, onnx_path = options or PrecisionOptions(), Path(onnx_path)
     output = Path(output) if output else default_output(onnx_path, precision)
-    require_replaceable(onnx_path, output, precision, options, force=force)
+    require_replaceable(onnx_path, output, precision, options, verify=verify, force=force)
     model = load_fp32(onnx_path)
     source = find_manifest(onnx_path) or bare_manifest(onnx_path, model)
     converter = PrecisionConverter(
@@ -39,17 +45,37 @@ def convert_precision(
     manifest = with_precision(source, converted, audit)
     manifest = replace(manifest, chain=(*source.chain, digest(onnx_path, "onnx")))
     external = bool(source.external) if options.external_data is None else options.external_data
-    return save_graph(converted, output, manifest, external=external)
+    with staged(output) as folder:
+        manifest = save_graph(converted, folder / output.name, manifest, external=external)
+        if verify:
+            manifest = _verified(onnx_path, folder / output.name, manifest, images or options.calibration)
+    return manifest
+
+
+def _verified(onnx_path: Path, file: Path, manifest: Manifest, images: str | Path | None) -> Manifest:
+    """The manifest of `file` with its comparison with the fp32 graph. Raises ParityError where that failed."""
+    from runtime.parity.run import ParityOptions, compare_artefacts
+
+    found = compare_artefacts(onnx_path, [file], ParityOptions(images=images)).candidates[0]
+    if not found.passed:
+        raise ParityError(
+            f"{file.name}: not written, parity with {onnx_path.name} failed: {found.verdict.summary()}; keep layers in "
+            f"fp32 (--keep-fp32), or take another precision (--no-verify writes it unproven)"
+        )
+    manifest = replace(manifest, parity=found.record(onnx_path))
+    sidecar(file).write_text(manifest.to_json())
+    return manifest
 
 
 def require_replaceable(
-    onnx_path: Path, output: Path, precision: str, options: PrecisionOptions, *, force: bool = False
+    onnx_path: Path, output: Path, precision: str, options: PrecisionOptions, *, verify: bool, force: bool = False
 ) -> None:
     """Refuse, before any work, an output that may not be written. Raises RefusedError."""
     for file in (output, sidecar(output)):
         require_writable(file, onnx_path, None if options.calibration is None else Path(options.calibration))
     require_ending(output, "onnx")
-    refuse_other_artefact(output, precision, target=options.target, reference="", force=force)
+    reference = onnx_path.name if verify else ""
+    refuse_other_artefact(output, precision, target=options.target, reference=reference, force=force)
 
 
 def default_output(onnx_path: Path, precision: str) -> Path:

@@ -181,10 +181,34 @@ def test_the_command_prints_the_audit_and_json(fp32: Path, npz: Path) -> None:
     done = invoke(fp32, "--to", "int8", "--calibration-npz", npz)
     assert "tail audit: int8" in done.stdout
     assert "4 int8; weights 0." in done.stdout
+    assert done.stdout.splitlines()[-1].startswith(
+        f"parity: passed, {fp32.with_name('model.int8.onnx')} against {fp32} on images.npz, smallest margin "
+    )
+    found = read_manifest(fp32.with_name("model.int8.onnx")).parity
+    assert found is not None
+    assert found.passed
+    assert found.reference == "model.onnx"
     done = invoke(fp32, "--to", "fp16", "-o", fp32.with_name("x.onnx"), "--keep-fp32", "fc", "--json")
     manifest = json.loads(done.stdout)
     assert manifest["precision_found"] == {"fp16": 3, "fp32": 1}
     assert manifest["certificate"]["precision"]["kept_fp32"] == {"node_fc": "asked for"}
+    assert manifest["parity"]["hops"][0]["inputs"].startswith("noise")
+    other = fp32.with_name("unproven.onnx")
+    done = invoke(fp32, "--to", "fp16", "-o", other, "--no-verify")
+    assert done.stdout.splitlines()[-1] == f"parity: not run (--no-verify); gmconv parity {fp32} {other}"
+
+
+def test_a_conversion_that_is_another_network_is_not_written(network: Network, tmp_path: Path, npz: Path) -> None:
+    """Calibrated on faint images, and compared on images as bright as they come."""
+    onnx.save(network(), tmp_path / "model.onnx")
+    faint = tmp_path / "faint.npz"
+    np.savez(faint, input=np.load(npz)["input"] / 50)
+    asked = (tmp_path / "model.onnx", "--to", "int8", "--calibration", faint, "--images", npz)
+    done = invoke(*asked, code=4)
+    assert "model.int8.onnx: not written, parity with model.onnx failed" in done.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["faint.npz", "images.npz", "model.onnx"]
+    invoke(*asked, "--no-verify")
+    assert read_manifest(tmp_path / "model.int8.onnx").parity is None
 
 
 def test_automatic_precision_from_the_command_line(fp32: Path, npz: Path) -> None:
