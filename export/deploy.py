@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Number
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
+import numpy as np
 
+from export.onnx.flags import crop_clash
 from export.onnx.options import ExportOptions, Note
 from export.precision.converter import PrecisionOptions
 from export.wording import in_python, python_words
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from runtime.manifest import Manifest
     from runtime.report import Section
 
+Flavor = Literal["auto", "tensorrt", "rtx"]
 _OWN = {"note", "preprocessing", "labels", "flavor"}
 _SEEDS = {"noise_seed": "seed", "seed": "calibration_seed"}  # click's names of two flags, and theirs here
 
@@ -79,7 +82,7 @@ def deploy(
     note: Note = lambda text: None,
     preprocessing: Mapping[str, Any] | str | Path | None = None,
     labels: Sequence[str] | str | Path | None = None,
-    flavor: Literal["auto", "tensorrt", "rtx"] = "auto",
+    flavor: Flavor = "auto",
     **options: Any,
 ) -> Deployed:
     """Bake, export and prove a live network, of any class, also one defined in a notebook; it stays as it is.
@@ -114,6 +117,8 @@ def deploy(
     output = Path(output)
     engine = require_ending(output, "onnx", "engine") == "engine"
     asked = _asked(options)
+    if flavor not in get_args(Flavor):
+        raise RefusedError(f"flavor={flavor!r}: it takes {', '.join(get_args(Flavor))}")
     live = Live(model, examples, Foreign(preprocessing=preprocessing_fields(preprocessing), labels=labels_of(labels)))
     written = output.with_suffix(".onnx") if engine else output
     if engine and len(asked.precisions) > 1:
@@ -142,6 +147,8 @@ def _asked(options: dict[str, Any]) -> ExportOptions:
         advice = f"did you mean {close[0]}?" if close else f"it takes {', '.join(sorted(known | _OWN))}"
         raise TypeError(f"deploy takes no {unknown[0]!r}; {advice}")
     given = {name: value for name, value in _parsed(options).items() if value is not None}
+    if clash := crop_clash(given):
+        raise RefusedError(in_python(clash))
     settings = given.get("precision", PrecisionOptions())
     if not isinstance(settings, PrecisionOptions):
         raise RefusedError(f"precision is a {type(settings).__name__}; it takes 'fp16,int8', or PrecisionOptions")
@@ -165,10 +172,10 @@ def _parsed(options: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if name not in flags or value is None:
             continue
-        if not isinstance(value, str | Path | Number | tuple | list):
+        if not isinstance(value, str | Path | Number | np.generic | tuple | list):
             takes = getattr(flags[name], "metavar", None) or "a plain value"
             raise RefusedError(f"{name} is a {type(value).__name__}; it takes {takes}")
-        given: Any = value
+        given: Any = value.item() if isinstance(value, np.generic) else value
         if getattr(flags[name], "multiple", False):
             given = value if isinstance(value, tuple | list) else [value]
         elif isinstance(value, tuple | list):

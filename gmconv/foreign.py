@@ -113,7 +113,9 @@ def labels_of(given: str | os.PathLike[str] | Iterable[str] | None) -> tuple[str
     """Class names as a caller gives them: a file, as `read_labels` reads it, or names. Raises RefusedError."""
     if isinstance(given, str | os.PathLike):
         return read_labels(Path(given))
-    found = tuple(given) if isinstance(given, Iterable) else given
+    found: Any = given
+    if isinstance(given, Iterable):
+        found = tuple(str(label) if isinstance(label, str) else label for label in given)  # numpy has a str of its own
     if found and not _are_labels(found):
         said = printable(repr(given))
         raise RefusedError(f"labels: {said} is no list of class names in the order of the logits, nor a file of them")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,8 @@ def export_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def collected(*args: Any, **values: Any) -> Any:
-        if values["crop"] is not None and values["crop_budget"] is not None:
-            raise click.UsageError("--crop and --crop-budget exclude each other")
-        if values["crop_gain"] is not None and values["crop_budget"] is None:
-            raise click.UsageError("--crop-gain says what a --crop-budget buys; give a budget, or leave it out")
+        if clash := crop_clash(values):
+            raise click.UsageError(clash)
         values["crop_gain"] = values["crop_gain"] or "macs"
         precision = options_from_flags(values)
         values["seed"] = values.pop("noise_seed")
@@ -34,6 +32,15 @@ def export_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     for flag in reversed((foreign_options, *_FLAGS, precision_flags)):
         collected = flag(collected)
     return collected
+
+
+def crop_clash(given: Mapping[str, Any]) -> str:
+    """Why the options of cropping do not go together; empty where they do."""
+    if given.get("crop") is not None and given.get("crop_budget") is not None:
+        return "--crop and --crop-budget exclude each other"
+    if given.get("crop_gain") is not None and given.get("crop_budget") is None:
+        return "--crop-gain says what a --crop-budget buys; give a budget, or leave it out"
+    return ""
 
 
 def only_of_an_export(asked: ExportOptions) -> list[str]:

@@ -225,6 +225,9 @@ def test_an_option_that_there_is_not_is_named(net: nn.Module, tmp_path: Path) ->
         ({"data": np.ones((2, 3, 16, 16))}, r"^data is a ndarray; it takes DIR\|FILE.npz\|digits$"),
         ({"golden": torch.ones(2, 3, 16, 16)}, r"^golden is a Tensor; it takes FILE.npz$"),
         ({"golden": {"input": 1}}, r"^golden is a dict; it takes FILE.npz$"),
+        ({"crop": "lossless", "crop_budget": "1e-2"}, "^crop and crop_budget exclude each other"),
+        ({"crop_gain": "latency"}, "^crop_gain says what a crop_budget buys; give"),
+        ({"flavor": "rtxx"}, "^flavor='rtxx': it takes auto, tensorrt, rtx$"),
         ({"target": "gpu"}, "target='gpu': 'gpu' is not one of 'tensorrt', 'cpu'"),
         ({"precision": 16}, "precision is a int; it takes 'fp16,int8', or PrecisionOptions"),
         ({"precision": "fp16", "io_dtype": "bf16"}, r"io_dtype=?.* does not go with fp16"),
@@ -249,10 +252,17 @@ def test_labels_and_preprocessing_are_read_from_the_files_that_a_command_reads(n
 
 
 def test_preprocessing_that_says_the_mean_alone_is_completed_by_the_examples(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, (8, 6)), nn.Flatten())
     said = {"mean": np.array([0.5]), "std": [0.25]}
     (manifest,) = gmconv.deploy(
-        nn.Conv2d(1, 2, 3), torch.randn(2, 1, 8, 6), tmp_path / "grey.onnx", preprocessing=said
+        net,
+        torch.randn(2, 1, 8, 6),
+        tmp_path / "grey.onnx",
+        preprocessing=said,
+        labels=np.array(["a", "b"]),
+        fuse=np.bool_(False),
     ).manifests
+    assert manifest.labels == ("a", "b")
     assert manifest.preprocessing is not None
     assert (manifest.preprocessing.size, manifest.preprocessing.channel_order) == ((8, 6), "L")
 
