@@ -301,8 +301,8 @@ class OutputComparison:
     the `decided` samples, whose reference margin (first minus second logit) exceeds 2 * tolerance * RMS(reference).
     `disagreement_margin`: largest reference margin among the samples that disagree. `variation`: RMS of the reference's
     change from sample to sample over its RMS, over all cases. `agreement`: share of an integer or boolean output's
-    values that are equal. `margin`: tolerance / found, the worst of the judged numbers; above 1
-    passes, None where the two are equal.
+    values that are equal. `tolerance`: of `rel_rms`. `margin`: tolerance / found, the worst of the judged numbers;
+    above 1 passes, None where the two are equal. With activations unrounded both are of all samples of a kind.
     """
 
     output: str

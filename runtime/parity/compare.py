@@ -95,6 +95,21 @@ class Comparator:
         )
         return tuple(one if one.passed else self._explained(one) for one in found)
 
+    def beside_noise(self, case: int) -> tuple[OutputComparison, ...]:
+        """`result` of a case whose error is the precision's noise: with the limit that follows, where it is tighter.
+
+        That limit holds for all cases of a kind together, and so does the margin.
+        """
+        return tuple(self._beside_noise(one, case) for one in self.result(case))
+
+    def _beside_noise(self, found: OutputComparison, case: int) -> OutputComparison:
+        pool = self._pool(found.output, case)
+        judged = pool.beside_noise(self._limit(found.output)) if pool else None
+        if judged is None or found.rel_rms is None or judged[0] >= found.tolerance:
+            return found
+        limit, margin = judged
+        return replace(found, tolerance=limit, margin=_finite(margin))
+
     def _explained(self, failed: OutputComparison) -> OutputComparison:
         """A failure, with what torch fp32 itself loses where that is more than any artefact may."""
         own = self._own.get(failed.output, 0.0)

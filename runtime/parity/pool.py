@@ -215,6 +215,19 @@ class Pool:
                 found += _samples_beyond_noise(positions, tolerance)
         return list(dict.fromkeys(found))[:3]
 
+    def beside_noise(self, tolerance: Tolerance) -> tuple[float, float] | None:
+        """The relative RMS error allowed beside what the precision costs, and how many times the error found fits.
+
+        The tightest over the shapes of a sample, all its channels together; None where that is not judged.
+        """
+        found = []
+        for positions in (p for p in self.shapes.values() if p.count > 1 and not self.integral):
+            ((_, group),) = _scale_groups(positions.maps(), positions, None)
+            if group["power"] and group["variation"] > CONSTANT**2 * group["power"]:
+                found += list(_noise_limits(group, tolerance))[:1]
+        ratios = [(limit / error if error else math.inf, limit) for _, error, _, _, limit in found]
+        return min(ratios)[::-1] if ratios else None
+
     def _disagreements(self, tolerance: Tolerance) -> list[str]:
         share, kappa = self.agreement()
         reasons = []
@@ -300,12 +313,23 @@ def _judge_group(group: dict[str, float], tolerance: Tolerance) -> str:
 
 
 def _beyond_noise(group: dict[str, float], tolerance: Tolerance) -> str:
-    """Whether the error is more than the precision costs this very network, in a clause; "" where it is not.
+    """Whether the error is more than the precision costs this very network, in a clause; "" where it is not."""
+    for what, found, own, factor, limit in _noise_limits(group, tolerance):
+        if found > limit:
+            return (
+                f"{what} {found:.2g} of RMS, where {tolerance.precision} by itself costs this network {own:.2g}; at "
+                f"most {factor:.2g} times that is allowed"
+            )
+    return ""
+
+
+def _noise_limits(group: dict[str, float], tolerance: Tolerance) -> Iterator[tuple[str, float, float, float, float]]:
+    """RMS and largest error, as shares of RMS: found, by the precision itself, how many times that, and the limit.
 
     Few numbers tell an RMS badly: the factor grows with the inverse root of their count.
     """
     if not group["rounded"] or tolerance.noise is None:
-        return ""
+        return
     scale = math.sqrt(group["power"] / group["elements"])
     # Where operands alone are rounded, an offset that is added to their sums costs nothing.
     keeps_sums = tolerance.calibrated or tolerance.precision.endswith(WEIGHTS)
@@ -316,12 +340,7 @@ def _beyond_noise(group: dict[str, float], tolerance: Tolerance) -> str:
     if tolerance.noise_peak is not None:
         judged.append(("largest error", group["peak"], group["noise_peak"], PEAK * floor, tolerance.noise_peak))
     for what, found, own, least, factor in judged:
-        if found > few * factor * max(own, least):
-            return (
-                f"{what} {found / scale:.2g} of RMS, where {tolerance.precision} by itself costs this network "
-                f"{own / scale:.2g}; at most {few * factor:.2g} times that is allowed"
-            )
-    return ""
+        yield what, found / scale, own / scale, few * factor, few * factor * max(own, least) / scale
 
 
 def _channels_beyond_noise(

@@ -14,7 +14,7 @@ import msgspec
 from gmconv.foreign import NOTHING, Foreign
 from runtime.artefact import artefact_kind
 from runtime.manifest import find_manifest
-from runtime.parity.unrounded import UNROUNDED
+from runtime.parity.unrounded import LIMIT, UNROUNDED
 from runtime.parity.verdict import Verdict
 from runtime.records import Parity as ParityRecord
 from runtime.records import Tolerance
@@ -189,8 +189,8 @@ def _table(report: ParityReport, candidate: CandidateReport) -> Table:
     tolerance = candidate.tolerance
     several = len({output.output for hop in candidate.verdict.hops for output in hop.outputs}) > 1
     columns = (
-        *(("samples", 6), ("max abs", 2), ("mean abs", 5), ("err/RMS", 0), ("SNR [dB]", 3), ("1-cosine", 4)),
-        *(("top-1", 1), ("top-5", 7), ("margin", 0), ("", 0)),
+        *(("samples", 7), ("max abs", 3), ("mean abs", 6), ("err/RMS", 0), ("SNR [dB]", 4), ("1-cosine", 5)),
+        *(("top-1", 1), ("top-5", 8), ("tolerance", 2), ("margin", 0), ("", 0)),
     )
     table = Table(
         f"{candidate.path.name} ({candidate.engine}) against {report.reference.name} ({report.engine})",
@@ -200,7 +200,8 @@ def _table(report: ParityReport, candidate: CandidateReport) -> Table:
             Column("shape"),  # cases of noise differ in nothing else
             *(Column(title, spare) for title, spare in columns),
         ],
-        f"{tolerance.precision} tolerance {tolerance.rel_rms:.1e} ({tolerance.source})",
+        f"{tolerance.precision} tolerance {tolerance.rel_rms:.1e} ({tolerance.source})"
+        + f"; {LIMIT}" * any(hop.name.endswith(UNROUNDED) for hop in candidate.verdict.hops),
     )
     for hop in candidate.verdict.hops:
         form = UNROUNDED if hop.name.endswith(UNROUNDED) else ""
@@ -217,6 +218,7 @@ def _table(report: ParityReport, candidate: CandidateReport) -> Table:
                 number(None if o.cosine is None else max(0.0, 1 - o.cosine)),
                 share(o.top1),
                 share(o.top5),
+                number(o.tolerance),
                 margin(o.margin, equal=o.rel_rms == 0),
                 OK if o.passed else FAILED,
             )

@@ -33,6 +33,11 @@ Outputs = Mapping[str, Array]
 RunReference = Callable[[dict[str, Array], str, Runner], Outputs]
 #: What its hops are called, behind the two ends.
 UNROUNDED = ", activations unrounded"
+#: What their tolerance is, for those who read it in a table.
+LIMIT = (
+    "activations unrounded: held to a multiple of what its rounding costs this network, as measured (in 8 bits a tenth "
+    "where each rounded weight is known); tolerance and margin over all samples of a kind"
+)
 #: The share of the precision's whole cost that may be left: where a BatchNorm is folded in between, one weight of
 #: 100,000 is rounded the other way, which is 0.01 of what rounding them all costs.
 MATCHED = 0.1
@@ -83,7 +88,7 @@ class Unrounded:
     def results(self) -> dict[int, tuple[OutputComparison, ...]]:
         """What came of each case that was added."""
         comparator = self._comparators[MATCHED if self._matched else 1.0]
-        return {case: comparator.result(case) for case in self._cases}
+        return {case: comparator.beside_noise(case) for case in self._cases}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from export.precision.converter import PrecisionOptions
 from runtime.manifest import read_manifest
 from runtime.parity.report import ParityReport
 from runtime.parity.run import CandidateReport, ParityOptions, compare_artefacts
-from runtime.parity.unrounded import UNROUNDED
+from runtime.parity.unrounded import LIMIT, UNROUNDED
 from runtime.runners import onnxruntime
 from tests.runtime.parity.test_bisect import randomize_norms, save
 
@@ -67,8 +67,25 @@ def test_a_clean_artefact_passes_also_where_layers_were_kept(said: dict[str, Can
     assert said[form].passed, said[form].failures()
     assert any(hop.name.endswith(UNROUNDED) for hop in said[form].verdict.hops)
     table = repr(ParityReport(reference=Path("net.pt"), engine="torch", candidates=(said[form],)))
-    assert f"digits{UNROUNDED}" in table
+    assert all(words in table for words in ("digits, activations", "unrounded", LIMIT.split()[-1]))
     assert "digits  " in table
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_limit_that_decides_is_the_one_that_is_told(said: dict[str, CandidateReport], form: str) -> None:
+    """Found in the clean artefact and broken by the wrong one, where the table's own number would pass both."""
+    clean, wrong = (
+        [
+            hop.outputs[0]
+            for hop in said[name].verdict.hops
+            if hop.name.endswith(UNROUNDED) and "noise" not in hop.inputs
+        ]
+        for name in (form, f"wrong.{form}")
+    )
+    table = said[form].tolerance.rel_rms
+    assert all(found.tolerance < table and found.margin is not None and found.margin > 1 for found in clean)
+    assert any(found.rel_rms > found.tolerance for found in wrong if found.rel_rms is not None)
+    assert all(found.margin is not None and found.margin < table / found.rel_rms for found in wrong if found.rel_rms)
 
 
 @pytest.mark.parametrize("form", FORMS)
