@@ -158,7 +158,7 @@ def margin(value: float | None, *, equal: bool = False) -> str:
     """How many times an error would fit into its tolerance: "69.6x"; "equal" where there is no error at all."""
     if equal or (value is not None and math.isinf(value)):
         return "equal"
-    return "-" if value is None else f"{value:.3g}x"
+    return "-" if value is None else f"{float(f'{value:.3g}'):.15g}x"  # 10600x, not 1.06e+04x
 
 
 def share(value: float | None) -> str:

@@ -121,3 +121,13 @@ def test_a_margin_is_never_infinite() -> None:
         "-",
         "equal",
     ]
+
+
+def test_a_large_margin_has_no_exponent() -> None:
+    assert [margin(found) for found in (0.0123, 3.0, 999.6, 10612.0, 1.126e6)] == [
+        "0.0123x",
+        "3x",
+        "1000x",
+        "10600x",
+        "1130000x",
+    ]
