@@ -99,6 +99,8 @@ class Samples:
         held: list[Array] = []
         done = 0
         for image in self._source.images(self._indices):
+            if np.isnan(image).any():
+                raise RefusedError(f"{self.name}: sample {int(self._indices[done + len(held)])} holds NaN")
             held.append(image)
             if len(held) == size or done + len(held) == self.count:
                 labels = None if self.labels is None else self.labels[done : done + len(held)]

@@ -64,6 +64,8 @@ def arguments_of(model: nn.Module, examples: Any) -> Arguments:
     if not named:
         raise RefusedError("no example was given; pass a tensor, or a tuple with one for each argument")
     tensors = {name: _tensor(name, value) for name, value in named.items()}
+    if damaged := [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.isnan().any()]:
+        raise RefusedError(f"the example {damaged[0]!r} holds NaN")
     if len({len(tensor) for tensor in tensors.values()}) > 1:
         said = ", ".join(f"{name} {len(tensor)}" for name, tensor in tensors.items())
         raise RefusedError(f"the examples hold different numbers of samples along axis 0: {said}")

@@ -270,7 +270,7 @@ def _stored(data_type: int) -> str:
 
 
 def graph_precision(path: Path) -> str | None:
-    """The lowest precision that the graph's types show; None for plain fp32, or where the onnx package is missing."""
+    """The lowest precision that the graph's types show; None where the onnx package is missing."""
     try:
         import onnx
     except ImportError:
@@ -282,7 +282,7 @@ def graph_precision(path: Path) -> str | None:
         return "fp8" if fp8 else "int8"
     if onnx.TensorProto.BFLOAT16 in types:
         return "bf16"
-    return "fp16" if onnx.TensorProto.FLOAT16 in types else None
+    return "fp16" if onnx.TensorProto.FLOAT16 in types else "fp32"
 
 
 def _scopes(node: onnx.NodeProto) -> tuple[str, ...]:

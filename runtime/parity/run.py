@@ -312,19 +312,25 @@ def _tolerance(
 
 
 def _precision(artefact: Artefact, notes: list[str]) -> str:
-    """From the manifest, else from the types in the graph; fp32 where neither says."""
-    if artefact.manifest is not None:
-        return judged_as(artefact.manifest)
-    if artefact.kind == "onnx":
-        from runtime.parity.layers import graph_precision
+    """From the manifest, else from the types in the graph; fp32 where neither says.
 
-        found = graph_precision(artefact.path)
-        if found is not None:
-            notes.append(f"no manifest beside it: judged as {found}, which its graph holds")
-            return found
+    Raises RefusedError where the manifest claims a lower precision, and its tolerance, than the graph has.
+    """
+    from runtime.parity.layers import graph_precision
+
+    found = graph_precision(artefact.path) if artefact.kind == "onnx" else None
+    if artefact.manifest is not None:
+        said = artefact.manifest.precision
+        if found is not None and said not in ("fp32", found):
+            raise RefusedError(
+                f"{artefact.path}: its manifest says {said}, and the graph holds {found}; export it again"
+            )
+        return judged_as(artefact.manifest)
+    if found not in (None, "fp32"):
+        notes.append(f"no manifest beside it: judged as {found}, which its graph holds")
     if artefact.kind == "engine":
         notes.append("no manifest beside it: judged as fp32; say --precision if it is another")
-    return "fp32"
+    return found or "fp32"
 
 
 def _check_source(reference: Artefact, candidate: Artefact, notes: list[str]) -> None:

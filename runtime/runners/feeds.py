@@ -40,6 +40,8 @@ def read_feeds(path: Path, specs: Sequence[TensorSpec], *, limit: int | None = N
     else:
         drawn = np.sort(np.random.default_rng(seed).permutation(counts[0])[:limit])
         arrays = {name: np.stack(list(npz_rows(path, chosen[name])(drawn))) for name in headers}
+    if damaged := [name for name, array in arrays.items() if array.dtype.kind == "f" and np.isnan(array).any()]:
+        raise RefusedError(f"{path}: {chosen[damaged[0]]!r} holds NaN")
     return {spec.name: arrays[spec.name].astype(numpy_dtype(spec.dtype), copy=False) for spec in specs}
 
 

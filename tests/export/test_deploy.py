@@ -177,6 +177,7 @@ def test_a_class_of_the_main_module_needs_no_file(tmp_path: Path) -> None:
         (torch.randn(2, 4, 16, 16), "does not run on"),
         ("nothing", "is a str"),
         (torch.tensor(1.0), "holds no samples"),
+        (torch.full((2, 3, 16, 16), torch.nan), "'input' holds NaN"),
         ((torch.randn(2, 3, 8, 8), torch.randn(3, 1)), "different numbers of samples"),
     ],
 )

@@ -143,7 +143,7 @@ def test_digits_for_calibration_are_not_those_accuracy_is_measured_on() -> None:
         (np.repeat(np.random.default_rng(0).random((1, *SHAPE), dtype=np.float32), 8, 0), "are the same"),
         (np.zeros((8, 3, 8, 8), np.float32), "the network takes float32"),
         (np.zeros((8, *SHAPE), np.uint8), "the network takes float32"),
-        (np.full((8, *SHAPE), np.nan, np.float32), "hold NaN"),
+        (np.full((8, *SHAPE), np.nan, np.float32), "sample 0 holds NaN"),
     ],
 )
 def test_images_that_cannot_set_a_range_are_refused(

@@ -263,19 +263,21 @@ def test_a_batch_that_the_graph_claims_and_cannot_run_fails(pair: tuple[Path, Pa
     assert "does not run on this input" in verdicts["3x3x16x16"].reason
 
 
-def test_the_manifest_decides_the_precision_and_is_verified(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_manifest_is_verified_and_claims_no_precision_that_the_graph_has_not(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
     path = changed(pair[1], tmp_path / "net.onnx", scale_first_channel("layer3.2.conv2.weight"))
     manifest = Manifest(
         artefact=digest(path, "onnx"),
         inputs=SPEC,
         outputs=(TensorSpec("logits", "float32", ("batch", 10)),),
-        precision="fp8",
         chain=(FileDigest("checkpoint", "other.pt", "0" * 64, 1),),
     )
+    sidecar(path).write_text(replace(manifest, precision="fp8").to_json())
+    with pytest.raises(RefusedError, match="its manifest says fp8, and the graph holds fp32"):
+        compare_artefacts(pair[0], [path])
     sidecar(path).write_text(manifest.to_json())
     found = compare_artefacts(pair[0], [path], ParityOptions(samples=8)).candidates[0]
-    assert found.precision == "fp8"
-    assert found.verdict.yardstick == ()
     assert any("was made from other.pt" in text for text in found.verdict.notes)
     sidecar(path).write_text(replace(manifest, artefact=replace(manifest.artefact, sha256="0" * 64)).to_json())
     with pytest.raises(RefusedError, match="sha256"):

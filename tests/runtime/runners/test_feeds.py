@@ -49,6 +49,7 @@ def test_the_only_array_of_the_only_input_may_have_any_name(tmp_path: Path) -> N
         ({"meta": np.zeros(6, np.int32)}, r"'meta' is int32 \(6,\); .* meta int32 \(batch, 4\)$"),
         ({"meta": np.zeros((6, 4))}, r"'meta' is float64"),
         ({"image": np.zeros((6, 3, 5, 8), np.uint8)}, r"'image' is uint8"),
+        ({"image": np.full((6, 3, 5, 8), np.nan)}, "'image' holds NaN"),
         ({"meta": np.zeros((5, 4), np.int32)}, "the same number of samples"),
     ],
 )
