@@ -134,6 +134,7 @@ def write_parity_report(path: Path, found: ParityReport, foreign: Foreign = NOTH
 
 def _candidate(found: ParityReport, candidate: CandidateReport, texts: list[Section]) -> list[Section]:
     name, alone = candidate.path.name, len(found.candidates) == 1
+    several = len({hop.name for hop in candidate.verdict.hops}) > 1
     rows = {
         "Reference": f"{found.reference.name} ({found.engine})",
         "Candidate": f"{name} ({candidate.engine})",
@@ -154,7 +155,7 @@ def _candidate(found: ParityReport, candidate: CandidateReport, texts: list[Sect
             title="Parity" if alone else f"Parity: {name}",
             reference=found.reference.name,
             candidate=name,
-            rows=[row for hop in candidate.verdict.hops for row in parity_rows(hop)],
+            rows=[row for hop in candidate.verdict.hops for row in parity_rows(hop, named=several)],
         ),
     ]
     if candidate.verdict.notes:

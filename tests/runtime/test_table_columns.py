@@ -20,6 +20,7 @@ from runtime.parity.tolerances import tolerance_for
 from runtime.parity.unrounded import UNROUNDED
 from runtime.parity.verdict import Verdict
 from runtime.records import Hop, OutputComparison, Parity
+from runtime.report import sections
 
 WIDTHS = [40, 60, 70, 80, 100, 160]
 INPUTS, BATCHES = ("noise, seed 0", "held-out digits"), (1, 2, 17)
@@ -55,16 +56,20 @@ def test_no_two_comparisons_of_a_proof_look_alike(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_no_two_cases_of_a_candidate_look_alike(width: int) -> None:
+def test_no_two_cases_of_a_candidate_look_alike(width: int, tmp_path: Path) -> None:
+    (file := tmp_path / "net.int8.onnx").write_bytes(b"\x08\x0a")
     candidate = CandidateReport(
-        path=Path("net.int8.onnx"), engine="onnxruntime cpu", precision="int8", tolerance=tolerance_for("int8"),
+        path=file, engine="onnxruntime cpu", precision="int8", tolerance=tolerance_for("int8"),
         verdict=Verdict(hops("r -> c", f"r -> c{UNROUNDED}")), bisection=None, seconds=1.0,
     )  # fmt: skip
-    text = shown(ParityReport(reference=Path("net.pt"), engine="torch", candidates=(candidate,)), width)
+    report = ParityReport(reference=Path("net.pt"), engine="torch", candidates=(candidate,))
+    text = shown(report, width)
     for batch in BATCHES:
         assert text.count(f"{batch}x3x32x32") >= 4
     assert text.count("8.7x") >= 12
     assert width < 80 or text.count("98.4%") == 12
+    (drawn,) = (section for section in report.sections() if isinstance(section, sections.Parity))
+    assert len({(row.case, row.shape) for row in drawn.rows}) == len(drawn.rows) == 12
 
 
 @pytest.mark.parametrize("width", WIDTHS[1:])
