@@ -48,9 +48,10 @@ $(DEMO)/digits.pt: $(BIN)/.demo
 # Kernels of 7x7 taps whose sigmas training shrinks: what a crop is for.
 $(DEMO)/wide.pt: $(BIN)/.demo
 	@mkdir -p $(DEMO)
-	$(TRAIN) --kernel-size 7 --sigma 1.5 --sigma-lr 0.1 --sigma-penalty 1 --epochs 10 --input-shape 1,16,16 -o $@
+	$(TRAIN) --kernel-size 7 --sigma 1.5 --sigma-lr 0.1 --sigma-penalty 1 --epochs 10 --input-shape 1,16,16 -q -o $@
 
-demo: $(DEMO)/digits.pt $(DEMO)/wide.pt  ## train on the digits, bake, export with proof, crop, report; OPEN=1 opens it
+demo: $(BIN)/.demo  ## train on the digits, bake, export with proof, crop, report; OPEN=1 opens it
+	@$(MAKE) --no-print-directory -j2 $(DEMO)/digits.pt $(DEMO)/wide.pt
 	$(BIN)/python -m export.onnx $(DEMO)/digits.pt -o $(DEMO)/digits.onnx --report $(DEMO)/proof.html
 	$(BIN)/python -m export.tensorrt $(DEMO)/digits.onnx --flavor rtx --min 1 --opt 8 --max 32 -o $(DEMO)/digits.plan
 	$(BIN)/python -m export.onnx $(DEMO)/wide.pt -o $(DEMO)/cropped.onnx --crop 1e-3 -q

@@ -330,8 +330,11 @@ def test_what_cannot_be_judged_names_the_data_or_the_artefact(tmp_path: Path) ->
     with pytest.raises(RefusedError, match=r"^far\.npz: labels go from 0 to 8, the network has 8 classes"):
         evaluate([artefact], EvaluateOptions(images=tmp_path / "far.npz"))
     np.savez(tmp_path / "nan.npz", input=images * np.nan, labels=np.arange(4))
-    with pytest.raises(RefusedError, match=r"a\.onnx: output 'y' is NaN or infinite on nan\.npz"):
+    with pytest.raises(RefusedError, match=r"nan\.npz: sample 0 holds NaN"):
         evaluate([artefact], EvaluateOptions(images=tmp_path / "nan.npz"))
+    np.savez(tmp_path / "huge.npz", input=images * np.float32(np.inf), labels=np.arange(4))
+    with pytest.raises(RefusedError, match=r"a\.onnx: output 'y' is NaN or infinite on huge\.npz"):
+        evaluate([artefact], EvaluateOptions(images=tmp_path / "huge.npz"))
 
 
 def test_a_part_that_nothing_knows_of_is_said(tmp_path: Path) -> None:
