@@ -33,11 +33,10 @@ def image_shape(model: ModelProto) -> tuple[int | None, tuple[int, int, int]]:
 
     Raises RefusedError when the graph has several inputs or no (N, C, H, W) input with known C, H and W.
     """
-    constants = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in constants]
+    inputs, _ = tensor_specs(model)
     if len(inputs) != 1:
         raise RefusedError(f"the graph has {len(inputs)} inputs; a budget is judged on networks with one image input")
-    dims = [d.dim_value if d.HasField("dim_value") else None for d in inputs[0].type.tensor_type.shape.dim]
+    dims = [side if isinstance(side, int) else None for side in inputs[0].shape]
     if len(dims) != 4 or not all(dims[1:]):
         raise RefusedError(
             f"input {inputs[0].name!r} has shape {dims}; a budget is judged on (N, C, H, W) with fixed C, H and W"

@@ -318,10 +318,10 @@ def _precision(artefact: Artefact, notes: list[str]) -> str:
     """
     from runtime.parity.layers import graph_precision
 
-    found = graph_precision(artefact.path) if artefact.kind == "onnx" else None
+    said = artefact.manifest.precision if artefact.manifest is not None else None
+    found = graph_precision(artefact.path) if artefact.kind == "onnx" and said != "fp32" else None
     if artefact.manifest is not None:
-        said = artefact.manifest.precision
-        if found is not None and said not in ("fp32", found):
+        if found not in (None, said):
             raise RefusedError(
                 f"{artefact.path}: its manifest says {said}, and the graph holds {found}; export it again"
             )
