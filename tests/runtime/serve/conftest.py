@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,13 @@ class Server:
     def log(self) -> str:
         """Standard error so far."""
         return "".join(self.errors)
+
+    def said(self, text: str, times: int = 1, within: float = 20) -> bool:
+        """Whether standard error has `text` so often, within seconds: the server writes its log behind its answers."""
+        end = time.monotonic() + within
+        while self.log.count(text) < times and time.monotonic() < end:
+            time.sleep(0.02)
+        return self.log.count(text) >= times
 
     @property
     def http(self) -> str:

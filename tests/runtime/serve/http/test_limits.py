@@ -414,7 +414,7 @@ def test_a_small_limit_on_open_files_is_said_and_leaves_probes_a_place(start: St
     held = [socket.create_connection(("127.0.0.1", server.http_port)) for _ in range(420)]
     assert server.request("GET", "/v2/health/live")[0] == 200
     assert server.request("GET", "/v2/models")[0] == 503
-    assert "400 open files are allowed (ulimit -Hn): at most 70 connections per port" in server.log
+    assert server.said("400 open files are allowed (ulimit -Hn): at most 70 connections per port")
     for connection in held:
         connection.close()
 
