@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from export.crop.budget import Budget, spend, windows_to_try
 from export.crop.latency import Latencies, measure_latencies
 from export.crop.sum_order import hold_sum_order
+from export.graph.read import selects
 from export.precision.quantize import FP8_MAX_TAPS
 from gmconv.cropping.certificate import CropCertificate, certify, whole_again
 from gmconv.cropping.check import layers_used_elsewhere
@@ -189,10 +189,9 @@ def stored_as(
     kinds = set(precisions)
     precision: Precision = next(iter(kinds)) if len(kinds) == 1 else "bf16" if kinds == {"fp16", "bf16"} else "fp32"
     layers = croppable(model)
-    patterns = [*options.keep_fp32, *(options.plan.keep if options.plan else ())] if options else []
     fp32: set[str] = set()
-    for pattern in patterns:
-        named = {n for n in layers if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")}
+    for pattern in options.kept if options else ():
+        named = {name for name in layers if selects(pattern, name)}
         may_name_a_node = pattern.startswith(("*", "?", "[", "n"))  # they are called node_Conv_12
         fp32 |= set(layers) if may_name_a_node or not named else named
     if precision == "fp8":

@@ -184,6 +184,11 @@ def weight_bytes(model: ModelProto) -> int:
     return sum(len(tensor.raw_data) or _dense(tensor).nbytes for tensor in model.graph.initializer)
 
 
+def selects(pattern: str, name: str) -> bool:
+    """Whether a shell wildcard names a layer, or the module that it lies in."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
 def match_layers(model: ModelProto, patterns: Sequence[str]) -> set[str]:
     """Names of the nodes that `patterns` (shell wildcards over layer, module path or node name) select.
 
@@ -193,9 +198,7 @@ def match_layers(model: ModelProto, patterns: Sequence[str]) -> set[str]:
     chosen: set[str] = set()
     for pattern in patterns:
         hit = {
-            node.name
-            for node in model.graph.node
-            if any(fnmatchcase(name, p) for name in _names_of(node, by_node) for p in (pattern, f"{pattern}.*"))
+            node.name for node in model.graph.node if any(selects(pattern, name) for name in _names_of(node, by_node))
         }
         if not hit:
             known = ", ".join(list(by_node.values())[:6])

@@ -105,13 +105,14 @@ class Proof:
             return replace(verdict, notes=(*verdict.notes, not_unrounded(error.message)))
 
     def _unrounded(self, precision: str, file: Path) -> tuple[Hop, ...]:
-        """Its hops, where that was computed and no crop is allowed for. Raises RefusedError where it does not run."""
-
+        """Its hops, where that was computed and no crop is allowed for. Raises RefusedError where it cannot be."""
         limit, weights = tolerance_for(precision), self.reference.weights.get(precision, ())
         if self.crop_cost or self.fused is not None or not any(weights):
             return ()
         names = list(next(filter(None, weights)))
         graph = Unrounded(file, names, limit, classes=self.classes)
+        if kept := graph.others & self.reference.eight:  # by names of the graph, which the reference never saw
+            raise RefusedError(f"{', '.join(sorted(kept))} stayed above {precision}, by a name that no layer has")
         graph.match(set(self.reference.eight))
         rounded = self.reference.rounded[precision]
         for index, (case, told) in enumerate(zip(self.cases, weights, strict=True)):

@@ -122,6 +122,7 @@ class ReferenceProcess:
             "probes": sorted(work.probes),
             "precisions": work.precisions,
             "reduced": work.reduced,
+            "kept": work.kept,
         }
         assert self._child.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # a child that died says why in result()
@@ -230,7 +231,7 @@ class Work:
     """What to run: batches of every input, the names of the outputs, which are noise, for the yardstick, or probes.
 
     `bake_options`: keyword arguments of `gmconv.constants.bake_for_inputs`; `precisions`: whose rounding to run too;
-    `reduced`: int8 weights have 7 bits.
+    `reduced`: int8 weights have 7 bits; `kept`: wildcards over the layers that stay above 8 bits.
     """
 
     feeds: tuple[Feeds, ...]
@@ -241,6 +242,7 @@ class Work:
     bake_options: dict[str, Any]
     precisions: tuple[str, ...] = ()
     reduced: bool = False
+    kept: tuple[str, ...] = ()
 
 
 def work_on(cases: Sequence[Case], names: Sequence[str], options: ExportOptions) -> Work:
@@ -254,6 +256,7 @@ def work_on(cases: Sequence[Case], names: Sequence[str], options: ExportOptions)
         bake_options=options.bake_options,
         precisions=tuple(precision for precision in options.precisions if precision != "fp32"),
         reduced=options.calibrated.target == "cpu",
+        kept=options.calibrated.kept,
     )
 
 
@@ -318,21 +321,23 @@ def _rounded(
     model: nn.Module, work: Work, run: Callable[[int], Outputs]
 ) -> tuple[dict[str, tuple[Outputs, ...]], dict[str, tuple[Outputs, ...]], frozenset[str]]:
     """The yardstick's cases with the rounding of each lower precision, and of its weights alone; see `Reference`."""
+    from export.graph.read import selects
     from gmconv.rounding import Rounding
 
     def run_all() -> tuple[Outputs, ...]:
         return tuple(run(i) if i in work.yardstick else {} for i in range(len(work.feeds)))
 
+    names = {id(parameter): name.removesuffix(".weight") for name, parameter in model.named_parameters()}
+    kept = {key for key, name in names.items() if any(selects(pattern, name) for pattern in work.kept)}
     rounded, weights, eight = {}, {}, set[int]()
     for precision in work.precisions:
         with Rounding(precision):
             rounded[precision] = run_all()
-        alone = Rounding(precision, weights_only=True, reduced=work.reduced)
+        alone = Rounding(precision, weights_only=True, reduced=work.reduced, kept=kept)
         with alone as mode, model.register_forward_pre_hook(mode.follow):
             weights[precision] = run_all()
         eight |= mode.rounded
-    layers = {name.removesuffix(".weight") for name, parameter in model.named_parameters() if id(parameter) in eight}
-    return rounded, weights, frozenset(layers)
+    return rounded, weights, frozenset(names[key] for key in eight & names.keys())
 
 
 def _alone(
@@ -365,6 +370,7 @@ def _serve(folder: Path) -> None:
         bake_options=task["bake_options"],
         precisions=tuple(task["precisions"]),
         reduced=task["reduced"],
+        kept=tuple(task["kept"]),
     )
     found = compute_reference(loaded.model, loaded.inputs, work)
     hops = {"live": found.live, "baked": found.baked, "yardstick": found.yardstick, "alone": found.alone}

@@ -50,6 +50,11 @@ class PrecisionOptions:
     plan: PrecisionPlan | None = None
     external_data: bool | None = None
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Wildcards over what stays above the precision, by `keep_fp32` or by the plan."""
+        return (*self.keep_fp32, *(self.plan.keep if self.plan else ()))
+
     def io_clash(self, precision: Precision) -> str:
         """Why `io_dtype` does not go with `precision`; empty where it does."""
         if self.io_dtype in ("fp32", precision):
