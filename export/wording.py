@@ -32,8 +32,8 @@ _PHRASES = {
 }
 _RENAMED = {"data": "images", "calibration": "images", "precision": "precisions", "to": "precisions", "o": "output"}
 _SWITCHES = {field.name for field in fields(ExportOptions) if field.type == "bool"}
-_OPTIONS = {field.name for field in fields(ExportOptions)} | {"output", "labels", "preprocessing"}
-_PRECISION = {field.name for field in fields(PrecisionOptions)} - _OPTIONS
+_OPTIONS = {field.name for options in (ExportOptions, PrecisionOptions) for field in fields(options)}
+_OPTIONS |= {"output", "labels", "preprocessing"}
 
 
 def in_python(message: str) -> str:
@@ -46,17 +46,17 @@ def in_python(message: str) -> str:
 
 def _parameter(found: re.Match[str]) -> str:
     if found["layers"]:
-        return f"precision=PrecisionOptions(keep_fp32={tuple(found['layers'].split(' --keep-fp32 '))})"
+        layers = tuple(layer.strip("'") for layer in found["layers"].split(" --keep-fp32 "))
+        return f"keep_fp32={layers if len(layers) > 1 else layers[0]!r}"
     name = found["flag"].lstrip("-").replace("-", "_")
     name, value = _RENAMED.get(name, name), found["value"]
     if name in _SWITCHES:
         return f"{name}=True" + (f" {value}" if value else "")
     if value and value.islower() and not value[0].isdigit():
         value = f"({value!r},)" if name == "precisions" else repr(value)
-    said = f"{name}={value}" if value else name
-    if name in _PRECISION:
-        return f"precision=PrecisionOptions({said})"
-    return said if name in _OPTIONS else found[0]
+    if name not in _OPTIONS:
+        return found[0]
+    return f"{name}={value}" if value else name
 
 
 @contextmanager
