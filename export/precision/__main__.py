@@ -48,7 +48,13 @@ def precision_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--keep-fp32", multiple=True, metavar="PATTERN", help="Layers to leave in fp32 (wildcards; repeat)."
         ),
-        click.option("--io-dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True),
+        click.option(
+            "--io-dtype",
+            type=click.Choice(["fp32", "fp16"]),
+            default="fp32",
+            show_default=True,
+            help="Of inputs and outputs: fp16 goes with fp16.",
+        ),
         data_options,
         click.option("--calibration-images", type=click.IntRange(2), help="How many of them [256]."),
         click.option(

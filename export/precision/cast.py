@@ -71,7 +71,7 @@ def cast_graph(
     *,
     keep_fp32: Iterable[str] = (),
     only: Iterable[str] | None = None,
-    io_dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+    io_dtype: Literal["fp32", "fp16"] = "fp32",
 ) -> tuple[ModelProto, CastReport]:
     """A copy of fp32 `model` computing in `to`, except the nodes named in `keep_fp32` and what must stay fp32.
 

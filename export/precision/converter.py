@@ -39,7 +39,7 @@ class PrecisionOptions:
     """
 
     keep_fp32: tuple[str, ...] = ()
-    io_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    io_dtype: Literal["fp32", "fp16"] = "fp32"
     target: Literal["tensorrt", "cpu"] = "tensorrt"
     calibration: str | Path | None = None
     calibration_images: int | None = None

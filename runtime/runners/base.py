@@ -194,6 +194,15 @@ def as_inputs(specs: Sequence[TensorSpec], feeds: Mapping[str, Array]) -> dict[s
     }
 
 
+def parse_device(device: str) -> tuple[str, int]:
+    """ "cpu", "cuda" (also "gpu") or "cuda:N" as kind and index. Raises RefusedError for anything else."""
+    kind, _, index = device.partition(":")
+    kind = "cuda" if kind == "gpu" else kind
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
+        raise RefusedError(f"device {device!r} is unknown; cpu, cuda or cuda:N")
+    return kind, int(index or 0)
+
+
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The numpy dtype of a TensorSpec dtype name; bfloat16 and float8 names come from ml_dtypes."""
     try:

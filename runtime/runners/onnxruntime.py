@@ -20,7 +20,7 @@ from gmconv.files import sha256_file
 from runtime import cuda
 from runtime.artefact import open_artefact
 from runtime.manifest import TensorSpec
-from runtime.runners.base import Array, Query, Runner, validate_feeds
+from runtime.runners.base import Array, Query, Runner, parse_device, validate_feeds
 from runtime.runners.onnxruntime_cuda import Binding, SessionLane
 from runtime.runners.providers import PROVIDERS, Request, add_providers
 from runtime.runners.qdq import Optimization, session_options
@@ -84,7 +84,8 @@ class OnnxRuntimeRunner(Runner):
         path = Path(path)
         self.artefact = replace(open_artefact(path), kind="onnx")
         ort = _import()
-        kind, index, self.device = _device(device)
+        kind, index = parse_device(device)
+        self.device = kind if kind == "cpu" else f"cuda:{index}"
         self._provider = options.provider or kind
         _require_fit(self._provider, kind, device, options.cuda_graph)
         entries = dict(options.config or {})
@@ -262,15 +263,6 @@ def _import() -> Any:
     ort = require("onnxruntime", "cpu")
     ort.set_default_logger_severity(4)
     return ort
-
-
-def _device(device: str) -> tuple[str, int, str]:
-    kind, _, index = device.partition(":")
-    if kind == "gpu":
-        kind = "cuda"
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
-        raise UnavailableError(f"device {device!r} is unknown; cpu, cuda or cuda:N")
-    return kind, int(index or 0), kind if kind == "cpu" else f"cuda:{index or 0}"
 
 
 def _require_fit(provider: str, kind: str, device: str, cuda_graph: bool) -> None:

@@ -20,7 +20,7 @@ from gmconv.images import read_preprocessing
 from runtime import cuda
 from runtime.artefact import Artefact, Facts
 from runtime.manifest import TensorSpec
-from runtime.runners.base import Array, LayerTime, Query, Runner, validate_feeds
+from runtime.runners.base import Array, LayerTime, Query, Runner, parse_device, validate_feeds
 from runtime.runners.torch_network import Captured
 from runtime.runners.torch_queries import make_queries
 
@@ -385,15 +385,13 @@ def receptive_fields(checkpoint: Path, samples: int = 32, foreign: Foreign = NOT
 
 
 def _device(torch: Any, device: str) -> torch.device:
-    kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda", "gpu") or (index and not index.isdigit()) or (kind == "cpu" and index):
-        raise UnavailableError(f"device {device!r} is unknown; cpu, cuda or cuda:N")
+    kind, index = parse_device(device)
     if kind != "cpu":
         if not torch.cuda.is_available():
             raise UnavailableError(
                 f"torch {torch.__version__} finds no GPU: it needs a CUDA build and an NVIDIA driver; use --device cpu"
             )
-        if int(index or 0) >= torch.cuda.device_count():
+        if index >= torch.cuda.device_count():
             raise UnavailableError(f"torch finds {torch.cuda.device_count()} GPUs; {device!r} was asked for")
-        return torch.device("cuda", int(index or 0))  # type: ignore[no-any-return]
+        return torch.device("cuda", index)  # type: ignore[no-any-return]
     return torch.device("cpu")  # type: ignore[no-any-return]

@@ -20,6 +20,7 @@ import click
 import uvloop
 
 from gmconv.errors import RefusedError
+from runtime.runners.base import parse_device
 from runtime.serve.auth import Gate, find_token, make_tls
 from runtime.serve.connection import RESERVE, Connection, Listener, bind
 from runtime.serve.models.source import find_sources, read_source
@@ -53,11 +54,13 @@ def check(settings: Settings) -> None:
             raise click.UsageError(f"--{name}-port {port}: two services cannot share a port")
     if settings.engine in ("tensorrt", "rtx") and not settings.engine_cache:
         raise click.UsageError(f"--engine {settings.engine}: say where engines are kept, by --engine-cache")
+    if settings.device != "auto":
+        parse_device(settings.device)
     find_token(settings)
     for source in find_sources(settings):
         read_source(source, settings)
     if bool(settings.tls_cert) != bool(settings.tls_key):
-        raise RefusedError("--tls-cert and --tls-key go together: give both")
+        raise click.UsageError("--tls-cert and --tls-key go together: give both")
     make_tls(settings, "http")
 
 

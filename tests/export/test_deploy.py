@@ -234,7 +234,7 @@ def test_an_option_that_there_is_not_is_named(net: nn.Module, tmp_path: Path) ->
         ({"flavor": "rtxx"}, "^flavor='rtxx': it takes auto, tensorrt, rtx$"),
         ({"target": "gpu"}, "target='gpu': 'gpu' is not one of 'tensorrt', 'cpu'"),
         ({"precision": 16}, "precision is a int; it takes 'fp16,int8', or PrecisionOptions"),
-        ({"precision": "fp16", "io_dtype": "bf16"}, r"io_dtype=?.* does not go with fp16"),
+        ({"precision": "bf16", "io_dtype": "fp16"}, r"io_dtype=?.* does not go with bf16"),
     ],
 )
 def test_a_value_that_an_option_does_not_take_is_refused_as_by_the_command(

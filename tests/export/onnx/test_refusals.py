@@ -50,7 +50,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> Live:
     ("options", "words"),
     [
         (ExportOptions(precisions=("fp32", "int8")), "need calibration images: give --data"),
-        (ExportOptions(precisions=("fp16",), precision=PrecisionOptions(io_dtype="bf16")), "does not go with fp16"),
+        (ExportOptions(precisions=("bf16",), precision=PrecisionOptions(io_dtype="fp16")), "does not go with bf16"),
         (ExportOptions(images=Path("nowhere")), "no such data"),
         (ExportOptions(precisions=("int8",), images="nothing.npz"), "no such file"),
     ],

@@ -186,13 +186,11 @@ def test_an_operator_without_a_known_kernel_is_refused(network: Network) -> None
     assert cast_graph(model, "fp16", keep_fp32={"node_relu1"})[1].kept["node_relu1"] == "asked for"
 
 
-@pytest.mark.parametrize("to", ["fp16", "bf16"])
-def test_inputs_and_outputs_can_be_low_precision_too(network: Network, to: Any) -> None:
-    cast, _ = cast_graph(network(), to, io_dtype=to)
+def test_inputs_and_outputs_can_be_low_precision_too(network: Network) -> None:
+    cast, _ = cast_graph(network(), "fp16", io_dtype="fp16")
     onnx.checker.check_model(cast, full_check=True)
-    kind = TensorProto.FLOAT16 if to == "fp16" else TensorProto.BFLOAT16
-    assert cast.graph.input[0].type.tensor_type.elem_type == kind
-    assert cast.graph.output[0].type.tensor_type.elem_type == kind
+    assert cast.graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT16
+    assert cast.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT16
     assert not any(node.op_type == "Cast" for node in cast.graph.node)
 
 

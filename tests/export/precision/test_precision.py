@@ -237,7 +237,7 @@ def test_automatic_precision_from_the_command_line(fp32: Path, npz: Path) -> Non
         (["--to", "int8"], 3, "need calibration images"),
         (["--to", "int8", "--calibration", "nowhere"], 3, "no such data"),
         (["--to", "fp16", "--keep-fp32", "nothing"], 3, "matches no layer"),
-        (["--to", "fp16", "--io-dtype", "bf16"], 2, "does not go with"),
+        (["--to", "bf16", "--io-dtype", "fp16"], 2, "does not go with"),
         (["--to", "fp16", "--plan", "nowhere.json"], 3, "cannot be read"),
         (["--to", "fp16", "-o", "no/such/folder/x.onnx"], 3, "cannot be written"),
     ],

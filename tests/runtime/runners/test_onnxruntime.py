@@ -187,8 +187,6 @@ def test_missing_file_and_directory(tmp_path: Path) -> None:
         {"device": "cuda", "provider": "rtx"},
         {"device": "cpu", "provider": "cuda"},
         {"device": "cpu", "cuda_graph": True},
-        {"device": "tpu"},
-        {"device": "cpu:3"},
         {"device": "cuda", "provider": "openvino"},
     ],
 )
@@ -199,6 +197,12 @@ def test_what_the_machine_lacks_is_said(model: Path, options: dict[str, Any]) ->
     with pytest.raises(UnavailableError) as refusal:
         open_runner(model, **options)
     assert refusal.value.exit_code == 6
+
+
+@pytest.mark.parametrize("device", ["tpu", "gpu0", "cpu:3", "cuda:x", ""])
+def test_a_device_that_is_none_is_refused(device: str, model: Path) -> None:
+    with pytest.raises(RefusedError, match="is unknown; cpu, cuda or cuda:N"):
+        open_runner(model, device=device)
 
 
 def test_a_silent_fallback_to_the_cpu_is_an_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

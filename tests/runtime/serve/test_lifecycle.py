@@ -384,7 +384,7 @@ def test_refusals_at_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ([str(tmp_path / "empty")], "holds no"),
         ([str(good), "--model-name", "a/b"], "must match"),
         ([str(good), "--token-file", str(tmp_path / "short")], "at least 16"),
-        ([str(good), "--tls-cert", str(good)], "go together"),
+        ([str(good), "--device", "gpu0"], "device 'gpu0' is unknown"),
         ([str(good)], "GMCONV_SERVE_TOKEN: the token must have at least 16"),
     ):
         if arguments == [str(good)]:
@@ -394,6 +394,13 @@ def test_refusals_at_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert text in done.stderr
         assert "Traceback" not in done.stderr
         assert not done.stdout
+
+
+def test_half_a_pair_of_tls_files_is_a_usage_error(tmp_path: Path) -> None:
+    good = classifier(tmp_path / "good.onnx")
+    done = run(str(good), "--tls-cert", str(good))
+    assert done.returncode == 2
+    assert "go together" in done.stderr
 
 
 def test_a_taken_port_is_named(tmp_path: Path) -> None:
