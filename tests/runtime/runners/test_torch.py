@@ -118,7 +118,7 @@ def test_a_foreign_state_dict_opens_when_its_architecture_is_given(tmp_path: Pat
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-@pytest.mark.parametrize("device", ["cuda", "cuda:1", "tpu"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_a_missing_gpu_is_said(checkpoint: Path, device: str) -> None:
     with pytest.raises(UnavailableError):
         open_runner(checkpoint, device=device)
