@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import click
 
@@ -187,6 +187,9 @@ def preprocessing_of(given: Mapping[str, Any] | str | os.PathLike[str] | None, s
     said = preprocessing_fields(given)
     if said is None:
         return None
+    if ("mean" in said) != ("std" in said):
+        one, other = ("mean", "std") if "mean" in said else ("std", "mean")
+        raise RefusedError(f"preprocessing: has a {one} and no {other}; give both (--mean M,M,M --std S,S,S)")
     channels, height, width = shape
     usual = {"size": (height, width), "mean": (0.0,) * channels, "std": (1.0,) * channels}
     own = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in said.items()}
@@ -195,9 +198,13 @@ def preprocessing_of(given: Mapping[str, Any] | str | os.PathLike[str] | None, s
         msgspec.convert(full, Preprocessing)
     except msgspec.ValidationError as error:
         reason = str(error).replace("`", "").replace("$.", "")
-        raise RefusedError(
-            f"preprocessing: {reason}; mean and std take one number for each channel, size (height, width)"
-        ) from None
+        choices = get_args(get_type_hints(Preprocessing).get(reason.rpartition(" ")[2]))
+        takes = (
+            f"it is one of {', '.join(choices)}"
+            if choices and all(isinstance(c, str) for c in choices)
+            else ("mean and std take one number for each channel, size (height, width)")
+        )
+        raise RefusedError(f"preprocessing: {reason}; {takes}") from None
     return full
 
 
@@ -248,7 +255,8 @@ _OPTIONS: list[Callable[[Any], Any]] = [
         type=_FILE,
         callback=_parsed(read_preprocessing_file),
         metavar="FILE.json",
-        help="Of its images: size, mean, std, scale, channel_order, interpolation, resize, crop_ratio.",
+        help="Of its images: size, mean, std, scale, channel_order, interpolation, crop_ratio, resize (stretch, or "
+        "shortest-then-crop as torchvision's Resize and CenterCrop).",
     ),
     click.option("--labels", "labels_file", type=_FILE, metavar="FILE", help="Its classes, one a line."),
 ]

@@ -30,14 +30,16 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", "
 MAX_PIXELS = 2**25
 MAX_SIDE = 30_000
 """PIL's intermediate images of longer ones are many times the image."""
+_LONG = 16  # times the pixels of the input: the largest image that is made whole before its centre is cut out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocessing:
     """From a decoded image to the network's input (float32, C x H x W).
 
-    Resize to `size` (height, width, pixels) as `resize` says, multiply the 0..255 values by `scale`, subtract `mean`,
-    divide by `std` (one value per channel). `channel_order` "L" is greyscale.
+    Resize to `size` (height, width, pixels) as `resize` says: "stretch", or "shortest-then-crop", which is
+    torchvision's Resize(int(size / crop_ratio)) and CenterCrop(size). Multiply the 0..255 values by `scale`, subtract
+    `mean`, divide by `std` (one value per channel). `channel_order` "L" is greyscale.
     """
 
     size: tuple[int, int]
@@ -77,15 +79,12 @@ def load_mask(source: Path, preprocessing: Preprocessing) -> NDArray[Any]:
     """
 
     def prepared(image: Image) -> NDArray[Any]:
-        from PIL.Image import Resampling, fromarray
+        from PIL.Image import fromarray
 
         if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
             raise RefusedError(f"{source}: a mask of mode {image.mode}; one class index per pixel is needed (L or P)")
         values = np.asarray(image)
-        height, width = preprocessing.size
-        cut = fromarray(values.astype(np.int32)).resize(
-            (width, height), Resampling.NEAREST, _box(image.size, preprocessing)
-        )
+        cut = _sized(fromarray(values.astype(np.int32)), preprocessing, "nearest")
         return np.asarray(cut).astype(np.uint8 if values.dtype.itemsize == 1 else np.int32)
 
     return _decoded(source, prepared)
@@ -123,21 +122,18 @@ def preprocess(image: Image, preprocessing: Preprocessing) -> Floats:
     """A PIL image as float32 `(C, H, W)`.
 
     Turned upright by EXIF; converted to RGB or greyscale (alpha is dropped, 16 bit become 8); resampled to `size` by
-    PIL, from the whole image ("stretch") or from the centred part of the target's aspect ratio whose sides are
-    `crop_ratio` of the largest such part ("shortest-then-crop", without an intermediate image); then
+    PIL, the whole image ("stretch") or as torchvision's `Resize(int(size / crop_ratio))` and `CenterCrop(size)` do, to
+    the bit ("shortest-then-crop"; of images more than a dozen times as long as wide to a grey level or two); then
     `(x * scale - mean) / std` in float32.
     """
     from PIL import ImageOps
-    from PIL.Image import Resampling, fromarray
+    from PIL.Image import fromarray
 
     image = ImageOps.exif_transpose(image) or image
     if image.mode.startswith(("I;16", "I")):
         image = fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     image = image.convert("L" if preprocessing.channel_order == "L" else "RGB")
-    filters = {"nearest": Resampling.NEAREST, "bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}
-    height, width = preprocessing.size
-    image = image.resize((width, height), filters[preprocessing.interpolation], box=_box(image.size, preprocessing))
-    values = np.asarray(image, dtype=np.float32)
+    values = np.asarray(_sized(image, preprocessing, preprocessing.interpolation), dtype=np.float32)
     values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
     if preprocessing.channel_order == "BGR":
         values = values[::-1]
@@ -149,13 +145,24 @@ def preprocess(image: Image, preprocessing: Preprocessing) -> Floats:
     return np.ascontiguousarray((values * np.float32(preprocessing.scale) - mean) / std)
 
 
-def _box(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[float, float, float, float]:
-    """The part of the source that is resampled: left, upper, right, lower, in pixels."""
-    width, height = size
-    if preprocessing.resize == "stretch":
-        return (0, 0, width, height)
+def _sized(image: Image, preprocessing: Preprocessing, interpolation: str) -> Image:
+    """`image` resampled to `size` by PIL."""
+    from PIL.Image import Resampling
+
     rows, columns = preprocessing.size
-    scale = max(rows / height, columns / width) / preprocessing.crop_ratio
-    part_w, part_h = min(width, columns / scale), min(height, rows / scale)
-    left, upper = (width - part_w) / 2, (height - part_h) / 2
-    return (left, upper, left + part_w, upper + part_h)
+    how = Resampling[interpolation.upper()]
+    if preprocessing.resize == "stretch":
+        return image.resize((columns, rows), how)
+    width, height = image.size
+    if rows * width >= columns * height:  # the height decides
+        tall = int(rows / preprocessing.crop_ratio)
+        wide = int(tall * width / height)
+    else:
+        wide = int(columns / preprocessing.crop_ratio)
+        tall = int(wide * height / width)
+    left, upper = round((wide - columns) / 2), round((tall - rows) / 2)
+    if wide * tall <= _LONG * rows * columns:
+        return image.resize((wide, tall), how).crop((left, upper, left + columns, upper + rows))
+    across, down = width / wide, height / tall  # the same to a grey level or two, without a long image in between
+    part = (left * across, upper * down, min(width, (left + columns) * across), min(height, (upper + rows) * down))
+    return image.resize((columns, rows), how, part)

@@ -36,6 +36,8 @@ def misfit(preprocessing: Preprocessing, shape: Sequence[int | str]) -> str:
         return "has a mean, a deviation or a scale that is not finite"
     if 0 in preprocessing.std or preprocessing.scale == 0:
         return "divides by a deviation of 0, or multiplies by a scale of 0"
+    if not 0 < preprocessing.crop_ratio <= 1 or min(preprocessing.size) < 1:
+        return "has a crop_ratio that is not in (0, 1], or a size of 0"
     if any(isinstance(side, int) and side != size for side, size in zip(sides, preprocessing.size, strict=True)):
         height, width = preprocessing.size
         return f"makes {height}x{width} pixels, and the network takes {'x'.join(map(str, sides))}"

@@ -14,7 +14,14 @@ from click.testing import CliRunner
 import gmconv
 from gmconv.cli import Command
 from gmconv.errors import RefusedError
-from gmconv.foreign import Foreign, foreign_options, read_labels, read_preprocessing_file, refuse_labels
+from gmconv.foreign import (
+    Foreign,
+    foreign_options,
+    preprocessing_of,
+    read_labels,
+    read_preprocessing_file,
+    refuse_labels,
+)
 from gmconv.images import read_preprocessing
 
 
@@ -96,13 +103,27 @@ def test_a_foreign_checkpoint_gets_what_it_does_not_say(tmp_path: Path) -> None:
     import torch
 
     torch.save(gmconv.models.create("resnet20", gmconv=False).state_dict(), tmp_path / "net.pth")
-    said: dict[str, Any] = {"preprocessing": {"mean": (0.5, 0.5, 0.5)}, "labels": tuple("0123456789")}
+    said: dict[str, Any] = {"preprocessing": {"mean": (0.5,) * 3, "std": (0.25,) * 3}, "labels": tuple("0123456789")}
     foreign = Foreign(arch="resnet20", input_shape=(3, 16, 24), **said)
     loaded = gmconv.load_checkpoint(tmp_path / "net.pth", **foreign.given())
     preprocessing = read_preprocessing(loaded.preprocessing)
     assert preprocessing is not None
-    assert (preprocessing.size, preprocessing.mean, preprocessing.std) == ((16, 24), (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))
+    assert (preprocessing.size, preprocessing.mean, preprocessing.std) == ((16, 24), (0.5,) * 3, (0.25,) * 3)
     assert loaded.labels == tuple("0123456789")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"mean": (0.5, 0.5, 0.5)}, "has a mean and no std; give both"),
+        ({"std": (0.5, 0.5, 0.5)}, "has a std and no mean; give both"),
+        ({"resize": "foo"}, "'foo' - at resize; it is one of stretch, shortest-then-crop"),
+        ({"size": "big"}, "at size; mean and std take one number for each channel"),
+    ],
+)
+def test_preprocessing_that_is_half_said_or_unknown_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(RefusedError, match=words):
+        preprocessing_of(given, (3, 16, 16))
 
 
 @pytest.mark.parametrize(

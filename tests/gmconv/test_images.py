@@ -87,6 +87,25 @@ def test_shortest_then_crop_takes_the_centre_with_its_aspect_ratio() -> None:
     assert load_image(encode(wide), GREY).min() == 0
 
 
+def _torchvision(image: Image.Image, short: int, size: int) -> Any:
+    """`Resize(short)` and `CenterCrop(size)` of torchvision.transforms, of a PIL image."""
+    low, high = sorted(image.size)
+    width, height = ((short if side == low else int(short * high / low)) for side in image.size)
+    left, top = int(round((width - size) / 2.0)), int(round((height - size) / 2.0))  # noqa: RUF046
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+@given(width=st.integers(2, 60), height=st.integers(2, 60), ratio=st.sampled_from([1.0, 0.875, 0.9]))
+def test_shortest_then_crop_is_what_torchvision_does(width: int, height: int, ratio: float) -> None:
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+    how = replace(RGB, size=(14, 14), resize="shortest-then-crop", crop_ratio=ratio)
+    found = load_image(encode(pixels, "PNG"), how)
+    expected = _torchvision(Image.fromarray(pixels), int(14 / ratio), 14)
+    long = max(width, height) > 12 * min(width, height)
+    np.testing.assert_allclose(found.transpose(1, 2, 0) * 255, expected, atol=2 if long else 0.01)
+
+
 def test_crop_ratio_leaves_a_border_out() -> None:
     framed = np.zeros((16, 16), np.uint8)
     framed[4:12, 4:12] = 255
