@@ -24,6 +24,11 @@ from runtime.manifest_v1 import SCHEMA_V1, upgrade
 from runtime.records import AxisRange, Benchmark, Build, Calibration, Crop, Device, Export, Parity, Quantization
 
 SCHEMA = "gmconv-deploy.manifest/v2"
+#: Measured with 1.31 (refuses its own rewrite) and 1.32 (an error of the outputs' own size); TensorRT is not concerned.
+_FP8_ELSEWHERE = (
+    "in a program of your own give ONNX Runtime graph_optimization_level = ORT_DISABLE_ALL for an fp8 file, as every "
+    "command here does: its default takes fp8 for 8-bit integers and computes something else"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,8 @@ class Manifest:
     def warnings(self) -> tuple[str, ...]:
         """What whoever uses the artefact should know before they trust it."""
         own = self.export.warnings if self.export else ()
-        return (*own, *(self.calibration.warnings if self.calibration else ()))
+        fp8 = (_FP8_ELSEWHERE,) if self.artefact.kind == "onnx" and "fp8" in self.precision else ()
+        return (*own, *(self.calibration.warnings if self.calibration else ()), *fp8)
 
     def to_json(self) -> str:
         """The sidecar's text."""

@@ -104,7 +104,7 @@ def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"]) -> tuple[Flavor, st
     if asked == "rtx":
         if not installed("rtx"):
             raise UnavailableError(f"TensorRT-RTX is not installed: {install('rtx')}")
-        return "rtx", "asked for"
+        return "rtx", "it was asked for"
     if asked == "tensorrt":
         if not installed("tensorrt"):
             raise UnavailableError(f"TensorRT is not installed: {install('tensorrt')}; or --flavor rtx")
@@ -112,13 +112,13 @@ def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"]) -> tuple[Flavor, st
             raise UnavailableError(
                 f"TensorRT builds engines on the GPU they run on, and {problem}; --flavor rtx needs none"
             )
-        return "tensorrt", "asked for"
+        return "tensorrt", "it was asked for"
     if installed("tensorrt") and not problem:
         return "tensorrt", "TensorRT is installed and there is a GPU"
     if not installed("rtx"):
         lacking = f"TensorRT cannot build here ({problem})" if installed("tensorrt") else "TensorRT is not installed"
         raise UnavailableError(f"{lacking} and TensorRT-RTX is not installed: {install('rtx')}")
-    return "rtx", f"TensorRT cannot build here: {problem}" if installed("tensorrt") else "TensorRT is not installed"
+    return "rtx", f"TensorRT cannot build here ({problem})" if installed("tensorrt") else "TensorRT is not installed"
 
 
 _KEPT_RECORDS = 1000

@@ -58,15 +58,24 @@ def print_export(
     notes = manifest.export.notes if manifest.export and first else ()
     for text in map(say, (*notes, *(manifest.parity.notes if manifest.parity else ()))):
         console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+    shown_before = manifest.export.warnings if manifest.export and not first else ()
     for text in manifest.warnings:
-        if first or (manifest.calibration and text in manifest.calibration.warnings):
+        if text not in shown_before:
             console.print(f"[yellow]warning:[/yellow] {escape(say(text))}", highlight=False, soft_wrap=True)
     size = manifest.artefact.bytes + sum(entry.bytes for entry in manifest.external)
     console.print(
-        f"[bold green]PASSED[/bold green] {output}: {manifest.precision}, {size:,} bytes, "
+        f"[bold green]PASSED[/bold green] {output}: {manifest.precision}{_meant_for(manifest)}, {size:,} bytes, "
         f"sha256 {manifest.artefact.sha256[:16]}…, manifest {output.name}.json",
         soft_wrap=True,
     )
+
+
+def _meant_for(manifest: Manifest) -> str:
+    """The runtime that an int8 graph is laid out for, and what gives the other's."""
+    quantization = manifest.quantization
+    if quantization is None or manifest.precision == "fp8":
+        return ""
+    return " for ONNX Runtime on a CPU" if quantization.target == "cpu" else " for TensorRT (for a CPU: --target cpu)"
 
 
 def _yardstick_line(measured: YardstickComparison, manifest: Manifest, *, named: bool) -> str:

@@ -78,10 +78,11 @@ def summary(output: Path, manifest: Manifest) -> list[str]:
     build = manifest.build or Build(flavor="rtx")
     layers = build.layers
     histogram = ", ".join(f"{count} {name}" for name, count in manifest.precision_found.items()) or "not read back"
+    rest = layers.total - sum(manifest.precision_found.values()) if manifest.precision_found else 0
     lines = [
         f"{output}: {manifest.artefact.bytes / 2**20:.1f} MiB, sha256 {manifest.artefact.sha256[:12]}…, "
         f"built in {build.seconds.get('build', 0):.1f} s with {(build.peak_memory or 0) / 2**20:.0f} MiB",
-        f"asked for {manifest.precision}; {layers.total} layers: {histogram}",
+        f"asked for {manifest.precision}; {layers.total} layers: {histogram}{f', {rest} of no type' if rest else ''}",
         f"{layers.convolutions} convolutions, {layers.fused_epilogues} with a fused epilogue, "
         f"{layers.mask_multiplications} mask multiplications",
     ]
@@ -236,7 +237,7 @@ def main(
     if precision or checkpoint:
         refuse_other_artefact(output, precision or "fp32", force=flags["force"])
     refuse_options(flavor, options)
-    note(f"flavor {flavor} ({trt.TITLES[flavor]}): {why}")
+    note(f"flavor {flavor} ({trt.TITLES[flavor]}), as {why}")
     onnx_path = prepare(model, output, precision, note, asked)
     if options.checkpoint and not as_json:
         from export.onnx.tables import print_export

@@ -264,7 +264,7 @@ def _report(options: TrainOptions, output: Path, result: TrainResult, seconds: f
         for layer in result.layers:
             name = f"{layer.kernel[0]}x{layer.kernel[1]} -> {layer.kept[0]}x{layer.kept[1]}"
             kept[name] = kept.get(name, 0) + 1
-        windows = ", ".join(f"{count} layers {name}" for name, count in kept.items())
+        windows = ", ".join(f"{count} layer{'s' * (count > 1)} {name}" for name, count in kept.items())
         click.echo(
             f"sigma {min(sigmas):.3g} to {max(sigmas):.3g}; cropping at {options.crop_tolerance:g} would keep "
             f"{result.macs_kept:.1%} of the convolutions' multiply-adds ({windows})"

@@ -204,6 +204,8 @@ def compare(
     warnings = [text for opened in prepared for text in opened.layout_warnings] + list(disturbed.warnings)
     if 0 < result.rounds < FEW_ROUNDS:
         warnings.append(f"Only {result.rounds} rounds: the intervals are rough; measure longer with --duration.")
+    elif loose := [row.name for row in rows if row.ratio is not None and row.ratio.loose]:
+        warnings.append(f"Wide intervals ({', '.join(loose)}): measure longer (--duration), on a quiet machine.")
     if len({p.lane.clock for p in prepared}) > 1:
         warnings.append(
             "The artefacts were timed by different clocks (host and device): their ratio is not like for like."

@@ -21,6 +21,7 @@ BLOCK_SECONDS = 0.02
 SETTLE = 2
 _MINIMUM = 3
 _RESAMPLES = 4000
+_LOOSE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,14 @@ class Ratio:
         """Half the interval: the "0.02" of "1.00 ± 0.02"."""
         return (self.high - self.low) / 2
 
+    @property
+    def loose(self) -> bool:
+        """Whether the interval is too wide to be told as "value ± half"."""
+        return self.half_width > _LOOSE * self.value
+
     def __str__(self) -> str:
+        if self.loose:
+            return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
         digits = 2 if self.half_width >= 0.005 else 3 if self.half_width >= 0.0005 else 4
         return f"{self.value:.{digits}f} ± {self.half_width:.{digits}f}"
 

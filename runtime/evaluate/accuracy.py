@@ -122,9 +122,9 @@ class Score:
     def cells(self) -> list[Cell]:
         """For tables."""
         return [
-            Cell("top-1 % [95 %]", 0 if self.top1 else 1, self.top1.shown() if self.top1 else "-"),
+            Cell("top-1 % [95%]", 0 if self.top1 else 1, self.top1.shown() if self.top1 else "-"),
             Cell("top-5 %", 3, f"{100 * self.top5.value:.2f}" if self.top5 else "-"),
-            Cell("agreement % [95 %]", 1 if self.top1 else 0, self.agreement.shown()),
+            Cell("agreement % [95%]", 1 if self.top1 else 0, self.agreement.shown()),
             Cell("SNR [dB]", 4, decibels(self.snr_db)),
         ]
 

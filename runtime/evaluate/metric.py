@@ -72,7 +72,7 @@ class MetricScore:
 
     def cells(self) -> list[Cell]:
         """For tables."""
-        interval = " [95 %]" if self.value.interval else ""
+        interval = " [95%]" if self.value.interval else ""
         return [
             Cell(f"{self.metric} (metric){interval}", 0, self.value.shown(1, ".4g")),
             Cell(f"drop{interval}", 1, self.drop.shown(1, ".3g")),

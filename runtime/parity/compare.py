@@ -190,7 +190,7 @@ class _Sums:
     error_sum: float = 0.0
     max_abs: float = 0.0
     ranked: int = 0
-    top5: float = 0.0
+    top5: float | None = None
     #: per sample: the reference's margin and whether the classes agree; 9 bytes a sample, judged at the end
     margins: list[Array] = field(default_factory=list)
     agrees: list[Array] = field(default_factory=list)
@@ -242,9 +242,9 @@ class _Sums:
         self.ranked += len(ref)
         self.margins.append(pair[:, 1] - pair[:, 0])
         self.agrees.append(best == found)
-        k = min(5, ref.shape[1])
-        five = np.argpartition(can, -k, axis=1)[:, -k:]
-        self.top5 += float((five == best[:, None]).any(axis=1).sum())
+        if ref.shape[1] > 5:  # of fewer classes the best is always among five
+            five = np.argpartition(can, -5, axis=1)[:, -5:]
+            self.top5 = (self.top5 or 0.0) + float((five == best[:, None]).any(axis=1).sum())
 
     def judge(
         self, name: str, tolerance: Tolerance, scale: float, over_all: list[str], pool: Pool | None
@@ -289,7 +289,7 @@ class _Sums:
         decided = margins > decided_above
         return {
             "top1": float(agrees.mean()),
-            "top5": self.top5 / self.ranked,
+            "top5": None if self.top5 is None else self.top5 / self.ranked,
             "decided": int(decided.sum()),
             "top1_decided": float(agrees[decided].mean()) if decided.any() else None,
             "disagreement_margin": float(margins[~agrees].max()) if not agrees.all() else None,

@@ -281,7 +281,7 @@ def test_preprocessing_that_says_the_mean_alone_is_completed_by_the_examples(tmp
         ({"preprocessing": 0.5}, "preprocessing is a float; it takes a dict, or a JSON file"),
         ({"preprocessing": "nothing.json"}, "nothing.json: no such file"),
         ({"preprocessing": {"means": [0.5]}}, "has a field 'means'; it takes"),
-        ({"preprocessing": {"mean": 0.5}}, "Expected array, got float - at mean; mean and std take"),
+        ({"preprocessing": {"mean": 0.5, "std": 1}}, "Expected array, got float - at mean; mean and std take"),
         ({"preprocessing": {"mean": [0.5], "std": [0.2]}}, "1 means and 1 deviations for 3 channels"),
     ],
 )

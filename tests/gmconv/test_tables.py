@@ -22,7 +22,7 @@ def shown(table: Table, width: int) -> str:
 
 
 def parity() -> Table:
-    columns = [Column("hop", name=True), Column("output", 2, name=True), Column("err/RMS"), Column("top-1 % [95 %]", 1)]
+    columns = [Column("hop", name=True), Column("output", 2, name=True), Column("err/RMS"), Column("top-1 % [95%]", 1)]
     table = Table("Parity", [*columns, Column("margin"), Column("")], caption="tolerance 2.0e-05")
     for hop in ("live -> baked", "a.name.of.a.module.that.is.longer.than.a.terminal.is.wide.at.sixty.columns"):
         table.add(hop, "logits", *NUMBERS, FAILED if "." in hop else OK)

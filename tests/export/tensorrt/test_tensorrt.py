@@ -334,7 +334,7 @@ def test_flavor_choice_says_which_and_why(monkeypatch: pytest.MonkeyPatch) -> No
     here({"tensorrt", "rtx"}, None)
     assert trt.choose_flavor("auto") == ("tensorrt", "TensorRT is installed and there is a GPU")
     here({"tensorrt", "rtx"}, "this machine has no NVIDIA driver")
-    assert trt.choose_flavor("auto") == ("rtx", "TensorRT cannot build here: this machine has no NVIDIA driver")
+    assert trt.choose_flavor("auto") == ("rtx", "TensorRT cannot build here (this machine has no NVIDIA driver)")
     with pytest.raises(UnavailableError, match="no NVIDIA driver; --flavor rtx needs none"):
         trt.choose_flavor("tensorrt")
     here(set(), None)

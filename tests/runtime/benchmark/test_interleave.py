@@ -83,3 +83,4 @@ def test_nothing_has_no_ratio() -> None:
 def test_a_ratio_is_printed_with_its_half_width() -> None:
     assert str(Ratio(1.0, 0.98, 1.02)) == "1.00 ± 0.02"
     assert str(Ratio(1.0041, 1.003, 1.0052)) == "1.004 ± 0.001"
+    assert str(Ratio(0.48, 0.2, 10.44)) == "0.48 (0.20 to 10.44)", "never an interval that reaches below zero"

@@ -36,7 +36,7 @@ def test_it_sees_all_samples_once_and_gives_one_value_for_each() -> None:
     assert (second.samples, second.value.value, second.lost) == (3, -1, 1)
     assert second.value.interval is not None
     assert second.drop.interval is not None
-    assert second.cells()[0].heading == "near (metric) [95 %]"
+    assert second.cells()[0].heading == "near (metric) [95%]"
     assert second.to_dict()["value"]["value"] == -1
 
 

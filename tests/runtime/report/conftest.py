@@ -119,7 +119,7 @@ BUDGET: dict[str, Any] = {
 }
 
 
-TITLES = ("drop [points]", "top-1 % [95 %]", "pixel accuracy % [95 %]", "SNR [dB]")
+TITLES = ("drop [points]", "top-1 % [95%]", "pixel accuracy % [95%]", "SNR [dB]")
 
 
 def table() -> Table:
