@@ -16,6 +16,7 @@ _PRODUCTS = {
     *("linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm"),
 }
 _E4M3_MAX = 448.0
+_FP8_MAX_TAPS = 32  # as `export.precision.quantize` has it
 _CLIPPED = 1e-4  # the share of values beyond the 99.99th percentile
 
 
@@ -25,9 +26,10 @@ class Rounding(TorchFunctionMode):
     `precision`: "fp16" or "bf16", to which operands and results of every function are rounded; "tf32", "int8" or "fp8",
     to which the operands of convolutions and matrix products are: in 8 bits weights have a scale for each output
     channel, others one for the tensor as it is, in int8 clipped as the default calibration does. `weights_only`: in
-    8 bits, the weights alone, but for those whose `id` is in `kept`; in 16 bits, whatever does not come from the input,
-    which `follow` has to see. `reduced`: int8 weights of 7 bits. `rounded` has the `id` of each parameter that was
-    rounded as an 8-bit weight.
+    8 bits, the weights alone, but for those whose `id` is in `kept` and those that an export leaves in fp16 as TensorRT
+    has no such kernels (transposed convolutions; in fp8 those of more than 32 taps); in 16 bits, whatever does not come
+    from the input, which `follow` has to see. `reduced`: int8 weights of 7 bits, as in the layout for a CPU, which
+    leaves none. `rounded` has the `id` of each parameter that was rounded as an 8-bit weight.
     """
 
     def __init__(
@@ -37,7 +39,8 @@ class Rounding(TorchFunctionMode):
         self.rounded: set[int] = set()
         self._kept = kept
         self._everything, self._operands = _EVERYTHING.get(precision), _OPERANDS.get(precision)
-        self._weights_only = weights_only
+        self._weights_only, self._all = weights_only, reduced
+        self._most_taps = _FP8_MAX_TAPS if precision == "fp8" else None
         if reduced and precision == "int8":
             self._operands = lambda x, axis: _int8(x, axis, 127 if axis is None else 64)
         if self._everything is None and self._operands is None:
@@ -91,12 +94,17 @@ class Rounding(TorchFunctionMode):
         if place not in (0, 1, "input", "weight", "other") or not _is_float(value):
             return value
         weight = place in (1, "weight") and isinstance(value, torch.nn.Parameter)
-        if self._weights_only and (not weight or id(value) in self._kept):
+        if self._weights_only and (not weight or id(value) in self._kept or self._has_no_kernel(name, value)):
             return value
         if weight:
             self.rounded.add(id(value))
         axis = (1 if "transpose" in name else 0) if weight else None
         return self._operands(value, axis)
+
+    def _has_no_kernel(self, name: str, weight: Tensor) -> bool:
+        if "transpose" in name:
+            return not self._all
+        return self._most_taps is not None and "conv" in name and weight[0, 0].numel() > self._most_taps
 
     def _rounded(self, value: Any) -> Any:
         """`value` if it is no float tensor or needs no rounding: a view stays one."""

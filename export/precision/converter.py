@@ -196,16 +196,16 @@ class PrecisionConverter:
     def quantize(self, precision: Precision, keep: set[str], half: set[str]) -> tuple[ModelProto, PrecisionAudit]:
         """int8 or fp8 with the nodes `keep` in fp32 and `half` in fp16; not checked."""
         from export.precision.cast import cast_graph
-        from export.precision.quantize import quantize_graph, without_fp8_kernel
+        from export.precision.quantize import quantize_graph, without_kernel
 
         assert precision in ("int8", "fp8")
         options, calibration, method = self.options, self.calibrate(), self.method(precision)
         ranges = calibration.ranges(method, options.percentile)
         kept = dict.fromkeys(sorted(keep), "asked for") | dict.fromkeys(sorted(half), "asked for (fp16)")
-        if precision == "fp8":
-            large = without_fp8_kernel(self.model) - keep
-            kept |= dict.fromkeys(sorted(large - half), "no fp8 kernel beyond 32 taps (fp16)")
-            half = half | large
+        if options.target == "tensorrt":
+            lacking = {node: why for node, why in without_kernel(self.model, precision).items() if node not in kept}
+            kept |= lacking
+            half = half | lacking.keys()
         graph = quantize_graph(self.model, ranges, to=precision, target=options.target, exclude=keep | half)
         if half:
             graph, _ = cast_graph(graph, "fp16", only=half)

@@ -99,18 +99,21 @@ def quantize_graph(
     return result
 
 
-def without_fp8_kernel(model: ModelProto) -> set[str]:
-    """Names of the convolutions that TensorRT has no fp8 kernel for: more than 32 taps, such as 7x7.
+def without_kernel(model: ModelProto, precision: QuantType) -> dict[str, str]:
+    """Names of the convolutions that TensorRT-RTX has no 8-bit kernel for, and why: it would run them in fp32.
 
-    Its release notes say so and advise against Q/DQ before them; TensorRT-RTX 1.7 runs them in fp32.
+    In fp8 those of more than 32 taps, such as 7x7 (TensorRT has none either: its release notes advise against Q/DQ
+    before them), and all that are transposed.
     """
     taps = {tensor.name: int(np.prod(tensor.dims[2:])) for tensor in model.graph.initializer}
     sources = weight_sources(model)
-    return {
-        layer.node
-        for layer in layers(model)
-        if layer.op_type.startswith("Conv") and taps[sources[layer.weight]] > FP8_MAX_TAPS
-    }
+    found = {}
+    for layer in layers(model):
+        if layer.op_type == "ConvTranspose":
+            found[layer.node] = "no 8-bit kernel of transposed convolutions (fp16)"
+        elif precision == "fp8" and layer.op_type == "Conv" and taps[sources[layer.weight]] > FP8_MAX_TAPS:
+            found[layer.node] = "no fp8 kernel beyond 32 taps (fp16)"
+    return found
 
 
 def _unlike_merges(model: ModelProto, ranges: Mapping[str, tuple[float, float]]) -> set[str]:

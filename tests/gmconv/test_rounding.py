@@ -45,6 +45,22 @@ def test_int8_weights_have_a_scale_for_each_output_channel() -> None:
     assert relative(found[:, 1], weight[1]) < 5e-3  # one scale for both would leave nothing of it
 
 
+@pytest.mark.parametrize(
+    ("precision", "reduced", "rounded"),
+    [("int8", False, ["small", "large"]), ("int8", True, ["small", "large", "up"]), ("fp8", False, ["small"])],
+)
+def test_weights_that_an_export_leaves_in_fp16_are_not_rounded(
+    precision: str, reduced: bool, rounded: list[str]
+) -> None:
+    layers = nn.ModuleDict(
+        {"small": nn.Conv2d(1, 1, 5), "large": nn.Conv2d(1, 1, 7), "up": nn.ConvTranspose2d(1, 1, 2)}
+    )
+    with torch.no_grad(), Rounding(precision, weights_only=True, reduced=reduced) as mode:
+        for layer in layers.values():
+            layer(torch.ones(1, 1, 8, 8))
+    assert [name for name, layer in layers.items() if id(layer.weight) in mode.rounded] == rounded
+
+
 def test_a_value_that_the_precision_does_not_hold_overflows() -> None:
     with Rounding("fp16"):
         assert torch.isinf(X.abs().max() * 1e6)

@@ -17,6 +17,7 @@ from export.graph.read import effective_weights, precision_by_layer, weight_byte
 from export.precision import quantize
 from export.precision.calibration import calibrate
 from export.precision.calibration_images import open_images
+from export.precision.converter import PrecisionConverter, PrecisionOptions
 from export.precision.quantize import quantize_graph, tensors_to_calibrate
 from gmconv.errors import RefusedError
 
@@ -182,11 +183,8 @@ def test_branches_of_unlike_ranges_that_meet_in_a_concat_keep_their_own_scales(
     assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "cpu"])
-@pytest.mark.parametrize("group", [1, 2])
-def test_a_transposed_convolution_in_groups_is_quantized(
-    npz: Path, run: Run, images: NDArray[np.float32], target: Any, group: int
-) -> None:
+def upsampling(group: int) -> onnx.ModelProto:
+    """A convolution, and a transposed one in groups."""
     random = np.random.default_rng(0)
     tensors = {
         "first.weight": random.standard_normal((8, 3, 1, 1)),
@@ -205,12 +203,37 @@ def test_a_transposed_convolution_in_groups_is_quantized(
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 8, 32, 32])],
         [numpy_helper.from_array(array.astype(np.float32), name) for name, array in tensors.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "cpu"])
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_transposed_convolution_in_groups_is_quantized(
+    npz: Path, run: Run, images: NDArray[np.float32], target: Any, group: int
+) -> None:
+    model = upsampling(group)
     ranges = calibrate(model, open_images(npz, (3, 16, 16)), tensors_to_calibrate(model, target)).ranges("minmax")
     quantized = quantize_graph(model, ranges, target=target)
     assert set(precision_by_layer(quantized).values()) == {"int8"}
     expected = run(model, images)
     assert np.abs(run(quantized, images, disable=True) - expected).max() < 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("precision", "target", "found"),
+    [
+        ("int8", "tensorrt", {"first": "int8", "up": "fp16"}),
+        ("fp8", "tensorrt", {"first": "fp8", "up": "fp16"}),
+        ("int8", "cpu", {"first": "int8", "up": "int8"}),
+    ],
+)
+def test_for_tensorrt_a_transposed_convolution_stays_in_fp16(
+    npz: Path, precision: Any, target: Any, found: dict[str, str]
+) -> None:
+    """TensorRT-RTX has no 8-bit kernel for it, and would compute it in fp32."""
+    options = PrecisionOptions(calibration=npz, calibration_method="minmax", target=target)
+    graph, _ = PrecisionConverter(upsampling(1), options).convert(precision)
+    assert precision_by_layer(graph) == found
 
 
 def test_what_the_quantizer_cannot_do_is_one_sentence_with_the_node(
