@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gmconv.errors import RefusedError
 from gmconv.images import SUFFIXES, Preprocessing, load_image, load_mask
-from gmconv.npz import npz_array, npz_header, npz_layout, npz_names, npz_rows
+from gmconv.npz import LABEL_NAMES, image_array, npz_array, npz_header, npz_layout, npz_names, npz_rows
 from gmconv.packages import require
 from gmconv.splits import Labels, Part, recognize, split_indices
 
@@ -24,8 +24,6 @@ Reader = Callable[[Labels], Iterator[Array]]
 
 NOISE_SAMPLES = 64
 _BATCH = 32  # samples, where nobody says
-_IMAGE_NAMES = ("input", "images", "x")
-_LABEL_NAMES = ("labels", "targets", "y", "masks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +232,7 @@ def refuse_missing(spec: str | Path) -> None:
         if not any(file.suffix.lower() in SUFFIXES for file in path.rglob("*")):
             raise RefusedError(f"{spec}: holds no images ({', '.join(sorted(SUFFIXES))})")
     elif path.suffix == ".npz":
-        if (image := _image_array(npz_names(path))) is not None:
+        if (image := image_array(npz_names(path))) is not None:
             npz_header(path, image)
     else:
         raise _no_data(spec)
@@ -348,16 +346,9 @@ def _images(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
-def _image_array(names: Sequence[str]) -> str | None:
-    """The array of the images, by its name, or because there is no other besides labels."""
-    others = [name for name in names if name not in _LABEL_NAMES]
-    known = next((name for name in _IMAGE_NAMES if name in names), None)
-    return known or (others[0] if len(others) == 1 else None)
-
-
 def _npz(path: Path, shape: tuple[int, int, int], array: str | None = None) -> Source:
     names = npz_names(path)
-    image = array or _image_array(names)
+    image = array or image_array(names)
     rows, dtype = npz_header(path, image) if image is not None else ((), None)
     if image is None or rows[1:] != tuple(shape) or dtype != np.float32:
         raise RefusedError(
@@ -366,7 +357,7 @@ def _npz(path: Path, shape: tuple[int, int, int], array: str | None = None) -> S
             f"or a class per pixel, (N, H, W)"
         )
     labels, masks, unfit = None, None, ""
-    if (label := next((name for name in _LABEL_NAMES if name in names), None)) is not None:
+    if (label := next((name for name in LABEL_NAMES if name in names), None)) is not None:
         try:
             labels, masks = _npz_labels(path, label, rows[0])
         except RefusedError as error:

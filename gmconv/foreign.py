@@ -16,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 import click
 
 from gmconv.errors import RefusedError, printable
+from gmconv.kinds import artefact_kind
 
 _LARGEST = 2**24  # bytes of a file of labels or of preprocessing
 
@@ -43,6 +44,16 @@ class Foreign:
         """Those that are not None."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "labels_file"}
         return {name: value for name, value in values.items() if value is not None}
+
+    def refuse_idle(self, paths: Sequence[Path]) -> None:
+        """Raise RefusedError, naming the option, where one describes a checkpoint and none is among the files read."""
+        if any(artefact_kind(path) == "checkpoint" for path in paths):
+            return
+        names = {"arch": "--arch", "num_classes": "--num-classes", "input_shape": "--input-shape"}
+        names |= {"inputs": "--input", "weights": "--weights", "labels": "--labels"}
+        if idle := [flag for name, flag in names.items() if getattr(self, name) is not None]:
+            files = ", ".join(dict.fromkeys(path.name for path in paths))
+            raise RefusedError(f"{idle[0]} describes a checkpoint, and none is read here ({files}): leave it out")
 
 
 NOTHING = Foreign()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,6 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmconv.errors import RefusedError, printable
+
+LABEL_NAMES = ("labels", "targets", "y", "masks")
+_IMAGE_NAMES = ("input", "images", "x")
 
 
 def npz_names(path: Path) -> list[str]:
@@ -22,6 +25,13 @@ def npz_names(path: Path) -> list[str]:
             return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
     except (zipfile.BadZipFile, OSError) as error:
         raise RefusedError(f"{path}: not a readable .npz file ({error})") from error
+
+
+def image_array(names: Sequence[str]) -> str | None:
+    """The array of the images, by its name, or because there is no other besides labels."""
+    others = [name for name in names if name not in LABEL_NAMES]
+    known = next((name for name in _IMAGE_NAMES if name in names), None)
+    return known or (others[0] if len(others) == 1 else None)
 
 
 def npz_header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:

@@ -108,7 +108,8 @@ def facts_of(manifest: Manifest | None) -> Facts:
     """What a manifest says of the network's data; nothing without one."""
     if manifest is None:
         return Facts()
-    return Facts(_image(manifest), manifest.preprocessing, manifest.dataset, manifest.labels, manifest.ranges)
+    shapes = manifest.export.shapes if manifest.export else {}
+    return Facts(_image(manifest), manifest.preprocessing, manifest.dataset, manifest.labels, manifest.ranges, shapes)
 
 
 def _image(manifest: Manifest) -> tuple[int, ...] | None:

@@ -170,11 +170,13 @@ class AxisRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    """How the ONNX file was made. `batch`: its fixed size; `rows_meet`: samples depend on the others of their batch."""
+    """How the ONNX file was made. `batch`: its fixed size; `rows_meet`: samples depend on the others of their batch;
+    `shapes`: of one sample of each input as the network is mostly used, also of sides that are free."""
 
     opset: int
     batch: int | Literal["dynamic"] = "dynamic"
     dynamic_hw: bool = False
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     simplify: bool = False
     operators: dict[str, int] = field(default_factory=dict)
     rows_meet: bool = False
@@ -239,11 +241,8 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """A timing; `result` "not run" has a `reason`.
-
-    `*_ms`: count, min, max, mean, median, cv and percentiles ("p99"); None where nothing measured them.
-    `mode` and `machine` are open sets, for a reader: what the runner was set to, what disturbed the measurement.
-    """
+    """A timing; `result` "not run" has a `reason`. `*_ms`: count, min, max, mean, median, cv and percentiles ("p99"),
+    None where nothing measured them. `mode` and `machine` are open sets: how the runner was set, what disturbed it."""
 
     artefact: str
     result: Literal["measured", "not run"] = "measured"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
     from gmconv.images import Preprocessing
+    from runtime.artefact import Facts
     from runtime.manifest import Manifest, TensorSpec
 
 _EXTERNAL_ABOVE = 2**31 - 2**20
@@ -28,19 +29,22 @@ _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfl
 Feeds = Mapping[str, Array]
 
 
-def image_shape(model: ModelProto) -> tuple[int | None, tuple[int, int, int]]:
+def image_shape(model: ModelProto, facts: Facts, data: str | Path) -> tuple[int | None, tuple[int, int, int]]:
     """Batch (None: dynamic) and (C, H, W) of the graph's only image input, for what is judged on images.
 
-    Raises RefusedError when the graph has several inputs or no (N, C, H, W) input with known C, H and W.
+    Free sides are those of `runtime.runners.feeds.sized`. Raises RefusedError when the graph has several inputs or no
+    (N, C, H, W) input with known C, H and W.
     """
+    from runtime.runners.feeds import sized, sizeless
+
     inputs, _ = tensor_specs(model)
     if len(inputs) != 1:
         raise RefusedError(f"the graph has {len(inputs)} inputs; a budget is judged on networks with one image input")
-    dims = [side if isinstance(side, int) else None for side in inputs[0].shape]
-    if len(dims) != 4 or not all(dims[1:]):
-        raise RefusedError(
-            f"input {inputs[0].name!r} has shape {dims}; a budget is judged on (N, C, H, W) with fixed C, H and W"
-        )
+    dims = [side if isinstance(side, int) else None for side in sized(inputs, facts, data)[0].shape]
+    if len(dims) != 4:
+        raise RefusedError(f"input {inputs[0].name!r} has shape {dims}; a budget is judged on images (N, C, H, W)")
+    if not all(dims[1:]):
+        raise RefusedError(sizeless(inputs[0]))
     return dims[0], (dims[1] or 0, dims[2] or 0, dims[3] or 0)
 
 

@@ -80,7 +80,7 @@ def comparison_cases(
         loaded.labels,
         shapes={one.name: one.shape for one in loaded.inputs},
     )
-    made, notes = make_cases([_spec(one, options) for one in loaded.inputs], (), facts, wanted)
+    made, notes = make_cases([graph_spec(one, options) for one in loaded.inputs], (), facts, wanted)
     for text in notes:
         note(text)
     cases = [case for one in made for case in _flat(one, options)]
@@ -100,7 +100,7 @@ def _samples(case: Case) -> int:
     return len(next(iter(case.feeds.values())))
 
 
-def _spec(given: Input, options: ExportOptions) -> TensorSpec:
+def graph_spec(given: Input, options: ExportOptions) -> TensorSpec:
     """An input as the graph will have it."""
     sides = (given.shape[0], "height", "width") if options.dynamic_hw and given.is_image else given.shape
     return TensorSpec(given.name, given.dtype, (options.batch or "batch", *sides))

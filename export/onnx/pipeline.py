@@ -319,6 +319,7 @@ def _manifest(
             opset=options.opset,
             batch=options.batch or "dynamic",
             dynamic_hw=options.dynamic_hw,
+            shapes={spec.name: one.shape for spec, one in zip(exported.inputs, facts.inputs, strict=True)},
             simplify=options.simplify,
             operators=exported.operators,
             rows_meet=exported.rows_apart > SAME,
@@ -342,6 +343,7 @@ def _write_variants(
 
     from export.graph.check import save_graph
     from export.precision.converter import PrecisionConverter, with_precision
+    from runtime.artefact import facts_of
     from runtime.manifest import sidecar
 
     folder, settings = exported.file.parent, options.calibrated
@@ -349,8 +351,7 @@ def _write_variants(
     converter = PrecisionConverter(
         onnx.load(exported.file),
         settings,
-        preprocessing=manifest.preprocessing,
-        dataset=manifest.dataset,
+        facts=facts_of(manifest),
         samples=[dict(zip(names, case.feeds.values(), strict=True)) for case in proof.cases if not case.noise],
     )
     for precision, final in zip(options.precisions, options.outputs(output), strict=True):

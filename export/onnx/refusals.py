@@ -13,7 +13,8 @@ from gmconv.files import require_writable
 from gmconv.images import read_preprocessing
 from gmconv.kinds import refuse_other_kinds, require_ending
 from gmconv.packages import require
-from runtime.manifest import TensorSpec, refuse_other_artefact, sidecar
+from runtime.artefact import Facts
+from runtime.manifest import refuse_other_artefact, sidecar
 from runtime.metadata import misfit
 
 if TYPE_CHECKING:
@@ -74,12 +75,14 @@ def refuse_unfit_images(loaded: Checkpoint) -> None:
 
 def refuse_precisions(loaded: Checkpoint, options: ExportOptions) -> None:
     """Once the checkpoint is read: int8 and fp8 without anything to calibrate them on. Raises RefusedError."""
+    from export.onnx.cases import graph_spec
     from export.precision.converter import open_calibration
 
     if not {"int8", "fp8"} & set(options.precisions):
         return
-    specs = [TensorSpec(one.name, one.dtype, ("batch", *one.shape)) for one in loaded.inputs]
-    open_calibration(options.calibrated, specs, read_preprocessing(loaded.preprocessing), loaded.dataset)
+    specs = [graph_spec(one, options) for one in loaded.inputs]
+    facts = Facts(loaded.input_shape, read_preprocessing(loaded.preprocessing), loaded.dataset)
+    open_calibration(options.calibrated, specs, facts)
 
 
 def refuse_two_answers(here: Mapping[str, Array], there: Mapping[str, Array]) -> None:

@@ -11,6 +11,7 @@ from export.precision.converter import Precision, PrecisionConverter, PrecisionO
 from gmconv.errors import ParityError
 from gmconv.files import require_writable, staged
 from gmconv.kinds import require_ending
+from runtime.artefact import facts_of
 from runtime.manifest import Manifest, digest, find_manifest, refuse_other_artefact, sidecar
 
 
@@ -38,9 +39,7 @@ def convert_precision(
     require_replaceable(onnx_path, output, precision, options, verify=verify, force=force)
     model = load_fp32(onnx_path)
     source = find_manifest(onnx_path) or bare_manifest(onnx_path, model)
-    converter = PrecisionConverter(
-        model, options, preprocessing=source.preprocessing, dataset=source.dataset, progress=progress
-    )
+    converter = PrecisionConverter(model, options, facts=facts_of(source), progress=progress)
     converted, audit = converter.convert(precision)
     manifest = with_precision(source, converted, audit)
     manifest = replace(manifest, chain=(*source.chain, digest(onnx_path, "onnx")))

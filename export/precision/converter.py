@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gmconv.errors import RefusedError
 from runtime import records
+from runtime.artefact import Facts
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
     from export.precision.calibration import Calibration
     from export.precision.calibration_images import CalibrationImages
     from export.precision.plan import PrecisionPlan
-    from gmconv.images import Preprocessing
     from runtime.manifest import Manifest, TensorSpec
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Progress = Callable[[int, int], None]
+_NOTHING = Facts()
 _MOST_ADVICE = 24  # nodes; a network that needs more of them in fp32 is better exported in bf16
 
 
@@ -118,12 +119,11 @@ class PrecisionConverter:
         model: ModelProto,
         options: PrecisionOptions,
         *,
-        preprocessing: Preprocessing | None = None,
-        dataset: dict[str, Any] | None = None,
+        facts: Facts = _NOTHING,
         samples: Sequence[Feeds] = (),
         progress: Progress | None = None,
     ) -> None:
-        """`model` is not changed. `preprocessing` and `dataset` are the manifest's; they say how to calibrate.
+        """`model` is not changed. `facts` are the manifest's; they say how to calibrate.
 
         `samples`: real inputs, batches by input name; no tensor may overflow on them.
         """
@@ -136,7 +136,7 @@ class PrecisionConverter:
         self.model.CopyFrom(model)
         name_nodes(self.model)
         constants_to_initializers(self.model)
-        self.options, self.preprocessing, self.dataset, self.progress = options, preprocessing, dataset, progress
+        self.options, self.facts, self.progress = options, facts, progress
         self.samples = samples
         self.weights = effective_weights(self.model)
         self._calibration: Calibration | None = None
@@ -161,7 +161,7 @@ class PrecisionConverter:
         converted, audit = self._convert(precision, keep, half)
         if options.plan is not None:
             options.plan.refuse_other_calibration(audit.calibration)
-        if overflow := check_and_run(converted, precision, self.samples, self.preprocessing):
+        if overflow := check_and_run(converted, precision, self.samples, self.facts.preprocessing):
             raise RefusedError(f"{precision}: {overflow}; {self._advice(overflow, precision, keep, half)}")
         return converted, audit
 
@@ -175,7 +175,7 @@ class PrecisionConverter:
         while found is not None and set(found.nodes) - keep - set(more) and len(more) < _MOST_ADVICE:
             more |= dict.fromkeys(node for node in found.nodes if node not in keep)
             converted, _ = self._convert(precision, keep | set(more), half)
-            found = check_and_run(converted, precision, self.samples, self.preprocessing)
+            found = check_and_run(converted, precision, self.samples, self.facts.preprocessing)
         if found is not None:
             return "keeping layers in fp32 does not mend it: check the checkpoint's weights, or take another precision"
         names = {layer.node: layer.name for layer in layers(self.model)}
@@ -233,7 +233,7 @@ class PrecisionConverter:
             from export.precision.quantize import tensors_to_calibrate
 
             specs, _ = tensor_specs(self.model)
-            images = open_calibration(self.options, specs, self.preprocessing, self.dataset)
+            images = open_calibration(self.options, specs, self.facts)
             batch = specs[0].shape[0]
             images.fixed_batch = isinstance(batch, int)
             images.batch = batch if isinstance(batch, int) else self.options.calibration_batch
@@ -254,31 +254,30 @@ class PrecisionConverter:
         )
 
 
-def open_calibration(
-    options: PrecisionOptions,
-    specs: Sequence[TensorSpec],
-    preprocessing: Preprocessing | None,
-    dataset: dict[str, Any] | None,
-) -> CalibrationImages:
+def open_calibration(options: PrecisionOptions, specs: Sequence[TensorSpec], facts: Facts) -> CalibrationImages:
     """The samples that `options` name, else those of the data set that the network was trained on, if it is here.
 
-    `specs`: what the network takes. Raises RefusedError as `open_images` and `open_arrays`, and when neither names any.
+    `specs`: what the network takes; free sides are those of `runtime.runners.feeds.sized`.
+    Raises RefusedError as `open_images` and `open_arrays`, and when neither names any.
     """
     from export.precision.calibration_images import open_arrays, open_images
     from gmconv.data import trained_on
-    from runtime.runners.feeds import taken
+    from runtime.runners.feeds import sized, sizeless, taken
 
-    source = options.calibration or trained_on(dataset)
+    source = options.calibration or trained_on(facts.dataset)
     if source is None:
         raise RefusedError(
             "int8 and fp8 need calibration images: give --data DIR, --data FILE.npz or, for networks trained on them, "
             "--data digits"
         )
     limit, seed = options.calibration_images, options.seed
-    shape = specs[0].shape[1:]
-    if len(specs) == 1 and len(shape) == 3 and all(isinstance(side, int) for side in shape):
+    shape = sized(specs, facts, source)[0].shape[1:]
+    if len(specs) == 1 and len(shape) == 3:
+        if not all(isinstance(side, int) for side in shape):
+            raise RefusedError(sizeless(specs[0]))
         image: Any = shape
-        return open_images(source, image, limit=limit, seed=seed, preprocessing=preprocessing, dataset=dataset)
+        about: Any = {"preprocessing": facts.preprocessing, "dataset": facts.dataset}
+        return open_images(source, image, limit=limit, seed=seed, **about)
     if Path(source).suffix == ".npz":
         return open_arrays(Path(source), specs, limit=limit, seed=seed)
     raise RefusedError(

@@ -272,6 +272,7 @@ def search_precision(
     from export.graph.read import load_fp32
     from export.precision.converter import PrecisionConverter, PrecisionOptions
     from gmconv.files import sha256_file
+    from runtime.artefact import facts_of
     from runtime.manifest import find_manifest
 
     path = Path(onnx_path)
@@ -281,8 +282,7 @@ def search_precision(
     converter = PrecisionConverter(
         model,
         replace(options, calibration=options.calibration or images),
-        preprocessing=source.preprocessing,
-        dataset=source.dataset,
+        facts=facts_of(source),
         progress=lambda done, total: note("calibrating", done, total),
     )
     given = read_evaluation_images(images, converter, limit)
@@ -364,17 +364,18 @@ def read_evaluation_images(source: str | Path | None, converter: PrecisionConver
     from export.graph.check import image_shape
     from gmconv.data import load_samples, trained_on
 
-    batch, shape = image_shape(converter.model)
-    source = source or trained_on(converter.dataset)
+    facts = converter.facts
+    source = source or trained_on(facts.dataset)
     if source is None:
         raise RefusedError(
             "a search for layers to keep needs images to measure on: give --images DIR or --images digits"
         )
+    batch, shape = image_shape(converter.model, facts, source)
     samples = load_samples(
         source,
         input_shape=shape,
-        preprocessing=converter.preprocessing,
-        dataset=converter.dataset,
+        preprocessing=facts.preprocessing,
+        dataset=facts.dataset,
         limit=limit,
         seed=converter.options.seed,
     ).judged()

@@ -18,6 +18,7 @@ from gmconv.errors import BuildError, RefusedError, UnavailableError
 from gmconv.files import staged
 from gmconv.foreign import NOTHING, Foreign
 from runtime import cuda, trt
+from runtime.artefact import facts_of
 from runtime.manifest import FileDigest, Manifest, ShapeRange, TensorSpec, digest, find_manifest, sidecar, utc_now
 from runtime.records import Build, Device, EngineLayers, Parity, TimingCache
 
@@ -84,7 +85,7 @@ def build_engine(
     refuse_options(flavor, options)
     known = find_manifest(onnx_path)
     if known is not None:
-        profiles = within_ranges(options.profiles, known.inputs, known.ranges)
+        profiles = within_ranges(options.profiles, known.inputs, facts_of(known))
         options = dataclasses.replace(options, profiles=profiles)
     with contextlib.ExitStack() as stack:
         # The native parser and builder have a process of their own, so the checks run beside it, not before it.

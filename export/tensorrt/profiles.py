@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from gmconv.errors import RefusedError
 
 if TYPE_CHECKING:
+    from runtime.artefact import Facts
     from runtime.manifest import TensorSpec
-    from runtime.records import AxisRange
 
 DEFAULT_BATCH = (1, 8, 32)
 MAX_PROFILES = 16
@@ -29,14 +29,18 @@ class ProfileRequest:
 
 @dataclass(frozen=True, slots=True)
 class NetworkInput:
-    """An input of the network: -1 marks a dynamic axis, `axes` holds the axes' names ("" where there is none)."""
+    """An input of the network: -1 marks a dynamic axis, `axes` holds the axes' names ("" where there is none); `usual`:
+    the lengths of one sample, where they are known."""
 
     name: str
     shape: Shape
     axes: tuple[str, ...] = ()
+    usual: Shape = ()
 
-    def text(self) -> str:
-        """The shape as a user writes it: "batchx3x224x224"."""
+    def text(self, batch: int | None = None) -> str:
+        """The shape as a user writes it: "batchx3x224x224"; with a `batch`, where it is known, the usual one."""
+        if batch is not None and self.usual:
+            return "x".join(map(str, (batch, *self.usual)))
         axes = self.axes or ("",) * len(self.shape)
         return "x".join(str(d) if d >= 0 else (a or "?") for d, a in zip(self.shape, axes, strict=True))
 
@@ -120,28 +124,33 @@ def resolve_profiles(
 
 
 def within_ranges(
-    requests: Sequence[ProfileRequest], inputs: Sequence[TensorSpec], ranges: Mapping[str, AxisRange]
+    requests: Sequence[ProfileRequest], inputs: Sequence[TensorSpec], facts: Facts
 ) -> tuple[ProfileRequest, ...]:
     """The requests, none of which leaves the lengths that the graph holds for; the usual batches moved inside of them.
 
     Args:
         requests: as asked for; none stands for the usual batches.
         inputs: of the graph.
-        ranges: by the name of a free axis, as a manifest has them; nothing is known of other axes.
+        facts: of the manifest: the ranges of free axes by name (nothing is known of others), and usual lengths.
 
-    Raises RefusedError, naming the axis and its range.
+    Raises RefusedError, naming the axis and its range, and as `resolve_profiles`.
     """
+    from runtime.runners.feeds import sized
+
+    ranges = facts.ranges
     batches = [ranges[axis] for spec in inputs for axis in spec.shape[:1] if isinstance(axis, str) and axis in ranges]
     if not requests and batches:
         least = max(known.min for known in batches)
         most = min((known.max for known in batches if known.max is not None), default=max(DEFAULT_BATCH[2], least))
         low, opt, high = (min(max(size, least), most) for size in DEFAULT_BATCH)
         requests = (ProfileRequest(batch=(low, opt, high)),)
-    described = [
-        NetworkInput(s.name, tuple(d if isinstance(d, int) else -1 for d in s.shape), tuple(map(str, s.shape)))
-        for s in inputs
-    ]
-    for profile in resolve_profiles(requests, described) if ranges else ():
+    described = []
+    for spec, usual in zip(inputs, sized(inputs, facts), strict=True):
+        shape = tuple(d if isinstance(d, int) else -1 for d in spec.shape)
+        sides = tuple(d for d in usual.shape[1:] if isinstance(d, int))
+        known = sides if len(sides) == len(shape) - 1 and shape[0] == -1 else ()
+        described.append(NetworkInput(spec.name, shape, tuple(map(str, spec.shape)), known))
+    for profile in resolve_profiles(requests, described):
         for item in described:
             for axis, *lengths in zip(item.axes, *profile.get(item.name, ()), strict=False):
                 outside = [length for length in lengths if axis in ranges and length not in ranges[axis]]
@@ -161,12 +170,16 @@ def _resolve(
         for item in dynamic:
             rest = [axis for axis, d in enumerate(item.shape) if d == -1 and axis > 0]
             if rest or item.shape[0] != -1:
-                flags = " ".join(f"--{side}Shapes {item.name}:{item.text()}" for side in ("min", "opt", "max"))
+                flags = " ".join(
+                    f"--{end}Shapes {','.join(f'{one.name}:{one.text(batch)}' for one in dynamic)}"
+                    for end, batch in zip(("min", "opt", "max"), request.batch, strict=True)
+                )
                 what = f"axis {rest[0]}" if rest else "another axis than the batch"
+                known = all(one.usual for one in dynamic)
+                how = "for its usual size alone" if known else "with numbers for the dynamic axes"
                 raise RefusedError(
                     f"input {item.name!r} ({item.text()}): {what} is dynamic, so a batch range is not enough; give "
-                    f"whole "
-                    f"shapes with numbers for the dynamic axes: {flags}"
+                    f"whole shapes, {how}: {flags}"
                 )
         low, opt, high = request.batch
         return {i.name: ((low, *i.shape[1:]), (opt, *i.shape[1:]), (high, *i.shape[1:])) for i in dynamic}

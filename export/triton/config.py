@@ -279,8 +279,10 @@ def _warmup_dims(
     else:
         if spec.name in profile:
             candidates.append(profile[spec.name].opt[1 if batched else 0 :])
-        if interface.sample is not None:
-            candidates.append(interface.sample if batched else (1, *interface.sample))
+        for one in interface.usual:
+            if one.name == spec.name:
+                first = () if batched else (one.shape[0] if isinstance(one.shape[0], int) else 1,)
+                candidates.append((*first, *_dims(one, batched=True)))
         if interface.rows_meet:
             candidates.append((1, *dims[1:]))
     for candidate in candidates:

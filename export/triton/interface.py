@@ -16,7 +16,9 @@ Profile = dict[str, ShapeRange]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interface:
-    """What Triton must know of an artefact: backend, tensors with the batch axis, profiles, labels."""
+    """What Triton must know of an artefact: backend, tensors with the batch axis, profiles, labels.
+
+    `usual`: the inputs with the usual lengths of their free sides, where they are known."""
 
     source: Path
     backend: str
@@ -24,7 +26,7 @@ class Interface:
     outputs: tuple[TensorSpec, ...]
     profiles: tuple[Profile, ...] = ()
     labels: tuple[str, ...] | None = None
-    sample: tuple[int, ...] | None = None
+    usual: tuple[TensorSpec, ...] = ()
     external: tuple[str, ...] = ()
     rows_meet: bool = False
 
@@ -90,6 +92,9 @@ def interface_of(artefact: Path, manifest: Manifest | None) -> Interface:
 
     Raises RefusedError for an unreadable or unknown file, an engine without a manifest, and a TensorRT-RTX engine.
     """
+    from runtime.artefact import facts_of
+    from runtime.runners.feeds import sized
+
     if not artefact.is_file():
         what = "not a file; give the .onnx or .plan file itself" if artefact.exists() else "no such file"
         raise RefusedError(f"{artefact}: {what}")
@@ -118,7 +123,7 @@ def interface_of(artefact: Path, manifest: Manifest | None) -> Interface:
         outputs=manifest.outputs,
         profiles=manifest.profiles,
         labels=manifest.labels,
-        sample=_sample(manifest),
+        usual=tuple(sized(manifest.inputs, facts_of(manifest))),
         external=tuple(e.file for e in manifest.external),
         rows_meet=manifest.rows_meet,
     )
@@ -138,13 +143,6 @@ def _check_profiles(artefact: Path, manifest: Manifest) -> None:
             {len(r.min), len(r.opt), len(r.max)} != {ranks.get(name)} for name, r in profile.items()
         ):
             raise RefusedError(f"{artefact}: its manifest's profile {index} does not fit its inputs; build it again")
-
-
-def _sample(manifest: Manifest) -> tuple[int, ...] | None:
-    preprocessing = manifest.preprocessing
-    if preprocessing is None or len(manifest.inputs) != 1:
-        return None
-    return (1 if preprocessing.channel_order == "L" else 3, *preprocessing.size)
 
 
 def _graph_interface(artefact: Path) -> Interface:

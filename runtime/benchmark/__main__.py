@@ -53,6 +53,7 @@ def main(context: click.Context, /, artefacts: tuple[str, ...], as_json: bool, f
             exports.check_writable(values[name])
     if values["report"]:
         require_report(values["report"], *(artefact.path for artefact in named))
+    foreign.refuse_idle([artefact.path for artefact in named])
     log = Log(silent=as_json)
     program = "gmconv" if Path(sys.argv[0]).stem == "gmconv" else "python -m runtime.benchmark"
     command = f"{program} {shlex.join(sys.argv[1:])}"

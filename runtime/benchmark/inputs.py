@@ -11,6 +11,7 @@ import numpy as np
 from gmconv.errors import RefusedError
 from runtime.manifest import TensorSpec
 from runtime.runners.base import Array, Runner, numpy_dtype, validate_feeds
+from runtime.runners.feeds import sized
 
 Shape = tuple[int, ...]
 
@@ -31,7 +32,8 @@ def parse_files(text: str) -> dict[str, Path]:
 def make_feeds(runner: Runner, shapes: Mapping[str, Shape], files: Mapping[str, Path], seed: int) -> dict[str, Array]:
     """Inputs for `runner`: from `files` where given, else seeded random values.
 
-    A dynamic dimension that `shapes` does not settle takes the optimum of the first profile, or 1.
+    A dynamic dimension that `shapes` does not settle takes the optimum of the first profile, a side the length that the
+    manifest calls usual, or 1.
 
     Raises:
         RefusedError: an unknown input name, a shape that the network or its profiles exclude, a file of another size.
@@ -53,11 +55,13 @@ def make_feeds(runner: Runner, shapes: Mapping[str, Shape], files: Mapping[str, 
 
 
 def default_shape(runner: Runner, spec: TensorSpec) -> Shape:
-    """The optimum of the runner's first profile; without one, the declared shape with 1 for each dynamic axis."""
+    """The optimum of the runner's first profile; without one, the declared shape with the usual length of each dynamic
+    side, and 1 for each other dynamic axis."""
     for profile in runner.profiles[:1]:
         if spec.name in profile:
             return profile[spec.name].opt
-    return tuple(d if isinstance(d, int) and d > 0 else 1 for d in spec.shape)
+    (usual,) = sized([spec], runner.artefact.facts)
+    return tuple(d if isinstance(d, int) and d > 0 else 1 for d in usual.shape)
 
 
 def random_values(dtype: str, shape: Shape, rng: np.random.Generator) -> Array:

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmconv.errors import RefusedError
-from gmconv.npz import npz_header, npz_layout, npz_names
+from gmconv.npz import npz_layout, npz_names
 from runtime.artefact import Facts
 from runtime.manifest import TensorSpec
 from runtime.runners.base import Runner, as_inputs
-from runtime.runners.feeds import refuse_misfit, taken
+from runtime.runners.feeds import refuse_misfit, sized, sizeless, taken
 
 Array = NDArray[Any]
 
@@ -26,14 +26,13 @@ def image_input(runner: Runner) -> TensorSpec:
 
 
 def image_shape(runner: Runner, about: Facts, data: str | Path) -> tuple[int, int, int]:
-    """(C, H, W) of that input; sides that are free are the preprocessing's, or, of several inputs, those in `data`.
+    """(C, H, W) of that input; free sides are those of `runtime.runners.feeds.sized`.
 
     Raises RefusedError where there is no such input, its size is not known, or `data` has no array for each input.
     """
     path, spec = runner.artefact.path, image_input(runner)
     if len(spec.shape) != 4:
         raise RefusedError(f"{path}: evaluation knows networks of images; this one takes {taken(runner.inputs)}")
-    known: Sequence[int] = (0, *about.preprocessing.size) if about.preprocessing else (0, 0, 0)
     if len(runner.inputs) > 1:
         names = npz_names(Path(data)) if Path(data).suffix == ".npz" else []
         if missing := [one.name for one in runner.inputs if one.name not in names]:
@@ -41,10 +40,10 @@ def image_shape(runner: Runner, about: Facts, data: str | Path) -> tuple[int, in
                 f"{path}: takes {taken(runner.inputs)}, and {data} holds {_held(data)}, no {missing[0]!r}: give --data "
                 f"FILE.npz with an array of each input by its name, and labels"
             )
-        known = npz_header(Path(data), spec.name)[0][1:]
-    sizes = [size if isinstance(size, int) else known[axis] for axis, size in enumerate(spec.shape[1:])]
-    if not all(sizes):
-        raise RefusedError(f"{path}: height and width are dynamic and its manifest has no preprocessing size")
+    placed = sized(runner.inputs, about, data)[runner.inputs.index(spec)]
+    sizes = [size for size in placed.shape[1:] if isinstance(size, int)]
+    if len(sizes) != 3:
+        raise RefusedError(f"{path}: {sizeless(spec)}")
     return sizes[0], sizes[1], sizes[2]
 
 

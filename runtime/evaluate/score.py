@@ -73,6 +73,7 @@ def evaluate(artefacts: str | Path | Sequence[str | Path], options: EvaluateOpti
     with ExitStack() as stack:
         reference, runner = _open_reference(found, options)
         runners = [stack.enter_context(runner)]
+        options.foreign.refuse_idle([artefact.path for artefact in (*found, reference)])
         for artefact in found:
             same = artefact.path == reference.path
             opened = runner if same else open_runner(artefact.path, options.device, foreign=options.foreign)
@@ -214,8 +215,12 @@ def _open_reference(found: Sequence[Artefact], options: EvaluateOptions) -> tupl
     """
     from runtime.runners import open_runner
 
+    specs = [spec for artefact in found if artefact.manifest for spec in artefact.manifest.inputs]
+    free = any(isinstance(side, str) for spec in specs for side in spec.shape[1:])
+
     def opened(artefact: Artefact) -> tuple[Artefact, Runner]:
-        return artefact, open_runner(artefact.path, options.device, foreign=options.foreign)
+        more = {"dynamic_hw": free} if artefact.kind == "checkpoint" else {}
+        return artefact, open_runner(artefact.path, options.device, foreign=options.foreign, **more)
 
     chosen = _reference(found, options)
     if chosen in found or options.reference is not None:

@@ -16,7 +16,7 @@ from gmconv.errors import RefusedError, UnavailableError
 from runtime.artefact import Facts
 from runtime.manifest import ShapeRange, TensorSpec
 from runtime.runners.base import Array, numpy_dtype
-from runtime.runners.feeds import read_feeds, taken
+from runtime.runners.feeds import read_feeds, sized, sizeless, taken
 
 #: Batches tried where the batch is free and no profile bounds it; the last is above what a forward may call small.
 FREE_BATCHES = (1, 2, 3, 17)
@@ -90,7 +90,9 @@ def make_cases(
     """
     if wanted.inputs is not None:
         return [_given(wanted.inputs, specs, profiles)], []
-    corners, main = corner_shapes(specs, profiles, facts)
+    shapes = {one.name: one.shape[1:] for one in sized(specs, facts, wanted.images)}
+    known = {name: shape for name, shape in shapes.items() if all(isinstance(side, int) for side in shape)}
+    corners, main = corner_shapes(specs, profiles, replace(facts, shapes=known))  # type: ignore[arg-type]
     notes: list[str] = []
     real = _real(specs, main, facts, wanted, notes)
     calibrated = wanted.calibrated
@@ -151,7 +153,10 @@ def _free_corners(specs: Sequence[TensorSpec], facts: Facts) -> list[Shapes]:
     found = [corner for corner in corners if _takes(specs, corner, facts)]
     if not found:
         axes = ", ".join(f"{axis} {allowed}" for axis, allowed in facts.ranges.items())
-        raise RefusedError(f"none of the usual shapes is one that the graph takes ({axes}); give --inputs")
+        raise RefusedError(
+            f"none of the usual shapes is one that the graph takes ({axes}); give --data FILE.npz with "
+            f"inputs that it takes"
+        )
     return found
 
 
@@ -185,7 +190,7 @@ def _concrete(spec: TensorSpec, batch: int, facts: Facts, size: str) -> tuple[in
         elif axis == 0:
             shape.append(batch)
         elif known is None or len(known) != len(spec.shape) - 1:
-            raise RefusedError(f"input {spec.name!r} has a free axis {dim!r} of unknown usual length; give --inputs")
+            raise RefusedError(sizeless(spec))
         else:
             side = known[axis - 1]
             shape.append(_other(side, size, last=axis == len(spec.shape) - 1))

@@ -76,11 +76,12 @@ def compare_artefacts(
     options = options or ParityOptions()
     reference = Path(reference)
     note(f"opening {reference.name}")
+    paths = [Path(path) for path in each_path(candidates)]
+    options.foreign.refuse_idle([reference, *paths])
     is_checkpoint = artefact_kind(reference) == "checkpoint"
     extra: dict[str, Any] = {"dynamic_hw": True, "foreign": options.foreign} if is_checkpoint else {}
     with open_runner(reference, _device(reference, options.reference_device), **extra) as runner:
         beside = Beside(reference, extra) if is_checkpoint and options.yardstick else None
-        paths = [Path(path) for path in each_path(candidates)]
         memory = Memory() if len(paths) > 1 else Memory(0)
         reports = tuple(_compare(runner, beside, path, options, note, memory) for path in paths)
     return ParityReport(reference, runner.name, reports)

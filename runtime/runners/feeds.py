@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from gmconv.errors import RefusedError
-from gmconv.npz import npz_array, npz_header, npz_layout, npz_names, npz_rows
+from gmconv.npz import image_array, npz_array, npz_header, npz_layout, npz_names, npz_rows
+from runtime.artefact import Facts
 from runtime.manifest import TensorSpec
 from runtime.runners.base import Array, numpy_dtype
 
@@ -43,6 +45,33 @@ def read_feeds(path: Path, specs: Sequence[TensorSpec], *, limit: int | None = N
     if damaged := [name for name, array in arrays.items() if array.dtype.kind == "f" and np.isnan(array).any()]:
         raise RefusedError(f"{path}: {chosen[damaged[0]]!r} holds NaN")
     return {spec.name: arrays[spec.name].astype(numpy_dtype(spec.dtype), copy=False) for spec in specs}
+
+
+def sized(specs: Sequence[TensorSpec], facts: Facts, data: str | Path | None = None) -> list[TensorSpec]:
+    """`specs` with a number for each free side of a sample: as its array in `data` has it, where that is an .npz file,
+    else as is usual for the network (`facts`). A side that neither knows keeps its name."""
+    arrays = Path(data) if data is not None and Path(data).suffix == ".npz" else None
+    names = npz_names(arrays) if arrays is not None else []
+    found = []
+    for spec in specs:
+        known = facts.shapes.get(spec.name) or facts.input_shape or ()
+        array = spec.name if spec.name in names else image_array(names) if len(specs) == 1 else None
+        if arrays is not None and array is not None:
+            held = npz_header(arrays, array)[0][1:]
+            known = held if len(held) == len(spec.shape) - 1 else known
+        if len(known) == len(spec.shape) - 1:
+            sides = [side if isinstance(side, int) else known[axis] for axis, side in enumerate(spec.shape[1:])]
+            spec = replace(spec, shape=(spec.shape[0], *sides))
+        found.append(spec)
+    return found
+
+
+def sizeless(spec: TensorSpec) -> str:
+    """What to do about an input that `sized` left with a free side."""
+    return (
+        f"{spec.name!r} takes sides of any length ({taken([spec])}), and nothing says which is usual: give --data "
+        f"FILE.npz with ready inputs"
+    )
 
 
 def refuse_misfit(

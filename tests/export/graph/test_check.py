@@ -14,6 +14,7 @@ from export.graph.check import check_and_run
 from export.precision.converter import PrecisionConverter, PrecisionOptions
 from gmconv.errors import RefusedError
 from gmconv.images import Preprocessing
+from runtime.artefact import Facts
 
 BYTES = Preprocessing(size=(12, 12), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), scale=1.0)
 
@@ -64,12 +65,12 @@ def test_an_overflow_is_found_on_one_image_of_many() -> None:
 
 def test_the_advice_is_followed_to_a_graph_that_holds() -> None:
     with pytest.raises(RefusedError, match="layer 'conv' overflows on noise of pixels") as refused:
-        PrecisionConverter(energy(), PrecisionOptions(), preprocessing=BYTES).convert("fp16")
+        PrecisionConverter(energy(), PrecisionOptions(), facts=Facts(preprocessing=BYTES)).convert("fp16")
     keep = tuple(re.findall(r"--keep-fp32 (\S+)", refused.value.message))
     assert keep[0] == "node_square"
-    converted, audit = PrecisionConverter(energy(), PrecisionOptions(keep_fp32=keep), preprocessing=BYTES).convert(
-        "fp16"
-    )
+    converted, audit = PrecisionConverter(
+        energy(), PrecisionOptions(keep_fp32=keep), facts=Facts(preprocessing=BYTES)
+    ).convert("fp16")
     assert set(audit.kept) >= set(keep)
     assert check_and_run(converted, "fp16", preprocessing=BYTES) is None
 

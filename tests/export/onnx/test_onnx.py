@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,16 @@ from torch import nn
 import gmconv
 from export.onnx import cases, pipeline, reference
 from export.onnx.options import ExportOptions
+from export.precision import convert_precision
+from gmconv.errors import RefusedError
 from gmconv.files import sha256_file
+from gmconv.foreign import Foreign
 from gmconv.surgery import masked_layers
+from runtime.benchmark.inputs import make_feeds
+from runtime.evaluate.score import EvaluateOptions, evaluate
 from runtime.manifest import read_manifest
 from runtime.parity.unrounded import UNROUNDED
+from runtime.runners import open_runner
 from tests.export.conftest import export
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -157,6 +164,20 @@ def test_dynamic_height_and_width_are_compared_at_another_size(tmp_path: Path) -
     assert manifest.inputs[0].shape == ("batch", 3, "height", "width")
     assert manifest.parity is not None
     assert (3, 3, 24, 56) in [hop.shapes["input"] for hop in manifest.parity.hops]
+    assert manifest.preprocessing is None
+    with open_runner(tmp_path / "net.onnx") as runner:
+        assert make_feeds(runner, {}, {}, 0)["input"].shape == (1, 3, 16, 16)  # the usual size, from the manifest
+    random, data = np.random.default_rng(0), tmp_path / "ready.npz"
+    np.savez(data, images=random.random((8, 3, 24, 20), np.float32), labels=np.arange(8))  # another size
+    fp16 = convert_precision(tmp_path / "net.onnx", None, "fp16", verify=True, images=data)
+    assert fp16.parity is not None
+    assert (8, 3, 24, 20) in [hop.shapes["input"] for hop in fp16.parity.hops]
+    files = [path, tmp_path / "net.onnx", tmp_path / "net.fp16.onnx"]
+    scores = evaluate(files, EvaluateOptions(images=data))
+    assert [row.to_dict()["samples"] for row in scores.rows] == [8, 8, 8]
+    idle = EvaluateOptions(images=data, foreign=Foreign(input_shape=(3, 16, 16)))
+    with pytest.raises(RefusedError, match="--input-shape describes a checkpoint, and none is read here"):
+        evaluate(tmp_path / "net.fp16.onnx", replace(idle, reference=tmp_path / "net.onnx"))
 
 
 def test_fixed_batch_names_and_external_data(checkpoint: Path, tmp_path: Path) -> None:

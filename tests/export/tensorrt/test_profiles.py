@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 
 import pytest
 from hypothesis import given
@@ -21,6 +22,7 @@ from export.tensorrt.profiles import (
     within_ranges,
 )
 from gmconv.errors import RefusedError
+from runtime.artefact import Facts
 from runtime.manifest import TensorSpec
 from runtime.records import AxisRange
 
@@ -121,6 +123,7 @@ def test_requests_cross_the_process_boundary_unchanged() -> None:
     assert from_json(to_json(requests)) == requests
 
 
+IMAGE = (TensorSpec("input", "float32", ("batch", 3, 8, 8)),)
 AXES = (TensorSpec("input", "float32", ("batch", 3, 8, "width")),)
 PROVEN = {"batch": AxisRange(min=2, max=16), "width": AxisRange(min=8)}
 
@@ -135,13 +138,21 @@ PROVEN = {"batch": AxisRange(min=2, max=16), "width": AxisRange(min=8)}
 )
 def test_a_profile_beyond_what_the_graph_holds_for_is_refused(low: Shape, high: Shape, words: str) -> None:
     with pytest.raises(RefusedError, match=words):
-        within_ranges([ProfileRequest(shapes={"input": (low, high, high)})], AXES, PROVEN)
+        within_ranges([ProfileRequest(shapes={"input": (low, high, high)})], AXES, Facts(ranges=PROVEN))
 
 
 def test_a_profile_inside_stays_as_it_was_asked_for() -> None:
     inside = (ProfileRequest(shapes={"input": ((2, 3, 8, 8), (8, 3, 8, 64), (16, 3, 8, 999))}),)
-    assert within_ranges(inside, AXES, PROVEN) == inside
-    assert within_ranges((), AXES, {}) == ()
+    assert within_ranges(inside, AXES, Facts(ranges=PROVEN)) == inside
+    assert within_ranges((), IMAGE, Facts()) == ()
+
+
+def test_free_sides_are_refused_with_flags_that_are_their_usual_size() -> None:
+    with pytest.raises(RefusedError, match="batch range is not enough") as refused:
+        within_ranges((), AXES, Facts(input_shape=(3, 8, 40)))
+    low, opt, high = re.findall(r"Shapes (\S+)", str(refused.value))
+    (request,) = within_ranges([shapes_request(low, opt, high)], AXES, Facts())
+    assert request.shapes == {"input": ((1, 3, 8, 40), (8, 3, 8, 40), (32, 3, 8, 40))}
 
 
 @pytest.mark.parametrize(
@@ -154,5 +165,4 @@ def test_a_profile_inside_stays_as_it_was_asked_for() -> None:
     ],
 )
 def test_the_usual_batches_move_inside(known: AxisRange, batch: tuple[int, int, int]) -> None:
-    fixed = (TensorSpec("input", "float32", ("batch", 3, 8, 8)),)
-    assert within_ranges((), fixed, {"batch": known}) == (ProfileRequest(batch=batch),)
+    assert within_ranges((), IMAGE, Facts(ranges={"batch": known})) == (ProfileRequest(batch=batch),)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.artefact import open_artefact
+from runtime.artefact import Artefact, open_artefact
 from runtime.manifest import ShapeRange, TensorSpec
 from runtime.runners.base import Array, LayerTime, Query, QueryTimes, Runner, validate_feeds
 
@@ -20,6 +20,7 @@ class HostRunner(Runner):
 
     def __init__(self, seconds: float = 0.0005) -> None:
         self.name, self.device = "fake cpu", "cpu"
+        self.artefact = Artefact(path=Path("fake.onnx"), kind="onnx")
         self.inputs = (TensorSpec("input", "float32", ("batch", 3, 4, 4)),)
         self.outputs = (TensorSpec("logits", "float32", ("batch", 10)),)
         self.calls = 0

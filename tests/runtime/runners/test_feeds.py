@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from gmconv.errors import RefusedError
+from runtime.artefact import Facts
 from runtime.manifest import TensorSpec
-from runtime.runners.feeds import read_feeds
+from runtime.runners.feeds import read_feeds, sized
 
 IMAGE = TensorSpec("image", "float32", ("batch", 3, "height", 8))
 META = TensorSpec("meta", "int32", ("batch", 4))
@@ -40,6 +41,14 @@ def test_a_draw_takes_the_same_rows_of_each_array_in_their_order(tmp_path: Path)
 def test_the_only_array_of_the_only_input_may_have_any_name(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", arrays()["meta"])
     assert list(read_feeds(tmp_path / "x.npz", (META,))) == ["meta"]
+
+
+def test_free_sides_are_those_of_the_data_then_the_usual_ones(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=arrays()["image"], labels=np.zeros(6))
+    usual = Facts(shapes={"image": (3, 64, 8)})
+    assert sized([IMAGE], usual, tmp_path / "x.npz")[0].shape == ("batch", 3, 5, 8)
+    assert sized([IMAGE], usual, tmp_path)[0].shape == ("batch", 3, 64, 8)
+    assert sized([IMAGE, META], Facts(), tmp_path / "x.npz") == [IMAGE, META]  # "images" is neither's name
 
 
 @pytest.mark.parametrize(
