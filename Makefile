@@ -51,6 +51,7 @@ $(DEMO)/wide.pt: $(BIN)/.demo
 	$(TRAIN) --kernel-size 7 --sigma 1.5 --sigma-lr 0.1 --sigma-penalty 1 --epochs 10 --input-shape 1,16,16 -q -o $@
 
 demo: $(BIN)/.demo  ## train on the digits, bake, export with proof, crop, report; OPEN=1 opens it
+	@echo 'two networks are trained side by side: two minutes on two quiet cores'
 	@$(MAKE) --no-print-directory -j2 $(DEMO)/digits.pt $(DEMO)/wide.pt
 	$(BIN)/python -m export.onnx $(DEMO)/digits.pt -o $(DEMO)/digits.onnx --report $(DEMO)/proof.html
 	$(BIN)/python -m export.tensorrt $(DEMO)/digits.onnx --flavor rtx --min 1 --opt 8 --max 32 -o $(DEMO)/digits.plan
