@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gmconv.cli import Command, progress_console
+from gmconv.cli import Command, progress_console, warn
 from gmconv.errors import Interrupted, RefusedError
 from gmconv.files import require_writable, write_text
 from gmconv.foreign import parse_shape
@@ -257,6 +257,9 @@ def _report(options: TrainOptions, output: Path, result: TrainResult, seconds: f
         f"{output}: {options.arch} ({kind}), held-out accuracy {result.best.held_out_accuracy:.2%} on "
         f"{result.held_out_images} images (epoch {result.best.epoch} of {options.epochs}), {seconds:.0f} s"
     )
+    if not result.learned:
+        most = result.commonest / result.held_out_images
+        warn([f"nothing was learned: always naming the commonest class would be right for {most:.2%}"])
     if result.network.note:
         click.echo(result.network.note)
     if sigmas := [layer.sigma for layer in result.layers if layer.sigma is not None]:

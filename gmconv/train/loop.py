@@ -53,14 +53,22 @@ class Epoch:
 class TrainResult:
     """The best epoch (held-out accuracy, then loss), every epoch, and each layer's reach at the crop tolerance.
 
-    `network` says what was trained; its weights are those of the best epoch.
+    `commonest` of the `held_out_images` are of one class. `network` says what was trained; its weights are those of
+    the best epoch.
     """
 
     best: Epoch
     history: tuple[Epoch, ...]
     layers: tuple[LayerReach, ...]
     held_out_images: int
+    commonest: int
     network: Network
+
+    @property
+    def learned(self) -> bool:
+        """Whether its accuracy is above always naming that class, by two standard deviations of such a guess."""
+        share = self.commonest / self.held_out_images
+        return self.best.held_out_accuracy > share + 2 * math.sqrt(share * (1 - share) / self.held_out_images)
 
     @property
     def macs_kept(self) -> float:
@@ -109,7 +117,9 @@ def train(
         model.load_state_dict(read_file(output)["state_dict"])
         _save(output, run)
     state_path(output).unlink(missing_ok=True)
-    return TrainResult(run.best, tuple(run.history), run.layers, len(data.held_out.targets), network)
+    targets = data.held_out.targets
+    commonest = int(torch.from_numpy(targets).bincount().max())
+    return TrainResult(run.best, tuple(run.history), run.layers, len(targets), commonest, network)
 
 
 def parameter_groups(model: nn.Module, options: TrainOptions) -> list[dict[str, Any]]:

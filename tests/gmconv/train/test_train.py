@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ import gmconv
 from gmconv.errors import RefusedError
 from gmconv.train.__main__ import main
 from gmconv.train.data import digits
-from gmconv.train.loop import Epoch, TrainingError, augment, parameter_groups, schedule, train
+from gmconv.train.loop import Epoch, TrainingError, TrainResult, augment, parameter_groups, schedule, train
 from gmconv.train.options import TrainOptions
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -97,6 +97,12 @@ def test_sigmas_move_and_the_twin_has_none(tmp_path: Path, trained: tuple[Path, 
     plain = gmconv.load_checkpoint(tmp_path / "plain.pt").model
     assert not any(isinstance(m, gmconv.GMConv2d) for m in plain.modules())
     assert set(plain.state_dict()) == {k for k in layers.state_dict() if not k.endswith("sigma")}
+
+
+@pytest.mark.parametrize(("accuracy", "learned"), [(0.34, False), (0.36, False), (0.5, True), (1.0, True)])
+def test_what_always_naming_one_class_would_reach_was_not_learned(accuracy: float, learned: bool) -> None:
+    best = Epoch(1, 1.0, 1.1, accuracy)
+    assert TrainResult(best, (best,), (), 300, 100, cast("Any", None)).learned is learned
 
 
 def test_an_epoch_is_better_by_accuracy_then_loss() -> None:
