@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from export.precision.convert import convert_precision as convert_precision
     from export.precision.converter import PrecisionOptions as PrecisionOptions
     from export.precision.search import Budget as Budget
+    from export.precision.search import search_precision as search_precision
     from export.tensorrt.build import BuildOptions as BuildOptions
     from export.tensorrt.build import build_engine as build_engine
     from export.triton.config import ServingOptions as ServingOptions
     from export.triton.write import write_repository as write_repository
-    from export.wording import search_precision as search_precision
 
 __getattr__, __dir__ = attach(
     __name__,
@@ -32,7 +32,7 @@ __getattr__, __dir__ = attach(
         "convert_precision": ".precision.convert",
         "deploy": ".deploy",
         "export_onnx": ".onnx.pipeline",
-        "search_precision": ".wording",
+        "search_precision": ".precision.search",
         "write_repository": ".triton.write",
     },
 )

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from numbers import Number
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import click
-import numpy as np
-
-from export.onnx.flags import crop_clash
-from export.onnx.options import ExportOptions, Note
+from export.onnx.options import RENAMED, ExportOptions, Note
+from export.onnx.refusals import NOTHING_BAKED
 from export.precision.converter import PrecisionOptions
-from export.wording import in_python, python_words
+from gmconv.asking import Asked, silent
 from gmconv.errors import RefusedError
 from gmconv.foreign import Foreign, labels_of, preprocessing_fields
 from gmconv.kinds import require_ending
@@ -30,8 +25,22 @@ if TYPE_CHECKING:
     from runtime.report import Section
 
 Flavor = Literal["auto", "tensorrt", "rtx"]
-_OWN = {"note", "preprocessing", "labels", "flavor"}
-_SEEDS = {"noise_seed": "seed", "seed": "calibration_seed"}  # click's names of two flags, and theirs here
+ASKED = Asked(
+    ExportOptions,
+    "export.onnx.__main__:main",
+    groups={"precision": PrecisionOptions},
+    renamed=RENAMED,
+    without=("foreign",),
+    phrases={  # what is said of a checkpoint or a shell, and what of a network in memory
+        NOTHING_BAKED: NOTHING_BAKED.partition(", this checkpoint")[0],
+        "check --input-shape, and give --input NAME:SHAPE for each of several inputs": (
+            "the examples are a batch of what it takes: a tensor, or a dict with one for each argument"
+        ),
+        " at last, all of it with -v:": " at last:",
+        ", above unless -q,": ", which note= gets,",
+        ", or hand the network itself to gmconv.deploy": "",
+    },
+)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -71,15 +80,16 @@ class Deployed(Shown):
                 for line in (*summary(file, manifest), parity_line(manifest)):
                     console.print(line, markup=False, highlight=False, soft_wrap=True)
             else:
-                print_export(file, first=index == 0, console=console, manifest=manifest, say=in_python)
+                print_export(file, first=index == 0, console=console, manifest=manifest, say=ASKED.in_python)
 
 
+@ASKED.of
 def deploy(
     model: nn.Module,
     examples: Any,
     output: str | Path = "model.onnx",
     *,
-    note: Note = lambda text: None,
+    note: Note | None = None,
     preprocessing: Mapping[str, Any] | str | Path | None = None,
     labels: Sequence[str] | str | Path | None = None,
     flavor: Flavor = "auto",
@@ -116,72 +126,24 @@ def deploy(
 
     output = Path(output)
     engine = require_ending(output, "onnx", "engine") == "engine"
-    asked = _asked(options)
+    asked, tell = ASKED(None, options), note or silent
     if flavor not in get_args(Flavor):
         raise RefusedError(f"flavor={flavor!r}: it takes {', '.join(get_args(Flavor))}")
     live = Live(model, examples, Foreign(preprocessing=preprocessing_fields(preprocessing), labels=labels_of(labels)))
     written = output.with_suffix(".onnx") if engine else output
-    if engine and len(asked.precisions) > 1:
-        raise RefusedError("an engine has one precision; deploy each with a call of its own")
-    with python_words():
-        export_onnx(live, written, asked, note=lambda text: note(in_python(text)))
-        files = asked.outputs(written)
-        if engine:
-            from export.tensorrt import BuildOptions, build_engine
+    if engine:
+        from export.tensorrt import BuildOptions, build_engine
+        from export.tensorrt.build import refuse_options
+        from runtime import trt
 
-            note(f"building {output}")
-            build_engine(written, output, BuildOptions(flavor=flavor, golden=asked.golden))
-            files.append(output)
+        if len(asked.precisions) > 1:
+            raise RefusedError("an engine has one precision; deploy each with a call of its own")
+        build = BuildOptions(flavor=flavor, golden=asked.golden)
+        refuse_options(trt.choose_flavor(flavor)[0], build)
+    export_onnx(live, written, asked, note=lambda text: tell(ASKED.in_python(text)))
+    files = asked.outputs(written)
+    if engine:
+        tell(f"building {output}")
+        build_engine(written, output, build)
+        files.append(output)
     return Deployed(tuple(files), tuple(read_manifest(file, verify=False) for file in files))
-
-
-def _asked(options: dict[str, Any]) -> ExportOptions:
-    """The options by the names of both classes, or of the flags. Raises TypeError for another, and as `_parsed`."""
-    if isinstance(options.get("precision"), str | tuple | list):  # as the command calls it
-        options["precisions"] = options.pop("precision")
-    export = {field.name for field in fields(ExportOptions)} - {"foreign"}
-    conversion = {"calibration_seed" if field.name == "seed" else field.name for field in fields(PrecisionOptions)}
-    known = export | conversion | {"data"}
-    if unknown := sorted(options.keys() - known):
-        close = difflib.get_close_matches(unknown[0], known | _OWN, n=1)
-        advice = f"did you mean {close[0]}?" if close else f"it takes {', '.join(sorted(known | _OWN))}"
-        raise TypeError(f"deploy takes no {unknown[0]!r}; {advice}")
-    given = {name: value for name, value in _parsed(options).items() if value is not None}
-    if clash := crop_clash(given):
-        raise RefusedError(in_python(clash))
-    settings = given.get("precision", PrecisionOptions())
-    if not isinstance(settings, PrecisionOptions):
-        raise RefusedError(f"precision is a {type(settings).__name__}; it takes 'fp16,int8', or PrecisionOptions")
-    if (data := given.pop("data", None)) is not None:
-        given.setdefault("images", data)
-        given.setdefault("calibration", settings.calibration or data)
-    own = {name: given.pop(name) for name in conversion - export if name in given}
-    if "calibration_seed" in own:
-        own["seed"] = own.pop("calibration_seed")
-    if own:
-        given["precision"] = replace(settings, **own)
-    return ExportOptions(**given)
-
-
-def _parsed(options: dict[str, Any]) -> dict[str, Any]:
-    """The options as the command's own flags read them. Raises RefusedError, which says what a parameter takes."""
-    from export.onnx.__main__ import main as command
-
-    flags = {_SEEDS.get(str(flag.name), flag.name): flag for flag in command.params}
-    context, parsed = click.Context(command), dict(options)
-    for name, value in options.items():
-        if name not in flags or value is None:
-            continue
-        if not isinstance(value, str | Path | Number | np.generic | tuple | list):
-            takes = getattr(flags[name], "metavar", None) or "a plain value"
-            raise RefusedError(f"{name} is a {type(value).__name__}; it takes {takes}")
-        given: Any = value.item() if isinstance(value, np.generic) else value
-        if getattr(flags[name], "multiple", False):
-            given = value if isinstance(value, tuple | list) else [value]
-        elif isinstance(value, tuple | list):
-            given = ",".join(map(str, value))
-        try:
-            parsed[name] = flags[name].process_value(context, given)
-        except click.UsageError as error:
-            raise RefusedError(f"{name}={value!r}: {error.message}") from None
-    return parsed

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from runtime.artefact import open_artefact as open_artefact
     from runtime.benchmark.comparison import time_artefacts as time_artefacts
     from runtime.evaluate.score import EvaluateOptions as EvaluateOptions
-    from runtime.evaluate.score import evaluate as score_artefacts  # noqa: F401
+    from runtime.evaluate.score import score_artefacts as score_artefacts
     from runtime.parity.run import ParityOptions as ParityOptions
     from runtime.parity.run import compare_artefacts as compare_artefacts
     from runtime.runners import open_runner as open_runner
@@ -25,7 +25,7 @@ __getattr__, __dir__ = attach(
         "compare_artefacts": ".parity.run",
         "open_artefact": ".artefact",
         "open_runner": ".runners",
-        "score_artefacts": ".evaluate.score:evaluate",
+        "score_artefacts": ".evaluate.score",
         "serve": ".serve:",
         "time_artefacts": ".benchmark.comparison",
     },

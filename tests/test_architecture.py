@@ -24,6 +24,7 @@ COMMANDS = sorted(
 GROUND = {
     "gmconv." + name
     for name in (
+        "asking",
         "errors",
         "cli",
         "files",

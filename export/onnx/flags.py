@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from export.graph.capture import OLDEST_OPSET
-from export.onnx.options import DEFAULT_OPSET, ExportOptions
+from export.onnx.options import DEFAULT_OPSET, ExportOptions, crop_clash
 from export.precision.__main__ import options_from_flags, precision_flags
 from gmconv.foreign import foreign_options
 
@@ -32,15 +32,6 @@ def export_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     for flag in reversed((foreign_options, *_FLAGS, precision_flags)):
         collected = flag(collected)
     return collected
-
-
-def crop_clash(given: Mapping[str, Any]) -> str:
-    """Why the options of cropping do not go together; empty where they do."""
-    if given.get("crop") is not None and given.get("crop_budget") is not None:
-        return "--crop and --crop-budget exclude each other"
-    if given.get("crop_gain") is not None and given.get("crop_budget") is None:
-        return "--crop-gain says what a --crop-budget buys; give a budget, or leave it out"
-    return ""
 
 
 def only_of_an_export(asked: ExportOptions) -> list[str]:

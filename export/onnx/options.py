@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from export.precision.converter import PrecisionOptions
+from gmconv.asking import Asked
 from gmconv.foreign import NOTHING, Foreign
 
 if TYPE_CHECKING:
-    from export.precision.converter import Precision, PrecisionOptions
+    from export.precision.converter import Precision
 
 DEFAULT_OPSET = 20
 Note = Callable[[str], None]
@@ -55,8 +57,6 @@ class ExportOptions:
     @property
     def calibrated(self) -> PrecisionOptions:
         """`precision` with calibration images, where there are any."""
-        from export.precision.converter import PrecisionOptions
-
         settings = self.precision or PrecisionOptions()
         return replace(settings, calibration=settings.calibration or self.images)
 
@@ -80,3 +80,22 @@ class ExportOptions:
         if self.golden is None:
             return notes
         return tuple(note.replace("assumed:", f"confirmed by {self.golden.name}:", 1) for note in notes)
+
+
+#: Names of the command line that mean several fields, or one of another name.
+RENAMED = {"precision": "precisions", "data": "images,precision.calibration", "calibration_seed": "precision.seed"}
+ASKED = Asked(
+    ExportOptions,
+    "export.onnx.__main__:main",
+    groups={"precision": PrecisionOptions, "foreign": Foreign},
+    renamed={**RENAMED, "input": "foreign.inputs"},
+)
+
+
+def crop_clash(given: Mapping[str, Any]) -> str:
+    """Why the options of cropping do not go together; empty where they do."""
+    if given.get("crop") is not None and given.get("crop_budget") is not None:
+        return "--crop and --crop-budget exclude each other"
+    if given.get("crop_gain") is not None and given.get("crop_budget") is None:
+        return "--crop-gain says what a --crop-budget buys; give a budget, or leave it out"
+    return ""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.onnx.interface import examples, input_names, output_names
-from export.onnx.options import ExportOptions, Note
+from export.onnx.options import ASKED, ExportOptions, Note
 from export.onnx.refusals import (
     SAME,
     advice_on_parity,
@@ -20,6 +20,7 @@ from export.onnx.refusals import (
     refuse_two_kernels,
     refuse_unfit_images,
 )
+from gmconv.asking import silent
 from gmconv.errors import ParityError, RefusedError
 from gmconv.golden import read_golden
 from runtime.runners.base import numpy_dtype
@@ -67,12 +68,14 @@ class _Exported:
         return any(len(spec.shape) == 2 for spec in self.outputs)
 
 
+@ASKED.of
 def export_onnx(
     source: str | Path | Live,
     output: str | Path,
     options: ExportOptions | None = None,
     *,
-    note: Note = lambda text: None,
+    note: Note | None = None,
+    **choices: Any,
 ) -> Manifest:
     """Export a checkpoint, or a network in memory, to `output` and prove the result.
 
@@ -80,6 +83,8 @@ def export_onnx(
         source: `.pt`, `.pth` or `.safetensors`, ours or foreign; or a `Live` network.
         output: the `.onnx` file; its manifest is written beside it. Nothing appears under any name on failure.
         options: see `ExportOptions`.
+        choices: or those flat, as on the command line: precision="fp16,int8", data="images/", crop="1e-3", batch,
+            keep_fp32, ...; and for a foreign checkpoint arch, input_shape, labels, preprocessing, mean, std, weights.
         note: called with a few words when a step begins.
 
     Returns:
@@ -93,7 +98,7 @@ def export_onnx(
     from gmconv.files import staged
     from runtime.manifest import read_manifest
 
-    options, output = options or ExportOptions(), Path(output)
+    options, output, note = ASKED(options, choices), Path(output), note or silent
     written = options.outputs(output)
     refuse_early(source, written, options)
     from export.onnx.cases import comparison_cases

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.onnx.options import ExportOptions
+from export.onnx.options import ExportOptions, crop_clash
 from gmconv.data import refuse_missing
 from gmconv.errors import ParityError, RefusedError, printable
 from gmconv.files import require_writable
@@ -43,6 +43,9 @@ def refuse_early(source: object, written: Sequence[Path], options: ExportOptions
 
     Raises RefusedError, UnavailableError.
     """
+    gain = options.crop_gain if options.crop_gain != "macs" else None
+    if clash := crop_clash({"crop": options.crop, "crop_budget": options.crop_budget, "crop_gain": gain}):
+        raise RefusedError(clash)
     read = [Path(file) for file in (source, options.images, options.golden) if isinstance(file, str | Path)]
     if isinstance(source, str | Path):
         refuse_other_kinds(Path(source), "checkpoint")

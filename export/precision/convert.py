@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from export.graph.check import bare_manifest, save_graph
 from export.graph.read import load_fp32
-from export.precision.converter import Precision, PrecisionConverter, PrecisionOptions, Progress, with_precision
+from export.precision.converter import (
+    Precision,
+    PrecisionConverter,
+    PrecisionOptions,
+    Progress,
+    asked_precision,
+    with_precision,
+)
 from gmconv.errors import ParityError
 from gmconv.files import require_writable, staged
 from gmconv.kinds import require_ending
 from runtime.artefact import facts_of
 from runtime.manifest import Manifest, digest, find_manifest, refuse_other_artefact, sidecar
 
+_ASKED = asked_precision()
 
+
+@_ASKED.of
 def convert_precision(
     onnx_path: str | Path,
     output: str | Path | None,
@@ -25,16 +36,24 @@ def convert_precision(
     verify: bool = False,
     images: str | Path | None = None,
     force: bool = False,
+    **choices: Any,
 ) -> Manifest:
     """Convert the fp32 ONNX file `onnx_path` and write `output` (default `model.<precision>.onnx`) with its manifest.
 
     `verify` compares it with `onnx_path` first, by the tolerance of its precision, on `images` (default: those of the
     calibration, else what the network was trained on, else noise), and keeps the result in the manifest. `force`
-    overwrites a file of another precision or target, or one with another proof. Raises RefusedError as
-    `PrecisionConverter.convert`, and when the file is unreadable, quantized or fp16 already, and ParityError when
-    `verify` finds another network; nothing is written then.
+    overwrites a file of another precision or target, or one with another proof. `choices` are fields of
+    `PrecisionOptions` (keep_fp32, io_dtype, target, calibration, calibration_images, calibration_method, percentile,
+    calibration_seed, plan), as the command line has them; data="images/" is for calibration and proof, and so are
+    `images` where nothing else calibrates.
+
+    Raises RefusedError as `PrecisionConverter.convert`, and when the file is unreadable, quantized or fp16 already,
+    ParityError when `verify` finds another network, and TypeError for an option that there is not; nothing is written
+    then.
     """
-    options, onnx_path = options or PrecisionOptions(), Path(onnx_path)
+    options, onnx_path = _ASKED(options, choices), Path(onnx_path)
+    images = images or choices.get("data")
+    options = replace(options, calibration=options.calibration or images)
     output = Path(output) if output else default_output(onnx_path, precision)
     require_replaceable(onnx_path, output, precision, options, verify=verify, force=force)
     model = load_fp32(onnx_path)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from gmconv.asking import Asked
 from gmconv.errors import RefusedError
 from runtime import records
 from runtime.artefact import Facts
@@ -81,6 +82,12 @@ class PrecisionOptions:
             percentile=self.percentile if used.percentile is None else used.percentile,
             seed=self.seed if used.seed is None else used.seed,
         )
+
+
+def asked_precision(*own: str) -> Asked[PrecisionOptions]:
+    """How a function that converts an ONNX file takes its options; `own`: more names, which it sees to itself."""
+    renamed = {"data": "calibration,", "calibration_seed": "seed", **dict.fromkeys(own, ",")}
+    return Asked(PrecisionOptions, "export.precision.__main__:main", renamed=renamed, objects=("plan",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from export.precision.converter import PrecisionConverter, PrecisionOptions, asked_precision
+from gmconv.asking import silent
 from gmconv.errors import ParityError, RefusedError
 from runtime.records import Quantization
 from runtime.report import Rows, Search, Section, Tried
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from rich.console import Console
 
-    from export.precision.converter import PrecisionConverter, PrecisionOptions
     from export.precision.plan import PrecisionPlan
     from gmconv.tables import Table
 
@@ -102,7 +103,7 @@ class SensitivitySearch:
 
         self.converter, self.precision, self.images = converter, precision, images
         self.keep_as = keep_as
-        self.note = note or (lambda what, done, total: None)
+        self.note = note or silent
         self.always = match_layers(converter.model, converter.options.keep_fp32)
         self.nodes = {layer.name: layer.node for layer in layers(converter.model) if layer.node not in self.always}
         self.reference, _ = self._outputs(converter.model, "fp32")
@@ -131,16 +132,11 @@ class SensitivitySearch:
         found = self._smallest(budget)
         if found is None:
             best = min(self.tried.values(), key=lambda m: (max(m.top1_drop, 0.0), -m.snr_db))
-            asked = " and ".join(
-                text
-                for text in (
-                    f"a top-1 drop of {budget.max_top1_drop:g} points" if budget.max_top1_drop is not None else "",
-                    f"{budget.min_snr:g} dB" if budget.min_snr is not None else "",
-                )
-                if text
-            )
+            drop, ratio = budget.max_top1_drop, budget.min_snr
+            asked = [f"a top-1 drop of {drop:g} points"] if drop is not None else []
+            asked += [f"{ratio:g} dB"] if ratio is not None else []
             raise ParityError(
-                f"no mix of {self.precision} and {self.keep_as} layers reaches {asked}: the best found keeps "
+                f"no mix of {self.precision} and {self.keep_as} layers reaches {' and '.join(asked)}: the best keeps "
                 f"{len(best.kept)} of {len(self.nodes)} layers and loses {best.top1_drop:.2f} points at "
                 f"{best.snr_db:.1f} dB; ask for less, or take --to fp16"
             )
@@ -241,55 +237,65 @@ class Searched(Shown):
         return [points, Rows(table=front), Rows(table=alone)]
 
 
+_ASKED = asked_precision("max_top1_drop", "min_snr")
+
+
+@_ASKED.of
 def search_precision(
     onnx_path: str | Path,
     precision: Literal["int8", "fp8"],
-    budget: Budget,
+    budget: Budget | None = None,
     options: PrecisionOptions | None = None,
     *,
     images: str | Path | None = None,
     limit: int = 512,
     keep_as: Literal["fp16", "fp32"] = "fp16",
-    note: Callable[[str, int, int], None] = lambda what, done, total: None,
+    note: Callable[[str, int, int], None] | None = None,
+    **choices: Any,
 ) -> Searched:
     """Find the fewest layers of an fp32 ONNX file that must not be quantized for `budget` to hold.
 
     Args:
         onnx_path: the fp32 file.
         precision: of the layers that are quantized.
-        budget: what may be lost.
+        budget: what may be lost; or max_top1_drop and min_snr by name.
         options: of the conversion; `dataclasses.replace(options, plan=found.plan)` converts by what was found.
         images: a folder, an .npz file or "digits" to judge on, `limit` of them at most; None: what it was trained on.
             They calibrate too, unless `options` names others.
         keep_as: the type of the layers that are kept.
         note: called with what is done, how much of it, and of how much.
+        choices: fields of `PrecisionOptions` (keep_fp32, target, calibration, ...), as the command line has them;
+            data="images/" is for calibration and judging.
 
     Raises:
         RefusedError: a file that is no fp32 graph, or no images.
         ParityError: no set of kept layers holds the budget.
+        TypeError: an option that there is not, or no budget.
     """
     from export.graph.check import bare_manifest
     from export.graph.read import load_fp32
-    from export.precision.converter import PrecisionConverter, PrecisionOptions
     from gmconv.files import sha256_file
     from runtime.artefact import facts_of
     from runtime.manifest import find_manifest
 
-    path = Path(onnx_path)
-    options = options or PrecisionOptions()
+    path, tell, images = Path(onnx_path), note or silent, images or choices.get("data")
+    lost = {name: choices.pop(name) for name in ("max_top1_drop", "min_snr") if name in choices}
+    options = _ASKED(options, choices)
+    if budget is None and not lost:
+        raise TypeError("search_precision needs a budget: max_top1_drop=POINTS, min_snr=DB, or both")
+    budget = replace(budget or Budget(), **lost)
     model = load_fp32(path)
     source = find_manifest(path) or bare_manifest(path, model)
     converter = PrecisionConverter(
         model,
         replace(options, calibration=options.calibration or images),
         facts=facts_of(source),
-        progress=lambda done, total: note("calibrating", done, total),
+        progress=lambda done, total: tell("calibrating", done, total),
     )
     given = read_evaluation_images(images, converter, limit)
     converter.calibrate()
-    search = SensitivitySearch(converter, precision, given, keep_as=keep_as, note=note)
-    alone = search.sensitivities(budget)
-    chosen = search.fewest_kept(budget, list(alone))
+    search = SensitivitySearch(converter, precision, given, keep_as=keep_as, note=tell)
+    chosen = search.fewest_kept(budget, list(alone := search.sensitivities(budget)))
     judged = "top-1" if given.classes is not None else "agreement with fp32 (no classes known)"
     return Searched(
         plan=make_plan(search, budget, chosen, sha256_file(path)),

@@ -12,8 +12,9 @@ from typing import Any, Literal
 from export.tensorrt.checks import GraphFacts, read_graph
 from export.tensorrt.layers import EngineLayer, Fusion, count_fusions, precision_histogram, read_layers
 from export.tensorrt.process import BuilderFailedError, BuilderProcess, Progress
-from export.tensorrt.profiles import ProfileRequest, to_json, within_ranges
+from export.tensorrt.profiles import SIDES, ProfileRequest, requests, to_json, within_ranges
 from export.tensorrt.rephrase import rephrase
+from gmconv.asking import Asked
 from gmconv.errors import BuildError, RefusedError, UnavailableError
 from gmconv.files import staged
 from gmconv.foreign import NOTHING, Foreign
@@ -56,6 +57,14 @@ class BuildOptions:
     verbose: bool = False
 
 
+_ASKED = Asked(
+    BuildOptions,
+    "export.tensorrt.command:main",
+    groups={"foreign": Foreign},
+    renamed={"input": "foreign.inputs", **dict.fromkeys(SIDES, ",")},
+)
+
+
 @dataclass(frozen=True, slots=True)
 class _Source:
     """The ONNX file that is built: its manifest, if it has one, its digest, and what its graph takes and returns."""
@@ -66,20 +75,32 @@ class _Source:
     facts: GraphFacts
 
 
+@_ASKED.of
 def build_engine(
     onnx_path: str | Path,
     output: str | Path,
-    options: BuildOptions = BuildOptions(),
+    options: BuildOptions | None = None,
     *,
     progress: Progress | None = None,
     process: BuilderProcess | None = None,
+    **choices: Any,
 ) -> Manifest:
     """Build `onnx_path` into the engine `output` and its sidecar, verify it on the GPU where there is one.
 
     Raises RefusedError (the ONNX file, a profile or the output path), BuildError (TensorRT gave up, or made another
     precision than asked for), ParityError (the engine differs from its source) or UnavailableError (no builder here).
-    `process` is a builder process already started; the caller closes it.
+    `process` is a builder process already started; the caller closes it. `choices` are fields of `BuildOptions` by
+    name and value as on the command line (flavor, workspace, tf32, compute_capabilities, timing_cache, strip, verify,
+    ...), and min, opt, max, the batches of a profile, or min_shapes, opt_shapes, max_shapes. Raises TypeError for
+    another.
     """
+    sides = {name: choices.pop(name) for name in SIDES if name in choices}
+    if sides:
+        try:
+            choices["profiles"] = requests(sides)
+        except ValueError as error:
+            raise RefusedError(str(error)) from error
+    options = _ASKED(options, choices)
     onnx_path, output = Path(onnx_path), Path(output)
     flavor, why = trt.choose_flavor(options.flavor)
     refuse_options(flavor, options)

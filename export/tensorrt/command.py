@@ -6,7 +6,6 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -114,22 +113,13 @@ def progress_bar(quiet: bool) -> Iterator[Progress | None]:
 
 
 def _profiles(flags: dict[str, Any]) -> tuple[ProfileRequest, ...]:
-    """One request per repetition of the flags, in order: first the batch ranges, then the full shapes.
-
-    Takes those flags out of `flags`.
-    """
-    from export.tensorrt.profiles import batch_request, shapes_request
+    """What the flags ask for, which are taken out of `flags`."""
+    from export.tensorrt.profiles import SIDES, requests
 
     try:
-        batches = [
-            batch_request(*sides) for sides in zip_longest(*(flags.pop(name) for name in ("low", "opt", "high")))
-        ]
-        shapes = [
-            shapes_request(*s) for s in zip_longest(*(flags.pop(f"{end}_shapes") for end in ("min", "opt", "max")))
-        ]
+        return requests({name: flags.pop({"min": "low", "max": "high"}.get(name, name)) for name in SIDES})
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    return (*batches, *shapes)
 
 
 def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:

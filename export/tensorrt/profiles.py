@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from gmconv.errors import RefusedError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 DEFAULT_BATCH = (1, 8, 32)
 MAX_PROFILES = 16
+SIDES = ("min", "opt", "max", "min_shapes", "opt_shapes", "max_shapes")
 Shape = tuple[int, ...]
 Range = tuple[Shape, Shape, Shape]
 
@@ -102,6 +104,16 @@ def shapes_request(low: str | None, opt: str | None, high: str | None) -> Profil
                 raise ValueError(f"input {name!r}, axis {axis}: min {x}, opt {y}, max {z} are not in ascending order")
         shapes[name] = (a, b, c)
     return ProfileRequest(shapes=shapes)
+
+
+def requests(sides: Mapping[str, Any]) -> tuple[ProfileRequest, ...]:
+    """One request per repetition of what is said by the names `SIDES`: first the batches, then the full shapes.
+
+    Raises ValueError as the two.
+    """
+    given = [side if isinstance(side := sides.get(name, ()), tuple | list) else (side,) for name in SIDES]
+    batches = [batch_request(*each) for each in zip_longest(*given[:3])]
+    return (*batches, *(shapes_request(*each) for each in zip_longest(*given[3:])))
 
 
 def resolve_profiles(

@@ -11,10 +11,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from export.triton.config import ServingOptions, batching_note, check_config, model_config
 from export.triton.interface import interface_of
 from export.triton.repository import place_version
+from gmconv.asking import Asked
 from gmconv.errors import RefusedError
 from runtime.manifest import find_manifest
 
@@ -37,6 +39,15 @@ class RepositoryEntry:
     note: str | None = None
 
 
+_ASKED = Asked(
+    ServingOptions,
+    "export.triton.__main__:main",
+    renamed={"policy": "version_policy", "shape": "warmup_shapes"},
+    objects=("warmup_shapes",),
+)
+
+
+@_ASKED.of
 def write_repository(
     artefact: str | Path,
     repository: str | Path,
@@ -45,18 +56,21 @@ def write_repository(
     name: str | None = None,
     version: int = 1,
     force: bool = False,
+    **choices: Any,
 ) -> RepositoryEntry:
     """Place `artefact` (an ONNX file or an engine) into the Triton repository `repository` as `name`/`version`.
 
     A server that reads the repository meanwhile, or after this was killed, finds what was there before or the new
     model, whole; what is there already is refused unless `force`. With several versions the one config.pbtxt of a model
-    must fit them all, which is checked even under `force`.
+    must fit them all, which is checked even under `force`. `choices` are fields of `ServingOptions` by name and value
+    as on the command line: max_batch, instances, kind, gpus, delay, max_queue, queue_timeout, policy, warmup,
+    warmup_shapes, cuda_graphs, threads. Raises TypeError for another.
 
     Raises RefusedError when the artefact, its manifest or the name is refused, the engine cannot be loaded by Triton
     (TensorRT-RTX), the options do not fit the artefact, the repository holds something else under that name, or another
     run is writing that model.
     """
-    artefact, repository, options = Path(artefact), Path(repository), options or ServingOptions()
+    artefact, repository, options = Path(artefact), Path(repository), _ASKED(options, choices)
     name = artefact.stem if name is None else name
     if not _NAME.fullmatch(name):
         raise RefusedError(f"model name {name[:80]!r}: Triton takes letters, digits, '_', '-' and '.'; give --name")

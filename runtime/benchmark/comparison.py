@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gmconv.asking import Asked
 from gmconv.child import child_command, child_environment
 from gmconv.errors import BuildError, RefusedError
 from gmconv.files import each_path
@@ -19,8 +20,8 @@ from runtime.artefact import artefact_kind
 from runtime.benchmark import machine
 from runtime.benchmark.interleave import Interleaved, Ratio, interleave
 from runtime.benchmark.measure import Artefact, Prepared, parse_artefact
-from runtime.benchmark.options import Options
-from runtime.benchmark.timing import Progress
+from runtime.benchmark.options import FLAG_OF, Options
+from runtime.benchmark.timing import LoopOptions, Progress
 from runtime.benchmark.trtexec import words
 from runtime.manifest import Manifest, find_manifest, read_manifest
 from runtime.report import Facts, Latency, LatencyRun, RatioRow, Section
@@ -150,17 +151,41 @@ class Comparison(Shown):
         return table
 
 
-def time_artefacts(artefacts: str | Path | Sequence[str | Path], options: Options | None = None) -> Comparison:
+_ASKED = Asked(
+    Options,
+    "runtime.benchmark.__main__:main",
+    groups={"loop": LoopOptions, "runner": ("threads", "provider", "form", "compiled"), "foreign": Foreign},
+    renamed={
+        "idle_time": "idle",
+        "percentile": "percentiles",
+        "load_inputs": "files",
+        "cpu_threads": "threads",
+        "input": "foreign.inputs",
+    },
+    objects=("shapes", "files"),
+    without=("explicit",),
+)
+
+
+@_ASKED.of
+def time_artefacts(
+    artefacts: str | Path | Sequence[str | Path], options: Options | None = None, **choices: Any
+) -> Comparison:
     """Time artefacts in turns and divide each by the first: what `gmconv benchmark a b` does.
 
     Args:
         artefacts: files, or one; `FILE@option=value,...` sets an option of that artefact's runner alone.
         options: see `runtime.benchmark.options.Options`.
+        choices: or those flat, by name and value as on the command line: duration [s], warm_up [ms], iterations, idle
+            [ms], percentiles, shapes, seed, device, cuda_graph, streams, transfers, spin, threads, provider, form,
+            compiled, ...; and arch, input_shape, weights, ... of a foreign checkpoint.
 
     Raises:
         RefusedError, UnavailableError: an artefact cannot be opened or fed here, or they take different inputs.
+        TypeError: an option that there is not.
     """
-    asked = options or Options()
+    asked = _ASKED(options, choices)
+    asked = replace(asked, explicit=asked.explicit | {FLAG_OF[name] for name in choices if name in FLAG_OF})
     contenders = against_first([parse_artefact(str(artefact)) for artefact in each_path(artefacts)])
     with ExitStack() as stack:
         prepared = [stack.enter_context(Prepared(contender.artefact, asked)) for contender in contenders]

@@ -27,6 +27,9 @@ DEVICE_FLAGS = {
     "use_spin_wait": "--useSpinWait",
     "no_spin_wait": "--noSpinWait",
 }
+#: What `Options` says of a device: the parameter of its flag.
+FLAG_OF = {"streams": "streams", "overlap": "expose_dma", "transfers": "include_data_transfers"}
+FLAG_OF |= {"cuda_graph": "use_cuda_graph", "spin": "use_spin_wait"}
 #: Flags of trtexec's building side.
 BUILD_FLAGS = ["saveEngine", "minShapes", "optShapes", "maxShapes", "timingCacheFile", "skipInference"]
 BUILD_FLAGS += ["fp16", "bf16", "int8", "fp8", "best", "stronglyTyped", "noTF32", "memPoolSize"]
@@ -117,8 +120,8 @@ def collect(context: click.Context, values: Mapping[str, Any], foreign: Foreign 
         transfers=values["include_data_transfers"] or (old and not values["no_data_transfers"]),
         spin=values["use_spin_wait"] or (not old and not values["no_spin_wait"]),
         cuda_graph=values["use_cuda_graph"] or (not old and not values["no_cuda_graph"]),
-        shapes=_parsed(parse_shapes, values["shapes"], "--shapes"),
-        files=_parsed(parse_files, values["load_inputs"], "--loadInputs"),
+        shapes=values["shapes"],
+        files=values["load_inputs"],
         seed=values["seed"],
         device=_device(values["device"]),
         runner={
@@ -159,16 +162,14 @@ def _device(text: str | None) -> str | None:
     return f"cuda:{text}" if text is not None and text.isdigit() else text
 
 
-T = TypeVar("T")
+def _by_input(parse: Callable[[str], dict[str, Any]]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    def callback(_: click.Context, flag: click.Parameter, text: str | None) -> dict[str, Any]:
+        try:
+            return parse(text) if text is not None else {}
+        except ValueError as error:
+            raise click.UsageError(f"{flag.opts[0]}: {error}") from None
 
-
-def _parsed(parse: Callable[[str], dict[str, T]], text: str | None, flag: str) -> dict[str, T]:
-    if text is None:
-        return {}
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise click.UsageError(f"{flag}: {error}") from None
+    return callback
 
 
 def _flag(name: str, parameter: str, text: str) -> Callable[[F], F]:
@@ -191,8 +192,16 @@ _FROM_0 = click.FloatRange(min=0)
 _LOOP: list[Callable[[Any], Any]] = [
     _file("loadEngine", "load_engine", "An engine to time; the same as naming it as an artefact."),
     _file("onnx", "onnx", "An ONNX file to time (through ONNX Runtime); the same as naming it as an artefact."),
-    click.option("--shapes", metavar="SPEC", help="Input shapes: input:8x3x32x32,other:8x4."),
-    click.option("--loadInputs", "load_inputs", metavar="SPEC", help="Raw input files: input:file.raw (else random)."),
+    click.option(
+        "--shapes", callback=_by_input(parse_shapes), metavar="SPEC", help="Input shapes: input:8x3x32x32,other:8x4."
+    ),
+    click.option(
+        "--loadInputs",
+        "load_inputs",
+        callback=_by_input(parse_files),
+        metavar="SPEC",
+        help="Raw input files: input:file.raw (else random).",
+    ),
     click.option("--iterations", default=10, show_default=True, type=click.IntRange(min=1), help="At least N queries."),
     click.option("--warmUp", "warm_up", default=200.0, show_default=True, type=_FROM_0, help="Warm-up, ms."),
     click.option("--duration", default=3.0, show_default=True, help="Measure for N seconds; -1: until Ctrl-C."),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gmconv.asking import Asked
 from gmconv.errors import ArchitectureUnavailableError, CheckpointError, RefusedError, UnavailableError
 from gmconv.files import each_path
 from gmconv.foreign import NOTHING, Foreign
@@ -52,17 +53,32 @@ class EvaluateOptions:
     metric: str | Metric | None = None
 
 
-def evaluate(artefacts: str | Path | Sequence[str | Path], options: EvaluateOptions | None = None) -> Evaluation:
+_ASKED = Asked(
+    EvaluateOptions,
+    "runtime.evaluate.__main__:main",
+    groups={"foreign": Foreign},
+    renamed={"data": "images", "split": "part", "input": "foreign.inputs"},
+    objects=("metric",),
+)
+
+
+@_ASKED.of
+def score_artefacts(
+    artefacts: str | Path | Sequence[str | Path], options: EvaluateOptions | None = None, **choices: Any
+) -> Evaluation:
     """Run every artefact, or the only one, on the same labelled images.
 
+    `choices` are fields of `EvaluateOptions` by name and value as on the command line: data="val/", split, output,
+    metric, device, reference, limit, seed, batch; and arch, input_shape, labels, ... of a foreign checkpoint.
+
     Raises RefusedError when an artefact, the images or the metric are unfit or the artefacts take different inputs, and
-    UnavailableError when the device is missing.
+    UnavailableError when the device is missing, TypeError for an option that there is not.
     """
     from runtime.evaluate.metric import load_metric
     from runtime.runners import open_runner
     from runtime.runners.qdq import layout_warning, session_options
 
-    options = options or EvaluateOptions()
+    options = _ASKED(options, choices)
     if isinstance(options.metric, str):
         options = replace(options, metric=load_metric(options.metric))
     found = [open_artefact(path) for path in each_path(artefacts)]
@@ -108,6 +124,9 @@ def evaluate(artefacts: str | Path | Sequence[str | Path], options: EvaluateOpti
         outputs=names,
         warnings=tuple(warning for warning in warnings if warning),
     )
+
+
+evaluate = score_artefacts
 
 
 def _scores(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gmconv.asking import Asked, silent
 from gmconv.errors import RefusedError
 from gmconv.files import each_path
 from gmconv.foreign import NOTHING, Foreign
@@ -51,12 +52,22 @@ class ParityOptions:
     foreign: Foreign = NOTHING
 
 
+_ASKED = Asked(
+    ParityOptions,
+    "runtime.parity.__main__:main",
+    groups={"foreign": Foreign},
+    renamed={"data": "images", "input": "foreign.inputs"},
+)
+
+
+@_ASKED.of
 def compare_artefacts(
     reference: str | Path,
     candidates: str | Path | Iterable[str | Path],
     options: ParityOptions | None = None,
     *,
-    note: Note = lambda text: None,
+    note: Note | None = None,
+    **choices: Any,
 ) -> ParityReport:
     """Run reference and candidates on the same inputs and compare their outputs.
 
@@ -65,6 +76,8 @@ def compare_artefacts(
         candidates: artefacts of the same network, or one.
         options: see `ParityOptions`.
         note: called with a few words when a step begins.
+        choices: or those flat, by name and value as on the command line: data="val/", golden, samples, seed, device,
+            precision, tolerance, bisect, ...; and arch, input_shape, weights, ... of a foreign checkpoint.
 
     Returns:
         The report; whether it passed is for the caller to act on.
@@ -72,8 +85,9 @@ def compare_artefacts(
     Raises:
         RefusedError, gmconv.errors.CheckpointError: a file was refused, or inputs do not fit.
         UnavailableError: the machine lacks a device or library.
+        TypeError: an option that there is not.
     """
-    options = options or ParityOptions()
+    options, note = _ASKED(options, choices), note or silent
     reference = Path(reference)
     note(f"opening {reference.name}")
     paths = [Path(path) for path in each_path(candidates)]

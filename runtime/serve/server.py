@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import click
 import uvloop
 
+from gmconv.asking import Asked
 from gmconv.errors import RefusedError
 from runtime.runners.base import parse_device
 from runtime.serve.auth import Gate, find_token, make_tls
@@ -64,14 +65,34 @@ def check(settings: Settings) -> None:
     make_tls(settings, "http")
 
 
+_ASKED = Asked(Settings, "runtime.serve.__main__:main")
+
+
+@_ASKED.of
 def serve(source: str | Path, *, as_json: bool = False, **choices: Any) -> int:
     """Serve an artefact, or a folder of them, until SIGTERM or Ctrl-C; the exit code, 0 or 6 where an engine failed.
 
-    `choices` are fields of `Settings`: the options of `python -m runtime.serve`, under the same names. Blocks, and
-    belongs into the main thread: it handles the process's signals. Tells on stdout where it listens and when it is
-    ready, in words or as JSON. Raises RefusedError, UnavailableError, click.UsageError.
+    `choices` are fields of `Settings` by name and value as on the command line of `python -m runtime.serve`: http_port,
+    grpc_port, metrics_port, host, model_name, device, threads, instances, max_batch, require_manifest, token_file, ...
+    Tells on stdout where it listens and when it is ready, in words or as JSON. It blocks, and handles the process's
+    signals: in a notebook or a thread start the command as a process, as the refusal says.
+
+    Raises RefusedError, also outside of the main thread and where a loop runs; UnavailableError, click.UsageError,
+    TypeError for a choice that there is not.
     """
-    return run(Settings(source=Path(source), **choices), as_json=as_json)
+    settings = _ASKED(None, {"source": source, **choices})
+    if threading.current_thread() is not threading.main_thread() or _loop_runs():
+        raise RefusedError(
+            f"serve() blocks and handles the process's signals, which takes a main thread without a running loop: in a "
+            f"notebook start a process: subprocess.Popen([sys.executable, '-m', 'runtime.serve', {str(source)!r}])"
+        )
+    return run(settings, as_json=as_json)
+
+
+def _loop_runs() -> bool:
+    with contextlib.suppress(RuntimeError):
+        return asyncio.get_running_loop() is not None
+    return False
 
 
 def run(settings: Settings, *, as_json: bool = False) -> int:

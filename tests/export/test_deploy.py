@@ -157,7 +157,7 @@ def test_a_precision_that_does_not_hold_says_what_to_do_and_leaves_nothing(tmp_p
     twice = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Conv2d(2, 1, 1, bias=False))
     twice[0].weight.data = torch.tensor([1.0, 1.0003]).reshape(2, 1, 1, 1)  # the same number in fp16
     twice[1].weight.data = torch.tensor([1.0, -1.0]).reshape(1, 2, 1, 1)
-    with pytest.raises(ParityError, match="nothing was written, parity failed: .*; leave fp16 out of precisions to"):
+    with pytest.raises(ParityError, match="nothing was written, parity failed: .*; leave fp16 out of precision to"):
         gmconv.deploy(twice, torch.randn(2, 1, 8, 8), tmp_path / "net.onnx", precision="fp32,fp16")
     assert list(tmp_path.iterdir()) == []
 
@@ -219,7 +219,7 @@ def test_an_option_that_there_is_not_is_named(net: nn.Module, tmp_path: Path) ->
     ("options", "said"),
     [
         ({"crop": "1e-x"}, "crop='1e-x': a crop tolerance is"),
-        ({"precision": "fp17"}, "precisions='fp17': 'fp17' is none of fp32, fp16"),
+        ({"precision": "fp17"}, "precision='fp17': 'fp17' is none of fp32, fp16"),
         ({"precisions": ("fp16", "fp17")}, r"precisions=\('fp16', 'fp17'\): 'fp17' is none of"),
         ({"batch": 0}, "batch=0: 0 is not in the range"),
         ({"crop_budget": "top:1"}, "crop_budget='top:1': a crop budget is"),
@@ -342,7 +342,7 @@ def test_an_output_that_is_neither_is_refused_before_any_work(name: str, net: nn
 
 
 def test_what_is_refused_names_parameters_not_flags(net: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match="need calibration images: give images=DIR, images=FILE.npz") as refusal:
+    with pytest.raises(RefusedError, match="need calibration images: give data=DIR, data=FILE.npz") as refusal:
         gmconv.deploy(net, torch.randn(2, 3, 16, 16), tmp_path / "net.onnx", precisions=("int8",))
     assert "--" not in refusal.value.message
 

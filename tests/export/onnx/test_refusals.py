@@ -49,7 +49,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> Live:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (ExportOptions(precisions=("fp32", "int8")), "need calibration images: give --data"),
+        (ExportOptions(precisions=("fp32", "int8")), "need calibration images: give data="),
         (ExportOptions(precisions=("bf16",), precision=PrecisionOptions(io_dtype="fp16")), "does not go with bf16"),
         (ExportOptions(images=Path("nowhere")), "no such data"),
         (ExportOptions(precisions=("int8",), images="nothing.npz"), "no such file"),

@@ -74,9 +74,7 @@ def test_every_kept_layer_is_needed(search: SensitivitySearch) -> None:
 
 
 def test_a_budget_that_cannot_be_met_says_what_was_best(search: SensitivitySearch) -> None:
-    with pytest.raises(
-        ParityError, match=r"no mix of int8 and fp16 layers reaches 200 dB: the best found keeps 3 of 4"
-    ):
+    with pytest.raises(ParityError, match=r"no mix of int8 and fp16 layers reaches 200 dB: the best keeps 3 of 4"):
         search.fewest_kept(Budget(min_snr=200), list(search.sensitivities(Budget(min_snr=200))))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -12,7 +14,7 @@ from runtime.serve import settings as module
 from runtime.serve.auth import find_token
 from runtime.serve.models.source import Source
 from runtime.serve.models.version import open_runners
-from runtime.serve.server import check
+from runtime.serve.server import check, serve
 from runtime.serve.settings import Settings
 
 from .conftest import classifier, parse
@@ -122,3 +124,15 @@ def test_an_engine_is_deserialized_once_for_all_instances(tmp_path: Path, monkey
     runners, solo = open_runners(Source("m", "1", path), Settings(source=path, instances=3, threads=1, device="cuda:0"))
     assert (len(set(map(id, runners))), solo) == (3, None)
     assert opened == [(path, "cuda:0", {"lazy": True, "batches": "auto"})]
+
+
+def test_serve_says_in_one_sentence_how_to_serve_from_a_notebook_or_a_thread() -> None:
+    said = r"in a notebook start a process: subprocess.Popen\(\[sys.executable, '-m', 'runtime.serve', 'net.onnx'\]\)$"
+    with ThreadPoolExecutor(1) as thread, pytest.raises(RefusedError, match=said):
+        thread.submit(serve, "net.onnx").result()
+
+    async def cell() -> None:
+        serve("net.onnx")
+
+    with pytest.raises(RefusedError, match=said):
+        asyncio.run(cell())
