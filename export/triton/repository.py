@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +27,8 @@ def place_version(
     *,
     version: int,
     force: bool,
-) -> Path:
-    """Write `repository/<config.name>/` and its `version`; the model's folder.
+) -> tuple[Path, str]:
+    """Write `repository/<config.name>/` and its `version`; the model's folder, and what --force did to other versions.
 
     A version that fits what is there appears by one rename. Anything else (a new model, a version replaced, another
     configuration) is made as a whole model folder, the versions that stay linked into it, and shown in one step, so
@@ -41,10 +42,13 @@ def place_version(
     final = model / str(version)
     labels = "".join(f"{_one_line(label)}\n" for label in interface.labels or ()).encode()
     made = not repository.exists()
+    if not made and not repository.is_dir():
+        raise RefusedError(f"{repository}: is a file, and a repository is a folder of models; give another -o")
     try:
         repository.mkdir(parents=True, exist_ok=True)
         with staging(repository, str(config.name)) as stage:
             _refuse_conflicts(model, final, config, labels, version, force=force)
+            note = _relabelled(model, final, labels)
             shared = _changed_shared(model, config, labels)
             adds = model.exists() and not final.exists() and not shared
             stage.choose(model if adds else repository)
@@ -65,7 +69,7 @@ def place_version(
         if made:
             with suppress(OSError):  # it holds the model
                 repository.rmdir()
-    return model
+    return model, note
 
 
 def _refuse_conflicts(model: Path, final: Path, config: Any, labels: bytes, version: int, *, force: bool) -> None:
@@ -80,17 +84,58 @@ def _refuse_conflicts(model: Path, final: Path, config: Any, labels: bytes, vers
         raise RefusedError(
             f"{final}: version {version} exists; write --version {version + 1}, or --force to replace it"
         )
-    shared = model / _CONFIG
-    if shared.exists() and not force and from_text(shared.read_text("utf-8", "replace"), shared) != config:
+    shared, there = model / _CONFIG, _labels_of(model)
+    found = from_text(shared.read_text("utf-8", "replace"), shared) if shared.exists() and not force else config
+    if not force and there != labels and (there or found != config):
         raise RefusedError(
-            f"{shared}: differs from what these options give, and all versions of a model share it; give the options "
+            f"{model / _LABELS}: {config.name} has {_count(there)} and the artefact {_count(labels)}, not the same, "
+            f"and all versions of a model share them; export with those, give another --name, or --force to rewrite it"
+        )
+    if found != config:
+        raise RefusedError(
+            f"{shared}: {'; '.join(_differences(found, config))}; all versions of a model share it: give the options "
             f"it was written with, another --name, or --force to rewrite it"
         )
-    if (model / _LABELS).exists() and not force and (model / _LABELS).read_bytes() != labels:
-        raise RefusedError(f"{model / _LABELS}: holds other labels; give another --name, or --force to rewrite it")
     for other in sorted(model.iterdir()):
         if other.name.isdecimal() and other != final:
             _fits_other_version(other, config)
+
+
+def _labels_of(model: Path) -> bytes:
+    return (model / _LABELS).read_bytes() if (model / _LABELS).exists() else b""
+
+
+def _count(labels: bytes) -> str:
+    return f"{len(labels.splitlines())} labels" if labels else "no labels"
+
+
+def _relabelled(model: Path, final: Path, labels: bytes) -> str:
+    """What becomes of versions that stay, where the artefact's labels replace theirs; empty where nothing does."""
+    there = _labels_of(model)
+    others = [entry.name for entry in model.iterdir() if entry.name.isdecimal() and entry != final] if there else []
+    if not others or there == labels:
+        return ""
+    lose = f"version {', '.join(sorted(others))} is served without from now on"
+    return f"{model / _LABELS} had {_count(there)}, which {lose}"
+
+
+def _differences(there: Any, here: Any, where: str = "") -> Iterator[str]:
+    """Where two messages of one type differ, field by field."""
+    for field in there.DESCRIPTOR.fields:
+        old, new, name = getattr(there, field.name), getattr(here, field.name), f"{where}{field.name}"
+        if old == new:
+            continue
+        if isinstance(old, str | int | float):
+            names = field.enum_type.values_by_number if field.enum_type else {}
+            old, new = (names[value].name if value in names else value for value in (old, new))
+            yield f"{name} is {old!r}, and {new!r} by these options"
+        elif hasattr(old, "DESCRIPTOR"):
+            yield from list(_differences(old, new, f"{name}.")) or [f"{name} differs"]
+        elif not hasattr(old, "keys") and len(old) == len(new) and all(hasattr(item, "DESCRIPTOR") for item in old):
+            for index, pair in enumerate(zip(old, new, strict=True)):
+                yield from _differences(*pair, f"{name}[{index}].")
+        else:
+            yield f"{name} differs"
 
 
 def _fits_other_version(folder: Path, config: Any) -> None:
@@ -116,7 +161,7 @@ def _changed_shared(model: Path, config: Any, labels: bytes) -> dict[str, bytes 
         if from_text(text, path) != config:
             raise RefusedError(f"{path}: would not survive being written and read back; report this model's names")
         changed[_CONFIG] = text.encode()
-    if labels != ((model / _LABELS).read_bytes() if (model / _LABELS).exists() else b""):
+    if labels != _labels_of(model):
         changed[_LABELS] = labels or None
     return changed
 

@@ -27,7 +27,8 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 class RepositoryEntry:
     """What `write_repository` wrote: the model's folder, the version's folder and the served batch limit.
 
-    `note` says, where there is something to say, why Triton batches less than the artefact seems to offer.
+    `note` says, where there is something to say, why Triton batches less than the artefact seems to offer, and what
+    became of the labels of other versions.
     """
 
     model: Path
@@ -80,7 +81,8 @@ def write_repository(
     interface = interface_of(artefact, manifest)
     config = model_config(name, interface, options)
     check_config(config, interface)
-    model = place_version(artefact, manifest, interface, config, repository, version=version, force=force)
+    model, relabelled = place_version(artefact, manifest, interface, config, repository, version=version, force=force)
+    batching = batching_note(interface, config.max_batch_size) if options.max_batch is None else None
     return RepositoryEntry(
         model=model,
         version=model / str(version),
@@ -88,5 +90,5 @@ def write_repository(
         name=name,
         backend=interface.backend,
         max_batch_size=config.max_batch_size,
-        note=batching_note(interface, config.max_batch_size) if options.max_batch is None else None,
+        note="; ".join(filter(None, (relabelled, batching))) or None,
     )

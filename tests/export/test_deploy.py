@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import gmconv
 from export.deploy import Deployed
 from export.precision import PrecisionOptions
-from gmconv.errors import ParityError, RefusedError
+from gmconv.errors import ParityError, RefusedError, UnavailableError
 from runtime.parity.unrounded import UNROUNDED
 from runtime.runners import open_runner
 
@@ -352,3 +352,12 @@ def test_an_engine_that_could_not_run_here_fails_nothing(net: nn.Module, tmp_pat
     assert [file.name for file in deployed.files] == ["net.onnx", "net.plan"]
     assert deployed.passed
     assert "PASSED" in str(deployed)
+
+
+def test_an_engine_that_nothing_here_can_build_is_refused_before_the_export(
+    net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.trt.installed", lambda flavor: False)
+    with pytest.raises(UnavailableError, match="TensorRT-RTX is not installed: "):
+        gmconv.deploy(net, torch.randn(2, 3, 16, 16), tmp_path / "net.plan", flavor="rtx")
+    assert list(tmp_path.iterdir()) == []

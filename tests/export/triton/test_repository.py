@@ -56,7 +56,7 @@ def test_a_hand_edited_configuration_is_not_overwritten_silently(tmp_path: Path)
     entry.config.write_text(entry.config.read_text().replace("count: 1", "count: 7"))
     result = run(tmp_path / "m.onnx", "-o", repo, "--version", 2)
     assert result.exit_code == 3
-    assert "--force" in result.output
+    assert "instance_group[0].count is 7, and 1 by these options; all versions" in result.output
     assert "count: 7" in entry.config.read_text()
 
 
@@ -106,6 +106,26 @@ def test_force_without_labels_takes_the_old_ones_away(tmp_path: Path) -> None:
     assert run(artefact, "-o", repo, "--version", 2).exit_code == 0
 
 
+def test_labels_that_differ_are_named_and_force_says_which_versions_lose_theirs(tmp_path: Path) -> None:
+    repo, artefact = tmp_path / "repo", make_onnx(tmp_path / "m.onnx")
+    write_manifest(artefact, labels=LABELS)
+    write_repository(artefact, repo)
+    write_manifest(artefact)
+    said = run(artefact, "-o", repo, "--version", 2)
+    assert said.exit_code == 3
+    assert "m has 10 labels and the artefact no labels" in said.output
+    assert "had 10 labels, which version 1 is served without" in (
+        write_repository(artefact, repo, version=2, force=True).note or ""
+    )
+
+
+def test_a_file_is_no_repository(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("a")
+    said = run(make_onnx(tmp_path / "m.onnx"), "-o", tmp_path / "names.txt")
+    assert said.exit_code == 3
+    assert "names.txt: is a file, and a repository is a folder" in said.output
+
+
 def test_labels_that_are_not_text_are_refused_like_any_other(tmp_path: Path) -> None:
     repo = tmp_path / "repo"
     artefact = make_onnx(tmp_path / "m.onnx")
@@ -114,7 +134,7 @@ def test_labels_that_are_not_text_are_refused_like_any_other(tmp_path: Path) -> 
     (entry.model / "labels.txt").write_bytes(b"\xff\xfe")
     result = run(artefact, "-o", repo, "--version", 2)
     assert result.exit_code == 3
-    assert "holds other labels" in result.output
+    assert "not the same" in result.output
 
 
 def test_force_replaces_a_damaged_configuration(tmp_path: Path) -> None:
