@@ -18,6 +18,11 @@ def printable(text: str, longest: int = 80) -> str:
     return shown if len(text) <= longest else shown[:longest] + "…"
 
 
+def layer_words(name: str) -> str:
+    """A module by its name, in words: "layer 'stem.0'"; the one at the root, whose name is empty, is the network."""
+    return f"layer {name!r}" if name else "the network itself"
+
+
 class RefusedError(click.ClickException):
     """Exit 3: the checkpoint, model, artefact, image or output path was refused."""
 

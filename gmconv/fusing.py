@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gmconv.errors import SurgeryError
+from gmconv.errors import SurgeryError, layer_words
 from gmconv.outputs import output_tensors
 from gmconv.surgery import copied
 
@@ -76,7 +76,7 @@ def _measured(model: nn.Module, before: list[Tensor], examples: tuple[Any, ...],
             break
     module = model.get_submodule(culprit)
     raise SurgeryError(
-        f"layer {culprit!r} ({type(module).__name__}): its {_method(module)}() changes the network's output by "
+        f"{layer_words(culprit)} ({type(module).__name__}): its {_method(module)}() changes the network's output by "
         f"{worst:.1e} of its RMS (together {error:.1e}, allowed {tolerance:.0e}): leave --fuse out"
     )
 
@@ -97,7 +97,9 @@ def _apply(model: nn.Module, only: str | None = None) -> Fused:
                 made = getattr(module, str(method))()
         except Exception as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise SurgeryError(f"layer {name!r} ({type(module).__name__}): its {method}() fails ({reason})") from error
+            raise SurgeryError(
+                f"{layer_words(name)} ({type(module).__name__}): its {method}() fails ({reason})"
+            ) from error
         if isinstance(made, nn.Module) and made is not module:
             model = _set(model, name, made)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gmconv.errors import BakeError, SurgeryError
+from gmconv.errors import BakeError, SurgeryError, layer_words
 from gmconv.layer import GMConv2d, SigmaPer
 
 M = TypeVar("M", bound=nn.Module)
@@ -58,14 +58,14 @@ def convert(
         if isinstance(conv, GMConv2d) or not wanted:
             continue
         if isinstance(conv, nn.modules.lazy.LazyModuleMixin):
-            raise SurgeryError(f"layer {name!r} is lazy and has no weight yet: run the model once, then convert")
+            raise SurgeryError(f"{layer_words(name)} is lazy and has no weight yet: run the model once, then convert")
         if _changes(conv, nn.Conv2d, _CONV_BEHAVIOUR):
             if subclasses == "skip":
                 continue
             if subclasses == "refuse":
                 raise SurgeryError(
-                    f"layer {name!r} is a {type(conv).__name__}, a Conv2d with a forward of its own that a mask would "
-                    f"replace: pass where= to leave it out, or subclasses='skip' or 'replace'"
+                    f"{layer_words(name)} is a {type(conv).__name__}, a Conv2d with a forward of its own that a mask "
+                    f"would replace: pass where= to leave it out, or subclasses='skip' or 'replace'"
                 )
         _require_plain_weight(name, conv, SurgeryError)
         chosen[name] = conv
@@ -165,8 +165,8 @@ def _changes(module: nn.Module, base: type[nn.Module], behaviour: tuple[str, ...
 def _require_plain_weight(name: str, conv: nn.Conv2d, error: type[SurgeryError]) -> None:
     if conv._parameters.get("weight") is None:
         raise error(
-            f"layer {name!r} computes its weight (weight norm, spectral norm, pruning or another parametrization): "
-            f"make it permanent first, e.g. torch.nn.utils.parametrize.remove_parametrizations"
+            f"{layer_words(name)} computes its weight (weight norm, spectral norm, pruning or another "
+            f"parametrization): make it permanent first, e.g. torch.nn.utils.parametrize.remove_parametrizations"
         )
 
 
@@ -174,17 +174,18 @@ def _require_bakeable(name: str, module: nn.Module) -> None:
     if not isinstance(module, GMConv2d):
         if "sigma" in module._parameters and (isinstance(module, nn.Conv2d) or "gm" in type(module).__name__.lower()):
             raise BakeError(
-                f"layer {name!r} is a {type(module).__name__} with a sigma, but not a gmconv.GMConv2d: its mask is "
-                f"unknown here; gmconv.bake_constants(model, *examples) and gmconv.deploy(model, examples) bake layers "
-                f"of any class by watching them run"
+                f"{layer_words(name)} is a {type(module).__name__} with a sigma, but not a gmconv.GMConv2d: its mask "
+                f"is unknown here; gmconv.bake_constants(model, *examples) and gmconv.deploy(model, examples) bake "
+                f"layers of any class by watching them run"
             )
         return
     _require_plain_weight(name, module, BakeError)
     if _changes(module, GMConv2d, _GMCONV_BEHAVIOUR):
         raise BakeError(
-            f"layer {name!r} is a {type(module).__name__}, which computes its mask or output in its own way (perhaps "
-            f"from the input); gmconv.bake_constants(model, *examples) watches it run and bakes it if it is constant"
+            f"{layer_words(name)} is a {type(module).__name__}, which computes its mask or output in its own way "
+            f"(perhaps from the input); gmconv.bake_constants(model, *examples) watches it run and bakes it if it "
+            f"is constant"
         )
     for part in ("sigma", "weight"):
         if not torch.isfinite(getattr(module, part)).all():
-            raise BakeError(f"layer {name!r}: its {part} holds NaN or Inf; this checkpoint cannot be deployed")
+            raise BakeError(f"{layer_words(name)}: its {part} holds NaN or Inf; this checkpoint cannot be deployed")

@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import sys
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.graph.failure import why_not
 from export.graph.traced import attributes_restored, reserved_renamed
-from gmconv.errors import RefusedError
+from gmconv.errors import RefusedError, layer_words
 from runtime.records import AxisRange
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def to_onnx(
                 dynamic_shapes=tuple(free) if any(free) else None,
             )
     except Exception as error:  # the exporter raises its own types, torch.export's and plain ones
-        raise RefusedError(_why_not(error, axes, model)) from error
+        raise RefusedError(why_not(error, model, hw=axes.hw)) from error
     if program is None:
         raise RefusedError("the exporter returned no program; what it printed, above unless -q, says why")
     graph_model = program.model
@@ -142,36 +142,6 @@ def _free(name: str, example: torch.Tensor, axes: Axes, *, alone: bool) -> dict[
     return free
 
 
-def _why_not(error: Exception, axes: Axes, model: nn.Module) -> str:
-    chain: list[BaseException] = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()]
-    reason = (lines[0] if lines else type(error).__name__)[:300]
-    advice = "the exporter's own report, above unless -q, says more"
-    if any("data-dependent" in str(link) for link in chain):
-        advice = "its forward decides in Python by values of a tensor, and a graph has one way for all: use torch.where"
-    marks = ("constraint", "specializ", "user-specified ranges")
-    if any(mark in str(link).lower() for link in chain for mark in marks):
-        what = "batch, height or width" if axes.hw else "batch"
-        advice = f"its forward fixes the {what}: give --batch N{' without --dynamic-hw' if axes.hw else ''}"
-    layer = _layer_at_fault(chain, model)
-    return f"the network cannot be exported{f' at layer {layer!r}' if layer else ''} ({reason}); {advice}"
-
-
-def _layer_at_fault(chain: Sequence[BaseException], model: nn.Module) -> str:
-    """The innermost module that was at work when a step failed: running its forward, or translating its operator."""
-    names = {id(module): name for name, module in model.named_modules()}
-    found = ""
-    for error in chain:
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            found = names.get(id(frame.f_locals.get("self")), "") or found
-            meta = getattr(frame.f_locals.get("node"), "meta", None)
-            stack = list(meta.get("nn_module_stack", {}).values()) if isinstance(meta, dict) else []
-            found = next((path for path, _ in reversed(stack) if path in names.values() and path), found)
-    return found
-
-
 def strip_metadata(model: ir.Model) -> None:
     """Keep of the exporter's metadata only the module path of each node.
 
@@ -200,10 +170,10 @@ def refuse_bfloat16(model: ir.Model) -> None:
         dtype = node.outputs[0].dtype if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") else None
         if dtype is not None and dtype.name == "BFLOAT16":
             scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
-            layer = next((name for name in reversed(scopes[:-1]) if name), node.name)
+            layer = next((name for name in reversed(scopes[:-1]) if name), "")
             raise RefusedError(
-                f"layer {layer!r} computes in bfloat16 (autocast in its forward?), which ONNX Runtime does not; let it "
-                f"compute in float32 and ask for --precision bf16 or fp16"
+                f"{layer_words(layer)} computes in bfloat16 (autocast in its forward?), which ONNX Runtime does not; "
+                f"let it compute in float32 and ask for --precision bf16 or fp16"
             )
 
 

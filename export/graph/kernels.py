@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from gmconv.errors import RefusedError
+from gmconv.errors import RefusedError, layer_words
 
 if TYPE_CHECKING:
     from torch import fx
@@ -72,7 +72,7 @@ def _require_stored(node: fx.Node, made: Mapping[fx.Node, _Made], kept: set[str]
         return
     why = "from the network's input" if made.get(kernel) == "input" else "in the graph"
     raise RefusedError(
-        f"layer {layer or 'of the network itself'!r} computes its kernel {why}, and baking did not see it: "
+        f"{layer_words(layer)} computes its kernel {why}, and baking did not see it: "
         f"write it as a call of torch.nn.functional.conv2d in a module of its own"
     )
 

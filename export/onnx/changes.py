@@ -44,7 +44,8 @@ def what_was_merged(modules: Sequence[str]) -> str:
 
     if not modules:
         return f"--fuse merged nothing: no module has a method {', '.join(METHODS)} that needs no argument"
-    return f"merged their branches by a method of their own: {', '.join(map(repr, modules))}"
+    names = ", ".join(repr(name) if name else "the network itself" for name in modules)
+    return f"merged their branches by a method of their own: {names}"
 
 
 def crop_kernels(

@@ -21,7 +21,7 @@ from export.onnx.refusals import (
     refuse_unfit_images,
 )
 from gmconv.asking import silent
-from gmconv.errors import ParityError, RefusedError
+from gmconv.errors import ParityError, RefusedError, layer_words
 from gmconv.golden import read_golden
 from runtime.runners.base import numpy_dtype
 
@@ -169,7 +169,7 @@ def _write_fp32(
     exported = written.model
     require_stored_kernels(written.program, kept)
     notes = [*said, *[what_was_merged(merged)] * options.fuse]
-    notes += [f"layer {name!r} keeps computing its kernel: {reason}" for name, reason in kept.items()]
+    notes += [f"{layer_words(name)} keeps computing its kernel: {reason}" for name, reason in kept.items()]
     unused = capture.unused_layers(written, model, baked)
     if unused:
         notes.append(f"not in the graph, as no output needs them: {', '.join(unused)}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from export.onnx.options import ExportOptions, crop_clash
 from gmconv.data import refuse_missing
-from gmconv.errors import ParityError, RefusedError, printable
+from gmconv.errors import ParityError, RefusedError, layer_words, printable
 from gmconv.files import require_writable
 from gmconv.images import read_preprocessing
 from gmconv.kinds import refuse_other_kinds, require_ending
@@ -108,7 +108,7 @@ def refuse_two_kernels(baked_here: Mapping[str, str], baked_there: Mapping[str, 
     """The sha256 of each kernel that two processes baked. Raises ParityError."""
     for name in sorted(baked_here.keys() | baked_there.keys()):
         if baked_here.get(name) != baked_there.get(name):
-            raise ParityError(f"layer {name!r}: two processes baked different weights; refusing to ship either")
+            raise ParityError(f"{layer_words(name)}: two processes baked different weights; refusing to ship either")
 
 
 def advice_on_parity(precision: str, options: ExportOptions) -> str:

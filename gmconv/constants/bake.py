@@ -18,7 +18,7 @@ from gmconv.constants.certificate import certify, kept_certificate
 from gmconv.constants.observe import Use, Watched, watch
 from gmconv.constants.origins import INPUT, RANDOM
 from gmconv.constants.rewrite import become, plain_layer, redirect
-from gmconv.errors import BakeError
+from gmconv.errors import BakeError, layer_words
 from gmconv.records import KernelCertificate
 from gmconv.surgery import copied
 
@@ -95,7 +95,7 @@ def bake_constants(
     if kept and dynamic == "refuse":
         first = kept[0]
         advice = "" if first.why == _NOT_FINITE else "; --keep-dynamic leaves it as it is"
-        raise BakeError(f"layer {first.name!r} ({type(first.module).__name__}): {first.why}{advice}")
+        raise BakeError(f"{layer_words(first.name)} ({type(first.module).__name__}): {first.why}{advice}")
     found = [layer for layer in layers if layer.why is None]
     certificates = [kept_certificate(layer.name, layer.why or "") for layer in kept]
     if not found:

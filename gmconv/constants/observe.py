@@ -22,7 +22,7 @@ from gmconv.certificate import tensor_sha256
 from gmconv.constants.operators import Call, Product, kernel_call, product_operands
 from gmconv.constants.origins import INPUT, Origin, Origins, unwrapped
 from gmconv.eager import as_written
-from gmconv.errors import BakeError
+from gmconv.errors import BakeError, layer_words
 from gmconv.outputs import output_tensors
 
 #: What `tensor.data = other` calls.
@@ -118,7 +118,7 @@ class _Kernels(TorchFunctionMode):
     @property
     def where(self) -> str:
         """The layer that runs."""
-        return f"layer {self.frames[-1].name!r}" if self.frames[-1].name else "the network"
+        return layer_words(self.frames[-1].name)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.origins.busy or func in self.plain:
@@ -155,8 +155,9 @@ class _Kernels(TorchFunctionMode):
         frame = self.frames[-1]
         if _computes(kind := type(call.kernel)):
             raise BakeError(
-                f"layer {frame.name!r} ({type(frame.module).__name__}): its kernel is a {kind.__name__}, a class of "
-                f"tensors that computes by itself, where nothing can be watched; do that in the layer's forward"
+                f"{layer_words(frame.name)} ({type(frame.module).__name__}): its kernel is a {kind.__name__}, a "
+                f"class of tensors that computes by itself, where nothing can be watched; do that in the layer's "
+                f"forward"
             )
         given = frame.args[0] if frame.args else None
         x, pads = call.input, None

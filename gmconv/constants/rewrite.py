@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from gmconv.constants.observe import SET_DATA, VALUES, Use
 from gmconv.constants.operators import Product, kernel_call, product_operands
-from gmconv.errors import BakeError
+from gmconv.errors import BakeError, layer_words
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
@@ -62,7 +62,7 @@ def _symmetric(use: Use, padding: Any) -> tuple[int, ...]:
     assert use.pads is not None
     flat, _ = use.pads
     if any(flat[2 * i] != flat[2 * i + 1] for i in range(len(flat) // 2)) or (padding and any(padding)):
-        raise BakeError(f"layer {use.name!r}: its padding is none that a plain layer states")
+        raise BakeError(f"{layer_words(use.name)}: its padding is none that a plain layer states")
     return tuple(int(side) for side in reversed(flat[::2]))
 
 

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gmconv.cropping.layers import CroppedConv2d, crop_conv
 from gmconv.cropping.window import PRECISIONS, Precision, Window, smallest_lossless_window, smallest_window
-from gmconv.errors import SurgeryError
+from gmconv.errors import SurgeryError, layer_words
 from gmconv.layer import GMConv2d
 
 M = TypeVar("M", bound=nn.Module)
@@ -96,7 +96,7 @@ def crop_to(model: M, windows: Mapping[str, Window], *, inplace: bool = False) -
         SurgeryError: a GMConv2d is still there, or a name is not a croppable layer.
     """
     if missing := set(windows) - set(croppable(model)):
-        raise SurgeryError(f"layer {min(missing)!r} cannot be cropped: no plain nn.Conv2d of that name")
+        raise SurgeryError(f"{layer_words(min(missing))} cannot be cropped: no plain nn.Conv2d of that name")
     model = model if inplace else copy.deepcopy(model)
     layers = dict(model.named_modules())
     kernels: dict[tuple[int, Window], nn.Parameter] = {}  # layers that share a weight go on sharing it
@@ -121,7 +121,7 @@ def croppable(model: nn.Module, where: Where | None = None) -> dict[str, nn.Conv
                 f"module {name!r} is TorchScript, whose layers cannot be changed: start from the Python model"
             )
         if isinstance(module, GMConv2d):
-            raise SurgeryError(f"layer {name!r} still computes its mask: bake the model first, gmconv.bake(model)")
+            raise SurgeryError(f"{layer_words(name)} still computes its mask: bake the model first, gmconv.bake(model)")
         if type(module) not in (nn.Conv2d, CroppedConv2d) or "forward" in module.__dict__:
             continue
         conv = cast(nn.Conv2d, module)
@@ -131,9 +131,9 @@ def croppable(model: nn.Module, where: Where | None = None) -> dict[str, nn.Conv
         if where is not None and not where(name, conv):
             continue
         if weight.is_meta:
-            raise SurgeryError(f"layer {name!r}: its weight is on the meta device and has no values to crop by")
+            raise SurgeryError(f"{layer_words(name)}: its weight is on the meta device and has no values to crop by")
         if not torch.isfinite(weight.detach()).all():
-            raise SurgeryError(f"layer {name!r}: its weight holds NaN or Inf; this model cannot be cropped")
+            raise SurgeryError(f"{layer_words(name)}: its weight holds NaN or Inf; this model cannot be cropped")
         found[name] = conv
     return found
 

@@ -72,6 +72,48 @@ def test_what_cannot_be_exported_is_one_sentence_with_the_layer(culprit: type[nn
     assert "\n" not in refused.value.message
 
 
+class PerSample(nn.Module):
+    """A kernel for each sample of the batch (CondConv), all of them in one grouped convolution."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, c, h, w = x.shape
+        kernels = x.mean((2, 3)).reshape(n * c, 1, 1, 1).expand(-1, c, 3, 3)
+        y = nn.functional.conv2d(x.reshape(1, n * c, h, w), kernels, groups=n)
+        return y.reshape(n, c, h - 2, w - 2)
+
+
+class Dilated(nn.Module):
+    """A dilation that follows the height."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x, torch.ones(1, 3, 3, 3), dilation=x.shape[2] // 8)
+
+
+class Pooled(nn.Module):
+    """A window as large as the image."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.avg_pool2d(x, x.shape[2:]).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("culprit", "hw", "said"),
+    [
+        (PerSample, False, "exported: the groups of its conv2d follow the batch, .*; give --batch N$"),
+        (PerSample, True, "the batch, .*; give --batch N$"),
+        (Dilated, True, "the dilation of its conv2d follows the height and width, .*; leave --dynamic-hw out$"),
+        (Pooled, True, r"its forward fixes the height or width: leave --dynamic-hw out$"),
+    ],
+)
+def test_a_number_in_the_graph_that_follows_a_free_axis(
+    culprit: type[nn.Module], hw: bool, said: str, tmp_path: Path
+) -> None:
+    axes = capture.Axes(batch=True, hw=hw)
+    given = {"input": torch.zeros(2, 3, 16, 16)}
+    with pytest.raises(RefusedError, match=said):
+        capture.to_onnx(culprit(), given, output_names=["logits"], axes=axes, opset=20, log=tmp_path / "log")
+
+
 def test_a_missing_convolution_is_noticed(tmp_path: Path) -> None:
     model = exported(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), (3, 8, 8), tmp_path / "log")
     with pytest.raises(RuntimeError, match="runs 2 convolutions, the graph has 1"):

@@ -418,7 +418,7 @@ def test_free_sides_are_tried_larger_and_not_square() -> None:
     assert len(sides) == 4
     assert any(h % 2 and w % 2 and h < 16 for h, w in sides), "smaller and odd"
     assert any(h != w for h, w in sides)
-    with pytest.raises(RefusedError, match="give --inputs"):
+    with pytest.raises(RefusedError, match="nothing says which is usual"):
         corner_shapes(spec, (), Facts())
 
 
