@@ -64,6 +64,11 @@ class Deployed(Shown):
         found = [manifest.parity for manifest in self.manifests]
         return all(parity is None or parity.passed or parity.result == "not run" for parity in found)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: the files, whether they passed, and their manifests."""
+        manifests = [manifest.to_dict() for manifest in self.manifests]
+        return {"files": [str(file) for file in self.files], "passed": self.passed, "manifests": manifests}
+
     def sections(self) -> list[Section]:
         """What the manifests say."""
         return artefact_sections(

@@ -102,6 +102,14 @@ class Manifest:
         return next((link for link in reversed(self.chain) if link.kind == kind), None)
 
     @property
+    def recorded_precision(self) -> str:
+        """The precision of an ONNX file by what its export recorded of the layers; empty where nothing did."""
+        audit = (self.certificate or {}).get("precision")
+        if isinstance(audit, dict):
+            return str(audit.get("precision", ""))
+        return "fp32" if self.artefact.kind == "onnx" and set(self.precision_found) == {"fp32"} else ""
+
+    @property
     def rows_meet(self) -> bool:
         """Whether a sample's outputs depend on the others of its batch, so that batches may not be merged."""
         return self.export is not None and self.export.rows_meet
@@ -113,9 +121,18 @@ class Manifest:
         fp8 = (_FP8_ELSEWHERE,) if self.artefact.kind == "onnx" and "fp8" in self.precision else ()
         return (*own, *(self.calibration.warnings if self.calibration else ()), *fp8)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as the sidecar has them."""
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        return plain
+
     def to_json(self) -> str:
         """The sidecar's text."""
-        return json.dumps(msgspec.to_builtins(self), indent=1, allow_nan=False) + "\n"
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+
+    def __repr__(self) -> str:
+        proof = self.parity.sentence() if self.parity else "not run"
+        return f"<Manifest of {self.artefact.file}: {self.precision}, parity {proof}; to_dict() has all of it>"
 
 
 def digest_onnx(path: Path) -> tuple[FileDigest, ...]:
@@ -206,6 +223,10 @@ def read_manifest(artefact: Path, *, verify: bool = True) -> Manifest:
         raise RefusedError(f"{path}: not a manifest ({error}); export the artefact again") from error
     except OSError as error:
         raise RefusedError(f"{path}: cannot be read ({error.strerror})") from error
+    if (recorded := manifest.recorded_precision) not in ("", manifest.precision):
+        raise RefusedError(
+            f"{path}: says {manifest.precision}, and what the export recorded in it {recorded}; export it again"
+        )
     named = (*manifest.external, *([manifest.golden] if manifest.golden else []))
     if any(Path(entry.file).name != entry.file for entry in named):
         raise RefusedError(f"{path}: names a file outside its folder; export the artefact again")

@@ -57,8 +57,6 @@ def main(
     **flags: Any,
 ) -> None:
     """Bake the masks of CHECKPOINT, export it to ONNX, and prove that ONNX Runtime computes the same."""
-    import msgspec
-
     from export.onnx.tables import print_export
     from gmconv.cli import print_json, progress_console, warn
     from runtime.manifest import read_manifest
@@ -81,7 +79,7 @@ def main(
         manifests = [read_manifest(file, verify=False) for file in files]
         warn(dict.fromkeys(text for manifest in manifests for text in manifest.warnings))
         if as_json:
-            found = msgspec.to_builtins(manifests)
+            found = [manifest.to_dict() for manifest in manifests]
             print_json(found if len(found) > 1 else found[0])
         return
     for index, written in enumerate(files):

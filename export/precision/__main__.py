@@ -142,9 +142,7 @@ def main(model: Path, precision: Precision | None, output: Path | None, **flags:
     if flags["report"] is not None:
         write_artefact_report(flags["report"], [output], searched)
     if flags["as_json"]:
-        import msgspec
-
-        print_json(msgspec.to_builtins(manifest))
+        print_json(manifest.to_dict())
         return
     _print_result(manifest)
     result_console().print(_parity_line(manifest, model, output), soft_wrap=True, highlight=False, markup=False)

@@ -238,9 +238,7 @@ def main(
     if report is not None:
         write_artefact_report(report, [output] if onnx_path == model else [onnx_path, output])
     if as_json:
-        import msgspec
-
-        print_json(msgspec.to_builtins(manifest))
+        print_json(manifest.to_dict())
         return
     for line in summary(output, manifest):
         click.echo(line)

@@ -52,6 +52,24 @@ def test_round_trip(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.json"]
 
 
+def test_it_is_short_as_a_cells_text_and_plain_as_a_dict(tmp_path: Path) -> None:
+    written = write_pair(tmp_path / "m.onnx", precision="fp16")
+    assert repr(written) == "<Manifest of m.onnx: fp16, parity not run; to_dict() has all of it>"
+    assert json.loads(written.to_json()) == json.loads(json.dumps(written.to_dict()))
+
+
+@pytest.mark.parametrize(
+    ("claimed", "certificate", "found"),
+    [("fp16", None, "fp32"), ("fp32", {"precision": {"precision": "int8"}}, "int8")],
+)
+def test_a_precision_that_the_export_did_not_record_is_refused_by_every_reader(
+    claimed: str, certificate: dict[str, Any] | None, found: str, tmp_path: Path
+) -> None:
+    write_pair(tmp_path / "m.onnx", precision=claimed, certificate=certificate, precision_found={found: 3})
+    with pytest.raises(RefusedError, match=f"says {claimed}, and what the export recorded in it {found}"):
+        find_manifest(tmp_path / "m.onnx")
+
+
 def test_the_newest_link_of_a_kind(tmp_path: Path) -> None:
     chain = (
         FileDigest("checkpoint", "c.pt", "00", 3),

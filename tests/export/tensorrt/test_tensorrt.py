@@ -147,7 +147,7 @@ def test_each_precision_is_converted_built_and_read_back(
 
 def test_asked_for_fp16_that_came_out_fp32_is_a_failed_build(onnx_file: Path, tmp_path: Path) -> None:
     manifest = build_engine(onnx_file, tmp_path / "first.plan", RTX)
-    lying = dataclasses.replace(manifest, artefact=digest(onnx_file, "onnx"), precision="fp16")
+    lying = dataclasses.replace(manifest, artefact=digest(onnx_file, "onnx"), precision="fp16", precision_found={})
     sidecar(onnx_file).write_text(lying.to_json())
     with pytest.raises(BuildError, match="fp16 was asked for and no layer computes in it"):
         build_engine(onnx_file, tmp_path / "model.plan", RTX)
@@ -159,7 +159,7 @@ def test_a_precision_that_nobody_tells_is_a_warning_and_no_failed_build(
 ) -> None:
     """As with a dynamic batch, where inspector and log tell no type; the graph's own types are what was built."""
     manifest = build_engine(onnx_file, tmp_path / "first.plan", RTX)
-    half = dataclasses.replace(manifest, artefact=digest(onnx_file, "onnx"), precision="fp16")
+    half = dataclasses.replace(manifest, artefact=digest(onnx_file, "onnx"), precision="fp16", precision_found={})
     sidecar(onnx_file).write_text(half.to_json())
     untold = EngineLayer("conv1", "CaskConvolution", (), (), (), ("conv1",))
     monkeypatch.setattr("export.tensorrt.build.read_layers", lambda texts: (untold,))
