@@ -116,6 +116,8 @@ def deploy(
             batch, dynamic_hw, crop, images, keep_fp32, calibration, ...; also with the values and names of the command
             line (precision="fp16,int8", crop="1e-3", data="images/", calibration_seed=1).
 
+    An output alone is called "logits", the i-th of a tuple output_i, an entry of a dict by its key.
+
     Returns:
         The files and their manifests; printed, the tables of the command.
 

@@ -134,7 +134,7 @@ def _make(namespace: str, name: str, kwargs: dict[str, Any], where: str, arch: s
     if not trusted:
         raise CheckpointError(
             f"{where}: its architecture {arch[:80]!r} is outside gmconv.models, torchvision.models and timm; a file "
-            f"may not choose code to run: if you trust it, say --arch {arch[:80]}"
+            f"may not choose code to run: if you trust it, say --arch {arch[:80]} (in Python: arch={arch[:80]!r})"
         )
     return _own_factory(namespace, name, where, arch)(**kwargs)
 

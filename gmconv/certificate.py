@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gmconv.errors import ROOT
 from gmconv.layer import GMConv2d
 from gmconv.mask import gaussian_mask
 from gmconv.records import KernelCertificate, Spread
@@ -158,7 +159,7 @@ def certificate_table(certificate: dict[str, Any]) -> Table:
         if sigma["min"] != sigma["max"]:
             spread += f" ({sigma['min']:.3f}..{sigma['max']:.3f})"
         table.add(
-            layer["name"],
+            layer["name"] or ROOT,
             "{}x{}".format(*layer["kernel"]),
             spread,
             f"{layer['mask_edge']:.3g}",
@@ -191,11 +192,11 @@ def kernel_table(kernels: Sequence[dict[str, Any]]) -> Table:
     )
     for kernel in kernels:
         if kernel["kind"] == "kept":
-            table.add(kernel["name"], Text("kept as it is", style="yellow"), kernel["reason"], *["-"] * 5)
+            table.add(kernel["name"] or ROOT, Text("kept as it is", style="yellow"), kernel["reason"], *["-"] * 5)
             continue
         fit = kernel["gaussian"]
         table.add(
-            kernel["name"],
+            kernel["name"] or ROOT,
             kernel["kind"],
             ", ".join(kernel["made_from"]) or "constants",
             "x".join(map(str, kernel["shape"][2:])) or "linear",

@@ -11,6 +11,9 @@ import click
 #: Before each line of somebody else's words that a message quotes below its own sentence.
 QUOTED = "\n  | "
 
+#: What the module at the root is called, whose name is empty.
+ROOT = "the network itself"
+
 
 def printable(text: str, longest: int = 80) -> str:
     """Text from a file as it may be shown: no control characters, no line breaks, not endless."""
@@ -20,7 +23,7 @@ def printable(text: str, longest: int = 80) -> str:
 
 def layer_words(name: str) -> str:
     """A module by its name, in words: "layer 'stem.0'"; the one at the root, whose name is empty, is the network."""
-    return f"layer {name!r}" if name else "the network itself"
+    return f"layer {name!r}" if name else ROOT
 
 
 class RefusedError(click.ClickException):
@@ -57,6 +60,10 @@ class CheckpointError(click.ClickException):
     """Exit 3: a checkpoint was refused; the message names the file and what to do."""
 
     exit_code = 3
+
+
+class ArchitectureUnsaidError(CheckpointError):
+    """Exit 3: a checkpoint holds weights alone, and nobody said of which network."""
 
 
 class SurgeryError(click.ClickException):

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gmconv.errors import RefusedError
+from gmconv.errors import RefusedError, printable
 
 Array = NDArray[Any]
 Sides = Literal["own", "larger", "odd", "smaller"]
@@ -91,6 +91,15 @@ def in_order(model: nn.Module, inputs: Sequence[Input]) -> tuple[Input, ...]:
         raise RefusedError(f"the network's forward takes {missing!r} before {gap[0]!r}; give it too")
     by_name = {given.name: given for given in inputs}
     return tuple(by_name[name] for name in order)
+
+
+def left_out(model: nn.Module, inputs: Sequence[Input]) -> tuple[str, ...]:
+    """A note on what `model`'s forward takes too and has a default for, where there is any."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    known = [parameter for parameter in parameters if parameter.kind in _POSITIONAL][len(inputs) :]
+    known += [parameter for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    defaults = [(one.name, printable(repr(one.default), 40)) for one in known if one.default is not one.empty]
+    return tuple(f"{name} is not given: exported as its default, {default}" for name, default in defaults)
 
 
 def noise(

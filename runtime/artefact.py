@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from gmconv.errors import RefusedError
+from gmconv.errors import RefusedError, printable
 from gmconv.files import sha256_file
 from gmconv.images import Preprocessing
 from gmconv.kinds import Kind as Kind
@@ -97,6 +97,20 @@ def open_artefact(path: str | Path, *, require_manifest: bool = False) -> Artefa
             f"give it the suffix it was exported with"
         )
     return Artefact(path=path, kind=kind, manifest=manifest, facts=facts_of(manifest), sha256=sha256_of(manifest))
+
+
+def exported_as(checkpoint: Path) -> str:
+    """How an artefact beside `checkpoint` was exported from it, as the end of a sentence; "" where none says so."""
+    for path in sorted(checkpoint.parent.glob("*.json")):
+        artefact = path.with_suffix("")
+        try:
+            manifest = read_manifest(artefact, verify=False)
+        except RefusedError:  # another file's business
+            continue
+        link = manifest.source("checkpoint")
+        if manifest.arch and link is not None and link.sha256 == sha256_file(checkpoint):
+            return f"; {artefact.name} was exported from it with --arch {printable(manifest.arch)}"
+    return ""
 
 
 def sha256_of(manifest: Manifest | None) -> str:

@@ -130,11 +130,13 @@ def _batches(label: str, arrays: dict[str, Array], options: ExportOptions, *, wh
         if whole and not spans:
             raise RefusedError(f"{label}: {count} samples do not fill a batch of {options.batch}; record more")
     cases = []
-    for start, stop in spans:
+    parts = ("one", "two more", "the others") if options.batch is None else ()
+    for index, (start, stop) in enumerate(spans):
         feeds = {name: np.ascontiguousarray(array[start:stop]) for name, array in arrays.items()}
         if len(next(iter(feeds.values()))):
             small = sum(array.size for array in feeds.values()) <= _YARDSTICK
-            cases.append(Case(label, feeds, yardstick=small))
+            part = f", {parts[index]}" if parts and count > 1 else ""
+            cases.append(Case(label + part, feeds, yardstick=small))
     return cases
 
 

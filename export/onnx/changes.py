@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from export.onnx.options import ExportOptions, Note
-from gmconv.errors import RefusedError
+from gmconv.errors import ROOT, RefusedError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +44,7 @@ def what_was_merged(modules: Sequence[str]) -> str:
 
     if not modules:
         return f"--fuse merged nothing: no module has a method {', '.join(METHODS)} that needs no argument"
-    names = ", ".join(repr(name) if name else "the network itself" for name in modules)
+    names = ", ".join(repr(name) if name else ROOT for name in modules)
     return f"merged their branches by a method of their own: {names}"
 
 

@@ -88,7 +88,7 @@ class InMemory:
 
     def __init__(self, live: Live) -> None:
         from gmconv import Checkpoint
-        from gmconv.inputs import arguments_of
+        from gmconv.inputs import arguments_of, left_out
         from gmconv.surgery import masked_layers
 
         arguments = arguments_of(live.model, live.examples)
@@ -107,7 +107,7 @@ class InMemory:
             sha256=_digest(live.model),
             preprocessing=preprocessing_of(given.preprocessing, shape),
             labels=given.labels,
-            notes=("exported from memory",),
+            notes=("exported from memory", *left_out(live.model, arguments.inputs)),
         )
         self._reference: Reference | None = None
 

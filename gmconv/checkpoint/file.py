@@ -146,8 +146,8 @@ def _why_unreadable(error: Exception) -> str:
         if marker in text:
             name = text.split(marker, 1)[1].split()[0].rstrip(".,")
             return (
-                f"holds a pickled {name}, and nothing in a checkpoint may run code; save model.state_dict() instead "
-                f"of the model or its arguments"
+                f"holds a pickled {name}, and nothing in a checkpoint may run code; save model.state_dict(), and "
+                f"beside it numbers, text, lists and dicts alone"
             )
     return "is not a readable PyTorch checkpoint (truncated, damaged or another format); copy or save it again"
 

@@ -22,7 +22,7 @@ from gmconv.architecture import build, plain_kwargs
 from gmconv.checkpoint.file import read_file
 from gmconv.checkpoint.fill import fill, put_masks, require_same_keys
 from gmconv.checkpoint.names import plain_values
-from gmconv.errors import CheckpointError, RefusedError, printable
+from gmconv.errors import ArchitectureUnsaidError, CheckpointError, RefusedError, printable
 from gmconv.files import replacing
 from gmconv.foreign import DTYPES, labels_of, preprocessing_of
 from gmconv.inputs import Input, in_order
@@ -87,7 +87,8 @@ def save_checkpoint(
         path: of the file, usually `*.pt`.
         model: live (its GMConv2d layers are recorded by name) or plain.
         arch: `"gmconv.models:resnet20"`, `"torchvision:NAME"`, `"timm:NAME"`, or
-            `"package.module:factory"`, which `load_checkpoint` accepts only with `arch=` said again.
+            `"package.module:factory"`, which `load_checkpoint` accepts only with `arch=` (`--arch`) said again: a file
+            may not choose code to run.
         input_shape: `(C, H, W)` of one sample.
         arch_kwargs: keyword arguments of the factory (plain values).
         facts: see `Facts`.
@@ -182,7 +183,7 @@ def load_checkpoint(
         kwargs["num_classes"] = num_classes
     name, shape, inputs = arch or facts["arch"], input_shape or facts["input_shape"], inputs or facts["inputs"]
     if not isinstance(name, str):
-        raise CheckpointError(
+        raise ArchitectureUnsaidError(
             f"{path}: does not say its architecture; give --arch NAME (and --num-classes, --input-shape)"
         )
     if inputs:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gmconv.errors import ROOT
+
 if TYPE_CHECKING:
     from gmconv.tables import Table
 
@@ -32,7 +34,7 @@ def crop_table(certificate: dict[str, Any]) -> Table:
     for layer in layers:
         macs = (layer["macs_before"], layer["macs_after"])
         table.add(
-            layer["name"],
+            layer["name"] or ROOT,
             "{}x{} -> {}x{}".format(*layer["kernel"], *layer["kept"]),
             number(layer["l1_removed"]),
             "-" if None in macs else f"{macs[0] / 1e6:.3g} -> {macs[1] / 1e6:.3g}",

@@ -181,7 +181,9 @@ def _doubt(samples: Samples, known: Facts, options: EvaluateOptions) -> str | No
         return f"nothing says which part of {samples.name} was trained on: all of it was taken"
     if samples.classes and known.labels and not set(samples.classes) <= set(known.labels):
         shown = ", ".join(f"{name} is {label}" for name, label in zip(samples.classes[:3], known.labels, strict=False))
-        return f"the sub-folders of {samples.name} are not named as the network's labels; taken in their order: {shown}"
+        more = ", …" if len(samples.classes) > 3 else ""
+        order = f"taken in their order: {shown}{more}"
+        return f"the sub-folders of {samples.name} are not named as the network's labels; {order}"
     return None
 
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from gmconv.cli import require
-from gmconv.errors import RefusedError, UnavailableError
+from gmconv.errors import ArchitectureUnsaidError, RefusedError, UnavailableError
 from gmconv.foreign import NOTHING, Foreign, refuse_labels
 from gmconv.images import read_preprocessing
 from runtime import cuda
-from runtime.artefact import Artefact, Facts
+from runtime.artefact import Artefact, Facts, exported_as
 from runtime.manifest import TensorSpec
 from runtime.runners.base import Array, LayerTime, Query, Runner, parse_device, validate_feeds
 from runtime.runners.torch_network import Captured
@@ -91,7 +91,10 @@ class TorchRunner(Runner):
             raise UnavailableError("a CUDA graph needs a GPU; leave cuda_graph out on the CPU")
         if options.threads:
             torch.set_num_threads(options.threads)
-        self.checkpoint = found = gmconv.load_checkpoint(path, **options.foreign.given())
+        try:
+            self.checkpoint = found = gmconv.load_checkpoint(path, **options.foreign.given())
+        except ArchitectureUnsaidError as error:
+            raise ArchitectureUnsaidError(error.message + exported_as(Path(path))) from None
         facts = Facts(found.input_shape, read_preprocessing(found.preprocessing), found.dataset, found.labels)
         self.artefact = Artefact(path=Path(path), kind="checkpoint", facts=facts, sha256=found.sha256)
         model: nn.Module = found.model

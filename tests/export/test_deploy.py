@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import gmconv
 from export.deploy import Deployed
 from export.precision import PrecisionOptions
-from gmconv.errors import ParityError, RefusedError, UnavailableError
+from gmconv.errors import BakeError, ParityError, RefusedError, UnavailableError
 from runtime.parity.unrounded import UNROUNDED
 from runtime.runners import open_runner
 
@@ -84,7 +84,8 @@ def test_it_computes_what_the_network_computes_and_leaves_it_alone(net: nn.Modul
 def test_the_proof_runs_on_the_examples_and_the_bake_is_bitwise(deployed: Deployed) -> None:
     parity = deployed.manifests[0].parity
     assert parity is not None
-    assert {hop.inputs for hop in parity.hops} == {"noise, seed 0", "examples"}
+    parts = {"examples, one", "examples, two more", "examples, the others"}
+    assert {hop.inputs for hop in parity.hops} == {"noise, seed 0", *parts}
     assert all(hop.bitwise for hop in parity.hops if hop.name == "live -> baked")
     assert deployed.passed
 
@@ -172,6 +173,22 @@ def test_a_class_of_the_main_module_needs_no_file(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("PASSED ")
+
+
+class Optional(nn.Conv2d):
+    """A root with a kernel of its own, and an input that need not be given."""
+
+    def forward(self, image: torch.Tensor, prior: torch.Tensor | None = None) -> torch.Tensor:
+        found = nn.functional.conv2d(image, self.weight * image.mean())
+        return found if prior is None else found + prior
+
+
+def test_an_input_that_is_left_out_is_said_and_the_root_has_a_name(tmp_path: Path) -> None:
+    with pytest.raises(BakeError, match=r"^the network itself \(Optional\): its kernel is computed from"):
+        gmconv.deploy(Optional(3, 4, 3).eval(), torch.randn(2, 3, 8, 8), tmp_path / "net.onnx")
+    found = gmconv.deploy(Optional(3, 4, 3).eval(), torch.randn(2, 3, 8, 8), tmp_path / "net.onnx", keep_dynamic=True)
+    assert "note: prior is not given: exported as its default, None" in str(found)
+    assert "the network itself" in str(found).splitlines()[4]
 
 
 @pytest.mark.parametrize(

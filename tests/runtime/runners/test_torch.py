@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import gmconv
-from gmconv.errors import RefusedError, UnavailableError
+from gmconv.errors import CheckpointError, RefusedError, UnavailableError
 from gmconv.foreign import Foreign
+from runtime.manifest import Manifest, digest, sidecar
 from runtime.runners import open_runner
 from runtime.runners.torch import TorchOptions, TorchRunner
 
@@ -199,3 +200,16 @@ def test_several_inputs_go_to_the_forward_by_name(tmp_path: Path) -> None:
             runner.run({**feeds, "kind": np.array([[0], [1], [7]])})
     with open_runner(path, foreign=foreign, dynamic_hw=True) as runner:
         assert runner.inputs[1].shape == ("batch", 1, "mask_height", "mask_width")
+
+
+def test_weights_alone_are_refused_with_the_architecture_of_a_file_exported_from_them(tmp_path: Path) -> None:
+    torch.save(torch.nn.Conv2d(3, 4, 3).state_dict(), tmp_path / "net.pth")
+    (tmp_path / "net.onnx").write_bytes(b"a graph")
+    checkpoint, own = digest(tmp_path / "net.pth", "checkpoint"), digest(tmp_path / "net.onnx", "onnx")
+    manifest = Manifest(artefact=own, inputs=(), outputs=(), chain=(checkpoint,), arch="my.nets:make")
+    sidecar(tmp_path / "net.onnx").write_text(manifest.to_json())
+    with pytest.raises(CheckpointError, match="give --arch NAME .*; net.onnx was exported from it with --arch my.nets"):
+        open_runner(tmp_path / "net.pth")
+    torch.save(torch.nn.Conv2d(3, 4, 1).state_dict(), tmp_path / "net.pth")  # another file of that name
+    with pytest.raises(CheckpointError, match=r"give --arch NAME [^;]*$"):
+        open_runner(tmp_path / "net.pth")
