@@ -32,7 +32,8 @@ _PLAIN = (str, Path, Number, tuple, list)
 #: A flag, and what it is advised with: a placeholder (DIR, FILE.npz), a number or a word that is one of its values.
 _FLAG = re.compile(
     r"(?<![\w-])(?:--keep-fp32 (?P<layers>[^\s;,)]+(?: --keep-fp32 [^\s;,)]+)*)|(?P<flag>--[a-z][A-Za-z0-9-]*|-o)"
-    r"(?: (?P<value>[A-Z][A-Z,:|]*(?:\.npz)?|\d[\w.]*|digits|lossless|fp16|bf16|int8|fp8|rtx)(?![\w-]))?)"
+    r"(?: (?P<file>[\w./-]+\.(?:onnx|plan)\b)"
+    r"| (?P<value>[A-Z][A-Z,:|]*(?:\.npz)?|\d[\w.]*|digits|lossless|fp16|bf16|int8|fp8|rtx)(?![\w-]))?)"
 )
 _NORMALIZED = re.compile(r"--mean(?: M,M,M)?(?: and)? --std(?: S,S,S)?(?: \(or --preprocessing FILE\))?")
 
@@ -182,6 +183,8 @@ class Asked(Generic[T]):
             return found[0]
         if switch:
             return f"{name}{switch}" + (f" {value}" if value else "")
+        if found["file"]:
+            return f"{name}={found['file']!r}"
         if value and value.islower() and not value[0].isdigit():
             value = repr(value)
         return f"{name}={value}" if value else name

@@ -59,6 +59,7 @@ def test_a_flag_of_the_export_is_a_parameter(flag: str) -> None:
         ("with --keep-fp32 up1 --keep-fp32 up2", "with keep_fp32=('up1', 'up2')"),
         ("ask for --precision bf16 or fp16", "ask for precision='bf16' or fp16"),
         ("give -o another name", "give output another name"),
+        ("-o /a/net.int8.onnx, or --force", "output='/a/net.int8.onnx', or force=True"),
         ("(--mean M,M,M --std S,S,S), as", '(preprocessing={"mean": (M, M, M), "std": (S, S, S)}), as'),
         ("--crop 0 cuts them", "crop=0 cuts them"),
         (

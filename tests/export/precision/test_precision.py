@@ -92,7 +92,7 @@ def test_a_seven_by_seven_kernel_stays_in_fp16_beside_fp8(
 def test_a_file_of_another_precision_is_overwritten_by_force_alone(fp32: Path) -> None:
     half = fp32.with_name("half.onnx")
     convert_precision(fp32, half, "fp16")
-    with pytest.raises(RefusedError, match=r"is there in fp16.*-o \S+half\.bf16\.onnx, or --force"):
+    with pytest.raises(RefusedError, match=r"is there in fp16.*output='\S+half\.bf16\.onnx', or force=True"):
         convert_precision(fp32, half, "bf16")
     convert_precision(fp32, half, "fp16")
     assert convert_precision(fp32, half, "bf16", force=True).precision == "bf16"
