@@ -248,9 +248,13 @@ DTYPES = ("float32", "float64", "float16", "int64", "int32", "int16", "int8", "u
 _FILE = click.Path(path_type=Path)
 _OPTIONS: list[Callable[[Any], Any]] = [
     click.option("--arch", help="Of a foreign checkpoint: package.module:factory, timm:NAME, torchvision:NAME."),
-    click.option("--weights", metavar="KEY", help="Of several sets in it: state_dict_ema, ema.module."),
-    click.option("--num-classes", type=click.IntRange(1), help="Passed to that factory."),
-    click.option("--input-shape", callback=_parsed(parse_shape), metavar="C,H,W", help="Of a foreign checkpoint."),
+    click.option(
+        "--weights", metavar="KEY", help="Which of several sets of weights in a checkpoint: state_dict_ema, ema.module."
+    ),
+    click.option("--num-classes", type=click.IntRange(1), help="Passed to the factory of --arch."),
+    click.option(
+        "--input-shape", callback=_parsed(parse_shape), metavar="C,H,W", help="Of one image, for a foreign checkpoint."
+    ),
     click.option(
         "--input",
         "own_inputs",  # parity has --inputs
@@ -259,15 +263,19 @@ _OPTIONS: list[Callable[[Any], Any]] = [
         metavar="NAME:SHAPE[:DTYPE]",
         help="One of several inputs, by its forward's name (repeat).",
     ),
-    click.option("--mean", callback=_parsed(parse_numbers), metavar="M,M,M", help="Of its images, 0..1 per channel."),
-    click.option("--std", callback=_parsed(parse_numbers), metavar="S,S,S", help="Of its images, 0..1 per channel."),
+    click.option(
+        "--mean", callback=_parsed(parse_numbers), metavar="M,M,M", help="Mean of the images, 0..1 per channel."
+    ),
+    click.option(
+        "--std", callback=_parsed(parse_numbers), metavar="S,S,S", help="Deviation of the images, 0..1 per channel."
+    ),
     click.option(
         "--preprocessing",
         type=_FILE,
         callback=_parsed(read_preprocessing_file),
         metavar="FILE.json",
-        help="Of its images: size, mean, std, scale, channel_order, interpolation, crop_ratio, resize (stretch, or "
+        help="Of the images: size, mean, std, scale, channel_order, interpolation, crop_ratio, resize (stretch, or "
         "shortest-then-crop as torchvision's Resize and CenterCrop).",
     ),
-    click.option("--labels", "labels_file", type=_FILE, metavar="FILE", help="Its classes, one a line."),
+    click.option("--labels", "labels_file", type=_FILE, metavar="FILE", help="Names of the classes, one a line."),
 ]

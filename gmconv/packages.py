@@ -83,8 +83,8 @@ def find_own(module: str, name: str, where: str) -> None:
 
 def install(extra: str) -> str:
     """The command that adds `extra` (`export`, or `export,cpu`) to this installation."""
-    if extra == "export" and importlib.util.find_spec("onnxruntime") is None:
-        extra = "export,cpu"  # every export ends with a run in ONNX Runtime
+    if extra in ("export", "serve") and importlib.util.find_spec("onnxruntime") is None:
+        extra += ",cpu"  # every export ends with a run in ONNX Runtime, and most servers are to run ONNX files
     return pip(*_requirement(f"[{extra}]"))
 
 

@@ -30,7 +30,12 @@ def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Prec
 
 @click.command(cls=Command, example="gmconv onnx net.pth --arch mypackage.nets:make --input-shape 3,224,224")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="[NAME.onnx, NAME.int8.onnx beside it]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="[CHECKPOINT.onnx beside it, CHECKPOINT.int8.onnx in another precision]",
+)
 @export_flags
 @click.option(
     "--precision",

@@ -75,7 +75,9 @@ _OWN = (
 _FLAGS: tuple[Callable[[Any], Any], ...] = (
     click.option("--batch", type=click.IntRange(1), help="Fix the batch size; default: a dynamic batch axis."),
     click.option("--dynamic-hw", is_flag=True, help="Leave height and width dynamic too."),
-    click.option("--opset", type=click.IntRange(OLDEST_OPSET), default=DEFAULT_OPSET, show_default=True),
+    click.option(
+        "--opset", type=click.IntRange(OLDEST_OPSET), default=DEFAULT_OPSET, show_default=True, help="Of ONNX."
+    ),
     click.option("--input-names", callback=_names, help="Comma-separated; default: input, or the forward's names."),
     click.option("--output-names", callback=_names, help="Comma-separated; default: logits."),
     click.option("--simplify", is_flag=True, help="Rewrite the graph with onnxslim; parity is checked after it."),

@@ -62,8 +62,16 @@ def precision_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["entropy", "percentile", "minmax"]),
             help="[percentile for int8, minmax for fp8]",
         ),
-        click.option("--percentile", type=click.FloatRange(50, 100), default=99.99, show_default=True),
-        click.option("--calibration-seed", "seed", type=int, default=0, show_default=True),
+        click.option(
+            "--percentile",
+            type=click.FloatRange(50, 100),
+            default=99.99,
+            show_default=True,
+            help="Of activations inside the range, by --calibration-method percentile.",
+        ),
+        click.option(
+            "--calibration-seed", "seed", type=int, default=0, show_default=True, help="Of the draw of those images."
+        ),
     ]
     for flag in reversed(flags):
         command = flag(command)
@@ -78,15 +86,27 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
 
 @click.command(cls=Command, example="gmconv precision net.onnx --to int8 --data images/")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--to", "precision", type=click.Choice(PRECISIONS), help="The precision to convert to.")
+@click.option(
+    "--to", "precision", type=click.Choice(PRECISIONS), help="The precision of every layer; or --auto-precision."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[model.PRECISION.onnx]")
 @precision_flags
 @target_flag
-@click.option("--auto-precision", type=click.Choice(["int8", "fp8"]), help="Quantize, keeping sensitive layers higher.")
+@click.option(
+    "--auto-precision",
+    type=click.Choice(["int8", "fp8"]),
+    help="In place of --to: quantize as many layers as a budget allows, keep the rest higher.",
+)
 @click.option("--max-top1-drop", type=click.FloatRange(0, 100), help="Budget: points of top-1 that may be lost.")
 @click.option("--min-snr", type=float, help="Budget: least output signal-to-noise ratio, dB.")
 @click.option("--images-limit", type=click.IntRange(2), default=512, show_default=True, help="Most to judge on.")
-@click.option("--keep-as", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True)
+@click.option(
+    "--keep-as",
+    type=click.Choice(["fp16", "fp32"]),
+    default="fp16",
+    show_default=True,
+    help="What layers are that --auto-precision keeps.",
+)
 @click.option("--plan", type=click.Path(path_type=Path), help="Layers to keep, from an earlier --auto-precision.")
 @click.option(
     "--save-plan", type=click.Path(path_type=Path), help="Where --auto-precision writes it [OUTPUT.plan.json]."

@@ -41,11 +41,15 @@ if TYPE_CHECKING:
     metavar="MODULE:FUNCTION",
     help="Judge by your own function (outputs, targets) -> one number, or one per sample (N,); larger is better.",
 )
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--reference", type=click.Path(path_type=Path), help="[checkpoint given or beside it, else the first]")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N.")
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    help="What to compare with [a checkpoint given or beside it, else the first].",
+)
 @click.option("--limit", type=click.IntRange(1), help="At most so many images.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draw with --limit.")
-@click.option("--batch", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Images at a time.")
 @foreign_options
 @click.option("--min-agreement", type=click.FloatRange(0, 100), help="Percent; exit 4 below it.")
 @click.option(
@@ -55,7 +59,7 @@ if TYPE_CHECKING:
     help="Points of top-1 or mIoU, or of the metric, below the reference; exit 4 above it.",
 )
 @report_option
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
 def main(
     artefacts: tuple[Path, ...],
     min_agreement: float | None,

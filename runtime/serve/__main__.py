@@ -51,6 +51,8 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
 def main(as_json: bool, **options: Any) -> None:
     """Serve ARTEFACT (model.onnx, model.plan) or a folder of them: Open Inference Protocol, REST and gRPC.
 
+    A folder holds artefacts side by side, or is a Triton repository: NAME/1/model.onnx, with NAME/config.pbtxt or not.
+
     SIGTERM finishes what was sent, then exits 0. SIGHUP looks for new or changed artefacts and swaps them in; it also
     reads the token file and the certificate again.
     """

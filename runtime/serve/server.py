@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ import uvloop
 
 from gmconv.asking import Asked
 from gmconv.errors import RefusedError
+from gmconv.packages import require
 from runtime.runners.base import parse_device
 from runtime.serve.auth import Gate, find_token, make_tls
 from runtime.serve.connection import RESERVE, Connection, Listener, bind
@@ -60,6 +62,8 @@ def check(settings: Settings) -> None:
     find_token(settings)
     for source in find_sources(settings):
         read_source(source, settings)
+        if source.runtime == "onnxruntime" and importlib.util.find_spec("onnxruntime") is None:
+            require("onnxruntime")
     if bool(settings.tls_cert) != bool(settings.tls_key):
         raise click.UsageError("--tls-cert and --tls-key go together: give both")
     make_tls(settings, "http")

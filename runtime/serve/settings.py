@@ -62,9 +62,9 @@ class Settings:
     http_port: int = _option(8000, "REST; 0 takes a free port and prints it.", PORT)
     grpc_port: int = _option(8001, "gRPC; 0 takes a free port.", PORT)
     metrics_port: int = _option(8002, "Prometheus, without token or TLS; 0 takes a free port.", PORT)
-    http: bool = _option(True, "Serve REST.")
-    grpc: bool = _option(True, "Serve gRPC.")
-    metrics: bool = _option(True, "Serve metrics.")
+    http: bool = _option(True, "Serve REST [default: on].")
+    grpc: bool = _option(True, "Serve gRPC [default: on].")
+    metrics: bool = _option(True, "Serve metrics [default: on].")
     device: str = _option("auto", "cpu, cuda, cuda:N; auto: cuda for engines.")
     threads: int = _option(0, "CPU threads per instance [default: cores/instances].", click.IntRange(0))
     instances: int = _option(1, "Engines per model.", click.IntRange(1, 64))
@@ -92,8 +92,8 @@ class Settings:
     max_connection_age: float = _option(0.0, "Seconds after which a client is told to connect anew; 0: never.", TIME)
     max_connections: int = _option(2048, "Connections per port, besides those of probes.", click.IntRange(1, 1 << 20))
     drain_timeout: float = _option(30.0, "Seconds to finish requests on SIGTERM; the end is 2 s later at most.", TIME)
-    require_manifest: bool = _option(True, "Refuse artefacts without a manifest.")
-    access_log: bool = _option(True, "One JSON line per request on stderr.")
+    require_manifest: bool = _option(True, "Refuse artefacts without a manifest [default: on].")
+    access_log: bool = _option(True, "One JSON line per request on stderr [default: on].")
     otel: str | None = _option(None, "Export OpenTelemetry spans.", click.Choice(["console", "otlp"]))
     engine: str | None = _option(
         None, "ONNX Runtime (cpu, gpu), or what engines are built with at the start.", ENGINES, "GMCONV_ENGINE"

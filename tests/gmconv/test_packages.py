@@ -65,6 +65,7 @@ def test_the_tool_is_the_one_that_reaches_this_environment(monkeypatch: pytest.M
     there.clear()
     assert packages.pip("timm") == f"uv pip install --python {sys.executable} timm"
     assert "[export,cpu]" in packages.install("export"), "every export runs ONNX Runtime"
+    assert "[serve,cpu]" in packages.install("serve"), "a server of ONNX files needs it too"
 
 
 def test_only_libraries_of_ours_are_advised(monkeypatch: pytest.MonkeyPatch) -> None:
