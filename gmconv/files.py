@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from gmconv.errors import RefusedError
+
+_JUST_BEGUN = 10.0  # seconds
 
 
 def each_path(given: str | os.PathLike[str] | Iterable[str | Path]) -> list[str | Path]:
@@ -144,8 +148,12 @@ def staged(artefact: Path) -> Iterator[Path]:
     for name in last:
         require_writable(parent / name)
     folder: Path | None = None
+    _sweep(artefact)
+    held = ExitStack()
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{artefact.name}.", suffix=".tmp", dir=parent))
+        with suppress(OSError):  # a file system without locks, where nothing is swept either
+            held.enter_context(_folder_lock(folder))
         yield folder
         files = sorted(folder.iterdir(), key=lambda f: (last.get(f.name, 0), f.name))
         for file in files:
@@ -160,8 +168,29 @@ def staged(artefact: Path) -> Iterator[Path]:
             f"{artefact}: cannot be written ({error.strerror or error}); nothing was left behind"
         ) from error
     finally:
+        held.close()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _folder_lock(folder: Path) -> Iterator[None]:
+    """Raises OSError, also while another process has it; it ends with its process, however that ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(artefact: Path) -> None:
+    """Remove what killed runs staged for the same artefact; one that has just begun may not have its lock yet."""
+    for left in artefact.parent.glob(f".{glob.escape(artefact.name)}.*.tmp"):
+        with suppress(OSError):
+            if left.is_dir() and time.time() - left.stat().st_mtime > _JUST_BEGUN:
+                with _folder_lock(left):
+                    shutil.rmtree(left)
 
 
 def _about_writing(error: OSError, folder: Path | None) -> bool:

@@ -131,3 +131,16 @@ def test_sigterm_leaves_no_temporary_folder(tmp_path: Path) -> None:
         child.send_signal(signal.SIGTERM)
         assert child.wait(20) == 143
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_staged_is_swept_and_what_another_is_writing_stays(tmp_path: Path) -> None:
+    killed, artefact = tmp_path / ".a.onnx.killed.tmp", tmp_path / "a.onnx"
+    killed.mkdir()
+    (killed / "a.onnx").write_bytes(b"half")
+    with staged(artefact) as working:
+        for folder in (killed, working):
+            os.utime(folder, (0, 0))
+        with staged(artefact) as second:
+            (second / "a.onnx").write_bytes(b"whole")
+        assert working.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
