@@ -12,7 +12,7 @@ import json
 import os
 import shlex
 import sys
-from importlib.metadata import Distribution, PackageNotFoundError
+from importlib.metadata import Distribution, PackageNotFoundError, requires
 from pathlib import Path
 from types import ModuleType
 from urllib.parse import unquote, urlsplit
@@ -96,7 +96,7 @@ def pip(*arguments: str) -> str:
         command = "pip install"
     else:
         command = f"{shlex.quote(sys.executable)} -m pip install"
-    return " ".join([command, *(f"'{argument}'" if "[" in argument else argument for argument in arguments)])
+    return " ".join([command, *(f"'{argument}'" if {*"[<>="} & {*argument} else argument for argument in arguments)])
 
 
 def _requirement(extras: str) -> tuple[str, ...]:
@@ -111,10 +111,24 @@ def _requirement(extras: str) -> tuple[str, ...]:
     found = json.loads(record)
     url = str(found["url"])
     if url.startswith("file:") and "vcs_info" not in found:
-        place = _shown(Path(unquote(urlsplit(url).path))) + extras
+        path = Path(unquote(urlsplit(url).path))
+        if not path.exists():  # deleted since: what the extras consist of is on an index all the same
+            return tuple(_parts(extras.strip("[]").split(",")))
+        place = _shown(path) + extras
         return ("-e", place) if found.get("dir_info", {}).get("editable") else (place,)
     repository = f"{found['vcs_info']['vcs']}+" if "vcs_info" in found else ""
     return (f"{_DISTRIBUTION}{extras} @ {repository}{url}",)
+
+
+def _parts(extras: list[str]) -> list[str]:
+    """The requirements of `extras`, by the metadata of what is installed."""
+    found = []
+    for line in requires(_DISTRIBUTION) or []:
+        requirement, _, marker = line.partition(";")
+        if any(f"extra == {quote}{extra}{quote}" in marker for extra in extras for quote in "'\""):
+            own = requirement.strip().removeprefix(f"{_DISTRIBUTION}[")
+            found += [requirement.strip()] if own == requirement.strip() else _parts(own.strip("]").split(","))
+    return found
 
 
 def _shown(path: Path) -> str:

@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
         (None, "'gmconv-deploy[serve]'"),
         ({"url": HERE.as_uri(), "dir_info": {"editable": True}}, f"-e '{HERE}[serve]'"),
         ({"url": HERE.as_uri(), "dir_info": {}}, f"'{HERE}[serve]'"),
-        ({"url": "file:///tmp/my%20wheels/a-1-py3-none-any.whl"}, "'/tmp/my wheels/a-1-py3-none-any.whl[serve]'"),
+        ({"url": Path(__file__).as_uri()}, f"'{__file__}[serve]'"),
         ({"url": "https://x.org/g", "vcs_info": {"vcs": "git"}}, "'gmconv-deploy[serve] @ git+https://x.org/g'"),
         ({"url": "https://x.org/a.whl", "archive_info": {}}, "'gmconv-deploy[serve] @ https://x.org/a.whl'"),
     ],
@@ -38,6 +38,17 @@ def test_the_advice_names_what_this_was_installed_from(
     found = SimpleNamespace(read_text=lambda _: record and json.dumps(record))
     monkeypatch.setattr(packages.Distribution, "from_name", lambda _: found)
     assert packages.install("serve").endswith(f"pip install {wanted}")
+
+
+def test_where_the_wheel_has_been_deleted_the_parts_of_the_extra_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(read_text=lambda _: json.dumps({"url": "file:///tmp/my%20wheels/a-1-py3-none-any.whl"}))
+    monkeypatch.setattr(packages.Distribution, "from_name", lambda _: found)
+    monkeypatch.setattr(
+        packages,
+        "requires",
+        lambda _: ["a>=1; extra == 'rtx'", "gmconv-deploy[cuda]; extra == 'rtx'", 'b; extra == "cuda"', "c"],
+    )
+    assert packages.install("rtx").endswith("pip install 'a>=1' b")
 
 
 def test_a_checkout_that_is_not_installed_is_named_by_its_folder(
