@@ -111,9 +111,10 @@ class Proof:
             return ()
         names = list(next(filter(None, weights)))
         graph = Unrounded(file, names, limit, classes=self.classes)
-        if kept := graph.others & self.reference.eight:  # by names of the graph, which the reference never saw
+        eight = self.reference.eight.get(precision, frozenset())
+        if kept := graph.others & eight:  # by names of the graph, which the reference never saw
             raise RefusedError(f"{', '.join(sorted(kept))} stayed above {precision} by a name that no layer has")
-        graph.match(set(self.reference.eight))
+        graph.match(set(eight))
         rounded = self.reference.rounded[precision]
         for index, (case, told) in enumerate(zip(self.cases, weights, strict=True)):
             if told:

@@ -54,8 +54,8 @@ class Reference:
 
     `alone`: live, each sample run by itself, where the yardstick says that one run tells too little of fp32.
     `rounded`: baked, with the rounding of each lower precision; of the yardstick's cases. `weights`: the same with what
-    does not come from the input rounded alone, `eight` the layers whose weights were in 8 bits. `notes`: what a reader
-    of the proof should know.
+    does not come from the input rounded alone, `eight` the layers whose weights were in 8 bits then. `notes`: what a
+    reader of the proof should know.
     """
 
     live: tuple[Outputs, ...]
@@ -66,14 +66,14 @@ class Reference:
     rounded: Mapping[str, tuple[Outputs, ...]] = field(default_factory=dict)
     alone: tuple[Outputs, ...] = ()
     weights: Mapping[str, tuple[Outputs, ...]] = field(default_factory=dict)
-    eight: frozenset[str] = frozenset()
+    eight: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class _Said:
     certificate: BakeCertificate
     notes: tuple[str, ...]
-    eight: frozenset[str]
+    eight: Mapping[str, frozenset[str]]
 
 
 class ReferenceProcess:
@@ -319,7 +319,7 @@ def compute_reference(model: nn.Module, inputs: Sequence[Input], work: Work) -> 
 
 def _rounded(
     model: nn.Module, work: Work, run: Callable[[int], Outputs]
-) -> tuple[dict[str, tuple[Outputs, ...]], dict[str, tuple[Outputs, ...]], frozenset[str]]:
+) -> tuple[dict[str, tuple[Outputs, ...]], dict[str, tuple[Outputs, ...]], dict[str, frozenset[str]]]:
     """The yardstick's cases with the rounding of each lower precision, and of its weights alone; see `Reference`."""
     from export.graph.read import selects
     from gmconv.rounding import Rounding
@@ -329,15 +329,15 @@ def _rounded(
 
     names = {id(parameter): name.removesuffix(".weight") for name, parameter in model.named_parameters()}
     kept = {key for key, name in names.items() if any(selects(pattern, name) for pattern in work.kept)}
-    rounded, weights, eight = {}, {}, set[int]()
+    rounded, weights, eight = {}, {}, {}
     for precision in work.precisions:
         with Rounding(precision):
             rounded[precision] = run_all()
         alone = Rounding(precision, weights_only=True, reduced=work.reduced, kept=kept)
         with alone as mode, model.register_forward_pre_hook(mode.follow):
             weights[precision] = run_all()
-        eight |= mode.rounded
-    return rounded, weights, frozenset(names[key] for key in eight & names.keys())
+        eight[precision] = frozenset(names[key] for key in mode.rounded & names.keys())
+    return rounded, weights, eight
 
 
 def _alone(

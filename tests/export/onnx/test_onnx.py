@@ -176,7 +176,7 @@ def test_dynamic_height_and_width_are_compared_at_another_size(tmp_path: Path) -
     scores = evaluate(files, EvaluateOptions(images=data))
     assert [row.to_dict()["samples"] for row in scores.rows] == [8, 8, 8]
     idle = EvaluateOptions(images=data, foreign=Foreign(input_shape=(3, 16, 16)))
-    with pytest.raises(RefusedError, match="--input-shape describes a checkpoint, and none is read here"):
+    with pytest.raises(RefusedError, match="input_shape describes a checkpoint, and none is read here"):
         evaluate(tmp_path / "net.fp16.onnx", replace(idle, reference=tmp_path / "net.onnx"))
 
 
