@@ -6,8 +6,8 @@ from gmconv.lazy import attach
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from export.deploy import Deployed as Deployed
-    from export.deploy import deploy as deploy
+    from export.deployment import Deployed as Deployed
+    from export.deployment import deploy as deploy
     from export.onnx.options import ExportOptions as ExportOptions
     from export.onnx.pipeline import export_onnx as export_onnx
     from export.precision.convert import convert_precision as convert_precision
@@ -24,13 +24,13 @@ __getattr__, __dir__ = attach(
     {
         "Budget": ".precision.search",
         "BuildOptions": ".tensorrt.build",
-        "Deployed": ".deploy",
+        "Deployed": ".deployment",
         "ExportOptions": ".onnx.options",
         "PrecisionOptions": ".precision.converter",
         "ServingOptions": ".triton.config",
         "build_engine": ".tensorrt.build",
         "convert_precision": ".precision.convert",
-        "deploy": ".deploy",
+        "deploy": ".deployment",
         "export_onnx": ".onnx.pipeline",
         "search_precision": ".precision.search",
         "write_repository": ".triton.write",

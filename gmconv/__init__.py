@@ -39,7 +39,7 @@ __getattr__, __dir__ = attach(
         "convert": ".surgery",
         "crop": ".cropping.choose",
         "crop_model": ".cropping.certificate",
-        "deploy": "export.deploy",
+        "deploy": "export.deployment",
         "gaussian_mask": ".mask",
         "load_checkpoint": ".checkpoint",
         "models": ".models:",

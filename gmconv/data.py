@@ -269,8 +269,9 @@ def _folder(
 ) -> Source:
     if preprocessing is None:
         raise RefusedError(
-            f"{folder}: nothing says how image files become inputs, as the manifest has no preprocessing: give --mean "
-            f"and --std (or --preprocessing FILE) for the checkpoint, or export with them (deploy: preprocessing=)"
+            f"{folder}: nothing says how image files become inputs: for a checkpoint give --mean and --std (0,0,0 and "
+            f"1,1,1 where pixels are only divided by 255) or --preprocessing FILE; an artefact's manifest, beside it "
+            f"as NAME.onnx.json, has them where its export was given them (deploy: preprocessing=)"
         )
     channels = 1 if preprocessing.channel_order == "L" else 3
     prepared = (channels, *preprocessing.size)

@@ -115,8 +115,9 @@ def _relabelled(model: Path, final: Path, labels: bytes) -> str:
     others = [entry.name for entry in model.iterdir() if entry.name.isdecimal() and entry != final] if there else []
     if not others or there == labels:
         return ""
-    lose = f"version {', '.join(sorted(others))} is served without from now on"
-    return f"{model / _LABELS} had {_count(there)}, which {lose}"
+    versions = f"version {', '.join(sorted(others))}"
+    now = f"answers with the new {_count(labels)}" if labels else "is served without them"
+    return f"{model / _LABELS} had {_count(there)}: {versions} {now} from now on"
 
 
 def _differences(there: Any, here: Any, where: str = "") -> Iterator[str]:

@@ -39,12 +39,15 @@ class Ratio:
 
     @property
     def loose(self) -> bool:
-        """Whether the interval is too wide to be told as "value ± half"."""
+        """Whether the interval is too wide to say much."""
         return self.half_width > _LOOSE * self.value
 
     def __str__(self) -> str:
-        if self.loose:
-            return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+        aside = abs(self.high + self.low - 2 * self.value) / 2  # how far the middle of the interval is from the value
+        lopsided = self.half_width > 0.05 * self.value and aside > 0.4 * self.half_width
+        if self.loose or lopsided:
+            value, low, high = (f"{v:.2f}" if v >= 0.1 else f"{v:.2g}" for v in (self.value, self.low, self.high))
+            return f"{value} ({low} to {high})"
         digits = 2 if self.half_width >= 0.005 else 3 if self.half_width >= 0.0005 else 4
         return f"{self.value:.{digits}f} ± {self.half_width:.{digits}f}"
 

@@ -12,7 +12,7 @@ import pytest
 
 import export
 import runtime
-from export.deploy import ASKED
+from export.deployment import ASKED
 from export.onnx.__main__ import main
 from export.onnx.options import ExportOptions
 from export.onnx.refusals import NOTHING_BAKED

@@ -328,7 +328,7 @@ def test_sources_that_give_nothing_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(RefusedError, match=words):
             load_samples(spec, input_shape=SHAPE, preprocessing=PLAIN)
-    with pytest.raises(RefusedError, match="no preprocessing"):
+    with pytest.raises(RefusedError, match="nothing says how image files become inputs"):
         load_samples(tmp_path, input_shape=SHAPE)
     with pytest.raises(RefusedError, match=r"makes \(3, 8, 8\) images"):
         load_samples(tmp_path, input_shape=(1, 8, 8), preprocessing=PLAIN)

@@ -19,6 +19,7 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 
+from gmconv.child import child_environment
 from gmconv.errors import RefusedError
 from gmconv.images import Preprocessing, load_image
 from runtime.runners.base import Array
@@ -79,14 +80,14 @@ class Decoders:
         return np.frombuffer(content, np.float32).reshape(channels, *preprocessing.size)
 
     async def _start(self) -> asyncio.subprocess.Process:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # as `child_command` does, without the second that -m takes for this module's package
             "-c",
             START,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env=environment,
+            env=child_environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
             start_new_session=True,  # Ctrl-C is for the server, which ends its decoders itself
         )
         self._all.add(process)

@@ -114,7 +114,7 @@ def test_labels_that_differ_are_named_and_force_says_which_versions_lose_theirs(
     said = run(artefact, "-o", repo, "--version", 2)
     assert said.exit_code == 3
     assert "m has 10 labels and the artefact no labels" in said.output
-    assert "had 10 labels, which version 1 is served without" in (
+    assert "had 10 labels: version 1 is served without them" in (
         write_repository(artefact, repo, version=2, force=True).note or ""
     )
 

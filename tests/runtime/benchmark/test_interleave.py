@@ -84,3 +84,5 @@ def test_a_ratio_is_printed_with_its_half_width() -> None:
     assert str(Ratio(1.0, 0.98, 1.02)) == "1.00 ± 0.02"
     assert str(Ratio(1.0041, 1.003, 1.0052)) == "1.004 ± 0.001"
     assert str(Ratio(0.48, 0.2, 10.44)) == "0.48 (0.20 to 10.44)", "never an interval that reaches below zero"
+    assert str(Ratio(0.998, 0.78, 1.068)) == "1.00 (0.78 to 1.07)", "as far as its two sides reach"
+    assert str(Ratio(0.00534, 0.0041, 0.0092)) == "0.0053 (0.0041 to 0.0092)"

@@ -55,6 +55,25 @@ def test_scans_sides_and_memory_have_limits_and_the_next_image_is_read(start: St
     assert server.request("POST", CLASSIFY, png(8, 8))[0] == 200
 
 
+def test_packages_of_our_names_in_the_working_directory_are_nobodys_code_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server started there answered every image with 500, from code that lay beside the file it served."""
+    for name in ("runtime", "gmconv"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('not ours')")
+    monkeypatch.chdir(tmp_path)
+
+    async def run() -> None:
+        decoders = Decoders(1, 20)
+        assert (await decoders.decode(png(8, 8), IMAGE)).shape == (3, 8, 8)
+        (process,) = decoders._all
+        decoders.close()
+        await process.wait()
+
+    asyncio.run(run())
+
+
 def test_an_image_that_is_none_costs_no_process() -> None:
     async def run() -> None:
         decoders = Decoders(1, 20)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gmconv
-from export.deploy import Deployed
+from export.deployment import Deployed
 from export.precision import PrecisionOptions
 from gmconv.errors import BakeError, ParityError, RefusedError, UnavailableError
 from runtime.parity.unrounded import UNROUNDED
@@ -274,18 +274,20 @@ def test_labels_and_preprocessing_are_read_from_the_files_that_a_command_reads(n
 
 def test_preprocessing_that_says_the_mean_alone_is_completed_by_the_examples(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, (8, 6)), nn.Flatten())
-    said = {"mean": np.array([0.5]), "std": [0.25]}
+    said = {"mean": np.array([0.5])}
     (manifest,) = gmconv.deploy(
         net,
         torch.randn(2, 1, 8, 6),
         tmp_path / "grey.onnx",
         preprocessing=said,
+        std=[0.25],
         labels=np.array(["a", "b"]),
         fuse=np.bool_(False),
     ).manifests
     assert manifest.labels == ("a", "b")
     assert manifest.preprocessing is not None
     assert (manifest.preprocessing.size, manifest.preprocessing.channel_order) == ((8, 6), "L")
+    assert (manifest.preprocessing.mean, manifest.preprocessing.std) == ((0.5,), (0.25,))
 
 
 @pytest.mark.parametrize(
@@ -317,6 +319,8 @@ def test_what_deploy_takes_is_listed_with_its_own_parameters(net: nn.Module) -> 
         gmconv.deploy(net, torch.randn(2, 3, 16, 16), zzz=1)
     listed = str(refusal.value).partition("it takes ")[2].split(", ")
     assert {"labels", "preprocessing", "flavor", "note", "data", "keep_fp32", "calibration_seed", "batch"} <= {*listed}
+    with pytest.raises(TypeError, match=r"no accuracy budget: deploy in fp32, then export.search_precision"):
+        gmconv.deploy(net, torch.randn(2, 3, 16, 16), auto_precision="int8")
     with pytest.raises(TypeError, match="did you mean labels?"):
         gmconv.deploy(net, torch.randn(2, 3, 16, 16), lables=["a"])
 

@@ -114,7 +114,7 @@ def deploy(
         flavor: of an engine: "tensorrt", "rtx" (TensorRT-RTX), or "auto", what is installed.
         options: fields of `export.onnx.ExportOptions` and of `export.precision.PrecisionOptions`: precisions, golden,
             batch, dynamic_hw, crop, images, keep_fp32, calibration, ...; also with the values and names of the command
-            line (precision="fp16,int8", crop="1e-3", data="images/", calibration_seed=1).
+            line (precision="fp16,int8", crop="1e-3", data="images/", calibration_seed=1), mean=, std=.
 
     An output alone is called "logits", the i-th of a tuple output_i, an entry of a dict by its key.
 
@@ -131,12 +131,16 @@ def deploy(
     from export.onnx.trained import Live
     from runtime.manifest import read_manifest
 
+    if options.keys() & {"auto_precision", "max_top1_drop", "min_snr"}:
+        raise TypeError("deploy has no accuracy budget: deploy in fp32, then export.search_precision of the file")
     output = Path(output)
     engine = require_ending(output, "onnx", "engine") == "engine"
+    said = dict(preprocessing_fields(preprocessing) or {})
+    said |= {name: options.pop(name) for name in ("mean", "std") if name in options}
     asked, tell = ASKED(None, options), note or silent
     if flavor not in get_args(Flavor):
         raise RefusedError(f"flavor={flavor!r}: it takes {', '.join(get_args(Flavor))}")
-    live = Live(model, examples, Foreign(preprocessing=preprocessing_fields(preprocessing), labels=labels_of(labels)))
+    live = Live(model, examples, Foreign(preprocessing=said or None, labels=labels_of(labels)))
     written = output.with_suffix(".onnx") if engine else output
     if engine:
         from export.tensorrt import BuildOptions, build_engine
