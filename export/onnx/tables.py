@@ -32,6 +32,7 @@ def print_export(
     """
     from rich.markup import escape
 
+    from export.precision.audit import kept_notes
     from gmconv.certificate import certificate_table, kernel_table
     from gmconv.cli import result_console
     from runtime.manifest import read_manifest
@@ -56,7 +57,8 @@ def print_export(
         for measured in outputs:
             console.print(_yardstick_line(measured, manifest, named=len(outputs) > 1), soft_wrap=True)
     notes = manifest.export.notes if manifest.export and first else ()
-    for text in map(say, (*notes, *(manifest.parity.notes if manifest.parity else ()))):
+    notes = (*notes, *(manifest.parity.notes if manifest.parity else ()), *kept_notes(manifest.certificate))
+    for text in map(say, notes):
         console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
     shown_before = manifest.export.warnings if manifest.export and not first else ()
     for text in manifest.warnings:

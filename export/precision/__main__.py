@@ -209,13 +209,15 @@ def _search_plan(
 
 
 def _print_result(manifest: Manifest) -> None:
-    from export.precision.audit import LayerAudit, audit_table
+    from export.precision.audit import LayerAudit, audit_table, kept_notes
 
     done = (manifest.certificate or {})["precision"]
     found = ", ".join(f"{count} {kind}" for kind, count in manifest.precision_found.items())
     ratio = done["weight_bytes"] / done["weight_bytes_fp32"]
     console = result_console()
     console.print(audit_table([LayerAudit(**layer) for layer in done["layers"]], f"tail audit: {manifest.precision}"))
+    for text in kept_notes(manifest.certificate):
+        console.print(f"note: {text}", markup=False, highlight=False)
     console.print(f"{manifest.artefact.file}: {found}; weights {ratio:.3f}x of fp32, {manifest.artefact.bytes:,} bytes")
 
 

@@ -6,6 +6,7 @@ what the file holds and not what the converter meant.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -104,6 +105,12 @@ def audit_table(audits: Iterable[LayerAudit], title: str) -> Table:
             "exact" if audit.snr_db is None else f"{audit.snr_db:.1f}",
         )
     return table
+
+
+def kept_notes(certificate: Mapping[str, Any] | None) -> list[str]:
+    """Why layers of a manifest's `certificate` stayed above its precision, unasked; a line for each reason."""
+    kept = Counter((certificate or {}).get("precision", {}).get("kept_fp32", {}).values())
+    return [f"{count} layer{'s' * (count > 1)}: {why}" for why, count in kept.items() if "kernel" in why]
 
 
 def _audit(name: str, precision: str, before: NDArray[np.float32], after: NDArray[np.float32]) -> LayerAudit:

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from export.precision.__main__ import main
+from export.precision.audit import kept_notes
 from export.precision.convert import convert_precision
 from export.precision.converter import PrecisionOptions
 from gmconv.errors import RefusedError
@@ -83,6 +84,7 @@ def test_a_seven_by_seven_kernel_stays_in_fp16_beside_fp8(
     done = convert_precision(tmp_path / "wide.onnx", None, "fp8", PrecisionOptions(calibration=npz))
     assert done.precision_found == {"fp8": 3, "fp16": 1}
     assert (done.certificate or {})["precision"]["kept_fp32"] == {"node_block": "no fp8 kernel beyond 32 taps (fp16)"}
+    assert kept_notes(done.certificate) == ["1 layer: no fp8 kernel beyond 32 taps (fp16)"]
     assert any("ORT_DISABLE_ALL for an fp8 file" in text for text in done.warnings)
     plan = tmp_path / "wide.plan"
     cli("export.tensorrt", str(tmp_path / "wide.fp8.onnx"), "-o", str(plan), "--flavor", "rtx", "--no-verify")
