@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from gmconv.errors import RefusedError
 from gmconv.layer import GMConv2d
 from gmconv.surgery import copied
 
@@ -50,7 +51,7 @@ def effective_receptive_field(
         seed: of the inputs.
 
     Raises:
-        ValueError: the model has no convolution with an output larger than one pixel.
+        RefusedError: the model has no convolution module with an output larger than one pixel.
     """
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(seed)
@@ -70,7 +71,7 @@ def effective_receptive_field(
             with torch.enable_grad():
                 model(sample)
                 if not outputs:
-                    raise ValueError("the model has no convolution whose output is larger than one pixel")
+                    raise RefusedError("no convolution module of the network has an output larger than one pixel")
                 last = outputs[-1]
                 centre = last[..., last.shape[2] // 2, last.shape[3] // 2].sum()
                 (gradient,) = torch.autograd.grad(centre, sample)
@@ -84,7 +85,12 @@ def effective_receptive_field(
 def receptive_fields(
     model: nn.Module, input_shape: tuple[int, int, int], samples: int = 32, seed: int = 0
 ) -> ReceptiveFields:
-    """The field of a live model with its masks, and of the same weights without them, on the same inputs."""
+    """The field of a live model with its masks, and of the same weights without them, on the same inputs.
+
+    Raises RefusedError where it is not known: masks of other layers cannot be taken off, nor their functions seen.
+    """
+    if not any(isinstance(module, GMConv2d) for module in model.modules()):
+        raise RefusedError("the network has no GMConv2d whose mask could be taken off")
     return ReceptiveFields(
         effective_receptive_field(without_masks(model), input_shape, samples, seed),
         effective_receptive_field(model, input_shape, samples, seed),

@@ -216,6 +216,11 @@ def preprocessing_of(given: Mapping[str, Any] | str | os.PathLike[str] | None, s
             else ("mean and std take one number for each channel, size (height, width)")
         )
         raise RefusedError(f"preprocessing: {reason}; {takes}") from None
+    if float(full.get("scale", 1 / 255)) <= 1 / 255 and max(map(float, full["mean"])) > 1:
+        raise RefusedError(
+            "preprocessing: the mean is one of pixels in 0..255, and they are scaled to 0..1 before it is taken off: "
+            "divide mean and std by 255, or give a scale of 1 (--preprocessing FILE)"
+        )
     return full
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from gmconv.errors import RefusedError
 from runtime.artefact import artefact_kind
 from runtime.benchmark.comparison import Comparison
 from runtime.benchmark.measure import Measured, Prepared
@@ -77,9 +79,10 @@ def _artefact_sections(prepared: Sequence[Prepared]) -> list[Section]:
         if artefact_kind(path) == "checkpoint" and not fields:
             from runtime.runners.torch import receptive_fields
 
-            before, after = receptive_fields(path, _SAMPLES, opened.foreign)
             fields = True
-            sections.append(ReceptiveField(before=before, after=after, samples=_SAMPLES))
+            with contextlib.suppress(RefusedError):  # not known of a network whose masks are its own
+                before, after = receptive_fields(path, _SAMPLES, opened.foreign)
+                sections.append(ReceptiveField(before=before, after=after, samples=_SAMPLES))
         if opened.manifest is not None:
             sections += manifest_sections(opened.artefact.name, opened.manifest, alone=len(prepared) == 1)
             texts.append(ManifestText(name=opened.artefact.name, manifest=opened.manifest))

@@ -4,6 +4,7 @@ from torch import nn
 
 from gmconv import GMConv2d
 from gmconv.erf import effective_receptive_field, receptive_fields, without_masks
+from gmconv.errors import RefusedError
 
 
 class Linear2(nn.Module):
@@ -57,5 +58,5 @@ def test_same_seed_same_field_and_the_mode_is_left_alone() -> None:
 
 
 def test_a_network_without_a_feature_map_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no convolution"):
+    with pytest.raises(RefusedError, match="no convolution"):
         effective_receptive_field(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), (3, 2, 2))

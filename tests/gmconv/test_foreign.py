@@ -117,6 +117,7 @@ def test_a_foreign_checkpoint_gets_what_it_does_not_say(tmp_path: Path) -> None:
     [
         ({"mean": (0.5, 0.5, 0.5)}, "has a mean and no std; give both"),
         ({"std": (0.5, 0.5, 0.5)}, "has a std and no mean; give both"),
+        ({"mean": (123.7, 116.3, 103.5), "std": (58, 57, 57)}, "mean is one of pixels in 0..255"),
         ({"resize": "foo"}, "'foo' - at resize; it is one of stretch, shortest-then-crop"),
         ({"size": "big"}, "at size; mean and std take one number for each channel"),
     ],

@@ -16,7 +16,7 @@ from gmconv.errors import CheckpointError, RefusedError, UnavailableError
 from gmconv.foreign import Foreign
 from runtime.manifest import Manifest, digest, sidecar
 from runtime.runners import open_runner
-from runtime.runners.torch import TorchOptions, TorchRunner
+from runtime.runners.torch import TorchOptions, TorchRunner, receptive_fields
 
 X = {"input": np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)}
 
@@ -116,6 +116,12 @@ def test_a_foreign_state_dict_opens_when_its_architecture_is_given(tmp_path: Pat
     torch.save(gmconv.models.create("resnet20").state_dict(), path)
     with open_runner(path, foreign=Foreign(arch="gmconv.models:resnet20", input_shape=(3, 32, 32))) as runner:
         assert runner.run(X)["logits"].shape == (3, 10)
+
+
+def test_the_receptive_field_of_masks_that_are_not_ours_is_not_told(tmp_path: Path) -> None:
+    torch.save(gmconv.models.create("resnet8", gmconv=False).state_dict(), tmp_path / "net.pth")
+    with pytest.raises(RefusedError, match="no GMConv2d whose mask could be taken off"):
+        receptive_fields(tmp_path / "net.pth", 1, Foreign(arch="gmconv.models:resnet8", input_shape=(3, 32, 32)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
