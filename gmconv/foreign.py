@@ -210,11 +210,9 @@ def preprocessing_of(given: Mapping[str, Any] | str | os.PathLike[str] | None, s
     except msgspec.ValidationError as error:
         reason = str(error).replace("`", "").replace("$.", "")
         choices = get_args(get_type_hints(Preprocessing).get(reason.rpartition(" ")[2]))
-        takes = (
-            f"it is one of {', '.join(choices)}"
-            if choices and all(isinstance(c, str) for c in choices)
-            else ("mean and std take one number for each channel, size (height, width)")
-        )
+        takes = "mean and std take one number for each channel, size (height, width)"
+        if choices and all(isinstance(choice, str) for choice in choices):
+            takes = f"it is one of {', '.join(choices)}"
         raise RefusedError(f"preprocessing: {reason}; {takes}") from None
     if float(full.get("scale", 1 / 255)) <= 1 / 255 and max(map(float, full["mean"])) > 1:
         raise RefusedError(

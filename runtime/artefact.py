@@ -101,6 +101,7 @@ def open_artefact(path: str | Path, *, require_manifest: bool = False) -> Artefa
 
 def exported_as(checkpoint: Path) -> str:
     """How an artefact beside `checkpoint` was exported from it, as the end of a sentence; "" where none says so."""
+    own = sha256_file(checkpoint)
     for path in sorted(checkpoint.parent.glob("*.json")):
         artefact = path.with_suffix("")
         try:
@@ -108,7 +109,7 @@ def exported_as(checkpoint: Path) -> str:
         except RefusedError:  # another file's business
             continue
         link = manifest.source("checkpoint")
-        if manifest.arch and link is not None and link.sha256 == sha256_file(checkpoint):
+        if manifest.arch and link is not None and link.sha256 == own:
             return f"; {artefact.name} was exported from it with --arch {printable(manifest.arch)}"
     return ""
 

@@ -82,7 +82,7 @@ class Decoders:
     async def _start(self) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            "-P",  # as `child_command` does, without the second that -m takes for this module's package
+            "-P",  # as `child_command` does: the working directory may hold packages of our names
             "-c",
             START,
             stdin=asyncio.subprocess.PIPE,
