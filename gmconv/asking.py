@@ -130,9 +130,11 @@ class Asked(Generic[T]):
                     also = "'fp16,int8', or " if name in self._renamed else ""
                     raise RefusedError(f"{name} is a {type(value).__name__}; it takes {also}{group.__name__}")
             elif flag is not None and not (field in self._objects and not isinstance(value, str)):
-                if not isinstance(value, _PLAIN) and getattr(value, "ndim", None) != 0:
-                    takes = getattr(flag, "metavar", None) or "a plain value"
-                    raise RefusedError(f"{name} is a {type(value).__name__}; it takes {takes}")
+                for one in (value, *(value if isinstance(value, tuple | list) else ())):
+                    if not isinstance(one, _PLAIN) and getattr(one, "ndim", None) != 0:
+                        takes = getattr(flag, "metavar", None) or "a plain value"
+                        holds = "" if one is value else f" of {type(one).__name__}"
+                        raise RefusedError(f"{name} is a {type(value).__name__}{holds}; it takes {takes}")
                 value = _parsed(flag, context, name, value)
             values[field] = value
         return values

@@ -163,7 +163,10 @@ def _larger(pixels: int) -> int:
 def _tensor(name: str, value: Any) -> Tensor:
     tensor = value if isinstance(value, Tensor) else torch.as_tensor(value) if hasattr(value, "__array__") else None
     if tensor is None:
-        raise RefusedError(f"example {name!r} is a {type(value).__name__}; pass tensors, one batch of each input")
+        raise RefusedError(
+            f"example {name!r} is no tensor ({type(value).__name__}); pass one batch of each input, "
+            f"torch.randn(1, 3, 64, 64) where only its shape matters"
+        )
     if not tensor.ndim or not len(tensor):
         raise RefusedError(f"example {name!r} holds no samples along axis 0; pass a tensor with one row per sample")
     return tensor

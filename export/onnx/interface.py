@@ -48,10 +48,11 @@ def output_names(
         raise
     except Exception as error:  # a forward is somebody's own code: an assertion, a shape, an argument that is missing
         reason = printable(" ".join(str(error).split()) or type(error).__name__, 300)
-        shapes = ", ".join("x".join(map(str, example.shape)) for example in given)
+        shapes = ", ".join("x".join(map(str, example.shape[1:])) or "one number" for example in given)
+        shapes += f" in a batch of {options.batch}" if options.batch else ""
         takes = ", ".join(inspect.signature(loaded.model.forward).parameters)
         raise RefusedError(
-            f"the network, whose forward takes ({takes}), does not run on {shapes} ({reason}); check "
+            f"the network, whose forward takes ({takes}), does not run on samples of {shapes} ({reason}); check "
             f"--input-shape, and give --input NAME:SHAPE for each of several inputs"
         ) from error
     named = named_outputs(outputs, options.output_names)

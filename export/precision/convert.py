@@ -33,7 +33,7 @@ def convert_precision(
     options: PrecisionOptions | None = None,
     *,
     progress: Progress | None = None,
-    verify: bool = False,
+    verify: bool = True,
     images: str | Path | None = None,
     force: bool = False,
     **choices: Any,

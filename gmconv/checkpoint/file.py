@@ -8,6 +8,7 @@ classes is imported, and nothing of them runs.
 from __future__ import annotations
 
 import io
+import pickle
 import struct
 import zipfile
 from collections import OrderedDict
@@ -25,6 +26,7 @@ from gmconv.packages import install
 
 _PICKLE_BYTES = 2**24  # of the pickle inside a checkpoint: about half a minute of torch's unpickler, written in Python
 _PICKLE_READS = 2**23  # the same bound for files without a zip, whose pickle ends nowhere in particular
+_UNREADABLE = "is not a readable PyTorch checkpoint (truncated, damaged or another format); copy or save it again"
 _INFLATED = 2**31, 32  # a compressed zip may unpack to 2 GiB, or to 32 times its size
 
 
@@ -75,7 +77,10 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 def _torch(path: Path) -> Any:
     with path.open("rb") as stream:
-        zipped = stream.read(4) == b"PK\x03\x04"
+        head = stream.read(4)
+    zipped = head == b"PK\x03\x04"
+    if not zipped and head[:1] != pickle.PROTO:  # what torch writes without a zip begins so; text can look like globals
+        raise CheckpointError(f"{path}: {_UNREADABLE}")
     with torch.serialization.safe_globals(_STAND_INS):
         if zipped:
             # A compressed record must be unpacked; mapped, its compressed bytes would be taken for numbers.
@@ -149,7 +154,7 @@ def _why_unreadable(error: Exception) -> str:
                 f"holds a pickled {name}, and nothing in a checkpoint may run code; save model.state_dict(), and "
                 f"beside it numbers, text, lists and dicts alone"
             )
-    return "is not a readable PyTorch checkpoint (truncated, damaged or another format); copy or save it again"
+    return _UNREADABLE
 
 
 class _Inert:

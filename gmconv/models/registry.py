@@ -56,6 +56,9 @@ def create(name: str, gmconv: bool = True, **kwargs: Any) -> nn.Module:
 
     factory = _FACTORIES.get(name)
     if factory is None:
+        package, dot, own = str(name).rpartition(".")
+        if dot:
+            raise CheckpointError(f"gmconv.models has no network {str(name)[:80]!r}; did you mean {package}:{own}?")
         close = difflib.get_close_matches(str(name).lower(), _FACTORIES, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names())}"
         raise CheckpointError(f"gmconv.models has no network {str(name)[:80]!r}; {hint}")

@@ -161,8 +161,9 @@ def main(context: click.Context, /, output: Path, plain: bool, as_json: bool, qu
 def _interrupted(output: Path) -> str:
     from gmconv.train.resume import state_path
 
-    said = f"interrupted; the best epoch that finished, if any did, is in {output}"
-    return f"{said}; go on with --resume {state}" if (state := state_path(output)).is_file() else said
+    if not (state := state_path(output)).is_file():  # it is written with each epoch
+        return "interrupted before an epoch finished; nothing was written"
+    return f"interrupted; the best epoch that finished is in {output}; go on with --resume {state}"
 
 
 def _resumed(context: click.Context, file: Path, output: Path, values: dict[str, Any]) -> tuple[RunState, Path]:

@@ -145,7 +145,7 @@ def _candidate(found: ParityReport, candidate: CandidateReport, texts: list[Sect
     for item in candidate.verdict.yardstick:
         rows[f"Distance of {item.output} from float64"] = (
             f"{_number(item.candidate_rel_rms)}; torch fp32 {_number(item.reference_rel_rms)}, "
-            f"{item.factor:g} times that allowed"
+            f"allowed {_number(item.limit)}"
         )
     if candidate.bisection is not None:
         rows["First layer that differs"] = candidate.bisection.sentence

@@ -97,7 +97,7 @@ class Yardstick:
             if reason is None and not found <= limit:
                 reason = (
                     f"output {name!r} is {found:.1e} from the float64 run, torch fp32 {near:.1e}; "
-                    f"at most {self._factor:g} times that, or {SUMS:.1e}, is allowed"
+                    f"at most {self._factor:g} times that plus {CONSTANT:.1e}, or {SUMS:.1e}, is allowed"
                 )
             verdicts.append(
                 YardstickComparison(

@@ -195,7 +195,7 @@ def test_an_input_that_is_left_out_is_said_and_the_root_has_a_name(tmp_path: Pat
     ("examples", "message"),
     [
         (torch.randn(2, 4, 16, 16), "does not run on"),
-        ("nothing", "is a str"),
+        ("nothing", "is no tensor .str"),
         (torch.tensor(1.0), "holds no samples"),
         (torch.full((2, 3, 16, 16), torch.nan), "'input' holds NaN"),
         ((torch.randn(2, 3, 8, 8), torch.randn(3, 1)), "different numbers of samples"),

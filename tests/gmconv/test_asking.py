@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 
 import export
@@ -67,8 +68,9 @@ def test_a_flag_of_the_export_is_a_parameter(flag: str) -> None:
             "the exporter's own report, which note= gets, says more",
         ),
         (
-            "on 2x4 (no); check --input-shape, and give --input NAME:SHAPE for each of several inputs",
-            "on 2x4 (no); the examples are a batch of what it takes: a tensor, or a dict with one for each argument",
+            "on samples of 4 (no); check --input-shape, and give --input NAME:SHAPE for each of several inputs",
+            "on samples of 4 (no); the examples are a batch of what it takes: a tensor, or a dict with one for each "
+            "argument",
         ),
         ("layers 0--1 of a-o, --elsewhere", "layers 0--1 of a-o, --elsewhere"),
     ],
@@ -139,6 +141,12 @@ def function(options: Kind | None = None, *, force: bool = False, **choices: Any
     if force:
         raise RefusedError("no: leave --force out, or give --data DIR, --no-fuse or --other")
     return ASKED_HERE(options, choices)
+
+
+def test_arrays_where_a_command_takes_words_are_refused() -> None:
+    for given, kind in ((np.zeros(2), "ndarray"), ((np.zeros(2), np.zeros(2)), "tuple of ndarray")):
+        with pytest.raises(RefusedError, match=f"^data is a {kind}; it takes"):
+            function(data=given)
 
 
 def test_options_of_groups_are_said_flat_and_values_are_read_as_flags() -> None:

@@ -274,7 +274,7 @@ def test_no_cases_is_a_failure_not_a_pass(
         (["{ckpt}", "--opset", "17"], 2, "17"),
         (["{ckpt}", "--opset", "99"], 3, "opset"),
         (["{ckpt}", "--input-shape", "3,16"], 2, "C,H,W"),
-        (["{ckpt}", "--input-shape", "4,16,16"], 3, "does not run on 2x4x16x16"),
+        (["{ckpt}", "--input-shape", "4,16,16"], 3, "does not run on samples of 4x16x16"),
         (["{ckpt}", "--output-names", "a,b"], 3, "has 1 outputs"),
         (["{ckpt}", "--input-names", "a,b"], 3, "takes 1 inputs (input), 2 names were given"),
         (["{ckpt}", "--crop", "2"], 2, 'is "lossless" or a number from 0'),

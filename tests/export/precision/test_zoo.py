@@ -51,7 +51,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, cli: Any) -> Any:
 def test_zoo(name: str, precision: Any, exported: Any, tmp_path: Path, cli: Any) -> None:
     source = exported(name, SIZES[name])
     output = tmp_path / f"{precision}.onnx"
-    manifest = convert_precision(source, output, precision, PrecisionOptions(calibration="noise"))
+    manifest = convert_precision(source, output, precision, PrecisionOptions(calibration="noise"), verify=False)
     onnx.checker.check_model(str(output), full_check=True)
     # Kernels beyond 32 taps (AlexNet's 11x11, ResNet's 7x7) have no fp8 kernel in TensorRT and stay in fp16.
     assert manifest.precision_found.keys() - {precision} <= ({"fp16"} if precision == "fp8" else set())

@@ -207,6 +207,8 @@ def bad_file(kind: str, good: bytes, path: Path) -> None:
         path.write_bytes(np.random.default_rng(0).bytes(5000))
     elif kind == "text":
         path.write_text("epoch,loss\n1,0.3\n")
+    elif kind == "text that reads as a pickle":
+        path.write_text("circle\nsquare.bar\n")
     elif kind == "another zip":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("a.txt", "hello")
@@ -230,6 +232,7 @@ BAD_FILES = {
     "empty": "is empty",
     "random bytes": "not a readable PyTorch checkpoint",
     "text": "not a readable PyTorch checkpoint",
+    "text that reads as a pickle": "not a readable PyTorch checkpoint",
     "another zip": "not a readable PyTorch checkpoint",
     "pickle with code": "nothing in a checkpoint may run code",
     "zip with code": "nothing in a checkpoint may run code",
