@@ -73,7 +73,14 @@ class Artefact:
 
     def checkpoint(self, known: Path | None = None) -> Path | None:
         """The checkpoint at the start of the chain, when the very file is `known` or lies beside the artefact."""
-        link = self.manifest.source("checkpoint") if self.manifest else None
+        return self._source("checkpoint", known)
+
+    def fp32_graph(self) -> Path | None:
+        """The ONNX file that it was made from, when that very file lies beside the artefact."""
+        return self._source("onnx", None)
+
+    def _source(self, kind: str, known: Path | None) -> Path | None:
+        link = self.manifest.source(kind) if self.manifest else None
         if link is None:
             return None
         places = (path for path in (known, self.path.with_name(Path(link.file).name)) if path and path.is_file())

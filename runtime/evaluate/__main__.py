@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @click.option(
     "--reference",
     type=click.Path(path_type=Path),
-    help="What to compare with [a checkpoint given or beside it, else the first].",
+    help="What to compare with [a checkpoint given or beside it, else the first of several, else its source].",
 )
 @click.option("--limit", type=click.IntRange(1), help="At most so many images.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draw with --limit.")
@@ -95,7 +95,8 @@ def main(
     if flags["images"] is not None:
         refuse_missing(flags["images"])
     require_report(report, *artefacts)
-    done = evaluate(artefacts, EvaluateOptions(**flags, labelled=max_drop is not None))
+    gated = max_drop is not None or min_agreement is not None
+    done = evaluate(artefacts, EvaluateOptions(**flags, labelled=max_drop is not None, compared=gated))
     warn(done.warnings)
     if as_json:
         print_json(done.to_dict())

@@ -2,7 +2,8 @@
 
 Top-1 and top-5 of classes, intersection over union of masks, or a metric of the user's own; each with its 95 % interval
 and with what the artefact loses against a reference: the live fp32 network where its checkpoint is given or lies beside
-the artefact, else the first artefact. A Q/DQ graph runs as it is served (`runtime.runners.qdq`).
+the artefact, else the first artefact of several, else the ONNX file that the only one was made from. A Q/DQ graph runs
+as it is served (`runtime.runners.qdq`).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 class EvaluateOptions:
     """How to evaluate. `images` None are the held-out digits, of a network trained on them; `limit` samples at most,
     drawn by `seed`; `reference` None is found (see the module); `labelled`: refuse images without labels.
+    `compared`: refuse an artefact that only itself could be compared with.
 
     `part`: of data that training split, or that lies in train and val. `output`: the one that is judged, of several.
     `metric`: a function as `runtime.evaluate.metric` says, or its name, `"package.module:function"`."""
@@ -48,6 +50,7 @@ class EvaluateOptions:
     batch: int = 32
     foreign: Foreign = NOTHING
     labelled: bool = False
+    compared: bool = False
     part: Part = "held-out"
     output: str | None = None
     metric: str | Metric | None = None
@@ -87,8 +90,11 @@ def score_artefacts(
     for artefact in found:
         artefact.require_agreement(options.foreign.preprocessing)
     with ExitStack() as stack:
-        reference, runner = _open_reference(found, options)
+        reference, runner, passed_over = _open_reference(found, options)
         runners = [stack.enter_context(runner)]
+        if options.compared and all(artefact.path == reference.path for artefact in found):
+            advice = passed_over or "the checkpoint or the fp32 file that it was made from"
+            raise RefusedError(f"{reference.path} would be compared with itself: give --reference FILE ({advice})")
         options.foreign.refuse_idle([artefact.path for artefact in (*found, reference)])
         for artefact in found:
             same = artefact.path == reference.path
@@ -112,7 +118,7 @@ def score_artefacts(
             for artefact, opened, score in zip(found, runners[1:], scores, strict=True)
         ]
     warnings = [layout_warning(artefact.manifest, options.device) for artefact in found]
-    warnings += [_doubt(samples, known, options)]
+    warnings += [passed_over, _doubt(samples, known, options)]
     return Evaluation(
         reference=_title(reference),
         images=samples.name,
@@ -229,38 +235,33 @@ def _title(reference: Artefact) -> str:
     return f"live fp32 network of {name}" if reference.kind == "checkpoint" else name
 
 
-def _open_reference(found: Sequence[Artefact], options: EvaluateOptions) -> tuple[Artefact, Runner]:
-    """What to compare with, open: the one asked for, a checkpoint given, the one beside an artefact, else the first.
-
-    One beside an artefact that does not say what network it belongs to is passed over: nobody asked for it.
+def _open_reference(found: Sequence[Artefact], options: EvaluateOptions) -> tuple[Artefact, Runner, str | None]:
+    """What to compare with, open, and why a checkpoint beside an artefact is not it: nobody asked for that one, so it
+    is passed over where it does not say what network it belongs to.
     """
     from runtime.runners import open_runner
 
     specs = [spec for artefact in found if artefact.manifest for spec in artefact.manifest.inputs]
     free = any(isinstance(side, str) for spec in specs for side in spec.shape[1:])
 
-    def opened(artefact: Artefact) -> tuple[Artefact, Runner]:
+    def opened(artefact: Artefact) -> Runner:
         more = {"dynamic_hw": free} if artefact.kind == "checkpoint" else {}
-        return artefact, open_runner(artefact.path, options.device, foreign=options.foreign, **more)
+        return open_runner(artefact.path, options.device, foreign=options.foreign, **more)
 
-    chosen = _reference(found, options)
-    if chosen in found or options.reference is not None:
-        return opened(chosen)
-    try:
-        return opened(chosen)
-    except (CheckpointError, ArchitectureUnavailableError, UnavailableError):
-        return opened(found[0])
-
-
-def _reference(found: Sequence[Artefact], options: EvaluateOptions) -> Artefact:
-    """What to compare with: the one asked for, a checkpoint given, the one beside an artefact, else the first."""
     if options.reference is not None:
-        return open_artefact(options.reference)
+        return (chosen := open_artefact(options.reference)), opened(chosen), None
     given = next((artefact for artefact in found if artefact.kind == "checkpoint"), None)
     if given is not None:
-        return given
-    beside = next((path for artefact in found if (path := artefact.checkpoint()) is not None), None)
-    return open_artefact(beside) if beside is not None else found[0]
+        return given, opened(given), None
+    beside, reason = next((path for artefact in found if (path := artefact.checkpoint()) is not None), None), None
+    if beside is not None:
+        try:
+            return (live := open_artefact(beside)), opened(live), None
+        except (CheckpointError, ArchitectureUnavailableError, UnavailableError) as error:
+            reason = f"{beside.name} lies beside it and was not compared with: {error.message}"
+    graph = found[0].fp32_graph() if len(found) == 1 else None
+    chosen = found[0] if graph is None else open_artefact(graph)
+    return chosen, opened(chosen), reason
 
 
 def _samples(about: Facts, runner: Runner, options: EvaluateOptions) -> tuple[Samples, dict[str, NDArray[Any]]]:

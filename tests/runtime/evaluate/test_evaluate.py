@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
@@ -19,7 +21,7 @@ from gmconv.splits import split_record
 from runtime.artefact import open_artefact
 from runtime.evaluate.__main__ import main
 from runtime.evaluate.score import EvaluateOptions, evaluate
-from runtime.manifest import Manifest, TensorSpec, digest, sidecar
+from runtime.manifest import Manifest, TensorSpec, digest, read_manifest, sidecar
 
 CLASSES = 8
 
@@ -110,6 +112,25 @@ def test_gates_exit_4_and_name_the_artefact(tmp_path: Path, images: Path) -> Non
     done = invoke(good, bad, "--images", images, "--max-top1-drop", "24", code=4)
     assert "b.onnx: top-1 is 25.00 points below a.onnx" in done.stderr
     invoke(good, bad, "--images", images, "--max-top1-drop", "25")
+
+
+def test_one_alone_is_held_to_what_it_was_made_from_and_never_to_itself(tmp_path: Path, images: Path) -> None:
+    source, bad = save(tmp_path / "a.onnx"), save(tmp_path / "b.onnx", swapped=(2, 5))
+    live = tmp_path / "net.pt"  # a network that only its owner can name
+    torch.save({"own.weight": torch.zeros(1)}, live)
+    manifest = read_manifest(bad)
+    chain = (digest(live, "checkpoint"), digest(source, "onnx"))
+    sidecar(bad).write_text(replace(manifest, chain=chain).to_json())
+    done = invoke(bad, "--data", images, "--max-drop", "24", code=4)
+    assert "top-1 is 25.00 points below a.onnx" in done.stderr
+    assert "net.pt lies beside it and was not compared with" in done.stderr
+    source.unlink()
+    assert "net.pt lies beside it" in invoke(bad, "--data", images).stderr
+    for gate in ("--max-drop", "--min-agreement"):
+        refused = invoke(bad, "--data", images, gate, "0", code=3).stderr
+        assert "would be compared with itself: give --reference FILE (net.pt lies beside it" in refused
+    live.unlink()
+    assert "the checkpoint or the fp32 file" in invoke(bad, "--data", images, "--max-drop", "0", code=3).stderr
 
 
 def test_json_and_table_say_the_same(tmp_path: Path, images: Path) -> None:
