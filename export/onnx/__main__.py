@@ -22,7 +22,7 @@ from runtime.report.artefacts import report_option, require_report, write_artefa
 
 
 def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Precision, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
+    names = tuple(dict.fromkeys(name.strip().lower() for name in value.split(",")))
     if unknown := [name for name in names if name not in PRECISIONS]:
         raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(PRECISIONS)}")
     return cast(tuple[Precision, ...], names)

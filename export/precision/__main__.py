@@ -87,14 +87,17 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
 @click.command(cls=Command, example="gmconv precision net.onnx --to int8 --data images/")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
-    "--to", "precision", type=click.Choice(PRECISIONS), help="The precision of every layer; or --auto-precision."
+    "--to",
+    "precision",
+    type=click.Choice(PRECISIONS, case_sensitive=False),
+    help="The precision of every layer; or --auto-precision.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[model.PRECISION.onnx]")
 @precision_flags
 @target_flag
 @click.option(
     "--auto-precision",
-    type=click.Choice(["int8", "fp8"]),
+    type=click.Choice(["int8", "fp8"], case_sensitive=False),
     help="In place of --to: quantize as many layers as a budget allows, keep the rest higher.",
 )
 @click.option("--max-top1-drop", type=click.FloatRange(0, 100), help="Budget: points of top-1 that may be lost.")

@@ -140,7 +140,7 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> t
 @click.option("--flavor", type=click.Choice(["auto", "tensorrt", "rtx"]), default="auto", show_default=True)
 @click.option(
     "--precision",
-    type=click.Choice(["fp16", "bf16", "int8", "fp8"]),
+    type=click.Choice(["fp16", "bf16", "int8", "fp8"], case_sensitive=False),
     help="Convert the ONNX file first (export.precision).",
 )
 @export_flags

@@ -27,6 +27,11 @@ from gmconv.packages import install
 _PICKLE_BYTES = 2**24  # of the pickle inside a checkpoint: about half a minute of torch's unpickler, written in Python
 _PICKLE_READS = 2**23  # the same bound for files without a zip, whose pickle ends nowhere in particular
 _UNREADABLE = "is not a readable PyTorch checkpoint (truncated, damaged or another format); copy or save it again"
+_PROGRAMS = {
+    "/constants.pkl": "TorchScript",
+    "/archive_format": "torch.export",
+    "/serialized_exported_program": "torch.export",
+}
 _INFLATED = 2**31, 32  # a compressed zip may unpack to 2 GiB, or to 32 times its size
 
 
@@ -90,9 +95,12 @@ def _torch(path: Path) -> Any:
 
 
 def _compressed(path: Path) -> bool:
-    """Whether records of a zip are compressed. Refuses a zip bomb and a pickle that would take minutes."""
+    """Whether records of a zip are compressed. Refuses a zip bomb, a pickle that would take minutes, and programs."""
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
+    for mark, kind in _PROGRAMS.items():
+        if any(mark in f"/{record.filename}" for record in records):
+            raise CheckpointError(f"{path}: is a {kind} archive; save model.state_dict() of the Python model")
     pickled = max((record.file_size for record in records if record.filename.endswith("data.pkl")), default=0)
     if pickled > _PICKLE_BYTES:
         raise CheckpointError(
@@ -145,8 +153,6 @@ def _why_unreadable(error: Exception) -> str:
     text = str(error)
     if "torch.distributed" in text:
         return "holds sharded tensors (DTensor); save a full state_dict, gathered on one rank"
-    if "torch.jit" in text or "TorchScript" in text:
-        return "is a TorchScript archive; save model.state_dict() of the Python model"
     for marker in ("Unsupported global: GLOBAL ", "Unsupported class ", "unsupported GLOBAL "):
         if marker in text:
             name = text.split(marker, 1)[1].split()[0].rstrip(".,")

@@ -30,7 +30,11 @@ _PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the noise and of the draw of samples.")
 @click.option("--device", default="cpu", show_default=True, help="Of the candidates: cpu, cuda, cuda:N.")
 @click.option("--reference-device", default="cpu", show_default=True, help="Of the reference.")
-@click.option("--precision", type=click.Choice(_PRECISIONS), help="Judge by this row instead of the manifest's.")
+@click.option(
+    "--precision",
+    type=click.Choice(_PRECISIONS, case_sensitive=False),
+    help="Judge by this row instead of the manifest's.",
+)
 @click.option(
     "--tolerance",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),

@@ -22,6 +22,7 @@ from runtime.runners.feeds import read_feeds, sized, sizeless, taken
 FREE_BATCHES = (1, 2, 3, 17)
 #: The batch that most samples come in, where nothing says another.
 USUAL_BATCH = 8
+NOISE_ALONE = "compared on noise alone; --data takes what the network is for"
 #: Corners up to this batch are filled with real samples too, beside noise, where some candidates are calibrated.
 SMALL_BATCH = 2
 #: Sizes tried besides the usual one where height and width are free.
@@ -101,7 +102,9 @@ def make_cases(
     if real and calibrated:
         return [*filled, *real], notes
     if calibrated:
-        notes.append("no real images: a calibrated graph is judged on noise, not made for it perhaps; use --images")
+        notes.append("no real images: a calibrated graph is judged on noise, not made for it perhaps; use --data")
+    elif not real:
+        notes.append(NOISE_ALONE)
 
     def noise(shapes: Shapes, seed: Any, samples: int | None = None) -> _noise:
         return _noise(specs, shapes, seed, samples, wanted.between)

@@ -115,7 +115,7 @@ def test_what_is_proven_or_for_another_target_is_overwritten_by_force_alone(fp32
     assert f"{there}: is there proven against ckpt.pt, and one " in done.stderr
     assert f"-o {fp32.with_name('model.int8.converted.onnx')}, or --force" in done.stderr
     assert read_manifest(there) == proven
-    invoke(fp32, "--to", "int8", "--data", npz, "--force")
+    invoke(fp32, "--to", "INT8", "--data", npz, "--force")
     assert read_manifest(there).parity != proven.parity
 
 

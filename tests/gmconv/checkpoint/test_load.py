@@ -212,6 +212,11 @@ def bad_file(kind: str, good: bytes, path: Path) -> None:
     elif kind == "another zip":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("a.txt", "hello")
+    elif kind == "TorchScript":
+        torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), path)
+    elif kind == "torch.export":
+        torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),)), path.with_suffix(".pt2"))
+        path.with_suffix(".pt2").rename(path)
     elif kind == "pickle with code":
         path.write_bytes(pickle.dumps({"state_dict": _Bomb()}, protocol=2))
     elif kind == "zip with code":
@@ -234,6 +239,8 @@ BAD_FILES = {
     "text": "not a readable PyTorch checkpoint",
     "text that reads as a pickle": "not a readable PyTorch checkpoint",
     "another zip": "not a readable PyTorch checkpoint",
+    "TorchScript": r"is a TorchScript archive; save model.state_dict\(\)",
+    "torch.export": r"is a torch.export archive; save model.state_dict\(\)",
     "pickle with code": "nothing in a checkpoint may run code",
     "zip with code": "nothing in a checkpoint may run code",
     "whole module": "holds a pickled torch.nn.modules.linear.Linear",
