@@ -8,9 +8,8 @@ import ssl
 from hashlib import sha256
 
 from gmconv.errors import RefusedError
-from runtime.serve.settings import TOKEN_VARIABLE, Settings
+from runtime.serve.settings import MIN_TOKEN, TOKEN_VARIABLE, Settings
 
-MIN_TOKEN = 16
 ALPN = {"http": "http/1.1", "grpc": "h2"}
 
 

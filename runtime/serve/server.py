@@ -223,7 +223,7 @@ class _Life:
         """The first load, then one look at the files for any number of SIGHUPs that came since the last."""
         service = self.service
         await service.repository.load()
-        if service.repository.classifies:
+        if not all(model.takes_no_images for model in service.repository.all()):
             await service.decoders.warm_up()
         if self.hangups.is_set():  # what was changed during the load is in service when that is said to be over
             await self._reload()
@@ -234,16 +234,21 @@ class _Life:
 
     async def _reload(self) -> None:
         self.hangups.clear()
+        read = []
         try:
             self.service.gate = Gate(find_token(self.settings))
+            read += [] if self.service.gate.open else ["token"]
         except RefusedError as error:
             log.error("reload: %s; the token stays as it was", error)
         try:
             for listener in self.listeners:  # what connects from now on gets the certificate that is in the files now
                 listener.tls = make_tls(self.settings, listener.protocol)
+            read += ["certificate"] if self.settings.tls_cert else []
         except RefusedError as error:
             log.error("reload: %s; the certificate stays as it was", error)
-        await self.service.repository.reload()
+        unchanged = await self.service.repository.reload()
+        again = f"{' and '.join(read)} read again; " if read else ""
+        log.info("reload done; %smodels unchanged: %s", again, unchanged)
 
     def _stop(self) -> None:
         """SIGTERM or SIGINT: from now on the end is certain, whatever else hangs or is loaded."""

@@ -15,6 +15,7 @@ MIB = 1 << 20
 CGROUPS = Path("/sys/fs/cgroup")
 DAY = 86_400.0
 TOKEN_VARIABLE = "GMCONV_SERVE_TOKEN"
+MIN_TOKEN = 16  # characters
 PORT = click.IntRange(0, 65535)
 FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -105,7 +106,7 @@ class Settings:
         None, "Smallest, tuned and largest batch of engines that are built.", _Batches(), "GMCONV_ENGINE_BATCH"
     )
     token: str | None = None
-    token_file: Path | None = _option(None, f"Ask for this bearer token [or variable {TOKEN_VARIABLE}].", FILE)  # noqa: RUF009
+    token_file: Path | None = _option(None, f"Ask for its token ({MIN_TOKEN}+ characters) [or {TOKEN_VARIABLE}].", FILE)  # noqa: RUF009
     tls_cert: Path | None = _option(None, "PEM certificate chain for REST and gRPC.", FILE)  # noqa: RUF009
     tls_key: Path | None = _option(None, "PEM private key.", FILE)  # noqa: RUF009
 

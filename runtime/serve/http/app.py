@@ -13,7 +13,7 @@ import msgspec
 from runtime.manifest import Manifest
 from runtime.serve.errors import Code, RequestError, too_large
 from runtime.serve.http.body import encode_body, inflate_body
-from runtime.serve.http.classify import check_classifiable, classify_image
+from runtime.serve.http.classify import classify_image
 from runtime.serve.http.messages import JSON, Answer, Headers, Request, error_answer, json_answer
 from runtime.serve.models.version import ModelVersion
 from runtime.serve.observe.metrics import Exposition
@@ -98,8 +98,8 @@ class App:
             model = request.call.use(self.service.repository.get(*request.target))
             if handler == self.infer:
                 request.header_length = header_size(headers.get(b"inference-header-content-length"))
-            else:
-                check_classifiable(model)
+            elif why := model.takes_no_images:
+                raise RequestError(why)
         if declared > request.limit:
             raise too_large(request.limit)
 
@@ -160,10 +160,11 @@ class App:
         return {**named, "ready": True}
 
     def _names(self, request: Request) -> dict[str, Any]:
-        """Names and versions (not part of the protocol; the page needs it)."""
-        repository = self.service.repository
-        names = sorted({m.source.name for m in repository.all()})
-        return {"models": [{"name": n, "versions": repository.versions(n)} for n in names]}
+        """Names, versions, and which give no classes and why (not part of the protocol; the page needs it)."""
+        found: dict[str, dict[str, str]] = {}
+        for model in self.service.repository.all():
+            found.setdefault(model.source.name, {})[model.source.version] = model.takes_no_images
+        return {"models": [{"name": n, "versions": list(found[n]), "takes_no_images": found[n]} for n in sorted(found)]}
 
     def _index(self, request: Request) -> list[dict[str, str]]:
         """What the repository holds, as Triton's index extension has it."""

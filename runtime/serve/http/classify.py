@@ -9,22 +9,10 @@ from urllib.parse import parse_qs
 import numpy as np
 
 from runtime.runners.base import Array
-from runtime.serve.errors import RequestError
+from runtime.serve.errors import Code, RequestError
 from runtime.serve.http.messages import Request
-from runtime.serve.models.version import ModelVersion
 from runtime.serve.protocol.codec import Decoded
 from runtime.serve.service import Service
-
-
-def check_classifiable(model: ModelVersion) -> None:
-    """Raise RequestError unless the model takes one image and gives classes."""
-    name = model.source.name
-    if model.manifest is None or model.manifest.preprocessing is None:
-        raise RequestError(f"model '{name}' has no preprocessing in its manifest: send tensors to infer")
-    if len(model.signature.inputs) != 1:
-        raise RequestError(f"model '{name}' has several inputs: send tensors to infer")
-    if len(next(iter(model.signature.outputs.values())).shape) != 2:
-        raise RequestError(f"the first output of model '{name}' is not (batch, classes): send tensors to infer")
 
 
 async def classify_image(service: Service, request: Request) -> dict[str, Any]:
@@ -34,16 +22,19 @@ async def classify_image(service: Service, request: Request) -> dict[str, Any]:
     assert model is not None
     assert model.manifest is not None
     assert model.manifest.preprocessing is not None
-    if request.headers.get(b"content-type", b"").startswith(b"multipart/"):
-        raise RequestError("the body is a form (curl -F); send the file itself: curl --data-binary @image.png")
     k = _count(parse_qs(request.query).get("k", ["5"])[-1])
     began = monotonic_ns()
-    pixels = await service.decoders.decode(bytes(request.body()), model.manifest.preprocessing)
+    try:
+        pixels = await service.decoders.decode(bytes(request.body()), model.manifest.preprocessing)
+    except RequestError as error:
+        kind = request.headers.get(b"content-type", b"")
+        if error.code is Code.INVALID and kind.startswith((b"multipart/", b"application/x-www-form-urlencoded")):
+            error.message = "the body is a form (curl -F, -d); send the file itself: curl --data-binary @image.png"
+        raise
     prepared = monotonic_ns()
     port = next(iter(model.signature.inputs.values()))
     feeds = {port.name: np.ascontiguousarray(pixels[None], port.dtype)}
     call.release()
-    model.signature.check_shape(port, feeds[port.name].shape)
     outputs, item = await service.infer(call, Decoded(feeds, 1, []), request.client)
     call.succeeded(item)
     scores = np.asarray(next(iter(outputs.values())))[0].astype(np.float64).ravel()

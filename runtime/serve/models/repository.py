@@ -95,8 +95,8 @@ class Repository:
         job.add_done_callback(self._jobs.discard)
         return job
 
-    async def reload(self) -> None:
-        """Look at the folder again: load what is new or changed, then drop what is gone.
+    async def reload(self) -> str:
+        """Look at the folder again: load what is new or changed, then drop what is gone; in words, what is as it was.
 
         A version is swapped in only after it passed its warm-up; one that fails leaves the old one serving, also where
         the old one has another version and its file is gone.
@@ -105,13 +105,15 @@ class Repository:
             sources = await self._look()
         except (click.ClickException, OSError) as error:
             log.error("reload: %s; still serving what was loaded", error)
-            return
-        self._failed = {}
+            return "all"
+        self._failed, unchanged = {}, []
         for source in sources:
             try:
                 if await self._changed(source):
                     self._install(await self._open(source))
                     log.info("reload: %s version %s is in service", *source.key)
+                else:
+                    unchanged.append(f"{source.name} version {source.version}")
             except Exception as error:
                 self._failed[source.key] = "it could not be loaded; the server's log says why"
                 self._coming.discard(source.key)
@@ -123,6 +125,7 @@ class Repository:
                 log.warning("reload: %s version %s is gone, still serving it", *model.source.key)
             elif model.source.key not in wanted:
                 self._remove(model)
+        return ", ".join(unchanged) or "none"
 
     async def _changed(self, source: Source) -> bool:
         old = self._models.get(source.name, {}).get(source.version)
@@ -140,11 +143,6 @@ class Repository:
         if source.config:
             source.config.say(source.name)
         return model
-
-    @property
-    def classifies(self) -> bool:
-        """Whether any model takes images."""
-        return any(m.manifest and m.manifest.preprocessing for m in self.all())
 
     def _install(self, model: ModelVersion) -> None:
         source = model.source

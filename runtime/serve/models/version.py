@@ -19,6 +19,7 @@ from runtime.metadata import refuse_untrue
 from runtime.runners.base import Runner, numpy_dtype
 from runtime.runners.qdq import layout_warning
 from runtime.serve.batching.batcher import Batcher, Policy
+from runtime.serve.errors import RequestError
 from runtime.serve.models.source import Source, device_for, read_source
 from runtime.serve.observe.stats import Stats
 from runtime.serve.protocol.signature import Signature, make_port
@@ -48,6 +49,26 @@ class ModelVersion:
     def platform(self) -> str:
         """Triton's platform string of the artefact."""
         return "tensorrt_plan" if self.source.runtime == "tensorrt" else "onnxruntime_onnx"
+
+    @property
+    def takes_no_images(self) -> str:
+        """Why the model cannot classify an image, as requests and the page are told; "" where it can."""
+        prepared = self.manifest.preprocessing if self.manifest else None
+        ports, output = list(self.signature.inputs.values()), next(iter(self.signature.outputs.values()))
+        if prepared is None:
+            why = "has no preprocessing in its manifest"
+        elif len(ports) != 1:
+            why = "has several inputs"
+        elif len(output.shape) != 2 or output.shape[1] == 1:
+            why = f"gives no class scores (its first output, '{output.name}', is {list(output.shape)})"
+        else:
+            try:
+                self.signature.check_shape(ports[0], (1, len(prepared.mean), *prepared.size))
+                return ""
+            except RequestError as error:
+                why = f"does not take one image at a time ({error.message})"
+        name, version = self.source.key
+        return f"model '{name}' {why}: send tensors to v2/models/{name}/versions/{version}/infer"
 
     def begin(self, stats: Stats, on_fatal: Callable[[BaseException], None]) -> None:
         """Start the engines' threads; on the event loop."""

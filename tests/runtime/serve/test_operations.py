@@ -21,7 +21,7 @@ import onnxruntime as ort
 import pytest
 import tritonclient.grpc as tg
 import tritonclient.http as th
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
@@ -132,9 +132,11 @@ def test_tls_and_what_sighup_renews(start: Start, tmp_path: Path) -> None:
         assert time.monotonic() < end
         time.sleep(0.05)
     assert (status(TOKEN), status(TOKEN[::-1])) == (401, 200)
+    assert server.said("reload done; token and certificate read again; models unchanged: m version 1")
     token.write_text("short")
     server.process.send_signal(signal.SIGHUP)
     assert server.said("the token stays as it was")
+    assert server.said("reload done; certificate read again; models unchanged: m version 1")
     assert status(TOKEN[::-1]) == 200
     assert stalled.recv(1) == b""
     assert server.stop() == 0
@@ -292,18 +294,36 @@ def test_classify_refusals(server: Server, photo: Image.Image) -> None:
     assert server.request("POST", "/v2/models/tiny/classify", good)[0] == 200
 
 
-def test_only_an_output_of_classes_is_read_as_classes(start: Start, tmp_path: Path, photo: Image.Image) -> None:
-    pixels = helper.make_tensor_value_info
-    dense = write_model(
-        tmp_path / "m.onnx",
-        [helper.make_node("Relu", ["input"], ["map"])],
-        [pixels("input", TensorProto.FLOAT, ["batch", 3, 8, 8])],
-        [pixels("map", TensorProto.FLOAT, ["batch", 3, 8, 8])],
-        preprocessing=IMAGE,
-    )
-    status, _, answer = start(dense).request("POST", "/v2/models/m/classify", encode(photo, "PNG"))
-    assert status == 400
-    assert "not (batch, classes): send tensors to infer" in json.loads(answer)["error"]
+def test_only_one_image_and_an_output_of_classes_are_classified(
+    start: Start, tmp_path: Path, photo: Image.Image
+) -> None:
+    flat = [helper.make_node("Flatten", ["input"], ["flat"])]
+    for name, batch, sides, nodes in (
+        ("mask", "batch", [3, 8, 8], [helper.make_node("Relu", ["input"], ["out"])]),
+        ("one", "batch", [1], [*flat, helper.make_node("MatMul", ["flat", "ones"], ["out"])]),
+        ("four", 4, [192], [*flat, helper.make_node("Relu", ["flat"], ["out"])]),
+    ):
+        write_model(
+            tmp_path / f"{name}.onnx",
+            nodes,
+            [helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, 3, 8, 8])],
+            [helper.make_tensor_value_info("out", TensorProto.FLOAT, [batch, *sides])],
+            [numpy_helper.from_array(np.ones((192, 1), "f4"), "ones")] if name == "one" else (),
+            preprocessing=IMAGE,
+        )
+    server = start(tmp_path)
+    listed = {m["name"]: m["takes_no_images"] for m in json.loads(server.request("GET", "/v2/models")[2])["models"]}
+    for name, why in (
+        ("mask", "gives no class scores (its first output, 'out', is [-1, 3, 8, 8])"),
+        ("one", "gives no class scores (its first output, 'out', is [-1, 1])"),
+        ("four", "does not take one image at a time (unexpected shape for input 'input': [1, 3, 8, 8], expected [4, "),
+    ):
+        status, _, answer = server.request("POST", f"/v2/models/{name}/classify", encode(photo, "PNG"))
+        error = json.loads(answer)["error"]
+        assert status == 400
+        assert error.startswith(f"model '{name}' {why}")
+        assert error.endswith(f": send tensors to v2/models/{name}/versions/1/infer")
+        assert listed[name] == {"1": error}  # what the page shows
 
 
 def test_what_a_client_did_wrong_does_not_count_as_rejected() -> None:

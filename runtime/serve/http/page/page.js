@@ -4,6 +4,7 @@ const SVG = "http://www.w3.org/2000/svg";
 let token = "";
 let image = null; // { file, note }: the image shown, classified again when another model is chosen
 let listed = ""; // the server's list of models as the picker shows it
+let refusals = {}; // option of the picker -> why the server classifies no image with it, in the server's words
 const running = {}; // task name -> the AbortController of its newest run
 
 /** An error whose message is a sentence for the person at the page. */
@@ -40,8 +41,10 @@ function refusal(answer, text) {
   if (!why || typeof why !== "string") why = `the server answered with status ${answer.status} and did not say why`;
   const seconds = Number(answer.headers.get("Retry-After"));
   const again = seconds > 0 ? ` Try again in ${seconds} ${seconds === 1 ? "second" : "seconds"}.` : "";
-  return why[0].toUpperCase() + why.slice(1) + (/[.!?]$/.test(why) ? "" : ".") + again;
+  return sentence(why) + again;
 }
+
+const sentence = (text) => text[0].toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
 
 function parse(text) {
   try { return JSON.parse(text); } catch { throw new Told("The server's answer is not JSON and could not be read."); }
@@ -100,18 +103,20 @@ async function loadModels() {
   const found = JSON.stringify(models);
   if (found === listed) return;
   listed = found;
-  const before = $("model").value;
+  const before = $("model").value, refused = refusals[before];
   $("model").replaceChildren();
-  for (const { name, versions } of models) {
+  refusals = {};
+  for (const { name, versions, takes_no_images = {} } of models) {
     for (const version of versions.slice().reverse()) {
       const value = JSON.stringify([name, version]);
       const text = versions.length > 1 ? name + ", version " + version : name;
       $("model").append(new Option(text, value, false, value === before));
+      refusals[value] = takes_no_images[version];
     }
   }
   $("model").disabled = !models.length;
   if (!models.length) $("model").append(new Option("none yet", ""));
-  if ($("model").value !== before) choose();
+  if ($("model").value !== before || refusals[before] !== refused) choose();
 }
 
 /** The URL of the chosen model version, or "" where there is none yet. */
@@ -122,6 +127,11 @@ function chosen() {
 }
 
 function choose() {
+  const why = refusals[$("model").value];
+  $("model-note").textContent = why ? sentence(why) : "";
+  for (const id of ["skip", "drop", "result-panel"]) $(id).hidden = !!why;
+  document.title = $("heading").textContent = why ? "A served model" : "Classify an image";
+  $("image-heading").textContent = why ? "Tensors" : "Image";
   showCard();
   classify();
 }
@@ -182,7 +192,6 @@ async function showCard() {
   if (card) showManifest(card);
   else if (path) showSignature(model, problem);
   else fact("Model", "none yet");
-  $("model-note").textContent = path ? whyNoImages(card, path) : "";
   settle($("card-panel"));
 }
 
@@ -196,9 +205,10 @@ function showManifest(card) {
   fact("Architecture", card.arch);
   fact("Inputs", card.inputs.map(shape).join(", "));
   fact("Outputs", card.outputs.map(shape).join(", "));
-  if (card.outputs.length > 1) fact("Classes are read from", card.outputs[0].name);
-  if (card.labels) fact("Classes", card.labels.length);
-  else if (card.preprocessing) fact("Classes", "without names; shown by their index");
+  if (!refusals[$("model").value]) {
+    if (card.outputs.length > 1) fact("Classes are read from", card.outputs[0].name);
+    fact("Classes", card.labels ? card.labels.length : "without names; shown by their index");
+  }
   const prepared = card.preprocessing;
   if (prepared) {
     const { size, channel_order, resize, interpolation } = prepared;
@@ -219,15 +229,6 @@ function showManifest(card) {
   fact("Made", (card.created || "").replace("T", " ").replace("+00:00", " UTC"));
   fact("With", Object.entries(card.versions || {}).map(([k, v]) => k + " " + v).join(", "));
   showMasks((card.certificate && card.certificate.layers) || []);
-}
-
-/** Why the server will refuse image files for this model, before somebody tries; "" where it takes them. */
-function whyNoImages(card, path) {
-  if (card && card.preprocessing && card.inputs.length === 1) return "";
-  let why = "Its manifest has no preprocessing";
-  if (!card) why = "It came without a manifest";
-  else if (card.preprocessing) why = "It has several inputs";
-  return `This model takes tensors, not image files. ${why}: send tensors to ${path}/infer.`;
 }
 
 function showMasks(layers) {
@@ -282,7 +283,7 @@ function take(files) {
 }
 
 async function classify() {
-  if (!image) return;
+  if (!image || refusals[$("model").value]) return;
   const { file, note } = image;
   const signal = begin("classify");
   const panel = $("result-panel");

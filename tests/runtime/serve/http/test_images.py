@@ -107,6 +107,12 @@ def test_an_image_under_decoding_does_not_hold_up_the_end(start: Start, tmp_path
 def test_a_form_is_answered_with_how_to_send_the_file_itself(start: Start, tmp_path: Path) -> None:
     server = start(classifier(tmp_path / "m.onnx"))
     form = b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\nbytes\r\n--x--\r\n'
-    answer = server.request("POST", CLASSIFY, form, {"Content-Type": "multipart/form-data; boundary=x"})
-    assert answer[0] == 400
-    assert b"curl --data-binary" in answer[-1]
+    urlencoded = "application/x-www-form-urlencoded"
+    for body, kind in (
+        (form, "multipart/form-data; boundary=x"),
+        (png(8, 8).translate(None, b"\0\r\n"), urlencoded),  # as curl -d sends a file
+    ):
+        answer = server.request("POST", CLASSIFY, body, {"Content-Type": kind})
+        assert answer[0] == 400
+        assert b"curl --data-binary" in answer[-1]
+    assert server.request("POST", CLASSIFY, png(8, 8), {"Content-Type": urlencoded})[0] == 200  # whole all the same
