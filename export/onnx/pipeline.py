@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from export.onnx.interface import examples, input_names, output_names
 from export.onnx.options import ASKED, ExportOptions, Note
 from export.onnx.refusals import (
-    SAME,
     advice_on_parity,
     doubts,
     last_words,
@@ -47,7 +46,7 @@ _EXTERNAL_ABOVE = 2**31 - 2**20  # protobuf cannot hold 2 GiB; the graph itself 
 class _Exported:
     """The graph as written, and what of the network is still needed once its memory is free.
 
-    `first`: what the network returned for the first case before anything was done to it; `rows_apart`: see there.
+    `first`: what the network returned for the first case before anything was done to it.
     """
 
     file: Path
@@ -57,7 +56,6 @@ class _Exported:
     operators: dict[str, int]
     baked_sha256: dict[str, str]
     first: list[Outputs]
-    rows_apart: float
     fused: list[Outputs] | None
     crop: CropCertificate | None
     cropped: list[Outputs] | None
@@ -149,12 +147,11 @@ def _write_fp32(
     from export.graph import capture
     from export.graph.kernels import require_stored_kernels
     from export.onnx.changes import crop_kernels, merge_branches, what_was_merged
-    from export.onnx.reference import rows_apart, run_torch
+    from export.onnx.reference import run_torch
     from gmconv.constants import bake_for_inputs
     from gmconv.surgery import copied
 
     first = run_torch(loaded.model, loaded.inputs, cases[:1], names)
-    apart = rows_apart(loaded.model, loaded.inputs, cases, names)
     live = copied(loaded.model) if options.fuse else loaded.model  # baking works in place
     note("baking masks and other constant kernels")
     model, certificate = bake_for_inputs(loaded.model, loaded.inputs, **options.bake_options)
@@ -183,8 +180,7 @@ def _write_fp32(
     import torch
 
     facts = replace(loaded, model=torch.nn.Identity(), notes=(*loaded.notes, *notes))
-    hops = (first, apart, fused, crop, cropped)
-    return _Exported(file, facts, inputs, outputs, operators, baked, *hops, written.ranges)
+    return _Exported(file, facts, inputs, outputs, operators, baked, first, fused, crop, cropped, written.ranges)
 
 
 def _to_onnx(
@@ -327,9 +323,9 @@ def _manifest(
             shapes={spec.name: one.shape for spec, one in zip(exported.inputs, facts.inputs, strict=True)},
             simplify=options.simplify,
             operators=exported.operators,
-            rows_meet=exported.rows_apart > SAME,
+            rows_meet=proof.reference.apart > 0,
             notes=(*options.confirmed(facts.notes), *proof.reference.notes),
-            warnings=doubts(bool(baked.layers or baked.kernels), exported.rows_apart),
+            warnings=doubts(bool(baked.layers or baked.kernels), proof.reference.apart),
         ),
         versions=versions("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "gmconv-deploy"),
     )

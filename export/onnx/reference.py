@@ -23,6 +23,7 @@ import click
 import msgspec
 import numpy as np
 
+from export.onnx.rows import rows_apart
 from gmconv.certificate import BakeCertificate
 from gmconv.child import child_command, child_environment
 from gmconv.errors import RefusedError, UnavailableError
@@ -55,7 +56,7 @@ class Reference:
     `alone`: live, each sample run by itself, where the yardstick says that one run tells too little of fp32.
     `rounded`: baked, with the rounding of each lower precision; of the yardstick's cases. `weights`: the same with what
     does not come from the input rounded alone, `eight` the layers whose weights were in 8 bits then. `notes`: what a
-    reader of the proof should know.
+    reader of the proof should know. `apart`: see `export.onnx.rows.rows_apart`.
     """
 
     live: tuple[Outputs, ...]
@@ -67,6 +68,7 @@ class Reference:
     alone: tuple[Outputs, ...] = ()
     weights: Mapping[str, tuple[Outputs, ...]] = field(default_factory=dict)
     eight: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    apart: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class _Said:
     certificate: BakeCertificate
     notes: tuple[str, ...]
     eight: Mapping[str, frozenset[str]]
+    apart: float
 
 
 class ReferenceProcess:
@@ -147,7 +150,8 @@ class ReferenceProcess:
         said = msgspec.json.decode((folder / "said.json").read_bytes(), type=_Said)
         lower = dict(zip(self._precisions, rounded, strict=False))
         weights = dict(zip(self._precisions, rounded[len(lower) :], strict=True))
-        return Reference(live, baked, yardstick, said.certificate, said.notes, lower, alone, weights, said.eight)
+        measured = (said.certificate, said.notes, lower, alone, weights, said.eight, said.apart)
+        return Reference(live, baked, yardstick, *measured)
 
 
 def _weights(precision: str) -> str:
@@ -174,23 +178,6 @@ def bitwise(left: Outputs, right: Outputs) -> bool:
 def run_torch(model: nn.Module, inputs: Sequence[Input], cases: Sequence[Case], names: Sequence[str]) -> list[Outputs]:
     """Every case through a torch network, in its own precision."""
     return [_attempt(lambda: _run(model, inputs, c.feeds, names), probe=c.probe) for c in cases]  # noqa: B023 (at once)
-
-
-def rows_apart(model: nn.Module, inputs: Sequence[Input], cases: Sequence[Case], names: Sequence[str]) -> float:
-    """How far a small batch's outputs are from those of its samples one by one, RMS relative to RMS, at most.
-
-    More than rounding where samples meet: statistics of the batch, a kernel computed from all of it.
-    """
-    from runtime.parity.cases import USUAL_BATCH
-    from runtime.parity.yardstick import distance, one_by_one
-
-    small = (case for case in cases if not case.probe and 1 < len(next(iter(case.feeds.values()))) <= USUAL_BATCH)
-    if (case := next(small, None)) is None:
-        return 0.0
-    together = _run(model, inputs, case.feeds, names)
-    alone = one_by_one(lambda feeds: _run(model, inputs, feeds, names), case.feeds)
-    floats = [name for name in together if together[name].dtype.kind == "f"]  # a class may flip where two are as good
-    return max((distance(together[name], alone.get(name)) for name in floats), default=0.0)
 
 
 def _attempt(run: Callable[[], Outputs], *, probe: bool) -> Outputs:
@@ -297,6 +284,7 @@ def compute_reference(model: nn.Module, inputs: Sequence[Input], work: Work) -> 
             notes.append(
                 f"the float64 yardstick is the baked network, as the live one does not run in float64 ({reason})"
             )
+        apart = _rows_apart(model, inputs, work)
         model, certificate = bake_for_inputs(model, inputs, **work.bake_options)
         try:
             yardstick = run_double() if yardstick is None else yardstick
@@ -314,7 +302,18 @@ def compute_reference(model: nn.Module, inputs: Sequence[Input], work: Work) -> 
         rounded, weights, eight = _rounded(model, work, lambda index: run(model, index, THREADS))
     finally:
         torch.set_num_threads(before)
-    return Reference(tuple(live), tuple(baked), yardstick, certificate, tuple(notes), rounded, alone, weights, eight)
+    return Reference(
+        tuple(live), tuple(baked), yardstick, certificate, tuple(notes), rounded, alone, weights, eight, apart
+    )
+
+
+def _rows_apart(model: nn.Module, inputs: Sequence[Input], work: Work) -> float:
+    """`rows_apart` of the live network, on the noise and on what is real among the cases."""
+    runs = [lambda feeds: _run(model, inputs, feeds, work.names)]
+    if not is_large(model):
+        runs.insert(0, lambda feeds: _run_double(model, inputs, feeds, work.names))
+    cases = [(feeds, index in work.noise) for index, feeds in enumerate(work.feeds) if index not in work.probes]
+    return rows_apart(runs, [feeds for feeds, noise in cases if noise], [feeds for feeds, noise in cases if not noise])
 
 
 def _rounded(
@@ -379,7 +378,8 @@ def _serve(folder: Path) -> None:
         for index, outputs in enumerate(cases):
             if outputs:
                 _save(folder / f"{hop}.{index}.npz", outputs)
-    (folder / "said.json").write_bytes(msgspec.json.encode(_Said(found.certificate, found.notes, found.eight)))
+    said = _Said(found.certificate, found.notes, found.eight, found.apart)
+    (folder / "said.json").write_bytes(msgspec.json.encode(said))
 
 
 @click.command()

@@ -32,10 +32,10 @@ SAME = 1e-3  # of the RMS: far beyond what another number of threads changes
 def doubts(baked: bool, apart: float) -> tuple[str, ...]:
     """What the user should know of a proven network: that nothing was `baked`, or that samples meet (`rows_apart`)."""
     meet = (
-        f"a sample's outputs depend on the others of its batch (by {apart:.1e} of their RMS): whoever merges or pads "
-        f"batches gets other answers; gmconv serve and gmconv triton run each request alone"
+        f"a sample's outputs depend on the others of its batch (by up to {apart:.1e} of their RMS): whoever merges or "
+        f"pads batches gets other answers; gmconv serve and gmconv triton run each request alone"
     )
-    return (*[NOTHING_BAKED] * (not baked), *[meet] * (apart > SAME))
+    return (*[NOTHING_BAKED] * (not baked), *[meet] * (apart > 0))
 
 
 def refuse_early(source: object, written: Sequence[Path], options: ExportOptions) -> None:
