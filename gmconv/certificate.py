@@ -198,10 +198,10 @@ def kernel_table(kernels: Sequence[dict[str, Any]]) -> Table:
         table.add(
             kernel["name"] or ROOT,
             kernel["kind"],
-            ", ".join(kernel["made_from"]) or "constants",
+            ", ".join(name.removeprefix(f"{kernel['name']}.") for name in kernel["made_from"]) or "constants",
             "x".join(map(str, kernel["shape"][2:])) or "linear",
-            " x ".join(_range(spread) for spread in fit["sigma"]) if fit else "-",
-            ", ".join(f"{spread['median']:+.2f}" for spread in fit["centre"]) if fit else "-",
+            " x ".join(dict.fromkeys(_range(spread) for spread in fit["sigma"])) if fit else "-",  # once where isotropic
+            ", ".join(f"{round(spread['median'], 2) + 0.0:+.2f}" for spread in fit["centre"]) if fit else "-",
             f"{fit['misfit']:.1e}" if fit else "-",
             "-" if kernel["energy_removed"] is None else f"{kernel['energy_removed']:.2%}",
         )

@@ -123,6 +123,7 @@ class Score:
         """For tables."""
         return [
             Cell("top-1 % [95%]", 0 if self.top1 else 1, self.top1.shown() if self.top1 else "-"),
+            *([] if self.lost is None else [Cell("drop [points]", 2, f"{self.lost:.2f}")]),
             Cell("top-5 %", 3, f"{100 * self.top5.value:.2f}" if self.top5 else "-"),
             Cell("agreement % [95%]", 1 if self.top1 else 0, self.agreement.shown()),
             Cell("SNR [dB]", 4, decibels(self.snr_db)),
@@ -142,6 +143,7 @@ class Score:
         return {
             "samples": self.samples,
             "top1": self.top1.to_dict() if self.top1 else None,
+            "drop": self.lost,
             "top5": self.top5.to_dict() if self.top5 else None,
             "agreement": self.agreement.to_dict(),
             "snr_db": self.snr_db if math.isfinite(self.snr_db) else None,
