@@ -194,13 +194,13 @@ def kernel_table(kernels: Sequence[dict[str, Any]]) -> Table:
         if kernel["kind"] == "kept":
             table.add(kernel["name"] or ROOT, Text("kept as it is", style="yellow"), kernel["reason"], *["-"] * 5)
             continue
-        fit = kernel["gaussian"]
+        fit = kernel["gaussian"]  # two axes; of an isotropic one they are told once
         table.add(
             kernel["name"] or ROOT,
             kernel["kind"],
             ", ".join(name.removeprefix(f"{kernel['name']}.") for name in kernel["made_from"]) or "constants",
             "x".join(map(str, kernel["shape"][2:])) or "linear",
-            " x ".join(dict.fromkeys(_range(spread) for spread in fit["sigma"])) if fit else "-",  # once where isotropic
+            " x ".join(dict.fromkeys(_range(spread) for spread in fit["sigma"])) if fit else "-",
             ", ".join(f"{round(spread['median'], 2) + 0.0:+.2f}" for spread in fit["centre"]) if fit else "-",
             f"{fit['misfit']:.1e}" if fit else "-",
             "-" if kernel["energy_removed"] is None else f"{kernel['energy_removed']:.2%}",

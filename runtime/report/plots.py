@@ -275,10 +275,14 @@ def _embed(svg: str, label: str) -> str:
 
 
 def _rows(axes: Axes, names: Sequence[str], narrow: bool) -> None:
-    """One named row per item, the first on top; long names lose their middle, and are numbered where that is the
-    only difference between them."""
+    """One named row per item, the first on top; long names lose their middle, where that does not tell them apart the
+    end that all share, and are numbered where nothing else does."""
     room = 20 if narrow else 48
     short = [_shortened(name, room) for name in names]
+    if len(set(short)) < len(set(names)):
+        ends = zip(*(reversed(name) for name in names), strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda ends: len(set(ends)) == 1, ends))
+        short = [_shortened(name[: len(name) - shared], room) for name in names]
     if len(set(short)) < len(set(names)):
         short = [f"{index} {_shortened(name, room - 3)}" for index, name in enumerate(names, 1)]
     axes.set_yticks(range(len(names)), short)
