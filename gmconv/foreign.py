@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,9 +27,10 @@ class Foreign:
     """Keyword arguments of `gmconv.load_checkpoint`; None: the file says it itself.
 
     `arch` is a factory, `"package.module:factory"`, looked for on the import path and in the working directory.
-    `input_shape` is `(C, H, W)` of one sample; a network of several inputs has `inputs` instead, `(name, shape of one
-    sample, dtype)` of each. `preprocessing` has fields of `gmconv.images.Preprocessing`. `labels_file` is where
-    `labels` were read. `weights` is where in the file the weights are, `"state_dict_ema"` or `"ema.module"`.
+    `input_shape` is `(C, H, W)` of one image; a network of several inputs, or of none that is an image, has `inputs`
+    instead, `(name, shape of one sample, dtype)` of each. `preprocessing` has fields of `gmconv.images.Preprocessing`.
+    `labels_file` is where `labels` were read. `weights` is where in the file the weights are, `"state_dict_ema"` or
+    `"ema.module"`.
     """
 
     arch: str | None = None
@@ -81,21 +83,34 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     """`3,224,224` or `3x224x224`. Raises ValueError."""
     parts = text.replace("x", ",").split(",")
     if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"{text!r} is not C,H,W, for example 3,224,224")
+        raise ValueError(f"{printable(text)!r} is not C,H,W, for example 3,224,224")
     return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def _image_shape(text: str) -> tuple[int, int, int]:
+    try:
+        return parse_shape(text)
+    except ValueError as error:
+        other = "x:1,512" if not re.fullmatch(r"[\d,x ]+", text) else f"x:{text.replace(' ', '')}"
+        raise ValueError(f"{error}; an input that is no image is told as --input NAME:SHAPE, such as {other}") from None
 
 
 def parse_inputs(texts: Sequence[str]) -> tuple[tuple[str, tuple[int, ...], str], ...] | None:
     """`image:3,224,224` and `age:1:int64` as name, shape of one sample, dtype. Raises ValueError."""
-    found = []
+    found: list[tuple[str, tuple[int, ...], str]] = []
     for text in texts:
         name, colon, rest = text.partition(":")
         sizes, _, dtype = rest.partition(":")
         parts = [part.strip() for part in sizes.replace("x", ",").split(",") if part.strip()]
         if not name or not colon or not all(part.isdecimal() and 0 < int(part) < 2**24 for part in parts):
-            raise ValueError(f"{text!r} is not NAME:SHAPE[:DTYPE], for example mask:1,224,224 or age:1:int64")
+            raise ValueError(
+                f"{printable(text)!r} is not NAME:SHAPE[:DTYPE], for example mask:1,224,224, audio:1,16000 or "
+                f"tokens:12:int64; DTYPE is one of {', '.join(DTYPES)}"
+            )
         if dtype not in ("", *DTYPES):
-            raise ValueError(f"{text!r}: {dtype!r} is none of {', '.join(DTYPES)}")
+            raise ValueError(f"{printable(text)!r}: {printable(dtype)!r} is none of {', '.join(DTYPES)}")
+        if name in (one[0] for one in found):
+            raise ValueError(f"{printable(name)!r} is given twice")
         found.append((name, tuple(int(part) for part in parts), dtype or "float32"))
     return tuple(found) or None
 
@@ -186,10 +201,10 @@ def preprocessing_fields(given: Mapping[str, Any] | str | os.PathLike[str] | Non
     return found
 
 
-def preprocessing_of(given: Mapping[str, Any] | str | os.PathLike[str] | None, shape: Sequence[int]) -> Any:
+def preprocessing_of(given: Mapping[str, Any] | str | os.PathLike[str] | None, shape: Sequence[int] | None) -> Any:
     """`preprocessing_fields`, as a dict, with what it does not say: the network's own, of `shape` (C, H, W), unscaled.
 
-    Raises RefusedError, also where a field is of another type.
+    Raises RefusedError, also where a field is of another type, or the network takes no image (`shape` None).
     """
     import msgspec
 
@@ -198,6 +213,8 @@ def preprocessing_of(given: Mapping[str, Any] | str | os.PathLike[str] | None, s
     said = preprocessing_fields(given)
     if said is None:
         return None
+    if shape is None:
+        raise RefusedError("preprocessing is of images, and none of the network's inputs is one: leave it out")
     if ("mean" in said) != ("std" in said):
         one, other = ("mean", "std") if "mean" in said else ("std", "mean")
         raise RefusedError(f"preprocessing: has a {one} and no {other}; give both (--mean M,M,M --std S,S,S)")
@@ -242,7 +259,7 @@ def _parsed(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Param
         try:
             return parse(value)
         except ValueError as error:
-            raise click.BadParameter(printable(str(error))) from error
+            raise click.BadParameter(printable(str(error), 400)) from error
 
     return callback
 
@@ -256,7 +273,7 @@ _OPTIONS: list[Callable[[Any], Any]] = [
     ),
     click.option("--num-classes", type=click.IntRange(1), help="Passed to the factory of --arch."),
     click.option(
-        "--input-shape", callback=_parsed(parse_shape), metavar="C,H,W", help="Of one image, for a foreign checkpoint."
+        "--input-shape", callback=_parsed(_image_shape), metavar="C,H,W", help="Of one image, for a foreign checkpoint."
     ),
     click.option(
         "--input",
@@ -264,7 +281,7 @@ _OPTIONS: list[Callable[[Any], Any]] = [
         multiple=True,
         callback=_parsed(parse_inputs),
         metavar="NAME:SHAPE[:DTYPE]",
-        help="One of several inputs, by its forward's name (repeat).",
+        help="One input of any rank, by its forward's name (repeat for several).",
     ),
     click.option(
         "--mean", callback=_parsed(parse_numbers), metavar="M,M,M", help="Mean of the images, 0..1 per channel."

@@ -54,7 +54,7 @@ def crop_kernels(
     """The model with smaller kernels, where that was asked for; chosen on training images, never on held-out ones."""
     if options.crop is None and options.crop_budget is None:
         return model, None
-    if len(loaded.inputs) != 1 or not loaded.inputs[0].is_image:
+    if len(loaded.inputs) != 1 or loaded.input_shape is None:
         raise RefusedError("cropping knows networks of one image, and this one takes something else; leave --crop out")
     from export.crop.budget import parse_budget
     from export.crop.request import CropRequest, crop_for_export, stored_as

@@ -107,7 +107,7 @@ def export_onnx(
         loaded = trained.loaded
         given = source.foreign if isinstance(source, Live) else options.foreign
         names, said = output_names(loaded, options, given, in_memory=not trained.chain)
-        refuse_unfit_images(loaded)
+        refuse_unfit_images(loaded, options)
         refuse_precisions(loaded, options)
         golden = None
         if options.golden is not None:

@@ -65,10 +65,15 @@ def refuse_early(source: object, written: Sequence[Path], options: ExportOptions
         require(module)
 
 
-def refuse_unfit_images(loaded: Checkpoint) -> None:
-    """Preprocessing for other channels than the network's, or that divides by zero. Raises RefusedError."""
+def refuse_unfit_images(loaded: Checkpoint, options: ExportOptions) -> None:
+    """Preprocessing for other channels than the network's, or that divides by zero; free sides of no image.
+
+    Raises RefusedError.
+    """
+    if options.dynamic_hw and loaded.input_shape is None:
+        raise RefusedError("--dynamic-hw frees height and width of images, and none of the inputs is one: leave it out")
     preprocessing = read_preprocessing(loaded.preprocessing)
-    if preprocessing is None or len(loaded.inputs) != 1 or not loaded.inputs[0].is_image:
+    if preprocessing is None or len(loaded.inputs) != 1 or loaded.input_shape is None:
         return
     if wrong := misfit(preprocessing, ("batch", loaded.input_shape[0], "height", "width")):
         raise RefusedError(

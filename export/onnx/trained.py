@@ -94,14 +94,15 @@ class InMemory:
         arguments = arguments_of(live.model, live.examples)
         _refuse_dtypes(live.model, arguments.tensors)
         self._model, given = _copied(live.model), live.foreign
-        shape = next((one.shape for one in arguments.inputs if one.is_image), (0, 0, 0))
+        image = next((one.shape for one in arguments.inputs if one.is_image), None)
+        shape = None if image is None else (image[0], image[1], image[2])
         kind = type(live.model)
         self.examples = {name: tensor.detach().cpu().numpy() for name, tensor in arguments.tensors.items()}
         self.loaded = Checkpoint(
             model=_copied(live.model),
             arch=given.arch or f"{kind.__module__}.{kind.__qualname__}, in memory",
             arch_kwargs={},
-            input_shape=(shape[0], shape[1], shape[2]),
+            input_shape=shape,
             inputs=arguments.inputs,
             masked={name: layer.sigma_per for name, layer in masked_layers(live.model).items()},
             sha256=_digest(live.model),

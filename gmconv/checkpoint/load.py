@@ -37,15 +37,15 @@ class Checkpoint:
     """A trained network and what is known of it.
 
     `model` is live (masks computed in forward), in eval mode, on the CPU, float32 (float64 where all weights were
-    stored so). `inputs` are what its forward takes, `input_shape` the `(C, H, W)` of the
-    first image among them. `preprocessing` has the fields of `gmconv.images.Preprocessing`. `notes`
+    stored so). `inputs` are what its forward takes, `input_shape` the `(C, H, W)` of the first image among them, None
+    where there is none. `preprocessing` has the fields of `gmconv.images.Preprocessing`. `notes`
     says what was read between the lines of a foreign file. `sha256` is of the file's bytes.
     """
 
     model: nn.Module
     arch: str
     arch_kwargs: dict[str, Any]
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, int, int] | None
     inputs: tuple[Input, ...]
     masked: dict[str, str]
     sha256: str
@@ -62,7 +62,7 @@ class Facts(TypedDict, total=False):
     `preprocessing`: fields of `gmconv.images.Preprocessing`. `labels`: class names in the order of the logits,
     or the file that has them one a line.
     `dataset`: how to find the data it was trained on, e.g. `{"name": "digits", "test_size": 0.2, "split_seed": 0}`.
-    `training`: anything worth keeping (epochs, accuracy, seed). `inputs`: of a network that takes several,
+    `training`: anything worth keeping (epochs, accuracy, seed). `inputs`: of a network that takes several, or no image,
     `(name, shape of one sample, dtype)` of each, by its forward's names.
     """
 
@@ -77,7 +77,7 @@ def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
     arch: str,
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, int, int] | None,
     arch_kwargs: Mapping[str, Any] | None = None,
     **facts: Unpack[Facts],
 ) -> None:
@@ -89,7 +89,7 @@ def save_checkpoint(
         arch: `"gmconv.models:resnet20"`, `"torchvision:NAME"`, `"timm:NAME"`, or
             `"package.module:factory"`, which `load_checkpoint` accepts only with `arch=` (`--arch`) said again: a file
             may not choose code to run.
-        input_shape: `(C, H, W)` of one sample.
+        input_shape: `(C, H, W)` of one image; None where the network takes none, which `inputs` tells then.
         arch_kwargs: keyword arguments of the factory (plain values).
         facts: see `Facts`.
 
@@ -111,7 +111,7 @@ def save_checkpoint(
         "arch": arch,
         "arch_kwargs": kwargs,
         "masked": masked,
-        "input_shape": _input_shape(input_shape, str(path)),
+        "input_shape": None if input_shape is None and facts.get("inputs") else _input_shape(input_shape, str(path)),
         "preprocessing": dict(facts.get("preprocessing") or {}) or None,
         "dataset": dict(facts.get("dataset") or {}) or None,
         "training": dict(facts.get("training") or {}) or None,
@@ -156,7 +156,8 @@ def load_checkpoint(
         input_shape: `(C, H, W)`, for files that do not know it.
         preprocessing: fields of `gmconv.images.Preprocessing`, or a JSON file of them, for files that do not know them.
         labels: class names, or the file that has them one a line, for files that do not know them.
-        inputs: of a network that takes several: `(name, shape of one sample, dtype)` of each, by its forward's names.
+        inputs: of a network that takes several, or no image: `(name, shape of one sample, dtype)` of each, by its
+            forward's names.
         weights: which of a file's weights, by key or dotted path (`"state_dict_ema"`, `"ema.module"`); None: the raw
             ones, not an average of them.
 
@@ -186,12 +187,7 @@ def load_checkpoint(
         raise ArchitectureUnsaidError(
             f"{path}: does not say its architecture; give --arch NAME (and --num-classes, --input-shape)"
         )
-    if inputs:
-        shape = next((size for _, size, dtype in inputs if len(size) == 3 and "float" in dtype), shape)
-    if shape is None:
-        raise CheckpointError(f"{path}: does not say its input shape; give --input-shape C,H,W")
-    shape = _input_shape(shape, str(path))
-    given = [Input(str(one), tuple(size), str(dtype)) for one, size, dtype in inputs or (("input", shape, "float32"),)]
+    given, shape = _inputs(shape, inputs, input_shape, str(path))
     if ours:
         _require_small(raw, name, kwargs, path, trusted=arch is not None)
     model = build(name, kwargs, str(path), trusted=arch is not None).cpu()
@@ -274,6 +270,29 @@ def _dense(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
+def _inputs(
+    shape: Any, inputs: Sequence[Sequence[Any]] | None, said: Sequence[int] | None, where: str
+) -> tuple[list[Input], tuple[int, int, int] | None]:
+    """What the network takes, and (C, H, W) of the first image; `said`: the shape that the caller gave. Or refused."""
+    if not inputs and shape is None:
+        raise CheckpointError(
+            f"{where}: does not say what it takes; give --input-shape C,H,W of one image, or --input "
+            f"NAME:SHAPE[:DTYPE] for each input"
+        )
+    if not inputs:
+        shape = _input_shape(shape, where)
+        return [Input("input", shape)], shape
+    given = [Input(str(name), tuple(size), str(dtype)) for name, size, dtype in inputs]
+    image = next((one.shape for one in given if one.is_image), None)
+    if said is not None and image != tuple(said):
+        takes = ", ".join(f"{one.name} {'x'.join(map(str, one.shape))}" for one in given)
+        raise CheckpointError(
+            f"{where}: --input-shape {','.join(map(str, said))} is none of its inputs ({takes}): leave it out, or give "
+            f"each input as --input NAME:SHAPE[:DTYPE]"
+        )
+    return given, None if image is None else _input_shape(image, where)
+
+
 def _input_shape(shape: Any, where: str) -> tuple[int, int, int]:
     if (
         isinstance(shape, list | tuple)
@@ -283,7 +302,10 @@ def _input_shape(shape: Any, where: str) -> tuple[int, int, int]:
         if math.prod(shape) > _LARGEST_INPUT:
             raise CheckpointError(f"{where}: an input of {shape} takes gigabytes for one sample; give --input-shape")
         return (shape[0], shape[1], shape[2])
-    raise CheckpointError(f"{where}: input shape {str(shape)[:80]} is not C,H,W in pixels")
+    raise CheckpointError(
+        f"{where}: input shape {str(shape)[:80]} is not C,H,W in pixels; an input that is no image is told as --input "
+        f"NAME:SHAPE[:DTYPE]"
+    )
 
 
 def _sha256(path: Path) -> str:

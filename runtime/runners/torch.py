@@ -20,8 +20,8 @@ from gmconv.images import read_preprocessing
 from runtime import cuda
 from runtime.artefact import Artefact, Facts, exported_as
 from runtime.manifest import TensorSpec
-from runtime.runners.base import Array, LayerTime, Query, Runner, parse_device, validate_feeds
-from runtime.runners.torch_network import Captured
+from runtime.runners.base import Array, LayerTime, Query, Runner, validate_feeds
+from runtime.runners.torch_network import Captured, torch_device
 from runtime.runners.torch_queries import make_queries
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class TorchRunner(Runner):
     def __init__(self, path: Path, device: str = "cpu", options: TorchOptions = TorchOptions()) -> None:
         self.torch = torch = require("torch", "export")
         gmconv = require("gmconv", "export")
-        self.place = _device(torch, device)
+        self.place = torch_device(torch, device)
         self.device = str(self.place)
         if options.cuda_graph and self.place.type != "cuda":
             raise UnavailableError("a CUDA graph needs a GPU; leave cuda_graph out on the CPU")
@@ -95,7 +95,9 @@ class TorchRunner(Runner):
             self.checkpoint = found = gmconv.load_checkpoint(path, **options.foreign.given())
         except ArchitectureUnsaidError as error:
             raise ArchitectureUnsaidError(error.message + exported_as(Path(path))) from None
-        facts = Facts(found.input_shape, read_preprocessing(found.preprocessing), found.dataset, found.labels)
+        shape, preprocessing = found.input_shape, read_preprocessing(found.preprocessing)
+        sizes = {given.name: given.shape for given in found.inputs}
+        facts = Facts(shape, preprocessing, found.dataset, found.labels, shapes=sizes)
         self.artefact = Artefact(path=Path(path), kind="checkpoint", facts=facts, sha256=found.sha256)
         model: nn.Module = found.model
         if options.form == "baked":
@@ -383,18 +385,7 @@ def receptive_fields(checkpoint: Path, samples: int = 32, foreign: Foreign = NOT
     """Effective receptive field without and with the masks, each (H, W) float64; see `gmconv.erf`."""
     gmconv = require("gmconv", "export")
     found = gmconv.load_checkpoint(checkpoint, **foreign.given())
+    if len(found.inputs) != 1 or found.input_shape is None:
+        raise RefusedError(f"{checkpoint}: takes something else than one image")
     fields = require("gmconv.erf", "export").receptive_fields(found.model, found.input_shape, samples)
     return fields.before.numpy(), fields.after.numpy()
-
-
-def _device(torch: Any, device: str) -> torch.device:
-    kind, index = parse_device(device)
-    if kind != "cpu":
-        if not torch.cuda.is_available():
-            raise UnavailableError(
-                f"torch {torch.__version__} finds no GPU: it needs a CUDA build and an NVIDIA driver; use --device cpu"
-            )
-        if index >= torch.cuda.device_count():
-            raise UnavailableError(f"torch finds {torch.cuda.device_count()} GPUs; {device!r} was asked for")
-        return torch.device("cuda", index)  # type: ignore[no-any-return]
-    return torch.device("cpu")  # type: ignore[no-any-return]

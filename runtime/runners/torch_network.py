@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+from gmconv.errors import UnavailableError
 from runtime.manifest import TensorSpec
-from runtime.runners.base import Array
+from runtime.runners.base import Array, parse_device
 
 Tensor = Any  # torch's: only the runner imports it
 Tensors = tuple[Tensor, ...]
@@ -57,3 +58,17 @@ class Captured:
                 own.copy_(given)
         self._graph.replay()
         return self._output
+
+
+def torch_device(torch: Any, device: str) -> Any:
+    """`torch.device` of "cpu", "cuda" or "cuda:N". Raises UnavailableError where torch does not see it."""
+    kind, index = parse_device(device)
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UnavailableError(
+            f"torch {torch.__version__} finds no GPU: it needs a CUDA build and an NVIDIA driver; use --device cpu"
+        )
+    if index >= torch.cuda.device_count():
+        raise UnavailableError(f"torch finds {torch.cuda.device_count()} GPUs; {device!r} was asked for")
+    return torch.device("cuda", index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,23 @@ def test_labels_of_another_number_than_the_classes_are_refused(given: Foreign, w
     refuse_labels(("a", "b"), [("batch", 2)], given)
     refuse_labels(("a", "b"), [("batch", 4, 8, 8)], given)
     refuse_labels(None, [("batch", 3)], given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--input", "tokens:int64:12"], r"'tokens:int64:12' is not NAME:SHAPE\[:DTYPE\], .* int8, uint8, bool\n"),
+        (["--input", "x:12:int65"], "'int65' is none of float32, .*, bool\n"),
+        (["--input", "x:12", "--input", "x:13"], "'x' is given twice"),
+        (["--input-shape", "1,512"], "is told as --input NAME:SHAPE, such as x:1,512\n"),
+        (["--input-shape", "1,\x1b[2J"], r"'1,\\+x1b\[2J' is not C,H,W"),
+    ],
+)
+def test_what_an_input_is_told_as_is_said_to_the_end(arguments: list[str], words: str) -> None:
+    @click.command(cls=Command)
+    @foreign_options
+    def command(foreign: Foreign) -> None: ...
+
+    found = CliRunner().invoke(command, arguments)
+    assert found.exit_code == 2
+    assert re.search(words, found.output)
