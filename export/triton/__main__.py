@@ -15,7 +15,7 @@ import click
 
 from export.triton.config import BACKEND_FILE, ServingOptions
 from export.triton.write import write_repository
-from gmconv.cli import Command, print_json, progress_console, require
+from gmconv.cli import Command, print_json, progress_console, require, warn
 from gmconv.errors import Interrupted
 
 
@@ -67,7 +67,7 @@ def _gpus(_context: click.Context, _parameter: click.Parameter, value: str | Non
 @click.command(cls=Command, example="gmconv triton net.onnx -o repository/")
 @click.argument("artefact", type=click.Path(path_type=Path))
 @click.option("-o", "--output", "repository", type=click.Path(path_type=Path), required=True, help="The repository.")
-@click.option("--name", help="Model name; the file's stem by default.")
+@click.option("--name", "--model-name", "name", help="Model name; the file's stem by default.")
 @click.option("--version", type=click.IntRange(1, 2**63 - 1), default=1, show_default=True, help="Version to write.")
 @click.option("--max-batch", type=click.IntRange(0, 2**31 - 1), help="max_batch_size; the profiles', or 32 for ONNX.")
 @click.option("--instances", type=click.IntRange(1, 1024), default=1, show_default=True, help="Copies per device.")
@@ -105,6 +105,7 @@ def main(
             version=version,
             force=force,
         )
+    warn(entry.warnings)
     console = progress_console()
     if entry.note:
         console.print(f"note: {entry.note}", markup=False, highlight=False, soft_wrap=True)
@@ -118,6 +119,8 @@ def main(
                 "max_batch_size": entry.max_batch_size,
                 "config": str(entry.config),
                 "model": str(entry.version / BACKEND_FILE[entry.backend]),
+                "note": entry.note,
+                "warnings": entry.warnings,
             }
         )
         return

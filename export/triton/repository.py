@@ -84,6 +84,9 @@ def _refuse_conflicts(model: Path, final: Path, config: Any, labels: bytes, vers
         raise RefusedError(
             f"{final}: version {version} exists; write --version {version + 1}, or --force to replace it"
         )
+    for other in sorted(model.iterdir()):  # first: what --force cannot mend is not refused with the advice to take it
+        if other.name.isdecimal() and other != final:
+            _fits_other_version(other, config)
     shared, there = model / _CONFIG, _labels_of(model)
     found = from_text(shared.read_text("utf-8", "replace"), shared) if shared.exists() and not force else config
     if not force and there != labels and (there or found != config):
@@ -96,9 +99,6 @@ def _refuse_conflicts(model: Path, final: Path, config: Any, labels: bytes, vers
             f"{shared}: {'; '.join(_differences(found, config))}; all versions of a model share it: give the options "
             f"it was written with, another --name, or --force to rewrite it"
         )
-    for other in sorted(model.iterdir()):
-        if other.name.isdecimal() and other != final:
-            _fits_other_version(other, config)
 
 
 def _labels_of(model: Path) -> bytes:

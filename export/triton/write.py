@@ -18,7 +18,8 @@ from export.triton.interface import interface_of
 from export.triton.repository import place_version
 from gmconv.asking import Asked
 from gmconv.errors import RefusedError
-from runtime.manifest import find_manifest
+from runtime.manifest import find_manifest, sidecar
+from runtime.metadata import refuse_untrue
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
@@ -28,7 +29,7 @@ class RepositoryEntry:
     """What `write_repository` wrote: the model's folder, the version's folder and the served batch limit.
 
     `note` says, where there is something to say, why Triton batches less than the artefact seems to offer, and what
-    became of the labels of other versions.
+    became of the labels of other versions. `warnings`: what to know before trusting it, one sentence each.
     """
 
     model: Path
@@ -38,6 +39,7 @@ class RepositoryEntry:
     backend: str
     max_batch_size: int
     note: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 _ASKED = Asked(
@@ -67,9 +69,9 @@ def write_repository(
     as on the command line: max_batch, instances, kind, gpus, delay, max_queue, queue_timeout, policy, warmup,
     warmup_shapes, cuda_graphs, threads. Raises TypeError for another.
 
-    Raises RefusedError when the artefact, its manifest or the name is refused, the engine cannot be loaded by Triton
-    (TensorRT-RTX), the options do not fit the artefact, the repository holds something else under that name, or another
-    run is writing that model.
+    An ONNX file without a manifest is taken, with a warning. Raises RefusedError when the artefact, its manifest or the
+    name is refused, the engine cannot be loaded by Triton (TensorRT-RTX), the options do not fit the artefact, the
+    repository holds something else under that name, or another run is writing that model.
     """
     artefact, repository, options = Path(artefact), Path(repository), _ASKED(options, choices)
     name = artefact.stem if name is None else name
@@ -79,6 +81,8 @@ def write_repository(
         raise RefusedError(f"version {version}: Triton's versions are whole numbers from 1")
     manifest = find_manifest(artefact)
     interface = interface_of(artefact, manifest)
+    if manifest is not None:
+        refuse_untrue(manifest)
     config = model_config(name, interface, options)
     check_config(config, interface)
     model, relabelled = place_version(artefact, manifest, interface, config, repository, version=version, force=force)
@@ -91,4 +95,12 @@ def write_repository(
         backend=interface.backend,
         max_batch_size=config.max_batch_size,
         note="; ".join(filter(None, (relabelled, batching))) or None,
+        warnings=manifest.warnings if manifest else (_unproven(artefact),),
+    )
+
+
+def _unproven(artefact: Path) -> str:
+    return (
+        f"{artefact}: it has no manifest, so nothing proves it, and Triton gets neither labels nor a record of "
+        f"preprocessing; export it with gmconv onnx, or copy {sidecar(artefact).name} beside it"
     )

@@ -43,10 +43,11 @@ def test_versions_of_one_model_share_one_configuration(tmp_path: Path) -> None:
 
     wider = make_onnx(tmp_path / "wider.onnx", size=(3, 9, 9))
     before = listing(repo)
-    assert run(wider, "-o", repo, "--name", "m", "--version", 3).exit_code == 3
-    forced = run(wider, "-o", repo, "--name", "m", "--version", 3, "--force")
-    assert forced.exit_code == 3
-    assert "would no longer fit" in forced.output
+    for options in ([], ["--force"]):
+        refused = run(wider, "-o", repo, "--model-name", "m", "--version", 3, *options)
+        assert refused.exit_code == 3
+        assert "would no longer fit" in refused.output
+        assert "or --force" not in refused.output
     assert listing(repo) == before
 
 

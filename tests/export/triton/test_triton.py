@@ -60,6 +60,9 @@ def test_a_foreign_onnx_file_is_described_by_its_graph(tmp_path: Path) -> None:
     artefact = make_onnx(tmp_path / "foreign.onnx")
     entry = write_repository(artefact, tmp_path / "repo")
     check_config(read_config(entry.model), interface_of(artefact, None))
+    assert len(entry.warnings) == 1
+    assert "no manifest" in entry.warnings[0]
+    assert "foreign.onnx.json beside it" in entry.warnings[0]
     assert sorted(listing(tmp_path / "repo")) == ["foreign/1/model.onnx", "foreign/config.pbtxt"]
 
 
