@@ -10,7 +10,7 @@ import click
 
 from gmconv.cli import Command
 from gmconv.data import refuse_missing
-from gmconv.errors import ParityError
+from gmconv.errors import ParityError, UnavailableError
 from gmconv.foreign import foreign_options
 from gmconv.kinds import artefact_kind
 from runtime.report.artefacts import report_option, require_report
@@ -85,12 +85,14 @@ def main(
         write_parity_report(report, found, flags["foreign"])
     if as_json:
         print_json(found.to_dict())
-        if failed := [candidate for candidate in found.candidates if not candidate.passed]:
+    else:
+        found.show(result_console(), tables=not quiet)
+    if failed := [candidate for candidate in found.candidates if not candidate.passed]:
+        if as_json:
             raise ParityError(f"{failed[0].path}: {failed[0].failures()[0]}")
-        return
-    found.show(result_console(), tables=not quiet)
-    if not found.passed:
         sys.exit(ParityError.exit_code)  # its FAILED lines have said why
+    for path, reason in found.not_run.items():
+        raise UnavailableError(f"{path}: not compared: {reason}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,16 +85,20 @@ class CandidateReport:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class ParityReport(Shown):
-    """The reference and every candidate compared with it; prints as the command's tables, in a notebook as a report."""
+    """The reference and every candidate compared with it; prints as the command's tables, in a notebook as a report.
+
+    `not_run`: why, by candidate that this machine cannot run.
+    """
 
     reference: Path
     engine: str
     candidates: tuple[CandidateReport, ...]
+    not_run: Mapping[Path, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        """Whether there were candidates and all passed."""
-        return bool(self.candidates) and all(candidate.passed for candidate in self.candidates)
+        """Whether there were candidates and all ran and passed."""
+        return bool(self.candidates) and not self.not_run and all(candidate.passed for candidate in self.candidates)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -102,6 +106,7 @@ class ParityReport(Shown):
             "reference": {"path": str(self.reference), "engine": self.engine},
             "passed": self.passed,
             "candidates": [candidate.to_dict() for candidate in self.candidates],
+            "not_run": {str(path): reason for path, reason in self.not_run.items()},
         }
 
     def show(self, console: Console, *, tables: bool = True) -> None:
@@ -114,12 +119,17 @@ class ParityReport(Shown):
                 lines.append(candidate.bisection.sentence)
             for line in lines:
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
+        for path, reason in self.not_run.items():
+            console.print(f"NOT RUN {path}: {reason}", highlight=False, markup=False, soft_wrap=True)
 
     def sections(self, more: Sequence[Section] = ()) -> list[Section]:
         """Verdicts, tables with margins drawn, masks, then `more`, and the manifests in full last."""
         texts: list[Section] = []
         sections = [section for candidate in self.candidates for section in _candidate(self, candidate, texts)]
-        return [*without_repeated_masks([*sections, *more]), *texts]
+        lacking = [
+            Facts(rows={"Why": reason}, title=f"{path.name}: not run here") for path, reason in self.not_run.items()
+        ]
+        return [*without_repeated_masks([*sections, *lacking, *more]), *texts]
 
 
 def write_parity_report(path: Path, found: ParityReport, foreign: Foreign = NOTHING) -> None:

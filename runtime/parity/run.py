@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gmconv.asking import Asked, silent
-from gmconv.errors import RefusedError
+from gmconv.errors import RefusedError, UnavailableError
 from gmconv.files import each_path
 from gmconv.foreign import NOTHING, Foreign
 from runtime.artefact import Artefact, artefact_kind, open_artefact
@@ -84,7 +84,7 @@ def compare_artefacts(
 
     Raises:
         RefusedError, gmconv.errors.CheckpointError: a file was refused, or inputs do not fit.
-        UnavailableError: the machine lacks a device or library.
+        UnavailableError: the machine lacks what the reference, or every candidate, needs.
         TypeError: an option that there is not.
     """
     options, note = _ASKED(options, choices), note or silent
@@ -97,8 +97,16 @@ def compare_artefacts(
     with open_runner(reference, _device(reference, options.reference_device), **extra) as runner:
         beside = Beside(reference, extra) if is_checkpoint and options.yardstick else None
         memory = Memory() if len(paths) > 1 else Memory(0)
-        reports = tuple(_compare(runner, beside, path, options, note, memory) for path in paths)
-    return ParityReport(reference, runner.name, reports)
+        reports, lacking = [], {}
+        for path in paths:
+            try:
+                reports.append(_compare(runner, beside, path, options, note, memory))
+            except UnavailableError as error:
+                lacking[path] = error
+    if lacking and not reports:
+        raise next(iter(lacking.values()))
+    reasons = {path: error.message.removeprefix(f"{path}: ") for path, error in lacking.items()}
+    return ParityReport(reference, runner.name, tuple(reports), reasons)
 
 
 def _compare(

@@ -3,6 +3,7 @@ Runtime here, with the rounding of TF32 put on top."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
+from gmconv.errors import UnavailableError
 from runtime.manifest import Manifest, TensorSpec, digest, sidecar
 from runtime.parity import run as module
+from runtime.parity.__main__ import main
 from runtime.parity.run import ParityOptions, compare_artefacts
 from runtime.records import Build
 from runtime.runners import open_runner
@@ -88,3 +92,33 @@ def test_force_reaches_the_engine(reference: Path, opened: list[dict[str, Any]],
         compare_artefacts(reference, [plan], ParityOptions(force=force))
         assert opened[-1]["force"] is force
         assert opened[-1]["device"] == "cuda:0"
+
+
+def test_what_cannot_run_here_is_told_beside_what_did(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, other = tmp_path / "net.plan", tmp_path / "other.onnx"
+    plan.write_bytes(b"ftrt")
+    other.write_bytes(reference.read_bytes())
+
+    def open_here(path: Path, device: str = "cpu", **options: Any) -> Any:
+        if path == plan:
+            raise UnavailableError(f"{plan}: an engine needs a GPU")
+        return open_runner(path, device)
+
+    monkeypatch.setattr(module, "open_runner", open_here)
+
+    def invoke(*arguments: object) -> Any:
+        done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert done.exit_code == UnavailableError.exit_code, done.output
+        return done
+
+    report = tmp_path / "report.html"
+    done = invoke(reference, plan, other, "--report", report)
+    assert f"PASSED  {other}" in done.stdout
+    assert f"NOT RUN {plan}: an engine needs a GPU" in done.stdout
+    assert f"{plan}: not compared: an engine needs a GPU" in done.stderr
+    assert "net.plan: not run here" in report.read_text()
+    found = json.loads(invoke(reference, other, plan, "--json").stdout)
+    assert (found["passed"], found["not_run"]) == (False, {str(plan): "an engine needs a GPU"})
+    assert "needs a GPU" in invoke(reference, plan).stderr

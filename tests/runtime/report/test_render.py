@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from export.precision.audit import LayerAudit
 from gmconv import gaussian_mask
@@ -27,7 +28,7 @@ from runtime.report import (
     write_report,
 )
 from runtime.report.blocks import energy_radius, mask_values, radial_profile
-from runtime.report.plots import image
+from runtime.report.plots import _rows, image
 from runtime.report.render import embed, render
 from tests.runtime.report.conftest import crop_layer, crop_of, mask_layer
 
@@ -283,3 +284,13 @@ def test_a_row_without_a_number_can_be_drawn() -> None:
 def test_something_else_is_no_section() -> None:
     with pytest.raises(TypeError, match="no section"):
         render("t", ["text"])  # type: ignore[list-item]
+
+
+def test_rows_that_end_alike_are_told_apart() -> None:
+    hops = ("live -> baked", "baked -> ORT")
+    names = [f"{hop}, noise, seed 0 {batch}x3x224x224" for hop in hops for batch in (1, 2, 17)]
+    axes = Figure().add_subplot()
+    _rows(axes, names, narrow=True)
+    shown = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(set(shown)) == len(names)
+    assert [text[-2:] for text in shown[:3]] == [" 1", " 2", "17"], "which batch it is, and no number of a row"
