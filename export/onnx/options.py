@@ -75,11 +75,12 @@ class ExportOptions:
             return [output]
         return [output if p == "fp32" else output.with_name(f"{output.stem}.{p}.onnx") for p in self.precisions]
 
-    def confirmed(self, notes: tuple[str, ...]) -> tuple[str, ...]:
-        """Notes of a checkpoint; what they only assume, golden pairs that held have confirmed."""
+    def confirmed(self, warnings: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Warnings of a checkpoint as notes, where golden pairs that held confirm what they say; and those left."""
         if self.golden is None:
-            return notes
-        return tuple(note.replace("assumed:", f"confirmed by {self.golden.name}:", 1) for note in notes)
+            return (), warnings
+        by = f"confirmed by {self.golden.name}:"
+        return tuple(text.partition(";")[0].replace("assumed:", by, 1) for text in warnings), ()
 
 
 #: Names of the command line that mean several fields, or one of another name.

@@ -296,6 +296,7 @@ def _manifest(
 
     facts, file, baked = exported.facts, exported.file, proof.reference.certificate
     golden = None if options.golden is None else digest(options.golden, "golden")
+    confirmed, assumed = options.confirmed(facts.warnings)
     verdict = proof.judge("fp32")
     if not verdict.passed:
         raise ParityError(f"{file.name.removeprefix('.fp32.')}: not written, parity failed: {verdict.summary()}")
@@ -324,8 +325,8 @@ def _manifest(
             simplify=options.simplify,
             operators=exported.operators,
             rows_meet=proof.reference.apart > 0,
-            notes=(*options.confirmed(facts.notes), *proof.reference.notes),
-            warnings=doubts(bool(baked.layers or baked.kernels), proof.reference.apart),
+            notes=(*confirmed, *facts.notes, *proof.reference.notes),
+            warnings=(*assumed, *doubts(bool(baked.layers or baked.kernels), proof.reference.apart)),
         ),
         versions=versions("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "gmconv-deploy"),
     )

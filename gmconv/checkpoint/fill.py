@@ -18,7 +18,6 @@ from gmconv.layer import GMConv2d
 from gmconv.surgery import convert
 
 _LAZY = (UninitializedParameter, UninitializedBuffer)
-ASSUMED = "assumed:"  # how a note begins that a golden pair can confirm
 _EXPANDED = 2**22  # elements that a tensor may have beyond those that the file stores (a view with stride 0)
 
 
@@ -30,7 +29,7 @@ def fill(
     *,
     recorded: Any = None,
     weights: str | None = None,
-) -> tuple[dict[str, str], tuple[str, ...]]:
+) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
     """Load the weights in `raw` into `model` (as its factory made it, on the CPU); masked layers are converted first.
 
     Args:
@@ -41,7 +40,8 @@ def fill(
         weights: which of several sets; see `load_checkpoint`.
 
     Returns:
-        The layers converted, with their `sigma_per`, and notes on what was read between the lines.
+        The layers converted, with their `sigma_per`; notes on what was read between the lines; warnings of what was
+        assumed, which golden pairs can confirm.
 
     Raises:
         CheckpointError: a key is missing, unexpected, of another shape or kind, or holds NaN or Inf.
@@ -49,13 +49,15 @@ def fill(
     what = f"{path}: does not fit {arch}"
     names = set(model.state_dict()) | {f"{name}.sigma" for name in (recorded if isinstance(recorded, dict) else ())}
     found = find_state(raw, names, path, weights)
-    state, notes = found.state, list(found.notes)
+    state, notes, warnings = found.state, list(found.notes), list(found.warnings)
     masked = _masked(recorded, state, model, path)
     converted = put_masks(model, masked, str(path), arch)
     if converted and recorded is None:
-        notes.append(
-            f"{ASSUMED} the sigma of {len(converted)} layers is read as GMConv2d's, in taps, because {arch} has plain "
-            f"convolutions there"
+        warnings.append(
+            f"assumed: the sigma of {len(converted)} layers is GMConv2d's, in taps as stored, the mask "
+            f"exp(-r^2 / 2 sigma^2), because {arch} has plain convolutions there; nothing in the file says so, and a "
+            f"variance or a logarithm of that name would be another network: give --arch the factory of the network as "
+            f"it was trained, with its own layer, or --golden FILE.npz with what your program computed"
         )
     wanted = {
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -77,7 +79,7 @@ def fill(
     for half in {p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}:
         notes.append(f"{str(half).removeprefix('torch.')} weights widened to float32")
         model.float()
-    return masked, tuple(dict.fromkeys(notes))
+    return masked, tuple(dict.fromkeys(notes)), tuple(warnings)
 
 
 def put_masks(model: nn.Module, masked: Mapping[str, str], where: str, arch: str) -> set[str]:

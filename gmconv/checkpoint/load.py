@@ -38,8 +38,9 @@ class Checkpoint:
 
     `model` is live (masks computed in forward), in eval mode, on the CPU, float32 (float64 where all weights were
     stored so). `inputs` are what its forward takes, `input_shape` the `(C, H, W)` of the first image among them, None
-    where there is none. `preprocessing` has the fields of `gmconv.images.Preprocessing`. `notes`
-    says what was read between the lines of a foreign file. `sha256` is of the file's bytes.
+    where there is none. `preprocessing` has the fields of `gmconv.images.Preprocessing`. `notes` says what was read
+    between the lines of a foreign file, `warnings` what was assumed of it and may be wrong. `sha256` is of the file's
+    bytes.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Checkpoint:
     dataset: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class Facts(TypedDict, total=False):
@@ -158,8 +160,8 @@ def load_checkpoint(
         labels: class names, or the file that has them one a line, for files that do not know them.
         inputs: of a network that takes several, or no image: `(name, shape of one sample, dtype)` of each, by its
             forward's names.
-        weights: which of a file's weights, by key or dotted path (`"state_dict_ema"`, `"ema.module"`); None: the raw
-            ones, not an average of them.
+        weights: which of a file's weights, by key or dotted path (`"state_dict_ema"`, `"ema.module"`) or any part of
+            it that only one has; None: the raw ones, not an average of them.
 
     Raises:
         CheckpointError: the file is missing, damaged, holds code, NaN or Inf, or does not fit its architecture.
@@ -191,7 +193,7 @@ def load_checkpoint(
     if ours:
         _require_small(raw, name, kwargs, path, trusted=arch is not None)
     model = build(name, kwargs, str(path), trusted=arch is not None).cpu()
-    masked, notes = fill(model, raw, path, name, recorded=facts["masked"], weights=weights)
+    masked, notes, warnings = fill(model, raw, path, name, recorded=facts["masked"], weights=weights)
     return Checkpoint(
         model=model.eval(),
         arch=name,
@@ -205,6 +207,7 @@ def load_checkpoint(
         dataset=facts["dataset"],
         training=facts["training"],
         notes=notes,
+        warnings=warnings,
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gmconv.checkpoint.file import NumpyArray
@@ -38,10 +39,11 @@ _RENAMES: tuple[Callable[[str], str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A network's state_dict (with torch's `_metadata`), and what was read between the lines."""
+    """A network's state_dict (with torch's `_metadata`), what was read between the lines, and what may be wrong so."""
 
     state: OrderedDict[str, Any]
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def find_state(raw: Mapping[str, Any], wanted: Collection[str], path: Path, chosen: str | None = None) -> Found:
@@ -50,7 +52,7 @@ def find_state(raw: Mapping[str, Any], wanted: Collection[str], path: Path, chos
     Values are as the file has them: of the wanted names whatever lies under them, of others tensors alone.
 
     Raises:
-        CheckpointError: no tensors at all, none that fits under `chosen`, or two that would have one name.
+        CheckpointError: no tensors at all, none or several that fit under `chosen`, or two that would have one name.
     """
     trees = dict(_trees(raw, "", 0, set()))
     flat = {f"{at}{key}": (at, value) for at, tree in trees.items() for key, value in tree.items() if _leaf(key, value)}
@@ -73,24 +75,54 @@ def find_state(raw: Mapping[str, Any], wanted: Collection[str], path: Path, chos
         else:
             state[name] = value
     state._metadata = OrderedDict(_versions(trees, rename, prefix))  # type: ignore[attr-defined]
-    notes = []
-    if rivals or chosen is not None or not set(prefix.split(".")) <= _USUAL:
-        also = f"; the file also holds {_places(rivals)}, which --weights KEY takes" if rivals else ""
-        notes.append(f"weights taken from {_places([prefix])}{also}")
+    notes, warnings, taken = [], [], f"weights taken from {_places([prefix])}"
+    if rivals and _same(flat, rename, [prefix, *rivals], wanted):
+        notes.append(f"{taken}; the file holds the same at {_places(rivals)}")
+    elif rivals:
+        also = f"the file also holds {_places(rivals)}, which computes something else"
+        warnings.append(f"{taken}; {also}: --weights KEY says which are meant")
+    elif chosen is not None or not set(prefix.split(".")) <= _USUAL:
+        notes.append(taken)
     if others:
         notes.append(f"left out, as they are not the network's: {first(others)}")
-    return Found(state, tuple(notes))
+    return Found(state, tuple(notes), tuple(warnings))
+
+
+def _same(flat: _Flat, rename: Callable[[str], str], places: Sequence[str], wanted: Collection[str]) -> bool:
+    """Whether all places hold the same numbers: a network that a wrapper holds twice."""
+    values = {rename(name): value for name, (_, value) in flat.items()}
+    own = {name.removeprefix(places[0]) for name in values if name.startswith(places[0]) and name.endswith(".sigma")}
+    sets = [[values.get(f"{place}{name}") for name in (*wanted, *own)] for place in places]
+    return all(
+        one is other or (isinstance(one, Tensor) and isinstance(other, Tensor) and _equal(one, other))
+        for rival in sets[1:]
+        for one, other in zip(sets[0], rival, strict=True)
+    )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    plain = one.layout == other.layout == torch.strided and not (one.is_meta or other.is_meta or one.is_quantized)
+    return plain and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _under(chosen: str, flat: _Flat, wanted: frozenset[str], path: Path) -> _Flat:
-    """Those of `flat` at `chosen`, a place as the file has it or as a note says it, without what wrappers insert."""
-    place = f"{chosen.rstrip('.')}."
-    found = {name: one for name, one in flat.items() if any(rename(name).startswith(place) for rename in _RENAMES)}
-    if _best(list(found), wanted)[0]:
-        return found
-    most, _, prefix, rivals = _best(list(flat), wanted)
-    there = f"they are at {_places([prefix, *rivals])}" if most else "nor is any elsewhere in the file; check --arch"
-    raise CheckpointError(f"{path}: no weights of this network are at --weights {printable(chosen)!r}; {there}")
+    """Those of `flat` at `chosen`: a place as the file has it or as a message says it, or whole components of one."""
+    most, rename, prefix, rivals = _best(list(flat), wanted)
+    places, said = [prefix, *rivals], f"{chosen.rstrip('.')}."
+    asked = {said, rename(said)} - {"", "."}
+    found = [one for one in places if one in asked] or [p for p in places if any(f".{a}" in f".{p}" for a in asked)]
+    if len(found) == 1:
+        inner = tuple(place for place in places if place != found[0] and place.startswith(found[0]))
+        at = {name: one for name, one in flat.items() if rename(name).startswith(found[0])}
+        return {name: one for name, one in at.items() if not (inner and rename(name).startswith(inner))}
+    kept = {name: one for name, one in flat.items() if any(rename(name).startswith(said) for rename in _RENAMES)}
+    if not found and _best(list(kept), wanted)[0]:
+        return kept  # weights that fit less well than others
+    where, said = _places(found or places), f"--weights {printable(chosen)!r}"
+    if found:
+        raise CheckpointError(f"{path}: {said} may mean {where}; name one of them in full")
+    there = f"they are at {where}" if most else "nor is any elsewhere in the file; check --arch"
+    raise CheckpointError(f"{path}: no weights of this network are at {said}; {there}")
 
 
 def _places(places: Sequence[str]) -> str:

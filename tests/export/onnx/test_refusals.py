@@ -33,10 +33,10 @@ def test_a_precision_has_one_name(precisions: tuple[Precision, ...], names: list
 
 
 def test_golden_pairs_that_held_confirm_what_a_checkpoint_only_assumes() -> None:
-    notes = ("assumed: the sigma of 3 layers is read as GMConv2d's", "weights taken from 'ema'")
-    assert ExportOptions().confirmed(notes) == notes
-    confirmed, other = ExportOptions(golden=Path("own/pairs.npz")).confirmed(notes)
-    assert (confirmed, other) == (notes[0].replace("assumed", "confirmed by pairs.npz"), notes[1])
+    warnings = ("assumed: the sigma of 3 layers is GMConv2d's; give --golden", "weights taken from 'a'; also 'b'")
+    assert ExportOptions().confirmed(warnings) == ((), warnings)
+    confirmed = ("confirmed by pairs.npz: the sigma of 3 layers is GMConv2d's", "weights taken from 'a'")
+    assert ExportOptions(golden=Path("own/pairs.npz")).confirmed(warnings) == (confirmed, ())
 
 
 @pytest.fixture

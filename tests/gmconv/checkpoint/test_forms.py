@@ -264,7 +264,11 @@ def test_a_layer_of_the_users_own_keeps_its_own_sigma(tmp_path: Path, monkeypatc
 def test_a_sigma_beside_a_plain_convolution_is_said_to_be_an_assumption(tmp_path: Path) -> None:
     torch.save(gmconv.models.create("resnet20").state_dict(), tmp_path / "net.pth")
     loaded = gmconv.load_checkpoint(tmp_path / "net.pth", arch="resnet20", input_shape=SHAPE)
-    assert [note for note in loaded.notes if note.startswith("assumed: the sigma of 19 layers")]
+    (warning,) = loaded.warnings
+    assert warning.startswith("assumed: the sigma of 19 layers")
+    assert all(way in warning for way in ("in taps as stored", "exp(-r^2 / 2 sigma^2)", "--arch", "--golden"))
+    gmconv.save_checkpoint(tmp_path / "own.pt", loaded.model, "gmconv.models:resnet20", SHAPE)
+    assert gmconv.load_checkpoint(tmp_path / "own.pt").warnings == ()
 
 
 def test_a_pickle_bomb_is_refused_before_it_is_read(tmp_path: Path) -> None:

@@ -99,13 +99,24 @@ def test_foreign_state_dicts(wrapper: str | None, prefix: str, model: nn.Module,
 
 
 def test_two_sets_of_weights_are_said_to_be_two(model: nn.Module, tmp_path: Path) -> None:
-    torch.save(
-        {"state_dict_ema": trained("channel").state_dict(), "state_dict": model.state_dict()}, tmp_path / "two.pt"
-    )
+    averaged = {key: value * 2 if key.endswith("sigma") else value for key, value in model.state_dict().items()}
+    torch.save({"state_dict_ema": averaged, "state_dict": model.state_dict()}, tmp_path / "two.pt")
     loaded = gmconv.load_checkpoint(tmp_path / "two.pt", arch="resnet20", input_shape=SHAPE)
-    assert loaded.notes[0] == (
-        "weights taken from 'state_dict'; the file also holds 'state_dict_ema', which --weights KEY takes"
+    assert loaded.warnings[0] == (
+        "weights taken from 'state_dict'; the file also holds 'state_dict_ema', which computes something else: "
+        "--weights KEY says which are meant"
     )
+    assert same_outputs(loaded.model, model)
+
+
+def test_one_network_that_a_wrapper_holds_twice_is_no_choice(model: nn.Module, tmp_path: Path) -> None:
+    twice = {f"{place}.{key}": value for place in ("model", "loss.model") for key, value in model.state_dict().items()}
+    torch.save({"state_dict": twice}, tmp_path / "two.pt")
+    loaded = gmconv.load_checkpoint(tmp_path / "two.pt", arch="resnet20", input_shape=SHAPE)
+    assert loaded.notes == (
+        "weights taken from 'state_dict.model'; the file holds the same at 'state_dict.loss.model'",
+    )
+    assert not [text for text in loaded.warnings if "weights" in text]
     assert same_outputs(loaded.model, model)
 
 
@@ -114,7 +125,10 @@ def test_two_sets_of_weights_are_said_to_be_two(model: nn.Module, tmp_path: Path
     [
         ("state_dict_ema", "state_dict", {"state_dict_ema": "state_dict_ema", "state_dict": "state_dict"}),
         ("ema.module", "model", {"ema.module": "ema.module", "ema": "ema.module", "model": "model"}),
+        ("ema.model", "model", {"ema": "ema.model", "model": "model"}),
         ("callbacks.Average.state.module", "state_dict.net", {"callbacks": "callbacks.Average.state.module"}),
+        ("state_dict.ema_model.module", "state_dict.model", {"ema_model": "state_dict.ema_model.module"}),
+        ("state_dict.net.ema", "state_dict.net", {"ema": "state_dict.net.ema", "state_dict.net": "state_dict.net"}),
         ("net_ema.module._orig_mod", "net.module._orig_mod", {"net_ema": "net_ema.module._orig_mod"}),
     ],
 )
@@ -130,7 +144,13 @@ def test_the_weights_are_the_callers_choice(place: str, raw: str, said: dict[str
     for key, found in said.items():
         loaded = gmconv.load_checkpoint(tmp_path / "two.pt", arch="resnet20", input_shape=SHAPE, weights=key)
         assert loaded.notes[0] == f"weights taken from {found!r}"
-        assert same_outputs(loaded.model, networks[place if f"{place}.".startswith(f"{key}.") else raw])
+        assert same_outputs(loaded.model, networks[found])
+
+
+def test_a_part_that_several_have_is_refused_with_those(model: nn.Module, tmp_path: Path) -> None:
+    torch.save({"state_dict": {"net": model.state_dict(), "ema": trained("layer").state_dict()}}, tmp_path / "two.pt")
+    with pytest.raises(CheckpointError, match="may mean 'state_dict.net', 'state_dict.ema'; name one of them in full"):
+        gmconv.load_checkpoint(tmp_path / "two.pt", arch="resnet20", input_shape=SHAPE, weights="state_dict")
 
 
 @pytest.mark.parametrize("key", ["ema", "", "optimizer", "state_dict_e", "\x1b[2J"])
