@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gmconv.errors import RefusedError
+from gmconv.golden import read_golden
 from gmconv.images import read_preprocessing
 from runtime.artefact import Facts
 from runtime.manifest import TensorSpec
@@ -20,7 +21,6 @@ from runtime.runners.base import Array, numpy_dtype
 if TYPE_CHECKING:
     from export.onnx.options import ExportOptions, Note
     from gmconv import Checkpoint
-    from gmconv.golden import Golden
     from gmconv.inputs import Input
     from runtime.records import AxisRange
 
@@ -57,10 +57,13 @@ def comparison_cases(
     options: ExportOptions,
     *,
     examples: Mapping[str, Array] | None = None,
-    golden: Golden | None = None,
+    outputs: Sequence[TensorSpec] = (),
     note: Note = lambda text: None,
 ) -> list[Case]:
-    """Parity's cases, batch by batch: noise and images at the batches and sizes to be free; then what is the user's."""
+    """Parity's cases, batch by batch: noise and images at the batches and sizes to be free; then what is the user's.
+
+    `outputs`: what the network returns, for golden pairs. Raises RefusedError where something does not fit.
+    """
     from gmconv.lookups import table_ends
 
     given = options.images or (options.precision.calibration if options.precision else None)
@@ -80,9 +83,11 @@ def comparison_cases(
         loaded.labels,
         shapes={one.name: one.shape for one in loaded.inputs},
     )
-    made, notes = make_cases([graph_spec(one, options) for one in loaded.inputs], (), facts, wanted)
+    specs = [graph_spec(one, options) for one in loaded.inputs]
+    made, notes = make_cases(specs, (), facts, wanted)
     for text in notes:
         note(text)
+    golden = None if options.golden is None else read_golden(options.golden, specs, outputs)
     cases = [case for one in made for case in _flat(one, options)]
     first = next((case for case in cases if case.probe and _samples(case) < FREE_BATCHES[-1]), None)
     cases = [replace(case, probe=False) if case is first else case for case in cases]  # free sides were asked for

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from export.onnx.options import ExportOptions
 from gmconv.errors import RefusedError, printable
 from gmconv.foreign import Foreign, refuse_labels
+from runtime.manifest import TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -26,13 +27,13 @@ def input_names(loaded: Checkpoint, options: ExportOptions) -> list[str]:
     return list(options.input_names) or own
 
 
-def output_names(
+def output_specs(
     loaded: Checkpoint, options: ExportOptions, foreign: Foreign, *, in_memory: bool = False
-) -> tuple[list[str], list[str]]:
-    """The graph's, from one run, and notes on what the network returns besides tensors. `foreign`: as it was given.
+) -> tuple[list[TensorSpec], list[str]]:
+    """The graph's, from one run, axes that are free by name; and notes on what the network returns besides tensors.
 
-    Raises RefusedError when the network does not run on its inputs, or computes with what its checkpoint lacks, or when
-    there are labels for another number of classes.
+    `foreign`: as it was given. Raises RefusedError when the network does not run on its inputs, or computes with what
+    its checkpoint lacks, or when there are labels for another number of classes.
     """
     import torch
 
@@ -58,7 +59,11 @@ def output_names(
     named = named_outputs(outputs, options.output_names)
     refuse_labels(loaded.labels, [tuple(tensor.shape) for tensor in named.values()], foreign)
     others = left_out(outputs)
-    return list(named), [f"not in the graph, as they are no tensors: {', '.join(others)}"] * bool(others)
+    specs = []
+    for name, tensor in named.items():
+        sides = [f"{name}_{axis}" if options.dynamic_hw and axis > 1 else n for axis, n in enumerate(tensor.shape)]
+        specs.append(TensorSpec(name, str(tensor.dtype).removeprefix("torch."), ("batch", *sides[1:])))
+    return specs, [f"not in the graph, as they are no tensors: {', '.join(others)}"] * bool(others)
 
 
 def examples(loaded: Checkpoint, options: ExportOptions) -> tuple[torch.Tensor, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.onnx.interface import examples, input_names, output_names
+from export.onnx.interface import examples, input_names, output_specs
 from export.onnx.options import ASKED, ExportOptions, Note
 from export.onnx.refusals import (
     advice_on_parity,
@@ -21,7 +21,6 @@ from export.onnx.refusals import (
 )
 from gmconv.asking import silent
 from gmconv.errors import ParityError, RefusedError, layer_words
-from gmconv.golden import read_golden
 from runtime.runners.base import numpy_dtype
 
 if TYPE_CHECKING:
@@ -106,13 +105,11 @@ def export_onnx(
     with staged(written[0]) as folder, _opened(source, options, note) as trained:
         loaded = trained.loaded
         given = source.foreign if isinstance(source, Live) else options.foreign
-        names, said = output_names(loaded, options, given, in_memory=not trained.chain)
+        returned, said = output_specs(loaded, options, given, in_memory=not trained.chain)
         refuse_unfit_images(loaded, options)
         refuse_precisions(loaded, options)
-        golden = None
-        if options.golden is not None:
-            golden = read_golden(options.golden, [given.name for given in loaded.inputs], names)
-        cases = comparison_cases(loaded, options, examples=trained.examples, golden=golden, note=note)
+        names = [spec.name for spec in returned]
+        cases = comparison_cases(loaded, options, examples=trained.examples, outputs=returned, note=note)
         work = work_on(cases, names, options)
         crops = options.crop is not None or options.crop_budget is not None  # it times layers, which wants all cores
         trained.start(work, beside=not crops)

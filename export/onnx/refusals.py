@@ -12,6 +12,7 @@ from gmconv.errors import ParityError, RefusedError, layer_words, printable
 from gmconv.files import require_writable
 from gmconv.images import read_preprocessing
 from gmconv.kinds import refuse_other_kinds, require_ending
+from gmconv.npz import npz_names
 from gmconv.packages import require
 from runtime.artefact import Facts
 from runtime.manifest import refuse_other_artefact, sidecar
@@ -54,6 +55,8 @@ def refuse_early(source: object, written: Sequence[Path], options: ExportOptions
     for data in (options.images, options.calibrated.calibration):
         if data is not None:
             refuse_missing(data)
+    if options.golden is not None:
+        npz_names(options.golden)
     for file, precision in zip(written, options.precisions, strict=True):
         require_writable(file, *read)
         require_ending(file, "onnx")

@@ -18,6 +18,7 @@ from gmconv.asking import Asked
 from gmconv.errors import BuildError, RefusedError, UnavailableError
 from gmconv.files import staged
 from gmconv.foreign import NOTHING, Foreign
+from gmconv.golden import read_golden
 from runtime import cuda, trt
 from runtime.artefact import facts_of
 from runtime.manifest import FileDigest, Manifest, ShapeRange, TensorSpec, digest, find_manifest, sidecar, utc_now
@@ -118,6 +119,8 @@ def build_engine(
         worker.send(_request(onnx_path, plan, output, flavor, options))
         # A file with a manifest is byte for byte the one that the exporter checked; any other is checked here.
         facts = GraphFacts(known.inputs, known.outputs, {}) if known else read_graph(onnx_path)
+        if options.golden is not None:
+            read_golden(options.golden, facts.inputs, facts.outputs)  # refused before the build, not behind it
         source = _Source(onnx_path, known, known.artefact if known else digest(onnx_path, "onnx"), facts)
         try:
             built = worker.result(progress)

@@ -71,7 +71,7 @@ def check_parity(reference: Path, plan: Path, foreign: Foreign = NOTHING, golden
     report = compare_artefacts(reference, [plan], ParityOptions(device=DEVICE, foreign=foreign, golden=golden))
     candidate = report.candidates[0]
     if not report.passed:
-        raise ParityError(f"{plan.name}: differs from {reference.name}: {'; '.join(candidate.failures()[:3])}")
+        raise ParityError(f"{plan.name}: differs from {reference.name}: {candidate.verdict.summary()}")
     return candidate.record(reference)
 
 

@@ -89,7 +89,7 @@ def main(
         found.show(result_console(), tables=not quiet)
     if failed := [candidate for candidate in found.candidates if not candidate.passed]:
         if as_json:
-            raise ParityError(f"{failed[0].path}: {failed[0].failures()[0]}")
+            raise ParityError(f"{failed[0].path}: {failed[0].verdict.summary()}")
         sys.exit(ParityError.exit_code)  # its FAILED lines have said why
     for path, reason in found.not_run.items():
         raise UnavailableError(f"{path}: not compared: {reason}")

@@ -23,7 +23,7 @@ def recorded_hop(
     They run at once; the hop is there when `Yardstick.own` is known. Raises RefusedError when the pairs do not fit the
     network.
     """
-    golden = read_golden(path, [spec.name for spec in runner.inputs], [spec.name for spec in runner.outputs])
+    golden = read_golden(path, runner.inputs, runner.outputs)
     comparator = Comparator(tolerance, classes=classes)
     shapes: dict[str, tuple[int, ...]] = {}
     for feeds, recorded in _batches(golden, runner):

@@ -273,6 +273,4 @@ def _verdict(candidate: CandidateReport) -> str:
         margins = [margin for margin in found if margin is not None]
         close = "equal" if min(margins, default=math.inf) == math.inf else f"smallest margin {min(margins):.3g}x"
         return f"PASSED  {candidate.path}  {candidate.precision}, {close}"
-    failures = candidate.failures()
-    more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-    return f"FAILED  {candidate.path}  {failures[0]}{more}"
+    return f"FAILED  {candidate.path}  {candidate.verdict.summary()}"

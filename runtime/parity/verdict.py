@@ -40,9 +40,9 @@ class Verdict:
         return texts or ([] if self.passed else ["nothing was compared"])
 
     def summary(self) -> str:
-        """The first failures, in one line."""
-        failures = self.failures()
-        return "; ".join(failures[:3]) + (f" and {len(failures) - 3} more" if len(failures) > 3 else "")
+        """The first failure, and how many more there are, in one line."""
+        first, *others = self.failures() or [""]
+        return first + (f" (and {len(others)} more)" if others else "")
 
     def record(self, reference: str, engine: str) -> Parity:
         """For the manifest of an artefact that passed: base names only, a manifest travels."""

@@ -382,3 +382,15 @@ def test_an_engine_that_nothing_here_can_build_is_refused_before_the_export(
     with pytest.raises(UnavailableError, match="TensorRT-RTX is not installed: "):
         gmconv.deploy(net, torch.randn(2, 3, 16, 16), tmp_path / "net.plan", flavor="rtx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_golden_pairs_of_pixels_or_of_labels_are_refused_in_one_sentence(net: nn.Module, tmp_path: Path) -> None:
+    example = torch.randn(2, 3, 16, 16)
+    pixels, logits = np.zeros((2, 3, 16, 16), "uint8"), np.zeros((2, 5), "float32")
+    for given, words in (
+        ({"input": pixels, "output": logits}, "'input' is uint8 .* record what goes into forward, after preprocessing"),
+        ({"input": example.numpy(), "output": np.zeros(2, "int64")}, r"'output' is int64 \(2,\), the network returns"),
+    ):
+        np.savez(tmp_path / "golden.npz", **given)
+        with pytest.raises(RefusedError, match=words):
+            gmconv.deploy(net, example, tmp_path / "net.onnx", golden=tmp_path / "golden.npz")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,14 @@ import gmconv
 from gmconv.errors import RefusedError
 from gmconv.golden import read_golden
 from gmconv.inputs import arguments_of, noise
+from runtime.manifest import TensorSpec
+
+
+def spec(name: str, *sides: int | str, dtype: str = "float32") -> TensorSpec:
+    return TensorSpec(name, dtype, ("batch", *sides))
+
+
+TWO = [spec("image", 3), spec("mask", 3)]
 
 
 class Two(nn.Module):
@@ -31,7 +40,7 @@ def test_what_is_recorded_is_what_the_network_computes(tmp_path: Path) -> None:
     batches = [torch.randn(2, 3, 8, 8), torch.randn(3, 3, 8, 8)]
     gmconv.save_golden(model, batches, tmp_path / "golden.npz")
     assert model.training
-    golden = read_golden(tmp_path / "golden.npz", ["input"], ["logits"])
+    golden = read_golden(tmp_path / "golden.npz", [spec("input", 3, "h", "w")], [spec("logits", 4, 6, 6)])
     assert golden.samples == 5
     with torch.no_grad():
         expected = model.eval()(torch.cat(batches)).numpy()
@@ -41,7 +50,7 @@ def test_what_is_recorded_is_what_the_network_computes(tmp_path: Path) -> None:
 def test_several_inputs_and_outputs_go_by_their_names(tmp_path: Path) -> None:
     x, mask = torch.randn(2, 3), torch.randn(2, 3)
     gmconv.save_golden(Two(), {"mask": mask, "image": x}, tmp_path / "golden.npz")
-    golden = read_golden(tmp_path / "golden.npz", ["image", "mask"], ["sum", "mask"])
+    golden = read_golden(tmp_path / "golden.npz", TWO, [spec("sum", 3), spec("mask", 3)])
     assert np.array_equal(golden.inputs["mask"], mask.numpy())
     assert np.array_equal(golden.outputs["sum"], (x + mask).numpy())
     assert np.array_equal(golden.outputs["mask"], mask.numpy())
@@ -50,7 +59,7 @@ def test_several_inputs_and_outputs_go_by_their_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("names", [("input", "output"), ("x", "y"), ("images", "logits"), ("input", "logits")])
 def test_any_program_may_write_one(names: tuple[str, str], tmp_path: Path) -> None:
     np.savez(tmp_path / "g.npz", **{names[0]: np.ones((2, 3)), names[1]: np.zeros((2, 4))})  # type: ignore[arg-type]
-    assert read_golden(tmp_path / "g.npz", ["input"], ["logits"]).outputs["logits"].shape == (2, 4)
+    assert read_golden(tmp_path / "g.npz", [spec("input", 3)], [spec("logits", 4)]).outputs["logits"].shape == (2, 4)
 
 
 @pytest.mark.parametrize(
@@ -66,18 +75,18 @@ def test_any_program_may_write_one(names: tuple[str, str], tmp_path: Path) -> No
 def test_pairs_that_are_not_whole_are_refused(arrays: dict[str, Any], message: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "golden.npz", **arrays)
     with pytest.raises(RefusedError, match=message):
-        read_golden(tmp_path / "golden.npz", ["input"], ["logits"])
+        read_golden(tmp_path / "golden.npz", [spec("input", 3)], [spec("logits", 4)])
 
 
 def test_an_array_is_one_batch_as_a_tensor_is(tmp_path: Path) -> None:
     x = np.random.default_rng(0).standard_normal((4, 3), dtype=np.float32)
     for given in (x, torch.from_numpy(x), [x[:1], x[1:]], iter([x])):
         gmconv.save_golden(nn.Tanh(), given, tmp_path / "golden.npz")
-        golden = read_golden(tmp_path / "golden.npz", ["input"], ["logits"])
+        golden = read_golden(tmp_path / "golden.npz", [spec("input", 3)], [spec("logits", 3)])
         assert np.array_equal(golden.inputs["input"], x)
         assert np.allclose(golden.outputs["logits"], np.tanh(x), atol=1e-6)
     gmconv.save_golden(Two(), (x, x), tmp_path / "two.npz")
-    assert read_golden(tmp_path / "two.npz", ["image", "mask"], ["sum", "mask"]).samples == 4
+    assert read_golden(tmp_path / "two.npz", TWO, [spec("sum", 3), spec("mask", 3)]).samples == 4
 
 
 def test_bfloat16_is_refused_in_a_sentence(tmp_path: Path) -> None:
@@ -109,9 +118,50 @@ def test_noise_keeps_to_the_integers_of_the_examples() -> None:
         ({"nothing": torch.ones(1), "image": torch.ones(1)}, "there is no 'nothing'"),
         ({"scale": torch.ones(1), "image": torch.ones(1)}, "takes 'mask' before 'scale'"),
         ([], "no example"),
-        (["a"], "is a str"),
+        (["a"], r"is no tensor \(str\)"),
     ],
 )
 def test_examples_that_are_none_are_refused(examples: Any, message: str) -> None:
     with pytest.raises(RefusedError, match=message):
         arguments_of(Two(), examples)
+
+
+@pytest.mark.parametrize(
+    ("taken", "recorded"),
+    [("float32", "float64"), ("float32", "float16"), ("float16", "float32"), ("int64", "uint8"), ("uint8", "int64")],
+)
+def test_inputs_of_another_width_are_taken_where_no_number_changes(taken: str, recorded: str, tmp_path: Path) -> None:
+    values = np.arange(6).reshape(2, 3)
+    np.savez(tmp_path / "g.npz", input=values.astype(recorded), output=np.ones((2, 4), "float32"))
+    golden = read_golden(tmp_path / "g.npz", [spec("input", 3, dtype=taken)], [spec("logits", 4)])
+    assert golden.inputs["input"].dtype == taken
+    assert np.array_equal(golden.inputs["input"], values)
+
+
+@pytest.mark.parametrize(
+    ("array", "taken", "words"),
+    [
+        (np.ones((2, 3), "uint8"), "float32", "'input' is uint8 (2, 3), the network takes float32 (N, 3); record what"),
+        (np.ones((2, 3), "int64"), "float32", "'input' is int64 (2, 3), the network takes float32 (N, 3); record what"),
+        (np.ones((2, 3), "bool"), "float32", "'input' is bool"),
+        (np.ones((2, 3), "float32"), "int64", "'input' is float32 (2, 3), the network takes int64"),
+        (np.ones((2, 4), "float32"), "float32", "'input' is float32 (2, 4), the network takes float32 (N, 3)"),
+        (np.full((2, 3), 300), "uint8", "'input' holds int64 that uint8, which the network takes, has not"),
+        (np.full((2, 3), -1), "uint8", "'input' holds int64 that uint8"),
+    ],
+)
+def test_inputs_of_another_kind_are_refused(array: Any, taken: str, words: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "g.npz", input=array, output=np.ones((2, 4), "float32"))
+    with pytest.raises(RefusedError, match=re.escape(words)):
+        read_golden(tmp_path / "g.npz", [spec("input", 3, dtype=taken)], [spec("logits", 4)])
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.array([1, 3]), np.ones((2, 5), "float32"), np.ones((2, 4, 1), "float32"), np.ones((2, 4), "int64")],
+    ids=["labels", "another width", "another rank", "whole numbers"],
+)
+def test_outputs_that_cannot_be_the_networks_are_refused(array: Any, tmp_path: Path) -> None:
+    np.savez(tmp_path / "g.npz", input=np.ones((2, 3), "float32"), output=array)
+    with pytest.raises(RefusedError, match=r"the network returns float32 \(N, 4\); record what forward returns"):
+        read_golden(tmp_path / "g.npz", [spec("input", 3)], [spec("logits", 4)])
