@@ -47,8 +47,8 @@ class Facts:
 class Artefact:
     """A file of a network. `manifest`: of an ONNX file or an engine that has one, verified.
 
-    `facts` and `sha256` of a checkpoint are known once a runner has opened it (`Runner.artefact`): reading them takes
-    torch. `precision` "?": nothing says.
+    `facts`, `sha256` and what was `assumed` of a checkpoint are known once a runner has opened it (`Runner.artefact`):
+    reading them takes torch. `precision` "?": nothing says.
     """
 
     path: Path
@@ -56,6 +56,7 @@ class Artefact:
     manifest: Manifest | None = None
     facts: Facts = field(default_factory=Facts)
     sha256: str = ""
+    assumed: tuple[str, ...] = ()
 
     @property
     def precision(self) -> str:

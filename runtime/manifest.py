@@ -25,7 +25,7 @@ from runtime.records import AxisRange, Benchmark, Build, Calibration, Crop, Devi
 
 SCHEMA = "gmconv-deploy.manifest/v2"
 #: Measured with 1.31 (refuses its own rewrite) and 1.32 (an error of the outputs' own size); TensorRT is not concerned.
-_FP8_ELSEWHERE = (
+FP8_ELSEWHERE = (
     "in a program of your own give ONNX Runtime graph_optimization_level = ORT_DISABLE_ALL for an fp8 file, as every "
     "command here does: its default takes fp8 for 8-bit integers and computes something else"
 )
@@ -118,8 +118,7 @@ class Manifest:
     def warnings(self) -> tuple[str, ...]:
         """What whoever uses the artefact should know before they trust it."""
         own = self.export.warnings if self.export else ()
-        fp8 = (_FP8_ELSEWHERE,) if self.artefact.kind == "onnx" and "fp8" in self.precision else ()
-        return (*own, *(self.calibration.warnings if self.calibration else ()), *fp8)
+        return (*own, *(self.calibration.warnings if self.calibration else ()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as the sidecar has them."""

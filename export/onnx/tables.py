@@ -35,7 +35,7 @@ def print_export(
     from export.precision.audit import kept_notes
     from gmconv.certificate import certificate_table, kernel_table
     from gmconv.cli import result_console
-    from runtime.manifest import read_manifest
+    from runtime.manifest import FP8_ELSEWHERE, read_manifest
 
     manifest = manifest or read_manifest(output, verify=False)
     console = console or result_console()
@@ -62,7 +62,7 @@ def print_export(
         console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
     shown_before = manifest.export.warnings if manifest.export and not first else ()
     for text in manifest.warnings:
-        if text not in shown_before:
+        if text not in shown_before or text == FP8_ELSEWHERE:
             console.print(f"[yellow]warning:[/yellow] {escape(say(text))}", highlight=False, soft_wrap=True)
     size = manifest.artefact.bytes + sum(entry.bytes for entry in manifest.external)
     console.print(

@@ -299,8 +299,15 @@ def with_precision(manifest: Manifest, model: ModelProto, audit: PrecisionAudit)
     What was proven or timed for the source file is dropped: this is another file.
     """
     from export.graph.check import tensor_specs
+    from runtime.manifest import FP8_ELSEWHERE
 
     inputs, outputs = tensor_specs(model)
+    export = manifest.export
+    if audit.precision == "fp8":
+        opset = next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
+        batch = inputs[0].shape[0]
+        export = export or records.Export(opset=opset, batch=batch if isinstance(batch, int) else "dynamic")
+        export = replace(export, warnings=(*export.warnings, FP8_ELSEWHERE))
     return replace(
         manifest,
         inputs=inputs,
@@ -312,4 +319,5 @@ def with_precision(manifest: Manifest, model: ModelProto, audit: PrecisionAudit)
         calibration=audit.calibration,
         parity=None,
         benchmark=None,
+        export=export,
     )

@@ -21,7 +21,17 @@ from gmconv.foreign import NOTHING, Foreign
 from gmconv.golden import read_golden
 from runtime import cuda, trt
 from runtime.artefact import facts_of
-from runtime.manifest import FileDigest, Manifest, ShapeRange, TensorSpec, digest, find_manifest, sidecar, utc_now
+from runtime.manifest import (
+    FP8_ELSEWHERE,
+    FileDigest,
+    Manifest,
+    ShapeRange,
+    TensorSpec,
+    digest,
+    find_manifest,
+    sidecar,
+    utc_now,
+)
 from runtime.records import Build, Device, EngineLayers, Parity, TimingCache
 
 NO_DEVICE = "no device"
@@ -211,6 +221,9 @@ def _manifest(
     if gpu:
         versions |= {"driver": gpu.driver, "cuda": gpu.cuda}
     base = known or Manifest(artefact=source.digest, inputs=facts.inputs, outputs=facts.outputs)
+    export = base.export
+    if export is not None:
+        export = dataclasses.replace(export, warnings=tuple(w for w in export.warnings if w != FP8_ELSEWHERE))
     return dataclasses.replace(
         base,
         artefact=FileDigest("engine", output.name, built["sha256"], built["bytes"]),
@@ -227,6 +240,7 @@ def _manifest(
         precision_found=found,
         parity=Parity(result="not run", reason=NO_DEVICE),
         benchmark=None,
+        export=export,
         build=_build_record(chosen, options, built, gpu, layers=layers, fusion=fusion, warnings=warnings),
         versions=versions,
         device=Device(**dataclasses.asdict(gpu)) if gpu else None,

@@ -16,7 +16,7 @@ from gmconv.cli import Command, print_json, warn
 from gmconv.files import require_writable
 from gmconv.kinds import artefact_kind, refuse_other_kinds, require_ending
 from runtime import trt
-from runtime.manifest import refuse_other_artefact
+from runtime.manifest import read_manifest, refuse_other_artefact
 from runtime.records import Build
 from runtime.report.artefacts import report_option, require_report, write_artefact_report
 
@@ -47,7 +47,7 @@ def prepare(
         onnx_path = output.with_name(f"{output.stem.removesuffix(f'.{precision}')}.onnx")
         options = replace(asked, precisions=("fp32", precision) if precision else ("fp32",))
         note(f"exporting {model} to {', '.join(map(str, options.outputs(onnx_path)))}")
-        warn(export_onnx(model, onnx_path, options, note=note).warnings)
+        export_onnx(model, onnx_path, options, note=note)
         return options.outputs(onnx_path)[-1]
     if precision is not None:
         from export.precision.convert import convert_precision
@@ -230,7 +230,9 @@ def main(
     refuse_options(flavor, options)
     note(f"flavor {flavor} ({trt.TITLES[flavor]}), as {why}")
     onnx_path = prepare(model, output, precision, note, asked)
-    if options.checkpoint and not as_json:
+    if options.checkpoint and as_json:
+        warn(read_manifest(onnx_path, verify=False).warnings)
+    elif options.checkpoint:
         from export.onnx.tables import print_export
 
         print_export(onnx_path)

@@ -61,7 +61,7 @@ def main(
     Every corner of the shapes a candidate takes is tried, in seeded noise and in real samples. Exit code 4 when one
     differs by more than the tolerance of its precision, or when nothing could be compared.
     """
-    from gmconv.cli import print_json, progress_console, result_console
+    from gmconv.cli import print_json, progress_console, result_console, warn
     from runtime.parity.run import ParityOptions, compare_artefacts
 
     if flags["inputs"] is not None and flags["images"] is not None:
@@ -83,6 +83,8 @@ def main(
         from runtime.parity.report import write_parity_report
 
         write_parity_report(report, found, flags["foreign"])
+    if as_json or quiet:
+        warn(found.warnings)
     if as_json:
         print_json(found.to_dict())
     else:

@@ -52,6 +52,7 @@ class CandidateReport:
     verdict: Verdict
     bisection: Bisection | None
     seconds: float
+    warnings: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -79,6 +80,7 @@ class CandidateReport:
             "bisection": self.bisection.to_dict() if self.bisection else None,
             "failures": self.failures(),
             "notes": list(self.verdict.notes),
+            "warnings": list(self.warnings),
             "seconds": self.seconds,
         }
 
@@ -100,6 +102,11 @@ class ParityReport(Shown):
         """Whether there were candidates and all ran and passed."""
         return bool(self.candidates) and not self.not_run and all(candidate.passed for candidate in self.candidates)
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the manifests of the candidates warn of, and what was assumed of the reference, each once."""
+        return tuple(dict.fromkeys(text for candidate in self.candidates for text in candidate.warnings))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
@@ -110,11 +117,13 @@ class ParityReport(Shown):
         }
 
     def show(self, console: Console, *, tables: bool = True) -> None:
-        """Print the tables and verdicts, or the verdicts alone."""
-        for candidate in self.candidates:
+        """Print the tables, warnings and verdicts, or the verdicts alone."""
+        for index, candidate in enumerate(self.candidates):
             if tables:
                 console.print(_table(self, candidate))
-            lines = [*(_remarks(candidate) if tables else ()), _verdict(candidate)]
+            before = [text for one in self.candidates[:index] for text in one.warnings]
+            warnings = [f"warning: {text}" for text in candidate.warnings if text not in before]
+            lines = [*([*_remarks(candidate), *warnings] if tables else ()), _verdict(candidate)]
             if candidate.bisection is not None:
                 lines.append(candidate.bisection.sentence)
             for line in lines:
@@ -160,7 +169,12 @@ def _candidate(found: ParityReport, candidate: CandidateReport, texts: list[Sect
     if candidate.bisection is not None:
         rows["First layer that differs"] = candidate.bisection.sentence
     sections: list[Section] = [
-        Facts(rows=rows, title=f"{name}: verdict", passed=candidate.passed, warnings=candidate.failures()),
+        Facts(
+            rows=rows,
+            title=f"{name}: verdict",
+            passed=candidate.passed,
+            warnings=[*candidate.failures(), *candidate.warnings],
+        ),
         Parity(
             title="Parity" if alone else f"Parity: {name}",
             reference=found.reference.name,

@@ -157,6 +157,10 @@ def _compare(
             ),
             bisection=None,
             seconds=time.perf_counter() - started,
+            warnings=(
+                *(manifest.warnings if manifest else ()),
+                *(() if options.golden else reference.artefact.assumed),
+            ),
         )
     if options.bisect and not report.passed:
         from runtime.parity.bisect import bisect, telling

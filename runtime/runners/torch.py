@@ -98,7 +98,9 @@ class TorchRunner(Runner):
         shape, preprocessing = found.input_shape, read_preprocessing(found.preprocessing)
         sizes = {given.name: given.shape for given in found.inputs}
         facts = Facts(shape, preprocessing, found.dataset, found.labels, shapes=sizes)
-        self.artefact = Artefact(path=Path(path), kind="checkpoint", facts=facts, sha256=found.sha256)
+        self.artefact = Artefact(
+            path=Path(path), kind="checkpoint", facts=facts, sha256=found.sha256, assumed=found.warnings
+        )
         model: nn.Module = found.model
         if options.form == "baked":
             model, _ = require("gmconv.constants", "export").bake_for_inputs(model, found.inputs)

@@ -85,10 +85,13 @@ def test_a_seven_by_seven_kernel_stays_in_fp16_beside_fp8(
     assert done.precision_found == {"fp8": 3, "fp16": 1}
     assert (done.certificate or {})["precision"]["kept_fp32"] == {"node_block": "no fp8 kernel beyond 32 taps (fp16)"}
     assert kept_notes(done.certificate) == ["1 layer: no fp8 kernel beyond 32 taps (fp16)"]
-    assert any("ORT_DISABLE_ALL for an fp8 file" in text for text in done.warnings)
+    warned = "ORT_DISABLE_ALL for an fp8 file"
+    assert [warned in text for text in done.warnings] == [True]
+    assert warned in sidecar(tmp_path / "wide.fp8.onnx").read_text()
     plan = tmp_path / "wide.plan"
     cli("export.tensorrt", str(tmp_path / "wide.fp8.onnx"), "-o", str(plan), "--flavor", "rtx", "--no-verify")
     assert read_manifest(plan).build.layers.convolution_precisions == {"fp8": 2, "fp16": 1}
+    assert warned not in sidecar(plan).read_text()
 
 
 def test_a_file_of_another_precision_is_overwritten_by_force_alone(fp32: Path) -> None:

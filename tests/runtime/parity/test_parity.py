@@ -1,6 +1,7 @@
 """`python -m runtime.parity` says whether two artefacts are one network, on every corner of the shapes they take."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +25,7 @@ from runtime.manifest import FileDigest, Manifest, ShapeRange, TensorSpec, diges
 from runtime.parity.cases import NOISE_ALONE, corner_shapes
 from runtime.parity.run import ParityOptions, compare_artefacts
 from runtime.parity.tolerances import TOLERANCES
-from runtime.records import Crop
+from runtime.records import Crop, Export
 from runtime.runners.base import as_inputs
 
 pytestmark = pytest.mark.xdist_group("test_parity")  # its networks are exported once
@@ -106,6 +107,24 @@ def test_an_export_is_its_checkpoints_network(pair: tuple[Path, Path]) -> None:
     assert found.verdict.hops[-1].outputs[0].samples == 64
     assert found.verdict.yardstick[0].passed
     assert 0 < found.verdict.yardstick[0].candidate_rel_rms < 1e-5
+
+
+def test_what_manifests_warn_of_and_what_was_assumed_is_said_once(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    torch.save(gmconv.load_checkpoint(pair[0]).model.state_dict(), tmp_path / "net.pth")
+    for name in ("a.onnx", "b.onnx"):
+        shutil.copy(pair[1], tmp_path / name)
+        outputs = (TensorSpec("logits", "float32", ("batch", 10)),)
+        told = Export(opset=20, warnings=("samples meet",))
+        manifest = Manifest(artefact=digest(tmp_path / name, "onnx"), inputs=SPEC, outputs=outputs, export=told)
+        sidecar(tmp_path / name).write_text(manifest.to_json())
+    foreign = Foreign(arch="resnet20", input_shape=(3, 16, 16))
+    options = ParityOptions(samples=4, yardstick=False, foreign=foreign)
+    report = compare_artefacts(tmp_path / "net.pth", [tmp_path / "a.onnx", tmp_path / "b.onnx"], options)
+    assert report.warnings[0] == "samples meet"
+    assert [text.startswith("assumed: the sigma of 19 layers") for text in report.warnings[1:]] == [True]
+    assert repr(report).count("warning: samples meet") == 1
+    assert repr(report).count("warning: assumed:") == 1
+    assert [one["warnings"] for one in report.to_dict()["candidates"]] == [list(report.warnings)] * 2
 
 
 @pytest.mark.parametrize("name", ["conv1.weight", "layer3.2.conv2.weight", "linear.weight"])
