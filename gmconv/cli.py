@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 _ELSEWHERE = {
     **{f"--{name}": (f"--precision {name}", f"--to {name}") for name in ("fp16", "bf16", "int8", "fp8")},
     **dict.fromkeys(("--half", "--best"), ("--precision fp16", "--to fp16")),
+    "--precision": ("--to",),
+    "--shapes": ("--minShapes (and the same for --optShapes and --maxShapes)",),
+    "--timingCacheFile": ("--timing-cache",),
     **dict.fromkeys(("--saveEngine", "--save-engine", "--out", "--save", "--output-file"), ("--output",)),
     **dict.fromkeys(("--onnx", "--loadEngine", "--checkpoint"), ("MODEL", "CHECKPOINT", "ARTEFACT")),
     "--model": ("MODEL", "CHECKPOINT", "ARTEFACT", "--arch"),
@@ -38,6 +41,35 @@ _ELSEWHERE = {
     **dict.fromkeys(("--dynamic", "--dynamic-axes"), ("--dynamic-hw",)),
     **dict.fromkeys(("--port", "-p"), ("--http-port",)),
 }
+#: Flags, mostly trtexec's, that a command has no counterpart for: the one that has it, and a sentence.
+_OTHERS = (
+    (
+        "--precision --half --fp16 --bf16 --int8 --fp8 --best",
+        "precision",
+        "the precision is the file's own; gmconv precision FILE.onnx --to {} makes a file of another",
+    ),
+    (
+        "--saveEngine --minShapes --optShapes --maxShapes --timingCacheFile --noTF32 --memPoolSize --workspace --calib "
+        "--builderOptimizationLevel --profilingVerbosity --versionCompatible --hardwareCompatibilityLevel --refit",
+        "tensorrt",
+        "it belongs to building an engine: gmconv tensorrt",
+    ),
+    (
+        "--shapes --loadInputs --iterations --warmUp --duration --avgRuns --percentile --infStreams --streams "
+        "--useCudaGraph --useSpinWait --noDataTransfers --dumpProfile --dumpLayerInfo --dumpOutput --exportTimes "
+        "--exportProfile --exportLayerInfo --separateProfileRun",
+        "benchmark",
+        "it belongs to timing: gmconv benchmark",
+    ),
+    (
+        "--sleepTime --threads --useManagedMemory --timeDeserialize --timeRefit --persistentCacheRatio --useProfile "
+        "--allocationStrategy --weightStreamingBudget --allowWeightStreaming --dumpRefit --batch --explicitBatch "
+        "--useDLACore --allowGPUFallback --loadRefOutputs --tacticSources --plugins --skipInference --buildOnly "
+        "--stronglyTyped --layerPrecisions --precisionConstraints --sparsity --inputIOFormats --outputIOFormats",
+        "trtexec",
+        "it is trtexec's and has no counterpart here; leave it out",
+    ),
+)
 
 
 def _with_advice(refusal: click.UsageError) -> click.UsageError:
@@ -51,6 +83,12 @@ def _with_advice(refusal: click.UsageError) -> click.UsageError:
             if isinstance(parameter, click.Argument) and parameter.human_readable_name.startswith(advice):
                 text = f"No such option {refusal.option_name!r}: give the file alone, as {advice}."
                 return click.UsageError(text, refusal.ctx)
+    takes_files = any(isinstance(parameter, click.Argument) for parameter in refusal.ctx.command.params)
+    for flags, command, sentence in _OTHERS if takes_files else ():
+        if refusal.option_name in flags.split() and command not in refusal.ctx.command_path:
+            name = refusal.option_name.removeprefix("--")
+            said = sentence.format(name if name in ("bf16", "int8", "fp8") else "fp16")
+            return click.UsageError(f"No such option {refusal.option_name!r}: {said}.", refusal.ctx)
     return refusal
 
 

@@ -30,13 +30,6 @@ DEVICE_FLAGS = {
 #: What `Options` says of a device: the parameter of its flag.
 FLAG_OF = {"streams": "streams", "overlap": "expose_dma", "transfers": "include_data_transfers"}
 FLAG_OF |= {"cuda_graph": "use_cuda_graph", "spin": "use_spin_wait"}
-#: Flags of trtexec's building side.
-BUILD_FLAGS = ["saveEngine", "minShapes", "optShapes", "maxShapes", "timingCacheFile", "skipInference"]
-BUILD_FLAGS += ["fp16", "bf16", "int8", "fp8", "best", "stronglyTyped", "noTF32", "memPoolSize"]
-#: Flags of trtexec's inference side that have no counterpart here.
-FOREIGN_FLAGS = ["sleepTime", "threads", "useManagedMemory", "timeDeserialize", "timeRefit", "persistentCacheRatio"]
-FOREIGN_FLAGS += ["useProfile", "allocationStrategy", "weightStreamingBudget", "allowWeightStreaming", "dumpRefit"]
-FOREIGN_FLAGS += ["batch", "useDLACore", "loadRefOutputs"]
 #: Flags about one artefact's run: refused in a comparison.
 SINGLE_FLAGS = ["exportTimes", "exportOutput", "exportProfile", "exportLayerInfo", "dumpProfile", "dumpLayerInfo"]
 SINGLE_FLAGS += ["dumpOutput", "loadInputs", "idleTime", "avgRuns"]
@@ -65,7 +58,7 @@ class Options:
 
 def options(command: F) -> F:
     """Add every flag to a click command, in trtexec's order."""
-    for decorate in reversed([*_LOOP, *_DEVICE, *_REPORTING, *_OWN, *_refused()]):
+    for decorate in reversed([*_LOOP, *_DEVICE, *_REPORTING, *_OWN]):
         command = decorate(command)
     return command
 
@@ -83,18 +76,10 @@ def parse_percentiles(_: click.Context, parameter: click.Parameter, text: str) -
 
 
 def collect(context: click.Context, values: Mapping[str, Any], foreign: Foreign = NOTHING) -> Options:
-    """Options from click's values. Raises click.UsageError for flags that contradict each other or are not served."""
+    """Options from click's values. Raises click.UsageError for flags that contradict each other."""
     explicit = frozenset(
         name for name in values if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
     )
-    for flag in BUILD_FLAGS:
-        if f"refused_{flag.lower()}" in explicit:
-            raise click.UsageError(
-                f"--{flag} belongs to building an engine: python -m export.tensorrt; this command times artefacts"
-            )
-    for flag in FOREIGN_FLAGS:
-        if f"refused_{flag.lower()}" in explicit:
-            raise click.UsageError(f"--{flag} of trtexec is not served here")
     for one, other in [
         ("no_data_transfers", "include_data_transfers"),
         ("use_cuda_graph", "no_cuda_graph"),
@@ -178,14 +163,6 @@ def _flag(name: str, parameter: str, text: str) -> Callable[[F], F]:
 
 def _file(name: str, parameter: str, text: str) -> Callable[[F], F]:
     return click.option(f"--{name}", parameter, type=click.Path(path_type=Path), metavar="FILE", help=text)
-
-
-def _refused() -> list[Callable[[F], F]]:
-    """Known flags that are not served: accepted by the parser, so that the refusal can say why."""
-    return [
-        click.option(f"--{flag}", f"refused_{flag.lower()}", is_flag=False, flag_value="", hidden=True)
-        for flag in BUILD_FLAGS + FOREIGN_FLAGS
-    ]
 
 
 _FROM_0 = click.FloatRange(min=0)

@@ -10,7 +10,6 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from export.tensorrt.command import main as tensorrt
 from gmconv.__main__ import COMMANDS
 from gmconv.__main__ import main as gmconv_command
 from gmconv.cli import data_options, progress_console, result_console
@@ -84,18 +83,28 @@ def test_data_that_is_not_there_is_refused_before_the_command_begins(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("flag", "advice"),
+    ("command", "flag", "advice"),
     [
-        ("--fp16", "'--fp16': say --precision fp16"),
-        ("--saveEngine=x", "'--saveEngine': say --output"),
-        ("--onnx=x", "'--onnx': give the file alone, as MODEL"),
-        ("--flavour", "--flavor"),
+        ("tensorrt", "--fp16", "'--fp16': say --precision fp16"),
+        ("tensorrt", "--saveEngine=x", "'--saveEngine': say --output"),
+        ("tensorrt", "--onnx=x", "'--onnx': give the file alone, as MODEL"),
+        ("tensorrt", "--flavour", "--flavor"),
+        ("tensorrt", "--shapes=x:1", "'--shapes': say --minShapes (and the same for --optShapes and --maxShapes)"),
+        ("tensorrt", "--noTF32", "--no-tf32"),
+        ("tensorrt", "--useCudaGraph", "'--useCudaGraph': it belongs to timing: gmconv benchmark"),
+        ("tensorrt", "--stronglyTyped", "'--stronglyTyped': it is trtexec's and has no counterpart here"),
+        ("precision", "--precision=int8", "'--precision': say --to"),
+        ("benchmark", "--precision=int9", "gmconv precision FILE.onnx --to fp16 makes a file of another"),
+        ("benchmark", "--int8", "gmconv precision FILE.onnx --to int8 makes a file of another"),
+        ("benchmark", "--saveEngine=x", "'--saveEngine': it belongs to building an engine: gmconv tensorrt"),
+        ("benchmark", "--sleepTime=1", "'--sleepTime': it is trtexec's and has no counterpart here"),
+        ("train", "--fp16", "--bf16"),
     ],
 )
-def test_a_flag_of_a_neighbouring_tool_is_answered_with_ours(flag: str, advice: str) -> None:
-    done = CliRunner().invoke(tensorrt, ["net.onnx", flag])
+def test_a_flag_of_a_neighbouring_tool_is_answered_with_ours(command: str, flag: str, advice: str) -> None:
+    done = CliRunner().invoke(gmconv_command, [command, *["net.onnx"] * (command != "train"), flag])
     assert done.exit_code == 2
-    assert advice in done.output
+    assert advice in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from runtime.benchmark.__main__ import main
-from runtime.benchmark.options import BUILD_FLAGS, DEVICE_FLAGS, FOREIGN_FLAGS, SINGLE_FLAGS
+from runtime.benchmark.options import DEVICE_FLAGS, SINGLE_FLAGS
 from runtime.benchmark.trtexec import parse
 from runtime.runners.base import Runner
 
@@ -86,21 +86,6 @@ def test_device_flags_are_refused_on_the_host_clock(fake: Fake, host_runner: Run
     assert flag in done.stderr
     assert "fake cpu" in done.stderr
     assert done.stdout.splitlines()[-1].startswith("&&&& FAILED ")
-
-
-@pytest.mark.parametrize("flag", BUILD_FLAGS)
-def test_building_flags_are_refused_with_the_command_that_builds(fake: Fake, host_runner: Runner, flag: str) -> None:
-    for written in (f"--{flag}", f"--{flag}=x"):
-        done = bench(fake(host_runner), *QUICK, written)
-        assert done.exit_code == 2
-        assert "python -m export.tensorrt" in done.stderr
-
-
-@pytest.mark.parametrize("flag", FOREIGN_FLAGS)
-def test_flags_that_are_not_served_are_refused(fake: Fake, host_runner: Runner, flag: str) -> None:
-    done = bench(fake(host_runner), *QUICK, f"--{flag}=1")
-    assert done.exit_code == 2
-    assert f"--{flag}" in done.stderr
 
 
 @pytest.mark.parametrize("flag", SINGLE_FLAGS)
