@@ -1,4 +1,4 @@
-"""Every table of the terminal: columns that do not fit are left out by importance or stacked; no number is ever cut."""
+"""Every table of the terminal: columns that do not fit are left out by importance; no number is ever cut."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.text import Text
 _GAP = 2
 _NAME = 32  # characters that a name in one piece has before numbers are left out for it
 _FOLDED = 20  # and one that can be folded between its words
+_BROKEN = 6  # and one that is broken anywhere, before a column goes that tells rows apart
 
 OK = Text("ok", style="green")
 FAILED = Text("FAILED", style="red")
@@ -20,7 +21,7 @@ FAILED = Text("FAILED", style="red")
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A heading with its unit. `spare` 0 stays at any width; of the others the largest is left out first.
+    """A heading with its unit. The largest `spare` is left out first; 0 stays for as long as there is room at all.
 
     0 is what tells rows apart, and what they are about; of the spare ones, those that say nothing of any row go first.
     `name`: text on the left that may be folded; every other cell is a number, on the right, in one piece.
@@ -36,7 +37,8 @@ class Column:
 class Table:
     """Rows of text under `columns`, laid out for the width at hand when it is printed.
 
-    Below the width of its spare columns it leaves those out and says so; below that of the others it stacks each row.
+    Below the width of its spare columns it leaves those out and says so, then breaks names; at last the others go, from
+    the second on: the first is the row's name, the last its verdict.
     """
 
     def __init__(self, title: str, columns: Iterable[Column], caption: str = "") -> None:
@@ -59,28 +61,30 @@ class Table:
         return "; ".join(filter(None, [self.caption, *(f"{c.title}: {c.meaning}" for c in told if c.meaning)]))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        shown = self._fitting(options.max_width)
-        if not self._fits(shown, options.max_width):
-            yield from self._stacked(options.max_width)
-            return
+        shown, widths = self._fitting(options.max_width)
         yield Text(self.title, style="bold")
-        yield from self._laid_out(shown, options.max_width)
+        yield from self._laid_out(shown, widths, options.max_width)
         if said := self.footnote(shown):
             yield Text(said, style="dim")
         if left := [column.title for index, column in enumerate(self.columns) if index not in shown]:
             yield Text(f"not shown at this width: {', '.join(left)}", style="dim")
 
-    def _fits(self, shown: Sequence[int], width: int) -> bool:
-        return sum(self._least(shown)) + _GAP * (len(shown) - 1) <= width
-
-    def _fitting(self, width: int) -> list[int]:
-        """The columns that stay, and of the spare ones, the most important first, each that still has room."""
+    def _fitting(self, width: int) -> tuple[list[int], list[int]]:
+        """The columns that stay, of the spare ones the most important first, each that has room; their least widths."""
         shown = [index for index, column in enumerate(self.columns) if column.spare == 0]
+        if self._taken(widths := self._least(shown)) > width:
+            while self._taken(widths := self._least(shown, _BROKEN)) > width and len(shown) > 1:
+                del shown[1]
+            return shown, widths
         spares = set(range(len(self.columns))) - set(shown)
         for spare in sorted(spares, key=lambda index: (self._says_nothing(index), self.columns[index].spare)):
-            if self._fits(wider := sorted([*shown, spare]), width):
-                shown = wider
-        return shown
+            if self._taken(found := self._least(wider := sorted([*shown, spare]))) <= width:
+                shown, widths = wider, found
+        return shown, widths
+
+    @staticmethod
+    def _taken(widths: Sequence[int]) -> int:
+        return sum(widths) + _GAP * (len(widths) - 1)
 
     def _says_nothing(self, index: int) -> bool:
         return all(row[index].plain in ("", "-") for row in self.rows)
@@ -88,28 +92,27 @@ class Table:
     def _cells(self, index: int) -> int:
         return max((row[index].cell_len for row in self.rows), default=0)
 
-    def _least(self, shown: Sequence[int]) -> list[int]:
+    def _least(self, shown: Sequence[int], broken: int = 0) -> list[int]:
         widths = []
         for index in shown:
             column = self.columns[index]
             longest = self._cells(index)
             if column.name:
                 words = (cell_len(word) for row in self.rows for word in row[index].plain.split())
-                longest = min(longest, _NAME, max(_FOLDED, *words, 0))
+                longest = min(longest, broken or min(_NAME, max(_FOLDED, *words, 0)))
             widths.append(max(longest, *map(len, column.title.split()), 0))
         return widths
 
-    def _laid_out(self, shown: Sequence[int], width: int) -> RenderResult:
-        widths = self._least(shown)
-        room = width - sum(widths) - _GAP * (len(shown) - 1)
-        for wanted_by_names in (True, False):  # what is left goes to names first, then to headings
-            for place, index in enumerate(shown):
-                column = self.columns[index]
-                if column.name == wanted_by_names:
-                    more = min(room, max(self._cells(index), len(column.title)) - widths[place])
-                    widths[place], room = widths[place] + more, room - more
+    def _laid_out(self, shown: Sequence[int], widths: list[int], width: int) -> RenderResult:
+        wanted = [max(self._cells(index), len(self.columns[index].title)) for index in shown]
+        room = width - self._taken(widths)
+        for names in (True, False):  # what is left goes to names first, then to headings: to the one of the most lines
+            places = [place for place, index in enumerate(shown) if self.columns[index].name == names]
+            while room > 0 and (short := [place for place in places if widths[place] < wanted[place]]):
+                widths[max(short, key=lambda place: wanted[place] / max(1, widths[place]))] += 1
+                room -= 1
         yield from self._lines(shown, widths, [Text(column.title) for column in self.columns])
-        yield Text("─" * (sum(widths) + _GAP * (len(shown) - 1)))
+        yield Text("─" * self._taken(widths))
         for row in self.rows:
             yield from self._lines(shown, widths, row)
 
@@ -128,25 +131,6 @@ class Table:
                 line.append(" " * _GAP)
             line.rstrip()
             yield line
-
-    def _stacked(self, width: int) -> RenderResult:
-        yield Text(self.title, style="bold")
-        for row in self.rows:
-            line = Text()
-            for index, (column, cell) in enumerate(zip(self.columns, row, strict=True)):
-                if not cell.plain:
-                    continue
-                told = index == 0 or not column.title
-                part = cell.copy() if told else Text(f"{column.title} ").append_text(cell)
-                if line.plain and line.cell_len + _GAP + part.cell_len > width:
-                    yield line
-                    line = Text("  ")
-                elif line.plain:
-                    line.append(" " * _GAP)
-                line.append_text(part)
-            yield line
-        if said := self.footnote(range(len(self.columns))):
-            yield Text(said, style="dim")
 
 
 def number(value: float | None) -> str:

@@ -199,7 +199,7 @@ def _progress(asked: Options, unit: str, artefacts: int = 1) -> Progress | None:
     seconds = -1 if asked.loop.endless else asked.loop.duration * artefacts
     if 0 <= seconds <= 5:
         return None
-    return progress_line(lambda text: click.echo(text, err=True), seconds, unit)
+    return progress_line(lambda text: click.echo(text, err=True), seconds, unit, asked.loop.iterations)
 
 
 def _words(value: Any) -> str:

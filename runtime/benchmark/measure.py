@@ -224,11 +224,18 @@ def stability(trace: Trace, *, on_device: bool, streams: int = 1) -> list[str]:
     return warnings
 
 
-def progress_line(echo: Callable[[str], None], seconds: float, unit: str) -> Progress:
-    """A progress callback that writes one short line per call; `seconds` below 0: no end is known."""
+def progress_line(echo: Callable[[str], None], seconds: float, unit: str, least: int) -> Progress:
+    """A progress callback that writes one short line per call; `seconds` below 0: no end is known.
+
+    Past them the run goes on until there are `least`.
+    """
 
     def show(elapsed: float, count: int) -> None:
-        whole = f" of {seconds:g}" if seconds >= 0 else ""
-        echo(f"{elapsed:.0f}{whole} s, {count:,} {unit}")
+        if 0 <= seconds < elapsed and count < least:
+            echo(f"{elapsed:.0f} s, {count:,} of the {least:,} {unit} that it takes at least")
+        elif seconds >= 0:
+            echo(f"{min(elapsed, seconds):.0f} of {seconds:g} s, {count:,} {unit}")
+        else:
+            echo(f"{elapsed:.0f} s, {count:,} {unit}")
 
     return show

@@ -100,9 +100,22 @@ def test_a_column_is_left_out_only_where_it_has_no_room(widths: list[int], width
     assert all(len(row) + 2 + size > width for size in left)
 
 
-def test_below_that_rows_are_stacked() -> None:
+def test_names_are_broken_before_a_column_goes_that_tells_rows_apart() -> None:
+    columns = [Column("hop", name=True), Column("inputs", name=True), Column("shape"), Column("max abs", 1), Column("")]
+    table = Table("t", columns)
+    table.add("live -> baked", "random-dimensional", "64x3x32x32", "2.6e-07", OK)
+    assert shown(table, 36).splitlines()[2:] == [
+        "─" * 36,
+        "live ->   random-dim  64x3x32x32  ok",
+        "baked     ensional",
+        "not shown at this width: max abs",
+    ]
+
+
+def test_at_last_what_a_row_is_and_its_verdict_stay() -> None:
     text = shown(parity(), 24)
-    assert "margin 69.6x" in text
+    assert "69.6x  FAILED" in text
+    assert "not shown at this width:" in text
     assert max(map(len, text.splitlines())) <= 24
 
 
@@ -110,8 +123,9 @@ def test_below_that_rows_are_stacked() -> None:
 def test_every_number_that_stays_is_there_in_one_piece(numbers: list[str], width: int) -> None:
     table = Table("t", [Column("layer", name=True), *(Column(f"c{i}") for i in range(4))])
     table.add("layer1.0.conv1", *numbers)
-    lines = shown(table, width).splitlines()
-    assert all(any(number in line for line in lines) for number in numbers)
+    text = shown(table, width)
+    lines, left = text.splitlines(), text.replace("\n", " ").partition("not shown at this width: ")[2]
+    assert all(f"c{i}" in left or any(number in line for line in lines) for i, number in enumerate(numbers))
 
 
 def test_a_margin_is_never_infinite() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime.benchmark.measure import progress_line
 from runtime.benchmark.timing import DeviceLane, HostLane, LoopOptions
 
 
@@ -64,6 +65,20 @@ def test_ctrl_c_keeps_what_was_measured() -> None:
     trace = HostLane(call).run(LoopOptions(warm_up=0, duration=-1))
     assert trace.interrupted
     assert len(trace) == 19
+
+
+def test_progress_past_the_time_says_what_the_run_waits_for() -> None:
+    said: list[str] = []
+    show = progress_line(said.append, 7, "rounds", 10)
+    for elapsed, count in ((3.2, 1), (27.4, 9), (29.1, 10)):
+        show(elapsed, count)
+    progress_line(said.append, -1, "queries", 10)(3.2, 4000)
+    assert said == [
+        "3 of 7 s, 1 rounds",
+        "27 s, 9 of the 10 rounds that it takes at least",
+        "7 of 7 s, 10 rounds",
+        "3 s, 4,000 queries",
+    ]
 
 
 def test_progress_is_told_between_queries_and_the_next_query_is_not_counted() -> None:
