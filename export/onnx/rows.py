@@ -19,6 +19,7 @@ Run = Callable[[dict[str, Array]], dict[str, Array]]
 
 _ROWS = 4
 _MOST = 8  # of a batch of fixed size, which a forward may count on
+_ENOUGH = 2**18  # numbers from which two rows do
 _NUMBERS = 2**20  # of a batch that is run in float64
 _LIMITS = {8: 1e-9, 4: 1e-5}  # by bytes of a float: what no company may change, far above rounding (170 u in fp32)
 _SIZE = 1e-3  # what another size of the batch alone may change: in fp32 it changes the order of sums
@@ -62,7 +63,7 @@ def _batches(noise: Sequence[Feeds], real: Sequence[Feeds], fixed: int | None) -
 
 def _wanted(feeds: Feeds, fixed: int | None) -> int:
     numbers = sum(values[0].size for values in feeds.values())
-    return fixed or min(_ROWS, max(2, _NUMBERS // max(1, numbers)))
+    return fixed or min(_ROWS, max(2, _ENOUGH // max(1, numbers)))
 
 
 def _varied(values: Array, index: int) -> Array:

@@ -52,13 +52,6 @@ def fill(
     state, notes, warnings = found.state, list(found.notes), list(found.warnings)
     masked = _masked(recorded, state, model, path)
     converted = put_masks(model, masked, str(path), arch)
-    if converted and recorded is None:
-        warnings.append(
-            f"assumed: the sigma of {len(converted)} layers is GMConv2d's, in taps as stored, the mask "
-            f"exp(-r^2 / 2 sigma^2), because {arch} has plain convolutions there; nothing in the file says so, and a "
-            f"variance or a logarithm of that name would be another network: give --arch the factory of the network as "
-            f"it was trained, with its own layer, or --golden FILE.npz with what your program computed"
-        )
     wanted = {
         **dict(model.named_buffers(remove_duplicate=False)),
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -76,10 +69,24 @@ def fill(
     missing = _really_missing(result.missing_keys, state, wanted)
     _refuse(what, missing, result.unexpected_keys, [])
     _require_finite(model, state, path)
+    if converted and recorded is None:
+        warnings.append(_assumed(model, converted, arch))
     for half in {p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}:
         notes.append(f"{str(half).removeprefix('torch.')} weights widened to float32")
         model.float()
     return masked, tuple(dict.fromkeys(notes)), tuple(warnings)
+
+
+def _assumed(model: nn.Module, converted: Collection[str], arch: str) -> str:
+    """What is taken for granted of sigmas that no layer of the factory's reads."""
+    below = any(bool((model.get_parameter(f"{name}.sigma") < 0).any()) for name in converted)
+    return (
+        f"assumed: the sigma of {len(converted)} layers{' (some is negative, as a logarithm may be)' * below} is "
+        f"GMConv2d's, in taps as stored, the mask exp(-r^2 / 2 sigma^2), because {arch} has plain convolutions there; "
+        f"nothing in the file says so, and a variance or a logarithm of that name would be another network: give "
+        f"--arch the factory of the network as it was trained, with its own layer, or --golden FILE.npz with what your "
+        f"program computed"
+    )
 
 
 def put_masks(model: nn.Module, masked: Mapping[str, str], where: str, arch: str) -> set[str]:

@@ -267,6 +267,11 @@ def test_a_sigma_beside_a_plain_convolution_is_said_to_be_an_assumption(tmp_path
     (warning,) = loaded.warnings
     assert warning.startswith("assumed: the sigma of 19 layers")
     assert all(way in warning for way in ("in taps as stored", "exp(-r^2 / 2 sigma^2)", "--arch", "--golden"))
+    assert "negative" not in warning
+    logarithm = {key: value - 9 if "sigma" in key else value for key, value in loaded.model.state_dict().items()}
+    torch.save(logarithm, tmp_path / "net.pth")
+    (warning,) = gmconv.load_checkpoint(tmp_path / "net.pth", arch="resnet20", input_shape=SHAPE).warnings
+    assert "(some is negative, as a logarithm may be)" in warning
     gmconv.save_checkpoint(tmp_path / "own.pt", loaded.model, "gmconv.models:resnet20", SHAPE)
     assert gmconv.load_checkpoint(tmp_path / "own.pt").warnings == ()
 
