@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -36,11 +36,12 @@ def measure_latencies(
 ) -> Latencies:
     """Time layers of `model` alone, at the shapes they see for `example` (batch first): whole, and at their `windows`.
 
-    The windows of one layer take turns, so that a busy moment of the machine hits all of them. `threads` 0 lets ONNX
-    Runtime choose. Layers of equal geometry are timed once; layers without a smaller window are not.
+    The windows of one layer take turns, and of each the fastest run counts: whatever else the machine does only adds
+    to a run, and by more than cropping takes away from a small one. `threads` 0 lets ONNX Runtime choose. Layers of
+    equal geometry are timed once; layers without a smaller window are not.
 
     Returns:
-        Milliseconds (median of `rounds`) per layer and window, the whole kernel first.
+        Milliseconds (the fastest run in `rounds`) per layer and window, the whole kernel first.
     """
     shapes = count_macs(model, example)
     known: dict[tuple[Any, ...], dict[Window, float]] = {}
@@ -55,13 +56,13 @@ def measure_latencies(
             feeds = {"x": np.random.default_rng(0).standard_normal(shape, dtype=np.float32)}
             sessions = {window: _session(conv, shape, window, threads) for window in timed}
             times = time_sessions(sessions, feeds, rounds)
-            known[key] = {window: statistics.median(values) for window, values in times.items()}
+            known[key] = {window: min(values) for window, values in times.items()}
         found[name] = known[key]
     return found
 
 
 def time_sessions(sessions: Mapping[K, Any], feeds: Mapping[str, Any], rounds: int) -> dict[K, list[float]]:
-    """Milliseconds per run of each ONNX Runtime session, one value per round; they take turns within a round."""
+    """Milliseconds of each ONNX Runtime session's fastest run in each round; they take turns within a round."""
     repeats = {}
     for key, session in sessions.items():
         session.run(None, feeds)
@@ -71,10 +72,11 @@ def time_sessions(sessions: Mapping[K, Any], feeds: Mapping[str, Any], rounds: i
     times: dict[K, list[float]] = {key: [] for key in sessions}
     for _ in range(rounds):
         for key, session in sessions.items():
-            start = time.perf_counter()
+            stamps = [time.perf_counter()]
             for _ in range(repeats[key]):
                 session.run(None, feeds)
-            times[key].append((time.perf_counter() - start) / repeats[key] * 1e3)
+                stamps.append(time.perf_counter())
+            times[key].append(min(after - before for before, after in pairwise(stamps)) * 1e3)
     return times
 
 

@@ -35,8 +35,8 @@ class CroppedLayer:
     calibration data, of which `max_abs_input` is the largest; `bound` is the largest. `measured` is the most that the
     removed taps added to an output on that data (in float64: without the rounding of either convolution),
     `measured_rms` their root mean square over that of the layer's output. `magnitude` is the mean |tap| at each
-    position of the trained kernel. `latency_*_ms` are of the layer alone, one sample, in ONNX Runtime. Numbers that
-    were not measured are None.
+    position of the trained kernel. `latency_*_ms` are of the layer alone, one sample, in ONNX Runtime: its fastest run.
+    Numbers that were not measured are None.
     """
 
     name: str

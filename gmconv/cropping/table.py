@@ -28,7 +28,7 @@ def crop_table(certificate: dict[str, Any]) -> Table:
             Column("worst case", 4, meaning="the largest error of its outputs, for inputs as large as the data's"),
             Column("measured", 3, meaning="the largest error on the data"),
             Column("err/RMS", 2, meaning="the RMS error on the data over the RMS of its outputs"),
-            *[Column("alone [ms]", 2, meaning="the layer, fp32, in ONNX Runtime")] * clocked,
+            *[Column("alone [ms]", 2, meaning="the layer's fastest run, fp32, in ONNX Runtime")] * clocked,
         ],
     )
     for layer in layers:
