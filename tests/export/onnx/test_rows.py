@@ -60,6 +60,7 @@ MEETING: dict[str, Forward] = {
     "batch statistics": lambda x: F.batch_norm(x, None, None, training=True),
     "quantile": lambda x: x.clamp(max=float(torch.quantile(x, 0.9))),
     "large values alone": lambda x: x * (1 + 1e-4 * F.relu(x.max() - 30)),
+    "tiny values alone": lambda x: x * (1 + F.relu(0.3 - x.abs().max())),
     "neighbours": neighbours,
     "the batch's size": lambda x: x / len(x),
     "place in the batch": lambda x: x + torch.arange(len(x)).view(-1, 1, 1, 1),
@@ -104,7 +105,7 @@ INDEPENDENT: dict[str, Forward] = {
     "classes": lambda x: x.mean((2, 3)).argmax(1),
     "scattered": scattered,
     "overflow": lambda x: torch.exp(x.mean((2, 3)) * 100),
-    "a constant of four": lambda x: torch.arange(4.0),
+    "a constant of five": lambda x: torch.arange(5.0),
 }
 
 
