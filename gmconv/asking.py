@@ -63,7 +63,7 @@ class Asked(Generic[T]):
         self._renamed, self._phrases = dict(renamed or {}), dict(phrases or {})
         self._places = {name: f"{group}.{name}" for group, part in self._groups.items() for name in _names(part)}
         self._places |= {name: name for name in _names(kind)}
-        for name in (*without, "labels_file"):
+        for name in (*without, "labels_file", "usual_inputs"):
             self._places.pop(name, None)
         self._places |= {name: where for name, where in self._renamed.items() if where not in self._places}
         self._known = {*self._places, *self._renamed, *(("mean", "std") if "foreign" in self._groups else ())}

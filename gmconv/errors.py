@@ -66,6 +66,10 @@ class ArchitectureUnsaidError(CheckpointError):
     """Exit 3: a checkpoint holds weights alone, and nobody said of which network."""
 
 
+class InputsUnsaidError(CheckpointError):
+    """Exit 3: nobody said what a checkpoint's network takes."""
+
+
 class SurgeryError(click.ClickException):
     """Exit 3: a layer that cannot be converted, baked or cropped; the message names it."""
 

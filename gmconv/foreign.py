@@ -30,7 +30,7 @@ class Foreign:
     `input_shape` is `(C, H, W)` of one image; a network of several inputs, or of none that is an image, has `inputs`
     instead, `(name, shape of one sample, dtype)` of each. `preprocessing` has fields of `gmconv.images.Preprocessing`.
     `labels_file` is where `labels` were read. `weights` is where in the file the weights are, `"state_dict_ema"` or
-    `"ema.module"`.
+    `"ema.module"`. `usual_inputs` are what other files of the network say, for a checkpoint of which nothing else does.
     """
 
     arch: str | None = None
@@ -41,10 +41,11 @@ class Foreign:
     inputs: tuple[tuple[str, tuple[int, ...], str], ...] | None = None
     labels_file: Path | None = None
     weights: str | None = None
+    usual_inputs: tuple[tuple[str, tuple[int, ...], str], ...] | None = None
 
     def given(self) -> dict[str, Any]:
         """Those that are not None."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "labels_file"}
+        values = {name: getattr(self, name) for name in _ASKED}
         return {name: value for name, value in values.items() if value is not None}
 
     def refuse_idle(self, paths: Sequence[Path]) -> None:
@@ -58,6 +59,7 @@ class Foreign:
             raise RefusedError(f"{idle[0]} describes a checkpoint, and none is read here ({files}): leave it out")
 
 
+_ASKED = [field.name for field in fields(Foreign) if field.name not in ("labels_file", "usual_inputs")]
 NOTHING = Foreign()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from gmconv.files import sha256_file
 from gmconv.images import Preprocessing
 from gmconv.kinds import Kind as Kind
 from gmconv.kinds import artefact_kind as artefact_kind
-from runtime.manifest import Manifest, find_manifest, read_manifest
+from runtime.manifest import Manifest, TensorSpec, find_manifest, read_manifest
 from runtime.records import AxisRange
 
 
@@ -118,8 +118,30 @@ def exported_as(checkpoint: Path) -> str:
             continue
         link = manifest.source("checkpoint")
         if manifest.arch and link is not None and link.sha256 == own:
-            return f"; {artefact.name} was exported from it with --arch {printable(manifest.arch)}"
+            flags = [f"--arch {manifest.arch}"]
+            for name, shape, dtype in usual_inputs(manifest.inputs, facts_of(manifest)) or ():
+                alone = name == "input" and len(manifest.inputs) == 1 and len(shape) == 3 and dtype == "float32"
+                sizes, kind = ",".join(map(str, shape)), "" if dtype == "float32" else f":{dtype}"
+                flags.append(f"--input-shape {sizes}" if alone else f"--input {name}:{sizes}{kind}")
+            return f"; {artefact.name} was exported from it with {printable(' '.join(flags), 300)}"
     return ""
+
+
+def usual_inputs(specs: Sequence[TensorSpec], facts: Facts) -> tuple[tuple[str, tuple[int, ...], str], ...] | None:
+    """Name, shape of one sample and dtype of each input, as a checkpoint is told them; None where a side is not known.
+
+    Half precision is what a file was converted to, not what its network was trained in.
+    """
+    found = []
+    for spec in specs:
+        shape = facts.shapes.get(spec.name) or spec.shape[1:]
+        sides = tuple(side for side in shape if isinstance(side, int))
+        if len(sides) != len(shape):
+            sides = facts.input_shape or ()
+        if len(sides) != len(spec.shape) - 1:
+            return None
+        found.append((spec.name, sides, {"float16": "float32", "bfloat16": "float32"}.get(spec.dtype, spec.dtype)))
+    return tuple(found)
 
 
 def sha256_of(manifest: Manifest | None) -> str:

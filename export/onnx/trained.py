@@ -46,9 +46,9 @@ class FromFile:
         self._later: Work | None = None
         try:
             note(f"loading {path}")
-            import gmconv
+            from runtime.runners.torch import load
 
-            self.loaded = gmconv.load_checkpoint(path, **self._given)
+            self.loaded = load(path, foreign)
             self.chain = (FileDigest("checkpoint", path.name, self.loaded.sha256, path.stat().st_size),)
         except BaseException:
             self._stack.close()

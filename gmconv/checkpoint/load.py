@@ -22,7 +22,7 @@ from gmconv.architecture import build, plain_kwargs
 from gmconv.checkpoint.file import read_file
 from gmconv.checkpoint.fill import fill, put_masks, require_same_keys
 from gmconv.checkpoint.names import plain_values
-from gmconv.errors import ArchitectureUnsaidError, CheckpointError, RefusedError, printable
+from gmconv.errors import ArchitectureUnsaidError, CheckpointError, InputsUnsaidError, RefusedError, printable
 from gmconv.files import replacing
 from gmconv.foreign import DTYPES, labels_of, preprocessing_of
 from gmconv.inputs import Input, in_order
@@ -186,9 +186,10 @@ def load_checkpoint(
         kwargs["num_classes"] = num_classes
     name, shape, inputs = arch or facts["arch"], input_shape or facts["input_shape"], inputs or facts["inputs"]
     if not isinstance(name, str):
-        raise ArchitectureUnsaidError(
-            f"{path}: does not say its architecture; give --arch NAME (and --num-classes, --input-shape)"
+        takes = (
+            "" if inputs or shape else " and --input-shape C,H,W of one image (or --input NAME:SHAPE for each input)"
         )
+        raise ArchitectureUnsaidError(f"{path}: does not say its architecture; give --arch NAME{takes}")
     given, shape = _inputs(shape, inputs, input_shape, str(path))
     if ours:
         _require_small(raw, name, kwargs, path, trusted=arch is not None)
@@ -278,7 +279,7 @@ def _inputs(
 ) -> tuple[list[Input], tuple[int, int, int] | None]:
     """What the network takes, and (C, H, W) of the first image; `said`: the shape that the caller gave. Or refused."""
     if not inputs and shape is None:
-        raise CheckpointError(
+        raise InputsUnsaidError(
             f"{where}: does not say what it takes; give --input-shape C,H,W of one image, or --input "
             f"NAME:SHAPE[:DTYPE] for each input"
         )

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from runtime.benchmark.timing import Progress
 from runtime.benchmark.trtexec import Log, explanations, heading, profile_table, prolog, summary, trace_averages
 from runtime.report.artefacts import require_report
 from runtime.runners.base import LayerTime
+from runtime.runners.neighbours import with_neighbours
 
 _PROFILE_RUNS = 100
 _EXPORTS = ("export_times", "export_output", "export_profile", "export_layer_info", "report")
@@ -54,6 +56,7 @@ def main(context: click.Context, /, artefacts: tuple[str, ...], as_json: bool, f
     if values["report"]:
         require_report(values["report"], *(artefact.path for artefact in named))
     foreign.refuse_idle([artefact.path for artefact in named])
+    asked = replace(asked, foreign=with_neighbours(foreign, [artefact.path for artefact in named]))
     log = Log(silent=as_json)
     program = "gmconv" if Path(sys.argv[0]).stem == "gmconv" else "python -m runtime.benchmark"
     command = f"{program} {shlex.join(sys.argv[1:])}"

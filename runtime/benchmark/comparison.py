@@ -26,6 +26,7 @@ from runtime.benchmark.trtexec import words
 from runtime.manifest import Manifest, find_manifest, read_manifest
 from runtime.report import Facts, Latency, LatencyRun, RatioRow, Section
 from runtime.report.shown import Shown
+from runtime.runners.neighbours import with_neighbours
 from runtime.statistics import as_json, describe
 
 if TYPE_CHECKING:
@@ -187,6 +188,7 @@ def time_artefacts(
     asked = _ASKED(options, choices)
     asked = replace(asked, explicit=asked.explicit | {FLAG_OF[name] for name in choices if name in FLAG_OF})
     contenders = against_first([parse_artefact(str(artefact)) for artefact in each_path(artefacts)])
+    asked = replace(asked, foreign=with_neighbours(asked.foreign, [one.artefact.path for one in contenders]))
     with ExitStack() as stack:
         prepared = [stack.enter_context(Prepared(contender.artefact, asked)) for contender in contenders]
         require_same_inputs(prepared)

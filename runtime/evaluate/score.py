@@ -79,6 +79,7 @@ def score_artefacts(
     """
     from runtime.evaluate.metric import load_metric
     from runtime.runners import open_runner
+    from runtime.runners.neighbours import with_neighbours
     from runtime.runners.qdq import layout_warning, session_options
 
     options = _ASKED(options, choices)
@@ -89,6 +90,8 @@ def score_artefacts(
         raise RefusedError("no artefact given")
     for artefact in found:
         artefact.require_agreement(options.foreign.preprocessing)
+    named = [*(artefact.path for artefact in found), *filter(None, [options.reference])]
+    options = replace(options, foreign=with_neighbours(options.foreign, named))
     with ExitStack() as stack:
         reference, runner, passed_over = _open_reference(found, options)
         runners = [stack.enter_context(runner)]

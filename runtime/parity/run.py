@@ -26,6 +26,7 @@ from runtime.parity.yardstick import Yardstick, one_by_one
 from runtime.records import Crop, Hop, OutputComparison, Tolerance
 from runtime.runners import open_runner
 from runtime.runners.base import Array, Runner, numpy_dtype
+from runtime.runners.neighbours import with_neighbours
 
 Note = Callable[[str], None]
 
@@ -92,6 +93,7 @@ def compare_artefacts(
     note(f"opening {reference.name}")
     paths = [Path(path) for path in each_path(candidates)]
     options.foreign.refuse_idle([reference, *paths])
+    options = replace(options, foreign=with_neighbours(options.foreign, [reference, *paths]))
     is_checkpoint = artefact_kind(reference) == "checkpoint"
     extra: dict[str, Any] = {"dynamic_hw": True, "foreign": options.foreign} if is_checkpoint else {}
     with open_runner(reference, _device(reference, options.reference_device), **extra) as runner:

@@ -7,14 +7,14 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from gmconv.cli import require
-from gmconv.errors import ArchitectureUnsaidError, RefusedError, UnavailableError
+from gmconv.errors import ArchitectureUnsaidError, InputsUnsaidError, RefusedError, UnavailableError
 from gmconv.foreign import NOTHING, Foreign, refuse_labels
 from gmconv.images import read_preprocessing
 from runtime import cuda
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from gmconv.checkpoint import Checkpoint
     from gmconv.inputs import Input
     from gmconv.rounding import Rounding
 
@@ -84,17 +85,13 @@ class TorchRunner(Runner):
 
     def __init__(self, path: Path, device: str = "cpu", options: TorchOptions = TorchOptions()) -> None:
         self.torch = torch = require("torch", "export")
-        gmconv = require("gmconv", "export")
         self.place = torch_device(torch, device)
         self.device = str(self.place)
         if options.cuda_graph and self.place.type != "cuda":
             raise UnavailableError("a CUDA graph needs a GPU; leave cuda_graph out on the CPU")
         if options.threads:
             torch.set_num_threads(options.threads)
-        try:
-            self.checkpoint = found = gmconv.load_checkpoint(path, **options.foreign.given())
-        except ArchitectureUnsaidError as error:
-            raise ArchitectureUnsaidError(error.message + exported_as(Path(path))) from None
+        self.checkpoint = found = load(path, options.foreign)
         shape, preprocessing = found.input_shape, read_preprocessing(found.preprocessing)
         sizes = {given.name: given.shape for given in found.inputs}
         facts = Facts(shape, preprocessing, found.dataset, found.labels, shapes=sizes)
@@ -356,6 +353,17 @@ class TorchRunner(Runner):
             raise RefusedError(f"{self.artefact.path}: its network does not run on this input: {text}") from error
 
 
+def load(checkpoint: Path, foreign: Foreign) -> Checkpoint:
+    """`gmconv.load_checkpoint`, with the inputs that other files of the network have, where nothing else says them."""
+    gmconv = require("gmconv", "export")
+    try:
+        return gmconv.load_checkpoint(checkpoint, **foreign.given())  # type: ignore[no-any-return]
+    except (ArchitectureUnsaidError, InputsUnsaidError) as error:
+        if foreign.usual_inputs and not foreign.inputs:
+            return load(checkpoint, replace(foreign, inputs=foreign.usual_inputs))
+        raise type(error)(error.message + exported_as(Path(checkpoint))) from None
+
+
 def rounding(precision: str, **options: Any) -> Rounding:
     """What torch computes meanwhile rounds as in `precision`; see `gmconv.rounding.Rounding`."""
     found: Rounding = require("gmconv.rounding", "export").Rounding(precision, **options)
@@ -369,7 +377,7 @@ def write_twin(checkpoint: Path, output: Path, foreign: Foreign = NOTHING) -> No
     Raises gmconv.errors.CheckpointError.
     """
     gmconv = require("gmconv", "export")
-    found = gmconv.load_checkpoint(checkpoint, **foreign.given())
+    found = load(checkpoint, foreign)
     gmconv.save_checkpoint(
         output,
         require("gmconv.erf", "export").without_masks(found.model),
@@ -385,8 +393,7 @@ def write_twin(checkpoint: Path, output: Path, foreign: Foreign = NOTHING) -> No
 
 def receptive_fields(checkpoint: Path, samples: int = 32, foreign: Foreign = NOTHING) -> tuple[Array, Array]:
     """Effective receptive field without and with the masks, each (H, W) float64; see `gmconv.erf`."""
-    gmconv = require("gmconv", "export")
-    found = gmconv.load_checkpoint(checkpoint, **foreign.given())
+    found = load(checkpoint, foreign)
     if len(found.inputs) != 1 or found.input_shape is None:
         raise RefusedError(f"{checkpoint}: takes something else than one image")
     fields = require("gmconv.erf", "export").receptive_fields(found.model, found.input_shape, samples)
