@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import pkgutil
 import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -165,9 +167,7 @@ def _module(name: str, arch: str, where: str) -> Any:
         package, lacking = name.split(".")[0], getattr(error, "name", None) or ""
         if lacking and f"{name}.".startswith(f"{lacking}."):
             zoo = difflib.get_close_matches(package, _PUBLISHED, n=1)
-            advice = (
-                pip(package) if package in _PUBLISHED else "it is looked for here and on Python's path (PYTHONPATH)"
-            )
+            advice = pip(package) if package in _PUBLISHED else _whereabouts(lacking, arch)
             advice = f"did you mean {zoo[0]}:{arch.rpartition(':')[2]}?" if zoo and zoo[0] != package else advice
             why = f"there is no module {lacking}"
         else:
@@ -175,6 +175,19 @@ def _module(name: str, arch: str, where: str) -> Any:
         raise ArchitectureUnavailableError(
             f"{where}: its architecture {arch} needs {name}, and {why}: {advice}"
         ) from error
+
+
+def _whereabouts(lacking: str, arch: str) -> str:
+    """Where a module of one's own may be that is not there: under a near name beside it, or below src."""
+    parent, _, leaf = lacking.rpartition(".")
+    here = Path.cwd()
+    places = list(getattr(sys.modules.get(parent), "__path__", ())) if parent else [str(here), str(here / "src")]
+    found = [module.name for module in pkgutil.iter_modules(places)]
+    if not parent and leaf in found:
+        return f"it lies in {here / 'src'}: set PYTHONPATH=src, or install the package (pip install -e .)"
+    if near := difflib.get_close_matches(leaf, found, n=1):
+        return f"did you mean {lacking[: len(lacking) - len(leaf)]}{near[0]}{arch[len(lacking) :]}?"
+    return "it is looked for here and on Python's path (PYTHONPATH)"
 
 
 def _close(name: str, known: Sequence[str], prefix: str) -> str:

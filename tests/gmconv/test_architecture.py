@@ -33,6 +33,19 @@ def test_a_package_of_the_users_is_looked_for_not_installed(arch: str) -> None:
     assert "pip install" not in message
 
 
+def test_a_module_that_is_misspelt_or_lies_in_src_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in (tmp_path / "own_zoo", tmp_path / "src" / "zoo_in_src"):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+        (folder / "nets.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "did you mean own_zoo.nets:make?" in refused("own_zoo.net:make")
+    assert "did you mean own_zoo.nets:make?" in refused("own_zo.nets:make")
+    assert "it lies in" in (message := refused("zoo_in_src.nets:make"))
+    assert "set PYTHONPATH=src" in message
+
+
 def test_what_a_module_of_the_users_lacks_is_not_called_the_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
