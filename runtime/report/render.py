@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import html
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gmconv.cli import require
 from gmconv.errors import UnavailableError
 from gmconv.files import write_text
 from runtime.manifest import utc_now
 from runtime.report.blocks import block, number
-from runtime.report.sections import Section
+from runtime.report.sections import Facts, Latency, Rows, Section
 
 _LIST = "Reports"  # the title of an index
 
@@ -33,24 +35,46 @@ def write_report(path: Path, title: str, sections: Iterable[Section]) -> None:
 
 def _write_index(folder: Path) -> None:
     """List the reports of a folder that holds several in its index.html, unless that is anything but such a list."""
-    reports = {file.name: title for file in sorted(folder.glob("*.html")) if (title := _title(file)) is not None}
+    reports = {file.name: head for file in sorted(folder.glob("*.html")) if (head := _head(file)) is not None}
     index = folder / "index.html"
-    if reports.pop("index.html", None if index.exists() else _LIST) == _LIST and len(reports) > 1:
+    if reports.pop("index.html", ("" if index.exists() else _LIST, ""))[0] == _LIST and len(reports) > 1:
         write_text(index, _environment().get_template("index.html.j2").render(reports=reports))
 
 
-def _title(file: Path) -> str | None:
-    """The title of a report of ours; None for any other file."""
+def _head(file: Path) -> tuple[str, str] | None:
+    """Title and headline of a report of ours; None for any other file."""
     head = ""
     with contextlib.suppress(OSError), file.open(errors="replace") as stream:
         head = stream.read(2000)
-    found = re.search(r"<title>(.*?)</title>", head, re.DOTALL)
-    return html.unescape(found[1]) if found and '<meta name="generator" content="gmconv-deploy">' in head else None
+    title, said = (
+        html.unescape(found[1]) if (found := re.search(pattern, head, re.DOTALL)) else ""
+        for pattern in ("<title>(.*?)</title>", '<meta name="description" content="(.*?)">')
+    )
+    return (title, said) if '<meta name="generator" content="gmconv-deploy">' in head else None
+
+
+def _headline(sections: Sequence[Section]) -> str:
+    """What a report comes to: its verdict, a latency or the smallest ratio of several, the first row of a table."""
+    said = []
+    if verdicts := [s.passed for s in sections if isinstance(s, Facts) and s.passed is not None]:
+        said.append("PASSED" if all(verdicts) else "FAILED")
+    timed = [s for s in sections if isinstance(s, Latency) and s.runs]
+    if timed and not timed[0].ratios:
+        said.append(f"median {np.median(timed[0].runs[0].latencies):.3g} ms")
+    elif timed:
+        least = min(timed[0].ratios, key=lambda ratio: ratio.value)
+        interval = f"{least.value:.2f} [{least.low:.2f}, {least.high:.2f}]"
+        said.append(f"{least.name}: {interval} times the latency of {least.reference}")
+    for table in [s.table for s in sections if isinstance(s, Rows) and s.table.rows][:1]:
+        index = next((i for i, column in enumerate(table.columns) if i and not column.spare), 0)
+        said.append(f"{table.rows[0][0].plain}: {table.columns[index].title} {table.rows[0][index].plain}")
+    return ", ".join(said)
 
 
 def render(title: str, sections: Iterable[Section]) -> str:
     """The HTML text. Everything that comes from a file or a network's author is escaped."""
-    return _filled("report.html.j2", sections, title=title, created=utc_now())
+    sections = list(sections)
+    return _filled("report.html.j2", sections, title=title, created=utc_now(), headline=_headline(sections))
 
 
 def embed(sections: Iterable[Section]) -> str | None:

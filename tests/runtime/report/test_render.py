@@ -13,14 +13,17 @@ from export.precision.audit import LayerAudit
 from gmconv import gaussian_mask
 from gmconv.errors import RefusedError
 from runtime import records
-from runtime.manifest import FileDigest, Manifest, TensorSpec
+from runtime.manifest import FileDigest, Manifest, TensorSpec, utc_now
 from runtime.report import (
     Crop,
     Facts,
+    Latency,
+    LatencyRun,
     Masks,
     Network,
     Parity,
     ParityRow,
+    RatioRow,
     Section,
     TailAudit,
     manifest_sections,
@@ -264,12 +267,18 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_several_reports_in_a_folder_have_an_index_and_one_has_none(tmp_path: Path) -> None:
-    write_report(tmp_path / "a.html", "First <b>", [Facts(rows={})])
+    write_report(tmp_path / "a.html", "First <b>", [Facts(rows={}, passed=True), Facts(rows={}, passed=False)])
     assert [file.name for file in tmp_path.iterdir()] == ["a.html"]
-    write_report(tmp_path / "b c.html", "Second", [Facts(rows={})])
+    ratios = [RatioRow(name=f"<{n}>", reference="b", value=n, low=n - 0.1, high=n + 0.1) for n in (0.5, 0.25)]
+    runs = [LatencyRun(name="b", runner="cpu", latencies=np.array([1.0, 2.0, 4.0]))]
+    write_report(tmp_path / "b c.html", "Second", [Facts(rows={}), Latency(runs=runs, ratios=ratios)])
+    write_report(tmp_path / "d.html", "Third", [Latency(runs=runs)])
     index = (tmp_path / "index.html").read_text()
     assert '<a href="a.html">First &lt;b&gt;</a>' in index
     assert '<a href="b%20c.html">Second</a>' in index
+    assert f"<p>FAILED, {utc_now()[:4]}-" in index
+    assert "<p>&lt;0.25&gt;: 0.25 [0.15, 0.35] times the latency of b, " in index
+    assert "<p>median 2 ms, " in index
     for other in ("somebody else's", (tmp_path / "a.html").read_text()):
         (tmp_path / "index.html").write_text(other)
         write_report(tmp_path / "a.html", "First", [Facts(rows={})])
