@@ -123,16 +123,18 @@ def trained_on(dataset: Mapping[str, Any] | None) -> str | None:
 
 
 class ArrayOf(NamedTuple):
-    """The images in one array of an .npz file that holds what a network takes besides them too."""
+    """The samples in one array of an .npz file, which may hold what a network takes besides them: images, or an input
+    of any rank and dtype."""
 
     path: Path
     name: str
+    dtype: str = "float32"
 
 
 def load_samples(
     spec: str | Path | ArrayOf,
     *,
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     preprocessing: Preprocessing | None = None,
     dataset: dict[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
@@ -146,7 +148,7 @@ def load_samples(
         spec: "noise" (standard normal, 64 samples unless `limit` says more), "digits", a folder of images (with one
             sub-folder per class, their labels; with `images` and `masks`, a class per pixel), or an .npz file of
             float32 images (and labels or masks), or one of its arrays.
-        input_shape: (C, H, W).
+        input_shape: (C, H, W); of an array in an .npz file the shape of one sample.
         preprocessing: the manifest's; needed for image files.
         dataset: the manifest's, which knows how training split the digits, a folder or an .npz file.
         class_names: the manifest's labels: sub-folders are matched with them by name.
@@ -162,7 +164,7 @@ def load_samples(
     if limit is not None and limit < 1:
         raise RefusedError(f"{limit} samples were asked for; at least 1 is needed")
     if isinstance(spec, ArrayOf):
-        source = _npz(spec.path, input_shape, spec.name)
+        source = _npz(spec.path, input_shape, spec.name, spec.dtype)
     elif str(spec) == "noise":
         source = Source("noise", limit or NOISE_SAMPLES, _noise(input_shape, seed))
     elif str(spec) == "digits":
@@ -206,7 +208,7 @@ def array_entries(images: Iterable[Array]) -> list[str]:
     return [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
 
 
-def _noise(shape: tuple[int, int, int], seed: int) -> Reader:
+def _noise(shape: tuple[int, ...], seed: int) -> Reader:
     def read(indices: Labels) -> Iterator[Array]:
         generator = np.random.default_rng(seed)
         for _ in indices:
@@ -238,7 +240,7 @@ def refuse_missing(spec: str | Path) -> None:
         raise _no_data(spec)
 
 
-def _digits(shape: tuple[int, int, int], dataset: Mapping[str, Any], part: Part) -> Source:
+def _digits(shape: tuple[int, ...], dataset: Mapping[str, Any], part: Part) -> Source:
     """The 1,797 digits of scikit-learn in [0, 1], pixels and channels repeated; split as `gmconv.train` splits them."""
     channels, height, width = shape
     if height % 8 or width % 8:
@@ -262,7 +264,7 @@ def _digits(shape: tuple[int, int, int], dataset: Mapping[str, Any], part: Part)
 
 def _folder(
     folder: Path,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     preprocessing: Preprocessing | None,
     class_names: Sequence[str] | None,
     part: Part,
@@ -347,15 +349,15 @@ def _images(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
-def _npz(path: Path, shape: tuple[int, int, int], array: str | None = None) -> Source:
+def _npz(path: Path, shape: tuple[int, ...], array: str | None = None, wanted: str = "float32") -> Source:
     names = npz_names(path)
     image = array or image_array(names)
     rows, dtype = npz_header(path, image) if image is not None else ((), None)
-    if image is None or rows[1:] != tuple(shape) or dtype != np.float32:
+    if image is None or rows[1:] != tuple(shape) or dtype != np.dtype(wanted):
         raise RefusedError(
-            f"{path}: holds {npz_layout(path)}; the network takes float32 (N, {', '.join(map(str, shape))}): "
-            f"preprocessed images, called {image or 'input'!r}, and beside them, to judge by, 'labels': integers (N,), "
-            f"or a class per pixel, (N, H, W)"
+            f"{path}: holds {npz_layout(path)}; the network takes {wanted} ({', '.join(map(str, ('N', *shape)))}): "
+            f"{'preprocessed images' if len(shape) == 3 else 'samples'}, called {image or 'input'!r}, and beside them, "
+            f"to judge by, 'labels': integers (N,), or a class per pixel, (N, H, W)"
         )
     labels, masks, unfit = None, None, ""
     if (label := next((name for name in LABEL_NAMES if name in names), None)) is not None:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gmconv.data import ArrayOf
 from gmconv.errors import RefusedError
-from gmconv.npz import npz_layout, npz_names
+from gmconv.npz import image_array, npz_layout, npz_names
 from runtime.artefact import Facts
 from runtime.manifest import TensorSpec
 from runtime.runners.base import Runner, as_inputs
@@ -21,30 +22,40 @@ Array = NDArray[Any]
 
 def image_input(runner: Runner) -> TensorSpec:
     """The input that samples are counted and read by: the first `(N, C, H, W)` of floating point, else the first."""
-    images = (spec for spec in runner.inputs if len(spec.shape) == 4 and "float" in spec.dtype)
-    return next(images, runner.inputs[0])
+    return next(filter(is_image, runner.inputs), runner.inputs[0])
 
 
-def image_shape(runner: Runner, about: Facts, data: str | Path) -> tuple[int, int, int]:
-    """(C, H, W) of that input; free sides are those of `runtime.runners.feeds.sized`.
+def is_image(spec: TensorSpec) -> bool:
+    """Whether an input may be one: `(N, C, H, W)` of floating point."""
+    return len(spec.shape) == 4 and "float" in spec.dtype
 
-    Raises RefusedError where there is no such input, its size is not known, or `data` has no array for each input.
+
+def sample_shape(runner: Runner, about: Facts, data: str | Path) -> tuple[int, ...]:
+    """Of one sample of that input, (C, H, W) of an image; free sides are those of `runtime.runners.feeds.sized`.
+
+    Raises RefusedError where its size is not known, or `data` has no array for each input, of which there may be one.
     """
     path, spec = runner.artefact.path, image_input(runner)
-    if len(spec.shape) != 4:
-        raise RefusedError(f"{path}: evaluation knows networks of images; this one takes {taken(runner.inputs)}")
-    if len(runner.inputs) > 1:
+    if len(runner.inputs) > 1 or not is_image(spec):
         names = npz_names(Path(data)) if Path(data).suffix == ".npz" else []
-        if missing := [one.name for one in runner.inputs if one.name not in names]:
+        given = names if len(runner.inputs) > 1 else [*names, *[spec.name] * (image_array(names) is not None)]
+        if missing := [one.name for one in runner.inputs if one.name not in given]:
             raise RefusedError(
                 f"{path}: takes {taken(runner.inputs)}, and {data} holds {_held(data)}, no {missing[0]!r}: give --data "
                 f"FILE.npz with an array of each input by its name, and labels"
             )
     placed = sized(runner.inputs, about, data)[runner.inputs.index(spec)]
-    sizes = [size for size in placed.shape[1:] if isinstance(size, int)]
-    if len(sizes) != 3:
+    sizes = tuple(size for size in placed.shape[1:] if isinstance(size, int))
+    if len(sizes) != len(spec.shape) - 1:
         raise RefusedError(f"{path}: {sizeless(spec)}")
-    return sizes[0], sizes[1], sizes[2]
+    return sizes
+
+
+def sample_array(runner: Runner, data: Path) -> ArrayOf:
+    """The array in `data` of that input: by its name, or, of one input, the only one besides labels."""
+    spec, names = image_input(runner), npz_names(data)
+    array = spec.name if spec.name in names or len(runner.inputs) > 1 else image_array(names) or spec.name
+    return ArrayOf(data, array, "float32" if "float" in spec.dtype else spec.dtype)
 
 
 def _held(data: str | Path) -> str:

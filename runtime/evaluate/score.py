@@ -20,7 +20,7 @@ from gmconv.files import each_path
 from gmconv.foreign import NOTHING, Foreign
 from gmconv.splits import Part
 from runtime.artefact import Artefact, Facts, open_artefact
-from runtime.evaluate.feeds import image_input, image_shape, other_inputs, outputs_of
+from runtime.evaluate.feeds import image_input, is_image, other_inputs, outputs_of, sample_array, sample_shape
 from runtime.evaluate.report import ArtefactScore, Evaluation
 
 if TYPE_CHECKING:
@@ -269,18 +269,19 @@ def _open_reference(found: Sequence[Artefact], options: EvaluateOptions) -> tupl
 
 def _samples(about: Facts, runner: Runner, options: EvaluateOptions) -> tuple[Samples, dict[str, NDArray[Any]]]:
     """The samples, and what of each the network takes besides its image, by input."""
-    from gmconv.data import ArrayOf, load_samples, trained_on
+    from gmconv.data import load_samples, trained_on
 
     images = options.images or "digits"
-    if str(images) == "digits" and trained_on(about.dataset) is None:
+    several = len(runner.inputs) > 1
+    arrays = several or not is_image(image_input(runner))
+    if str(images) == "digits" and trained_on(about.dataset) is None and not arrays:
         raise RefusedError(
             f"{runner.artefact.path}: nothing says that it was trained on digits, so they say nothing of it; give "
             f"--data DIR with a sub-folder of images per class, or --data FILE.npz"
         )
-    several = len(runner.inputs) > 1
-    shape = image_shape(runner, about, images)
+    shape = sample_shape(runner, about, images)
     samples = load_samples(
-        ArrayOf(Path(images), image_input(runner).name) if several else images,
+        sample_array(runner, Path(images)) if arrays else images,
         input_shape=shape,
         preprocessing=about.preprocessing,
         dataset=about.dataset,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import gmconv
 from export import export_onnx
 from gmconv.errors import CheckpointError, RefusedError
-from runtime import compare_artefacts
+from runtime import compare_artefacts, score_artefacts
 
 
 class Wave(nn.Module):
@@ -93,3 +94,23 @@ def test_free_sides_are_those_of_an_image(tmp_path: Path) -> None:
     arch = f"{__name__}:volume"
     with pytest.raises(RefusedError, match="dynamic_hw=True frees height and width of images"):
         export_onnx(tmp_path / "net.pth", tmp_path / "net.onnx", arch=arch, input="x:1,6,6,6", dynamic_hw=True)
+
+
+def test_it_is_judged_on_labelled_arrays(tmp_path: Path) -> None:
+    """Top-1 of both forms on whole numbers by their name, and of one array by any."""
+    net, file = tmp_path / "net.pth", tmp_path / "net.onnx"
+    model = Tokens()
+    torch.save(model.state_dict(), net)
+    export_onnx(net, file, arch=f"{__name__}:Tokens", input="tokens:5:int64")
+    tokens = torch.arange(9)[:, None].expand(9, 5)
+    labels = model(tokens).argmax(1)
+    for name in ("tokens", "words"):
+        np.savez(tmp_path / "data.npz", **{name: tokens.numpy().copy(), "labels": labels.numpy()})
+        found = score_artefacts([net, file], arch=f"{__name__}:Tokens", data=tmp_path / "data.npz")
+        assert [row.score.top1.value for row in found.rows] == [1.0, 1.0]
+    for data, words in (
+        (tmp_path, "holds images alone, no 'tokens'"),
+        ("digits", "give --data FILE.npz|data=FILE.npz"),
+    ):
+        with pytest.raises(RefusedError, match=words):
+            score_artefacts(file, data=data)
