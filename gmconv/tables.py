@@ -92,25 +92,28 @@ class Table:
     def _cells(self, index: int) -> int:
         return max((row[index].cell_len for row in self.rows), default=0)
 
+    def _word(self, index: int) -> int:
+        return max((cell_len(word) for row in self.rows for word in row[index].plain.split()), default=0)
+
     def _least(self, shown: Sequence[int], broken: int = 0) -> list[int]:
         widths = []
         for index in shown:
             column = self.columns[index]
             longest = self._cells(index)
             if column.name:
-                words = (cell_len(word) for row in self.rows for word in row[index].plain.split())
-                longest = min(longest, broken or min(_NAME, max(_FOLDED, *words, 0)))
+                longest = min(longest, broken or min(_NAME, max(_FOLDED, self._word(index))))
             widths.append(max(longest, *map(len, column.title.split()), 0))
         return widths
 
     def _laid_out(self, shown: Sequence[int], widths: list[int], width: int) -> RenderResult:
-        wanted = [max(self._cells(index), len(self.columns[index].title)) for index in shown]
+        whole = [max(self._cells(index), len(self.columns[index].title)) for index in shown]
+        words = [self._word(index) for index in shown]
         room = width - self._taken(widths)
-        for names in (True, False):  # what is left goes to names first, then to headings: to the one of the most lines
-            places = [place for place, index in enumerate(shown) if self.columns[index].name == names]
-            while room > 0 and (short := [place for place in places if widths[place] < wanted[place]]):
-                widths[max(short, key=lambda place: wanted[place] / max(1, widths[place]))] += 1
-                room -= 1
+        for names, wanted in ((True, words), (True, whole), (False, whole)):  # what is left keeps names whole first
+            lacks = [(wanted[p] - widths[p], p) for p, index in enumerate(shown) if self.columns[index].name == names]
+            for lack, place in sorted(lacks):  # as many of them as can be
+                more = max(0, min(room, lack))
+                widths[place], room = widths[place] + more, room - more
         yield from self._lines(shown, widths, [Text(column.title) for column in self.columns])
         yield Text("─" * self._taken(widths))
         for row in self.rows:

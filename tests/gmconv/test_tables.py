@@ -100,14 +100,21 @@ def test_a_column_is_left_out_only_where_it_has_no_room(widths: list[int], width
     assert all(len(row) + 2 + size > width for size in left)
 
 
+def test_the_room_that_is_left_keeps_as_many_names_whole_as_it_can() -> None:
+    table = Table("t", [Column("hop", name=True), Column("output", name=True), Column("inputs", name=True), Column("")])
+    table.add("baked -> ORT fp16, activations unrounded", "has_square", "held-out digits", OK)
+    assert "has_square  held-out digits  ok" in shown(table, 47)
+
+
 def test_names_are_broken_before_a_column_goes_that_tells_rows_apart() -> None:
     columns = [Column("hop", name=True), Column("inputs", name=True), Column("shape"), Column("max abs", 1), Column("")]
     table = Table("t", columns)
     table.add("live -> baked", "random-dimensional", "64x3x32x32", "2.6e-07", OK)
     assert shown(table, 36).splitlines()[2:] == [
         "─" * 36,
-        "live ->   random-dim  64x3x32x32  ok",
-        "baked     ensional",
+        "live    random-dimen  64x3x32x32  ok",
+        "->      sional",
+        "baked",
         "not shown at this width: max abs",
     ]
 
