@@ -33,7 +33,7 @@ ASKED = Asked(
     without=("foreign",),
     phrases={  # what is said of a checkpoint or a shell, and what of a network in memory
         NOTHING_BAKED: NOTHING_BAKED.partition(", this checkpoint")[0],
-        "check --input-shape, and give --input NAME:SHAPE for each of several inputs": (
+        "check --input-shape, or give each input as --input NAME:SHAPE": (
             "the examples are a batch of what it takes: a tensor, or a dict with one for each argument"
         ),
         " at last, all of it with -v:": " at last:",

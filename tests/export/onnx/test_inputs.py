@@ -89,11 +89,17 @@ def test_what_does_not_tell_the_input_of_a_volume_is_refused(said: dict[str, Any
         gmconv.load_checkpoint(tmp_path / "net.pth", arch=f"{__name__}:volume", **said)
 
 
-def test_free_sides_are_those_of_an_image(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"dynamic_hw": True}, "dynamic_hw=True frees height and width of images"),
+        ({"crop": "1e-3"}, "cropping knows networks of one image"),
+    ],
+)
+def test_free_sides_and_a_crop_are_those_of_an_image(asked: dict[str, Any], words: str, tmp_path: Path) -> None:
     torch.save(volume().state_dict(), tmp_path / "net.pth")
-    arch = f"{__name__}:volume"
-    with pytest.raises(RefusedError, match="dynamic_hw=True frees height and width of images"):
-        export_onnx(tmp_path / "net.pth", tmp_path / "net.onnx", arch=arch, input="x:1,6,6,6", dynamic_hw=True)
+    with pytest.raises(RefusedError, match=words):
+        export_onnx(tmp_path / "net.pth", tmp_path / "net.onnx", arch=f"{__name__}:volume", input="x:1,6,6,6", **asked)
 
 
 def test_it_is_judged_on_labelled_arrays(tmp_path: Path) -> None:
