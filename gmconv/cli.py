@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
-from gmconv.errors import QUOTED, printable
+from gmconv.errors import QUOTED, Interrupted, printable
 from gmconv.packages import missing
 from gmconv.packages import require as require
 from gmconv.version import __version__
@@ -115,6 +115,8 @@ class _Documented:
                 _forget_interrupt()
                 sys.exit(refusal.exit_code)
             except click.ClickException as refusal:
+                if not isinstance(refusal, Interrupted) and _by_interrupt(refusal):
+                    exit_interrupted()
                 lines = (printable(line, 4000) for line in refusal.format_message().split(QUOTED))
                 click.echo(f"Error: {QUOTED.join(lines)}", err=True)
                 _forget_interrupt()
@@ -208,6 +210,13 @@ def exit_interrupted() -> NoReturn:
     click.echo("Error: interrupted", err=True)
     _forget_interrupt()
     sys.exit(130)
+
+
+def _by_interrupt(error: BaseException | None) -> bool:
+    """Whether a Ctrl-C began it: in the middle of a C extension's import it comes out as an ImportError."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _forget_interrupt() -> None:

@@ -32,6 +32,17 @@ main([])
         ("raise KeyboardInterrupt", 130, "Error: interrupted"),
         # a Ctrl-C while a module with a dataclass is imported: CPython would exit by the signal, as if unhandled
         ("exec('raise KeyboardInterrupt')", 130, "Error: interrupted"),
+        # and in the middle of a C extension's import, which makes an ImportError of it
+        (
+            "from gmconv.errors import UnavailableError as Lacking; raise Lacking('broken') from KeyboardInterrupt()",
+            130,
+            "Error: interrupted",
+        ),
+        (
+            "from gmconv.errors import Interrupted; raise Interrupted('go on with it') from KeyboardInterrupt()",
+            130,
+            "Error: go on with it",
+        ),
         ("from gmconv.errors import ParityError; raise ParityError('they differ')", 4, "Error: they differ"),
         (
             r"from gmconv.errors import BuildError; raise BuildError('no\nway\n  | it said\n  | \x1b[2J')",
