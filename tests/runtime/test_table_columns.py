@@ -50,8 +50,10 @@ def hops(*names: str) -> tuple[Hop, ...]:
 def test_no_two_comparisons_of_a_proof_look_alike(width: int) -> None:
     names = ("live -> baked", "baked -> ORT int8", f"baked -> ORT int8{UNROUNDED}")
     text = shown(parity_table(Parity(hops=hops(*names))), width)
-    for told in (*INPUTS, *(f"{n}x3x32x32" for n in BATCHES), "2.3e-02", "8.7x", "ok"):
+    words = [word for inputs in INPUTS for word in inputs.split()]  # folded between them, never broken
+    for told in (*(words if width > 40 else ()), *(f"{n}x3x32x32" for n in BATCHES), "2.3e-02", "8.7x", "ok"):
         assert text.count(told) >= 6, told
+    assert width > 40 or "not shown at this width: inputs" in text
     assert width < 80 or text.count("98.4%") == 18
 
 
@@ -97,4 +99,5 @@ def test_a_ratio_keeps_what_it_is_to_where_that_differs(width: int) -> None:
     rows = tuple(Row(name, "onnxruntime cpu", to, {}, latency, ratio, ratio) for name, to in named)
     done = Comparison(rows, Interleaved((), np.ones((2, 20))), {}, ())
     text = shown(done, width)
-    assert all(word in text for word in ("torch live", "(no masks)", "twin of digits.onnx", "1.10"))
+    told = ("torch live", "masks)", "digits", "1.10") if width == 40 else ("(no masks)", "twin of digits.onnx", "1.10")
+    assert all(word in text for word in told)
