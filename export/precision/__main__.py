@@ -100,7 +100,9 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
     type=click.Choice(["int8", "fp8"], case_sensitive=False),
     help="In place of --to: quantize as many layers as a budget allows, keep the rest higher.",
 )
-@click.option("--max-top1-drop", type=click.FloatRange(0, 100), help="Budget: points of top-1 that may be lost.")
+@click.option(
+    "--max-top1-drop", "--max-drop", type=click.FloatRange(0, 100), help="Budget: points of top-1 or of pixel accuracy."
+)
 @click.option("--min-snr", type=float, help="Budget: least output signal-to-noise ratio, dB.")
 @click.option("--images-limit", type=click.IntRange(2), default=512, show_default=True, help="Most to judge on.")
 @click.option(

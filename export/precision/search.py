@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.precision.converter import PrecisionConverter, PrecisionOptions, asked_precision
+from export.precision.judging import EvaluationImages, Judge, What, read_evaluation_images
 from gmconv.asking import silent
 from gmconv.errors import ParityError, RefusedError
 from runtime.records import Quantization
@@ -40,7 +41,8 @@ _TIMED_RUNS = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What may be lost: points of top-1 (percent), and the least signal-to-noise ratio of the outputs in dB."""
+    """What may be lost: points (percent) of top-1 or pixel accuracy, and the least signal-to-noise ratio of the outputs
+    in dB."""
 
     max_top1_drop: float | None = None
     min_snr: float | None = None
@@ -51,30 +53,17 @@ class Budget:
         return drop_fits and (self.min_snr is None or found.snr_db >= self.min_snr)
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluationImages:
-    """Batches (N, C, H, W) and, where known, their classes. `name` is for the plan."""
-
-    name: str
-    batches: tuple[NDArray[np.float32], ...]
-    classes: NDArray[np.int64] | None
-
-    @property
-    def count(self) -> int:
-        """How many images."""
-        return sum(len(batch) for batch in self.batches)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
     """One graph on the evaluation images.
 
-    `top1_drop` is in points, against the fp32 graph: of accuracy where classes are known, else of agreement. `snr_db`
+    `top1` is the share of samples, or of pixels, that is right, `top1_drop` the points lost against the fp32 graph: of
+    accuracy where classes are known, else of agreement; None and 0 where an output is no scores of classes. `snr_db`
     compares the outputs; infinite when they are equal. `latency_ms`: ONNX Runtime CPU, batch 1, median.
     """
 
     kept: tuple[str, ...]
-    top1: float
+    top1: float | None
     top1_drop: float
     snr_db: float
     size_ratio: float
@@ -106,7 +95,7 @@ class SensitivitySearch:
         self.note = note or silent
         self.always = match_layers(converter.model, converter.options.keep_fp32)
         self.nodes = {layer.name: layer.node for layer in layers(converter.model) if layer.node not in self.always}
-        self.reference, _ = self._outputs(converter.model, "fp32")
+        self.judge = Judge(self._outputs(converter.model, "fp32")[0], images)
         self.tried: dict[frozenset[str], Measurement] = {}
 
     def sensitivities(self, budget: Budget) -> dict[str, Measurement]:
@@ -164,15 +153,13 @@ class SensitivitySearch:
         half = nodes if self.keep_as == "fp16" else set()
         graph, audit = self.converter.quantize(self.precision, self.always | (nodes - half), half)
         outputs, latency = self._outputs(graph, self.precision, audit.quantization)
-        truth = self.reference.argmax(1) if self.images.classes is None else self.images.classes
-        top1 = float((outputs.argmax(1) == truth).mean())
-        before = float((self.reference.argmax(1) == truth).mean())
-        noise = float(np.square(outputs.astype(np.float64) - self.reference).sum())
-        signal = float(np.square(self.reference, dtype=np.float64).sum())
+        right, before, reference = self.judge.right(outputs), self.judge.before, self.judge.reference
+        noise = float(np.square(outputs.astype(np.float64) - reference).sum())
+        signal = float(np.square(reference, dtype=np.float64).sum())
         return Measurement(
             kept=tuple(name for name in self.nodes if name in kept),
-            top1=top1,
-            top1_drop=100 * (before - top1),
+            top1=right,
+            top1_drop=0.0 if right is None or before is None else 100 * (before - right),
             snr_db=10 * math.log10(signal / noise) if noise else math.inf,
             size_ratio=audit.size_ratio,
             latency_ms=latency,
@@ -191,7 +178,7 @@ class SensitivitySearch:
             start = time.perf_counter()
             served.run(None, {name: one})
             times.append((time.perf_counter() - start) * 1e3)
-        return outputs.reshape(len(outputs), -1), statistics.median(times[1:])
+        return outputs, statistics.median(times[1:])
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -206,12 +193,12 @@ class Searched(Shown):
     alone: dict[str, Measurement]
     tried: tuple[Measurement, ...]
     chosen: Measurement
-    images: str
+    judge: Judge
 
     def tables(self) -> tuple[Table, Table, str]:
         """Each layer alone, the Pareto front, and what was judged on what."""
-        front = pareto_table(self.tried, self.chosen, len(self.alone))
-        return sensitivity_table(self.alone), front, self.images
+        front = pareto_table(self.tried, self.chosen, len(self.alone), self.judge.what)
+        return sensitivity_table(self.alone), front, self.judge.title
 
     def show(self, console: Console) -> None:
         """Print the tables."""
@@ -224,7 +211,7 @@ class Searched(Shown):
         tried = [
             Tried(
                 x=len(found.kept),
-                y=found.snr_db if by_snr else 100 * found.top1,
+                y=found.snr_db if by_snr else 100 * (found.top1 or 0),
                 allowed=self.budget.holds(found),
                 chosen=found == self.chosen,
             )
@@ -232,7 +219,10 @@ class Searched(Shown):
         ]
         alone, front, images = self.tables()
         points = Search(
-            tried=tried, x="layers kept", y="SNR [dB]" if by_snr else "top-1 [%]", title=f"Search, {images}"
+            tried=tried,
+            x="layers kept",
+            y="SNR [dB]" if by_snr else f"{self.judge.what} [%]",
+            title=f"Search, {images}",
         )
         return [points, Rows(table=front), Rows(table=alone)]
 
@@ -293,17 +283,22 @@ def search_precision(
         progress=lambda done, total: tell("calibrating", done, total),
     )
     given = read_evaluation_images(images, converter, limit)
-    converter.calibrate()
     search = SensitivitySearch(converter, precision, given, keep_as=keep_as, note=tell)
+    if budget.max_top1_drop is not None and not search.judge.what:
+        shape = ", ".join(map(str, search.judge.reference.shape))
+        raise RefusedError(
+            f"{path}: a top-1 budget needs scores, (samples, classes) or (samples, classes, H, W), and its first "
+            f"output is ({shape}); --min-snr DB judges any"
+        )
+    converter.calibrate()
     chosen = search.fewest_kept(budget, list(alone := search.sensitivities(budget)))
-    judged = "top-1" if given.classes is not None else "agreement with fp32 (no classes known)"
     return Searched(
         plan=make_plan(search, budget, chosen, sha256_file(path)),
         budget=budget,
         alone=alone,
         tried=tuple(search.tried.values()),
         chosen=chosen,
-        images=f"{judged} on {given.count} images of {given.name}",
+        judge=search.judge,
     )
 
 
@@ -332,11 +327,17 @@ def pareto(tried: Sequence[Measurement]) -> tuple[Measurement, ...]:
     return tuple(front)
 
 
-def pareto_table(tried: Sequence[Measurement], chosen: Measurement, total: int) -> Table:
-    """Layers kept against accuracy, size and latency; the chosen row is marked."""
+def pareto_table(tried: Sequence[Measurement], chosen: Measurement, total: int, what: What = "top-1") -> Table:
+    """Layers kept against accuracy, size and latency; the chosen row is marked. `what` was judged."""
     from gmconv.tables import Column, Table
 
-    columns = ("kept [layers]", 0), ("top-1 [%]", 2), ("drop [points]", 0), ("SNR [dB]", 1), ("weights [of fp32]", 3)
+    columns = (
+        ("kept [layers]", 0),
+        (f"{what or 'top-1'} [%]", 2),
+        ("drop [points]", 0),
+        ("SNR [dB]", 1),
+        ("weights [of fp32]", 3),
+    )
     table = Table(
         "Pareto front: layers kept against what is lost",
         [Column(title, spare) for title, spare in (*columns, ("CPU [ms]", 4), ("", 0))],
@@ -344,8 +345,8 @@ def pareto_table(tried: Sequence[Measurement], chosen: Measurement, total: int) 
     for found in pareto(tried):
         table.add(
             f"{len(found.kept)}/{total}",
-            f"{100 * found.top1:.2f}",
-            f"{found.top1_drop:+.2f}",
+            "-" if found.top1 is None else f"{100 * found.top1:.2f}",
+            "-" if found.top1 is None else f"{found.top1_drop:+.2f}",
             f"{found.snr_db:.1f}",
             f"{found.size_ratio:.3f}x",
             f"{found.latency_ms:.2f}",
@@ -361,34 +362,8 @@ def sensitivity_table(found: dict[str, Measurement]) -> Table:
     columns = [Column("layer", name=True), Column("drop [points]"), Column("SNR [dB]")]
     table = Table("each layer quantized alone", columns)
     for name, measured in found.items():
-        table.add(name, f"{measured.top1_drop:+.2f}", f"{measured.snr_db:.1f}")
+        table.add(name, "-" if measured.top1 is None else f"{measured.top1_drop:+.2f}", f"{measured.snr_db:.1f}")
     return table
-
-
-def read_evaluation_images(source: str | Path | None, converter: PrecisionConverter, limit: int) -> EvaluationImages:
-    """The images a budget is measured on: held-out digits, or a folder; never those of the calibration."""
-    from export.graph.check import image_shape
-    from gmconv.data import load_samples, trained_on
-
-    facts = converter.facts
-    source = source or trained_on(facts.dataset)
-    if source is None:
-        raise RefusedError(
-            "a search for layers to keep needs images to measure on: give --images DIR or --images digits"
-        )
-    batch, shape = image_shape(converter.model, facts, source)
-    samples = load_samples(
-        source,
-        input_shape=shape,
-        preprocessing=facts.preprocessing,
-        dataset=facts.dataset,
-        limit=limit,
-        seed=converter.options.seed,
-    ).judged()
-    parts = [part for part in samples.batches(batch or 16) if batch is None or len(part.images) == batch]
-    labels = [part.labels for part in parts if part.labels is not None]
-    classes = np.concatenate(labels) if labels else None
-    return EvaluationImages(samples.name, tuple(part.images for part in parts), classes)
 
 
 def _session(graph: ModelProto, precision: str, quantization: Quantization | None) -> Any:

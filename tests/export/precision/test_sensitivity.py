@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
 import export
 from export.precision.__main__ import main
@@ -127,12 +129,12 @@ def test_a_search_without_images_says_so_in_python_and_to_a_shell_in_flags(
     search: SensitivitySearch, tmp_path: Path
 ) -> None:
     onnx.save(search.converter.model, tmp_path / "net.onnx")
-    with pytest.raises(RefusedError, match="needs images to measure on: give images=DIR or images='digits'$"):
+    with pytest.raises(RefusedError, match="needs images to measure on: give data=DIR or data='digits'$"):
         export.search_precision(tmp_path / "net.onnx", "int8", Budget(min_snr=0))
     asked = [str(tmp_path / "net.onnx"), "--auto-precision", "int8", "--min-snr", "0"]
     done = CliRunner().invoke(main, asked)
     assert done.exit_code == 3
-    assert "give --images DIR or --images digits" in done.output
+    assert "give --data DIR or --data digits" in done.output
 
 
 def test_a_plan_with_other_images_or_another_network_is_refused(
@@ -173,3 +175,51 @@ def test_the_pareto_front_drops_what_is_worse_in_everything() -> None:
 
     front = pareto([found(0, 2, 20), found(1, 3, 15), found(2, 1, 18), found(3, 1, 30)])
     assert [(len(m.kept), m.top1_drop) for m in front] == [(0, 2), (2, 1), (3, 1)]
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    """Two convolutions that score three classes in each of 8 x 8 pixels."""
+    random = np.random.default_rng(0)
+    shapes = {"a": (8, 3, 3, 3), "b": (3, 8, 3, 3)}
+    weights = [numpy_helper.from_array(random.standard_normal(s).astype(np.float32), n) for n, s in shapes.items()]
+    nodes = [
+        helper.make_node("Conv", ["input", "a"], ["x"], "first", pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["x", "b"], ["y"], "last", pads=[1, 1, 1, 1]),
+    ]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 3, 8, 8]) for n in ("input", "y")]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "d.onnx")
+    return tmp_path / "d.onnx"
+
+
+def test_pixels_are_judged_one_by_one_by_their_masks_where_there_are_some(dense: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(1).standard_normal((6, 3, 8, 8)).astype(np.float32)
+    scores = ort.InferenceSession(dense, providers=["CPUExecutionProvider"]).run(None, {"input": images})[0]
+    np.savez(tmp_path / "bare.npz", images=images)
+    found = search_precision(dense, "int8", Budget(max_top1_drop=5), images=tmp_path / "bare.npz")
+    assert "agreement of pixels with fp32 (no classes known) on 6 images" in repr(found)
+    assert "pixel accuracy [%]" in repr(found)
+    assert found.chosen.kept == (), "of 384 pixels few change, though in most images the largest of 192 scores moves"
+    masks = scores.argmax(1)
+    masks[:, 0] = 255  # which nobody labelled
+    masks[:, 1] = (masks[:, 1] + 1) % 3
+    np.savez(tmp_path / "masks.npz", images=images, labels=masks)
+    judge = search_precision(dense, "int8", Budget(min_snr=0), images=tmp_path / "masks.npz").judge
+    assert judge.title.startswith("pixel accuracy on 6 images")
+    assert judge.before == pytest.approx(6 / 7)
+
+
+def test_a_budget_of_top_1_needs_scores_of_classes(dense: Path, tmp_path: Path) -> None:
+    model = onnx.load(dense)
+    model.graph.node.append(helper.make_node("ReduceMean", ["y"], ["z"], keepdims=1))
+    model.graph.node[-1].input.append("axes")
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "axes"))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("z", TensorProto.FLOAT, ["n", 1, 8, 8]))
+    onnx.save(model, dense)
+    np.savez(tmp_path / "bare.npz", images=np.random.default_rng(1).standard_normal((6, 3, 8, 8)).astype(np.float32))
+    with pytest.raises(RefusedError, match=r"first output is \(6, 1, 8, 8\); min_snr=DB judges any"):
+        search_precision(dense, "int8", max_top1_drop=1, images=tmp_path / "bare.npz")
+    found = search_precision(dense, "int8", min_snr=0, images=tmp_path / "bare.npz")
+    assert "SNR alone on 6 images" in repr(found)
+    assert found.chosen.top1 is None
