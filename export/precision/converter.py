@@ -195,9 +195,15 @@ class PrecisionConverter:
             raise RefusedError(clash)
         if precision in ("fp16", "bf16"):
             from export.precision.cast import cast_graph
+            from export.precision.quantize import without_kernel
 
-            cast, report = cast_graph(self.model, precision, keep_fp32=keep, io_dtype=self.options.io_dtype)
-            return cast, self._audit(precision, cast, report.kept)
+            unable = precision == "bf16" and self.options.target == "tensorrt"
+            lacking = without_kernel(self.model, "bf16") if unable else {}
+            cast, report = cast_graph(
+                self.model, precision, keep_fp32=keep | lacking.keys(), io_dtype=self.options.io_dtype
+            )
+            told = {node: why for node, why in lacking.items() if node not in keep}
+            return cast, self._audit(precision, cast, report.kept | told)
         return self.quantize(precision, keep, half)
 
     def quantize(self, precision: Precision, keep: set[str], half: set[str]) -> tuple[ModelProto, PrecisionAudit]:

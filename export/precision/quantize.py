@@ -99,18 +99,19 @@ def quantize_graph(
     return result
 
 
-def without_kernel(model: ModelProto, precision: QuantType) -> dict[str, str]:
-    """Names of the convolutions that TensorRT-RTX has no 8-bit kernel for, and why: it would run them in fp32.
+def without_kernel(model: ModelProto, precision: Literal["bf16", "int8", "fp8"]) -> dict[str, str]:
+    """Names of the convolutions that TensorRT-RTX has no kernel for in `precision`, and why.
 
-    In fp8 those of more than 32 taps, such as 7x7 (TensorRT has none either: its release notes advise against Q/DQ
-    before them), and all that are transposed.
+    In 8 bits it would run them in fp32; in bf16 (RTX 1.7) it builds no engine. In fp8 those of over 32 taps, such as
+    7x7 (TensorRT has none either: its release notes advise against Q/DQ before them); in each all that are transposed.
     """
     taps = {tensor.name: int(np.prod(tensor.dims[2:])) for tensor in model.graph.initializer}
     sources = weight_sources(model)
     found = {}
     for layer in layers(model):
         if layer.op_type == "ConvTranspose":
-            found[layer.node] = "no 8-bit kernel of transposed convolutions (fp16)"
+            bits, stays = ("bf16", "fp32") if precision == "bf16" else ("8-bit", "fp16")
+            found[layer.node] = f"no {bits} kernel of transposed convolutions ({stays})"
         elif precision == "fp8" and layer.op_type == "Conv" and taps[sources[layer.weight]] > FP8_MAX_TAPS:
             found[layer.node] = "no fp8 kernel beyond 32 taps (fp16)"
     return found
