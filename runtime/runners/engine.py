@@ -162,7 +162,7 @@ def _gpu(path: Path, manifest: Manifest, device: str) -> cuda.DeviceInfo:
         problem = cuda.driver_problem()
         if problem is None and device.startswith("cuda"):  # there is a GPU, and another was asked for
             raise
-    files = [path.parent / source.file for source in manifest.chain if source.kind == "onnx"]
+    files = [path.parent / source.file for source in reversed(manifest.chain) if source.kind == "onnx"]  # newest first
     beside = next((f"{file} beside it" for file in files if file.is_file()), "the ONNX file that it was built from")
     why = problem or f"{device!r} is none: say --device cuda:0"
     raise UnavailableError(f"{path}: an engine runs on an NVIDIA GPU, and {why}; {beside} runs on a CPU")

@@ -117,7 +117,9 @@ class Repository:
             except Exception as error:
                 self._failed[source.key] = "it could not be loaded; the server's log says why"
                 self._coming.discard(source.key)
-                log.error("reload: %s version %s: %s; not loaded", *source.key, error)
+                there = source.version in self._models.get(source.name, {})
+                result = "still serving the old one" if there else "not loaded"
+                log.error("reload: %s version %s: %s; %s", *source.key, error, result)
         wanted = {s.key for s in sources}
         failed = {name for name, _ in self._failed}
         for model in self.all():
@@ -125,7 +127,8 @@ class Repository:
                 log.warning("reload: %s version %s is gone, still serving it", *model.source.key)
             elif model.source.key not in wanted:
                 self._remove(model)
-        return ", ".join(unchanged) or "none"
+        failures = ", ".join(f"{name} version {version}" for name, version in self._failed)
+        return (", ".join(unchanged) or "none") + f"; failed: {failures}" * bool(failures)
 
     async def _changed(self, source: Source) -> bool:
         old = self._models.get(source.name, {}).get(source.version)

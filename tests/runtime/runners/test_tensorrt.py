@@ -382,7 +382,8 @@ def test_without_a_driver_it_is_unavailable_with_the_reason(manifest: Any, tmp_p
     without = r"model.plan: an engine runs on an NVIDIA GPU, and .*driver.*; "
     with pytest.raises(UnavailableError, match=without + "the ONNX file that it was built from runs on a CPU"):
         TensorRTRunner(path, "cuda:0")
-    manifest(path, chain=(FileDigest("onnx", "net.onnx", "0" * 64, 1),))
-    (tmp_path / "net.onnx").write_bytes(b"")
-    with pytest.raises(UnavailableError, match=without + ".*/net.onnx beside it runs on a CPU"):
+    manifest(path, chain=tuple(FileDigest("onnx", name, "0" * 64, 1) for name in ("net.onnx", "net.int8.onnx")))
+    for name in ("net.onnx", "net.int8.onnx"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UnavailableError, match=without + ".*/net.int8.onnx beside it runs on a CPU"):
         TensorRTRunner(path, "cpu")
