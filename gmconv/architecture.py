@@ -172,9 +172,8 @@ def _module(name: str, arch: str, where: str) -> Any:
             why = f"there is no module {lacking}"
         else:
             advice, why = "mend that first", f"{package} is there and does not import ({error})"
-        raise ArchitectureUnavailableError(
-            f"{where}: its architecture {arch} needs {name}, and {why}: {advice}"
-        ) from error
+        kind = CheckpointError if advice.startswith("did you mean") else ArchitectureUnavailableError
+        raise kind(f"{where}: its architecture {arch} needs {name}, and {why}: {advice}") from error
 
 
 def _whereabouts(lacking: str, arch: str) -> str:

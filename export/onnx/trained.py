@@ -108,7 +108,7 @@ class InMemory:
             sha256=_digest(live.model),
             preprocessing=preprocessing_of(given.preprocessing, shape),
             labels=given.labels,
-            notes=("exported from memory", *left_out(live.model, arguments.inputs)),
+            notes=("exported from memory", *_widened(live.model), *left_out(live.model, arguments.inputs)),
         )
         self._reference: Reference | None = None
 
@@ -146,6 +146,13 @@ def _refuse_dtypes(model: nn.Module, examples: Mapping[str, Tensor]) -> None:
     for name, tensor in examples.items():
         if tensor.dtype == torch.bfloat16:
             raise RefusedError(f"example {name!r} is in bfloat16, which numpy has not: pass it as .float()")
+
+
+def _widened(model: nn.Module) -> list[str]:
+    import torch
+
+    half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+    return ["its float16 parameters were widened to float32, in which it was proven"] if half else []
 
 
 def _copied(model: nn.Module) -> nn.Module:

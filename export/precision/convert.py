@@ -9,6 +9,7 @@ from typing import Any
 from export.graph.check import bare_manifest, save_graph
 from export.graph.read import load_fp32
 from export.precision.converter import (
+    PRECISIONS,
     Precision,
     PrecisionConverter,
     PrecisionOptions,
@@ -28,8 +29,8 @@ _ASKED = asked_precision()
 @_ASKED.of
 def convert_precision(
     onnx_path: str | Path,
-    output: str | Path | None,
-    precision: Precision,
+    output: str | Path | None = None,
+    precision: Precision | None = None,
     options: PrecisionOptions | None = None,
     *,
     progress: Progress | None = None,
@@ -39,6 +40,8 @@ def convert_precision(
     **choices: Any,
 ) -> Manifest:
     """Convert the fp32 ONNX file `onnx_path` and write `output` (default `model.<precision>.onnx`) with its manifest.
+
+    to="fp16" is the precision too, by the command's name for it.
 
     `verify` compares it with `onnx_path` first, by the tolerance of its precision, on `images` (default: those of the
     calibration, else what the network was trained on, else noise), and keeps the result in the manifest. `force`
@@ -51,7 +54,10 @@ def convert_precision(
     ParityError when `verify` finds another network, and TypeError for an option that there is not; nothing is written
     then.
     """
+    precision = precision or choices.pop("to", None)
     options, onnx_path = _ASKED(options, choices), Path(onnx_path)
+    if precision is None or precision not in PRECISIONS:
+        raise TypeError(f"convert_precision: to={precision!r}; it is one of {', '.join(PRECISIONS)}")
     images = images or choices.get("data")
     options = replace(options, calibration=options.calibration or images)
     output = Path(output) if output else default_output(onnx_path, precision)

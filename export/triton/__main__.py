@@ -128,7 +128,7 @@ def main(
     click.echo(
         f"{entry.version}: {entry.backend} backend, {f'batches up to {limit}' if limit else 'requests run alone'}"
     )
-    serve = f"serve it: tritonserver --model-repository={repository}"
+    serve = f"serve it: tritonserver --model-repository={repository} (or gmconv serve {repository})"
     console.print(serve, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -158,7 +158,7 @@ def _why_unreadable(error: Exception) -> str:
             name = text.split(marker, 1)[1].split()[0].rstrip(".,")
             return (
                 f"holds a pickled {name}, and nothing in a checkpoint may run code; save model.state_dict(), and "
-                f"beside it numbers, text, lists and dicts alone"
+                f"beside it numbers, text, lists and dicts alone, or hand the network itself to gmconv.deploy"
             )
     return _UNREADABLE
 

@@ -69,7 +69,7 @@ def crop_summary(certificate: dict[str, Any]) -> str:
             if asked is None
             else f"no kernel has an outer ring that is zero in {certificate['precision']}"
             if asked == "lossless"
-            else "every smaller window loses more than that"
+            else "every smaller window loses more than that (kernels shrink under --sigma-penalty in training)"
         )
     if elsewhere := certificate.get("used_elsewhere"):
         parts.append(f"left whole, as the network uses their kernels outside of them: {', '.join(elsewhere)}")

@@ -107,10 +107,12 @@ def main(
 
         write_report(report, f"Accuracy of {', '.join(row.artefact for row in done.rows)}", done.sections())
     for row in done.rows:
-        _gate(row, done, min_agreement, max_drop)
+        if (held := _gate(row, done, min_agreement, max_drop)) and not as_json:
+            result_console().print(held, highlight=False, markup=False)
 
 
-def _gate(row: ArtefactScore, done: Evaluation, min_agreement: float | None, max_drop: float | None) -> None:
+def _gate(row: ArtefactScore, done: Evaluation, min_agreement: float | None, max_drop: float | None) -> str:
+    """By how much a row holds what was asked for. Raises ParityError where it does not."""
     name, agreement, lost = f"{row.artefact} {row.mode}".strip(), row.score.agreement, row.score.lost
     if min_agreement is not None and agreement is not None and 100 * agreement.value < min_agreement:
         raise ParityError(
@@ -122,6 +124,12 @@ def _gate(row: ArtefactScore, done: Evaluation, min_agreement: float | None, max
         raise ParityError(
             f"{name}: {what} is {lost:.2f}{' points' * (unit == '%')} below {done.reference}, {max_drop:g} were allowed"
         )
+    held = []
+    if max_drop is not None and lost is not None:
+        held.append(f"drop {lost:.2f}, at most {max_drop:g}")
+    if min_agreement is not None and agreement is not None:
+        held.append(f"agreement {100 * agreement.value:.2f} %, at least {min_agreement:g}")
+    return f"PASSED {name}: {'; '.join(held)}" if held else ""
 
 
 if __name__ == "__main__":

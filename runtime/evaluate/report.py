@@ -85,6 +85,9 @@ class Evaluation(Shown):
         ]
 
 
+_BESIDE = ("agreement", "drop", "SNR")  # what compares with the reference, and says nothing of that itself
+
+
 def _images(done: Evaluation) -> str:
     """Which images, and which output of several."""
     part = "" if done.part == "all" else " (held out of training)" if done.part == "held-out" else " (training images)"
@@ -105,5 +108,7 @@ def _table(done: Evaluation) -> Table:
         ],
     )
     for row, found in zip(done.rows, cells, strict=True):
-        table.add(f"{row.artefact} {row.mode}".strip(), row.precision, *(cell.text for cell in found))
+        itself = done.reference in (row.artefact, f"live fp32 network of {row.artefact}")
+        told = ("-" if itself and cell.heading.startswith(_BESIDE) else cell.text for cell in found)
+        table.add(f"{row.artefact} {row.mode}".strip(), row.precision, *told)
     return table

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gmconv.asking import Asked
-from gmconv.errors import ArchitectureUnavailableError, CheckpointError, RefusedError, UnavailableError
+from gmconv.errors import ArchitectureUnavailableError, CheckpointError, RefusedError, UnavailableError, printable
 from gmconv.files import each_path
 from gmconv.foreign import NOTHING, Foreign
 from gmconv.splits import Part
@@ -193,6 +193,10 @@ def _doubt(samples: Samples, known: Facts, options: EvaluateOptions) -> str | No
         more = ", …" if len(samples.classes) > 3 else ""
         order = f"taken in their order: {shown}{more}"
         return f"the sub-folders of {samples.name} are not named as the network's labels; {order}"
+    if samples.labels is not None and known.labels and options.limit is None:
+        present = set(samples.labels.tolist())
+        if lacking := [name for index, name in enumerate(known.labels) if index not in present]:
+            return f"{samples.name} has no images of {printable(', '.join(lacking), 200)}: nothing is said of them"
     return None
 
 

@@ -224,7 +224,9 @@ def test_examples_in_bfloat16_are_refused_and_half_precision_is_widened(net: nn.
     x = torch.randn(2, 3, 16, 16)
     with pytest.raises(RefusedError, match=r"example 'input' is in bfloat16, .*\.float\(\)"):
         gmconv.deploy(net, x.bfloat16(), tmp_path / "net.onnx")
-    assert gmconv.deploy(nn.Conv2d(3, 2, 3).half(), x.half(), tmp_path / "net.onnx").passed
+    found = gmconv.deploy(nn.Conv2d(3, 2, 3).half(), x.half(), tmp_path / "net.onnx")
+    assert found.passed
+    assert "float16 parameters were widened to float32" in repr(found)
 
 
 def test_an_option_that_there_is_not_is_named(net: nn.Module, tmp_path: Path) -> None:

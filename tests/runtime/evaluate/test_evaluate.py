@@ -106,7 +106,10 @@ def invoke(*arguments: object, code: int = 0) -> Any:
 
 def test_gates_exit_4_and_name_the_artefact(tmp_path: Path, images: Path) -> None:
     good, bad = save(tmp_path / "a.onnx"), save(tmp_path / "b.onnx", swapped=(2, 5))
-    invoke(good, bad, "--images", images, "--min-agreement", "75")
+    done = invoke(good, bad, "--images", images, "--min-agreement", "75", "--max-drop", "30")
+    assert "PASSED b.onnx: drop 25.00, at most 30; agreement 75.00 %, at least 75" in done.stdout
+    own = next(line for line in done.stdout.splitlines() if line.startswith("a.onnx"))
+    assert "exact" not in own, "the reference is not compared with itself"
     done = invoke(good, bad, "--images", images, "--min-agreement", "75.1", code=4)
     assert "b.onnx: agrees with a.onnx on 75.00 % of 80 images" in done.stderr
     done = invoke(good, bad, "--images", images, "--max-top1-drop", "24", code=4)
@@ -330,6 +333,16 @@ def test_folders_named_unlike_the_networks_classes_are_said(tmp_path: Path) -> N
         Image.new("L", (4, 2)).save(tmp_path / "data" / f"class{index}" / "0.png")
     done = invoke(path, "--data", tmp_path / "data")
     assert "taken in their order: class0 is a, class1 is b, class2 is c" in done.stderr
+
+
+def test_classes_without_images_are_named(tmp_path: Path, images: Path) -> None:
+    path = save(tmp_path / "a.onnx", labels=tuple("abcdefgh"))
+    with np.load(images) as arrays:
+        some = np.isin(arrays["labels"], [2, 5], invert=True)
+        np.savez(tmp_path / "some.npz", input=arrays["input"][some], labels=arrays["labels"][some])
+    assert "some.npz has no images of c, f" in invoke(path, "--data", tmp_path / "some.npz").stderr
+    assert "no images of" not in invoke(path, "--data", tmp_path / "some.npz", "--limit", "4").stderr
+    assert "no images of" not in invoke(path, "--data", images).stderr
 
 
 def test_preprocessing_that_contradicts_a_manifest_is_refused(tmp_path: Path) -> None:
