@@ -165,14 +165,16 @@ def _module(name: str, arch: str, where: str) -> Any:
         ) from error
     except (ImportError, RuntimeError) as error:  # a torchvision that does not match torch raises RuntimeError
         package, lacking = name.split(".")[0], getattr(error, "name", None) or ""
+        kind: type[ArchitectureUnavailableError | CheckpointError]
         if lacking and f"{name}.".startswith(f"{lacking}."):
             zoo = difflib.get_close_matches(package, _PUBLISHED, n=1)
             advice = pip(package) if package in _PUBLISHED else _whereabouts(lacking, arch)
             advice = f"did you mean {zoo[0]}:{arch.rpartition(':')[2]}?" if zoo and zoo[0] != package else advice
             why = f"there is no module {lacking}"
+            kind = ArchitectureUnavailableError if package in _PUBLISHED else CheckpointError  # a name, as it was given
         else:
             advice, why = "mend that first", f"{package} is there and does not import ({error})"
-        kind = CheckpointError if advice.startswith("did you mean") else ArchitectureUnavailableError
+            kind = ArchitectureUnavailableError
         raise kind(f"{where}: its architecture {arch} needs {name}, and {why}: {advice}") from error
 
 

@@ -128,6 +128,10 @@ class _Documented:
                 sys.exit(6)
             except (click.Abort, KeyboardInterrupt):
                 exit_interrupted()
+            except Exception as error:
+                if not _by_interrupt(error):
+                    raise
+                exit_interrupted()
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The example, after the options."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 #: Convolutions and matrix products.
@@ -83,10 +84,23 @@ class Rounding(TorchFunctionMode):
                 return value if hasattr(value, _FOLLOWED) else self._rounded(value)
 
             args, kwargs = _each(args, constant), _each(kwargs, constant)
+            if func is F.batch_norm:
+                args, kwargs = self._folded(*args, **kwargs)
         result = func(*args, **kwargs)
         if any(found):
             _each(result, _follow)
         return result
+
+    def _folded(self, x: Tensor, mean: Tensor, var: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """A batch norm whose scale and offset are rounded too, as those of a kernel that it was folded into: what a
+        checkpoint holds may be exact in 16 bits, and costs nothing by itself."""
+        given = dict(zip(("weight", "bias", "training", "momentum", "eps"), args, strict=False)) | kwargs
+        if given.get("training") or mean is None:
+            return (x, mean, var, *args), kwargs
+        scale = (var + given.get("eps", 1e-5)).rsqrt() * (1 if given.get("weight") is None else given["weight"])
+        offset = (0 if given.get("bias") is None else given["bias"]) - mean * scale
+        whole = torch.zeros_like(mean), torch.ones_like(var), self._rounded(scale), self._rounded(offset)
+        return (x, *whole), {"eps": 0.0}
 
     def _operand(self, name: str, place: int | str, value: Any) -> Any:
         """A rounded operand: the first two, or `input` and `weight`; biases stay as they are."""

@@ -17,6 +17,7 @@ from gmconv.cli import Command, progress_console, warn
 from gmconv.errors import Interrupted, RefusedError
 from gmconv.files import require_writable, write_text
 from gmconv.foreign import parse_shape
+from gmconv.train.options import state_path
 
 if TYPE_CHECKING:
     from gmconv.train.loop import Epoch, TrainResult
@@ -159,8 +160,6 @@ def main(context: click.Context, /, output: Path, plain: bool, as_json: bool, qu
 
 
 def _interrupted(output: Path) -> str:
-    from gmconv.train.resume import state_path
-
     if not (state := state_path(output)).is_file():  # it is written with each epoch
         return "interrupted before an epoch finished; nothing was written"
     return f"interrupted; the best epoch that finished is in {output}; go on with --resume {state}"

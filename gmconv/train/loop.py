@@ -24,9 +24,9 @@ from gmconv.kinds import require_ending
 from gmconv.surgery import masked_layers
 from gmconv.train.data import Dataset, Samples, batches, load_dataset
 from gmconv.train.network import Network, make_network
-from gmconv.train.options import TrainOptions
+from gmconv.train.options import TrainOptions, state_path
 from gmconv.train.penalty import LayerReach, reach, sigma_penalty
-from gmconv.train.resume import RunState, data_identity, random_state, restore_random, state_path, write_state
+from gmconv.train.resume import RunState, data_identity, random_state, restore_random, write_state
 
 
 class TrainingError(click.ClickException):
@@ -86,7 +86,7 @@ def train(
     """Train and write the best epoch's checkpoint to `output` (atomically, each time it improves).
 
     The same options on the same machine and thread count give the same file, also where `resume` goes on with a run
-    that stopped: until it is done its state lies beside `output` (`gmconv.train.resume.state_path`). `on_step` is
+    that stopped: until it is done its state lies beside `output` (`gmconv.train.options.state_path`). `on_step` is
     called with None after each optimizer step and with the `Epoch` after each epoch.
 
     Raises:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+
+def state_path(output: Path) -> Path:
+    """Where the state of the run that writes `output` lies: `ckpt.last.pt` for `ckpt.pt`."""
+    return output.with_name(f"{output.stem}.last{output.suffix}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

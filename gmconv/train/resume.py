@@ -13,6 +13,7 @@ import torch
 from gmconv.checkpoint.file import read_file
 from gmconv.errors import CheckpointError, RefusedError
 from gmconv.files import replacing
+from gmconv.train.options import state_path
 
 if TYPE_CHECKING:
     from gmconv.train.data import Dataset
@@ -34,11 +35,6 @@ class RunState:
     model: dict[str, Any]
     optimizer: dict[str, Any]
     random: dict[str, Any]
-
-
-def state_path(output: Path) -> Path:
-    """Where the state of the run that writes `output` lies: `ckpt.last.pt` for `ckpt.pt`."""
-    return output.with_name(f"{output.stem}.last{output.suffix}")
 
 
 def output_path(state: Path) -> Path:

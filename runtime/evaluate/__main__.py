@@ -114,16 +114,18 @@ def main(
 def _gate(row: ArtefactScore, done: Evaluation, min_agreement: float | None, max_drop: float | None) -> str:
     """By how much a row holds what was asked for. Raises ParityError where it does not."""
     name, agreement, lost = f"{row.artefact} {row.mode}".strip(), row.score.agreement, row.score.lost
+    broken = []
     if min_agreement is not None and agreement is not None and 100 * agreement.value < min_agreement:
-        raise ParityError(
-            f"{name}: agrees with {done.reference} on {100 * agreement.value:.2f} % of {done.samples} images, "
+        broken.append(
+            f"agrees with {done.reference} on {100 * agreement.value:.2f} % of {done.samples} images, "
             f"{min_agreement:g} % were asked for"
         )
     if max_drop is not None and lost is not None and lost > max_drop:
         what, unit = row.score.cells()[0].heading.split()[:2]
-        raise ParityError(
-            f"{name}: {what} is {lost:.2f}{' points' * (unit == '%')} below {done.reference}, {max_drop:g} were allowed"
-        )
+        points = f"{lost:.2f}{' points' * (unit == '%')}"
+        broken.append(f"{what} is {points} below {done.reference}, {max_drop:g} were allowed")
+    if broken:
+        raise ParityError(f"{name}: {'; '.join(broken)}")
     held = []
     if max_drop is not None and lost is not None:
         held.append(f"drop {lost:.2f}, at most {max_drop:g}")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from gmconv.rounding import Rounding
 
@@ -105,3 +106,20 @@ def test_weights_alone_are_whatever_does_not_come_from_the_input(precision: str,
             found = net(X)
         layer = nn.functional.linear(X, lower(net.layer.weight), lower(net.layer.bias))
         assert torch.equal(found, torch.cat([lower(0.3) * layer + lower(net.table), X - lower(1.7)], 1))
+
+
+def test_a_batch_norm_costs_what_folding_it_costs() -> None:
+    """Parameters of a network that was kept in half precision are exact in it; a kernel they are folded into is not."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8, affine=False))
+    with torch.no_grad():
+        for _ in range(3):
+            net(torch.randn(8, 3, 9, 9) * 2 + 1)
+        net = net.half().float().eval()
+        x = torch.randn(4, 3, 9, 9)
+        with Rounding("fp16", weights_only=True) as mode, net.register_forward_pre_hook(mode.follow):
+            found = net(x)
+        folded = nn.Sequential(*(fuse_conv_bn_eval(*net[at : at + 2]) for at in (0, 2)))
+        cost, told = (float((y - net(x)).square().mean().sqrt()) for y in (folded.half().float()(x), found))
+    assert 1e-5 < cost < 3 * told
+    assert told < 3 * cost

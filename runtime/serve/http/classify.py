@@ -28,8 +28,10 @@ async def classify_image(service: Service, request: Request) -> dict[str, Any]:
         pixels = await service.decoders.decode(bytes(request.body()), model.manifest.preprocessing)
     except RequestError as error:
         kind = request.headers.get(b"content-type", b"")
-        if error.code is Code.INVALID and kind.startswith((b"multipart/", b"application/x-www-form-urlencoded")):
-            error.message = "the body is a form (curl -F, -d); send the file itself: curl --data-binary @image.png"
+        if error.code is Code.INVALID and kind.startswith(b"multipart/"):
+            error.message = "the body is a form (curl -F); send the file itself: curl --data-binary @image.png"
+        elif error.code is Code.INVALID and kind.startswith(b"application/x-www-form-urlencoded"):
+            error.message += " (curl -d strips its newlines: send it with --data-binary @image.png)"
         raise
     prepared = monotonic_ns()
     port = next(iter(model.signature.inputs.values()))

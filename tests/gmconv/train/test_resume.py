@@ -14,8 +14,8 @@ import gmconv
 from gmconv.errors import CheckpointError
 from gmconv.train.__main__ import main
 from gmconv.train.loop import Epoch, train
-from gmconv.train.options import TrainOptions
-from gmconv.train.resume import output_path, read_state, state_path
+from gmconv.train.options import TrainOptions, state_path
+from gmconv.train.resume import output_path, read_state
 
 
 class Stopped(Exception):  # noqa: N818

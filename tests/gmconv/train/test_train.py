@@ -249,3 +249,13 @@ def test_the_default_run_reaches_98_percent_on_digits(cli: Cli, tmp_path: Path, 
 def test_help_does_not_wait_for_torch() -> None:
     check = "import sys, gmconv.train; sys.exit(bool({'torch', 'sklearn', 'PIL', 'rich'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0
+
+
+def test_what_an_interrupt_says_imports_nothing() -> None:
+    """A Ctrl-C may fall into torch's own import, and importing it a second time ends the process."""
+    said = "import sys, pathlib, gmconv.train.__main__ as m; print(m._interrupted(pathlib.Path('gone/c.pt')))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{said}; assert 'torch' not in sys.modules"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "interrupted before an epoch finished; nothing was written\n"

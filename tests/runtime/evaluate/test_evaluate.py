@@ -114,6 +114,8 @@ def test_gates_exit_4_and_name_the_artefact(tmp_path: Path, images: Path) -> Non
     assert "b.onnx: agrees with a.onnx on 75.00 % of 80 images" in done.stderr
     done = invoke(good, bad, "--images", images, "--max-top1-drop", "24", code=4)
     assert "b.onnx: top-1 is 25.00 points below a.onnx" in done.stderr
+    done = invoke(good, bad, "--images", images, "--max-drop", "24", "--min-agreement", "76", code=4)
+    assert "on 75.00 % of 80 images, 76 % were asked for; top-1 is 25.00 points below a.onnx" in done.stderr
     invoke(good, bad, "--images", images, "--max-top1-drop", "25")
 
 

@@ -114,5 +114,5 @@ def test_a_form_is_answered_with_how_to_send_the_file_itself(start: Start, tmp_p
     ):
         answer = server.request("POST", CLASSIFY, body, {"Content-Type": kind})
         assert answer[0] == 400
-        assert b"curl --data-binary" in answer[-1]
+        assert b"--data-binary @image.png" in answer[-1]
     assert server.request("POST", CLASSIFY, png(8, 8), {"Content-Type": urlencoded})[0] == 200  # whole all the same
