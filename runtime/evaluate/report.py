@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArtefactScore:
-    """One row: `mode` is "as written" for a Q/DQ graph that ONNX Runtime may not rewrite, else ""."""
+    """One row: `mode` is "as written" for a Q/DQ graph that ONNX Runtime may not rewrite, else "".
+
+    `is_reference`: it is what the others are compared with.
+    """
 
     artefact: str
     precision: str
     runner: str
     mode: str
     score: Score | PixelScore | MetricScore
+    is_reference: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -108,7 +112,6 @@ def _table(done: Evaluation) -> Table:
         ],
     )
     for row, found in zip(done.rows, cells, strict=True):
-        itself = done.reference in (row.artefact, f"live fp32 network of {row.artefact}")
-        told = ("-" if itself and cell.heading.startswith(_BESIDE) else cell.text for cell in found)
+        told = ("-" if row.is_reference and cell.heading.startswith(_BESIDE) else cell.text for cell in found)
         table.add(f"{row.artefact} {row.mode}".strip(), row.precision, *told)
     return table

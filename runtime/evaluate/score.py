@@ -117,11 +117,11 @@ def score_artefacts(
                 runner=opened.name,
                 mode="as written" if session_options(artefact.manifest, "evaluate").as_written else "",
                 score=score,
+                is_reference=opened is runner,
             )
             for artefact, opened, score in zip(found, runners[1:], scores, strict=True)
         ]
-    warnings = [layout_warning(artefact.manifest, options.device) for artefact in found]
-    warnings += [passed_over, _doubt(samples, known, options)]
+    layouts = (layout_warning(artefact.manifest, options.device) for artefact in found)
     return Evaluation(
         reference=_title(reference),
         images=samples.name,
@@ -131,7 +131,7 @@ def score_artefacts(
         labels=known.labels or samples.classes,
         output=getattr(judge, "output", None) if len(names) > 1 else None,
         outputs=names,
-        warnings=tuple(warning for warning in warnings if warning),
+        warnings=tuple(filter(None, (*layouts, passed_over, _doubt(samples, known, options)))),
     )
 
 

@@ -110,6 +110,11 @@ def test_gates_exit_4_and_name_the_artefact(tmp_path: Path, images: Path) -> Non
     assert "PASSED b.onnx: drop 25.00, at most 30; agreement 75.00 %, at least 75" in done.stdout
     own = next(line for line in done.stdout.splitlines() if line.startswith("a.onnx"))
     assert "exact" not in own, "the reference is not compared with itself"
+    assert "0.00" not in own.split(), "nor does it lose points against itself"
+    (tmp_path / "other").mkdir()
+    again = save(tmp_path / "other" / "a.onnx")
+    done = invoke(again, "--images", images, "--reference", good)
+    assert "0.00" in done.stdout.split(), "another file of the same name does"
     done = invoke(good, bad, "--images", images, "--min-agreement", "75.1", code=4)
     assert "b.onnx: agrees with a.onnx on 75.00 % of 80 images" in done.stderr
     done = invoke(good, bad, "--images", images, "--max-top1-drop", "24", code=4)
