@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,13 +59,14 @@ class Rounding(TorchFunctionMode):
             return func(*args, **kwargs)
         if self._weights_only:
             return self._with_rounded_constants(name, func, args, kwargs)
+        raw = _named(name, args, kwargs)
         if name in _PRODUCTS or name == "batch_norm":
             args, kwargs = [self._rounded(v) for v in args], {key: self._rounded(v) for key, v in kwargs.items()}
-        result = func(*args, **kwargs)
+        result = self._normalized(raw) if func is F.batch_norm and _is_fixed(raw) else func(*args, **kwargs)
         if name.endswith("_") and not name.endswith("__") and isinstance(result, Tensor):
             with torch.no_grad():
                 return result.copy_(self._rounded(result))
-        return self._rounded(result)
+        return _made_by(func, raw, self._rounded(result))
 
     def follow(self, module: Any, given: Any) -> None:
         """A forward pre-hook of the network: what its forward is given is no constant, nor what is made from it."""
@@ -83,24 +85,34 @@ class Rounding(TorchFunctionMode):
                     return float(self._rounded(torch.tensor(value)))
                 return value if hasattr(value, _FOLLOWED) else self._rounded(value)
 
-            args, kwargs = _each(args, constant), _each(kwargs, constant)
-            if func is F.batch_norm:
-                args, kwargs = self._folded(*args, **kwargs)
-        result = func(*args, **kwargs)
-        if any(found):
+            raw = _named(name, args, kwargs)
+            if func is F.batch_norm and _is_fixed(raw):
+                result = self._normalized(raw)
+            else:
+                result = _made_by(func, raw, func(*_each(args, constant), **_each(kwargs, constant)))
             _each(result, _follow)
-        return result
+            return result
+        return func(*args, **kwargs)
 
-    def _folded(self, x: Tensor, mean: Tensor, var: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """A batch norm whose scale and offset are rounded too, as those of a kernel that it was folded into: what a
-        checkpoint holds may be exact in 16 bits, and costs nothing by itself."""
-        given = dict(zip(("weight", "bias", "training", "momentum", "eps"), args, strict=False)) | kwargs
-        if given.get("training") or mean is None:
-            return (x, mean, var, *args), kwargs
+    def _normalized(self, given: Mapping[str, Any]) -> Any:
+        """A batch norm as the exporter folds it: into the convolution whose output it gets, which is made anew.
+
+        Behind anything else its scale and offset are rounded, as those of whatever they are folded into: what a
+        checkpoint holds may be exact in 16 bits, and costs nothing by itself.
+        """
+        x, mean, var = given["input"], given["running_mean"], given["running_var"]
         scale = (var + given.get("eps", 1e-5)).rsqrt() * (1 if given.get("weight") is None else given["weight"])
         offset = (0 if given.get("bias") is None else given["bias"]) - mean * scale
-        whole = torch.zeros_like(mean), torch.ones_like(var), self._rounded(scale), self._rounded(offset)
-        return (x, *whole), {"eps": 0.0}
+        if made := _kernel_of(x, len(scale)):
+            kernel, bias = made.arguments["weight"], made.arguments.get("bias")
+            each = scale.reshape(-1, *(1,) * (kernel.ndim - 1 - made.axis))
+            bias = self._rounded(offset if bias is None else bias * scale + offset)
+            inner = made.arguments["input"] if self._weights_only else self._rounded(made.arguments["input"])
+            return made.function(
+                **{**made.arguments, "input": inner, "weight": self._rounded(kernel * each), "bias": bias}
+            )
+        one, none = torch.ones_like(var), torch.zeros_like(mean)
+        return F.batch_norm(x, none, one, self._rounded(scale), self._rounded(offset), eps=0.0)
 
     def _operand(self, name: str, place: int | str, value: Any) -> Any:
         """A rounded operand: the first two, or `input` and `weight`; biases stay as they are."""
@@ -132,6 +144,59 @@ class Rounding(TorchFunctionMode):
 #: Functions whose Python numbers become tensors of a graph, and the mark of what comes from a network's input.
 _ARITHMETIC = {f"{r}{name}" for name in ("add", "sub", "mul", "div", "truediv") for r in ("", "r")} | {"true_divide"}
 _FOLLOWED = "_gmconv_followed"
+#: Behind it, what made a convolution's output.
+_MADE = "_gmconv_made"
+_KERNELS = {name for name in _PRODUCTS if name.startswith("conv")}
+_CONV = ("input", "weight", "bias", "stride", "padding")
+_ARGUMENTS = {
+    **{
+        name: (*_CONV, *(("output_padding", "groups", "dilation") if "transpose" in name else ("dilation", "groups")))
+        for name in _KERNELS
+    },
+    "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+}
+
+
+def _named(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a convolution or batch norm by their names."""
+    return {**dict(zip(_ARGUMENTS.get(name, ()), args, strict=False)), **kwargs}
+
+
+def _is_fixed(given: Mapping[str, Any]) -> bool:
+    """Whether a batch norm normalizes by what training left."""
+    return not given.get("training") and given["running_mean"] is not None
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """The call that made a convolution's output."""
+
+    function: Callable[..., Any]
+    arguments: Mapping[str, Any]
+
+    @property
+    def axis(self) -> int:
+        """The one of the kernel's output channels."""
+        return 1 if "transpose" in self.function.__name__ else 0
+
+
+def _made_by(func: Callable[..., Any], given: Mapping[str, Any], result: Any) -> Any:
+    """`result`, marked where it is a convolution's output; one that is written to is none any more."""
+    if getattr(func, "__name__", "") in _KERNELS:
+        setattr(result, _MADE, _Made(func, given))
+    elif hasattr(result, _MADE):
+        delattr(result, _MADE)
+    return result
+
+
+def _kernel_of(x: Tensor, channels: int) -> _Made | None:
+    """What made `x`, where it is the output of a convolution with a constant kernel of so many output channels."""
+    made: _Made | None = getattr(x, _MADE, None)
+    if made is None:
+        return None
+    kernel, bias = made.arguments["weight"], made.arguments.get("bias")
+    constant = not hasattr(kernel, _FOLLOWED) and not hasattr(bias, _FOLLOWED)
+    return made if constant and kernel.shape[made.axis] == channels else None
 
 
 def _follow(value: Any) -> None:
