@@ -33,7 +33,7 @@ ASKED = Asked(
     without=("foreign",),
     phrases={  # what is said of a checkpoint or a shell, and what of a network in memory
         NOTHING_BAKED: NOTHING_BAKED.partition(", this checkpoint")[0],
-        "check --input-shape, or give each input as --input NAME:SHAPE": (
+        "check --input-shape, or give each input as --input NAME:SHAPE[:DTYPE]": (
             "the examples are a batch of what it takes: a tensor, or a dict with one for each argument"
         ),
         " at last, all of it with -v:": " at last:",
@@ -129,8 +129,10 @@ def deploy(
     """
     from export.onnx.pipeline import export_onnx
     from export.onnx.trained import Live
-    from runtime.manifest import read_manifest
+    from gmconv.surgery import require_module
+    from runtime.manifest import read_manifest, refuse_other_artefact
 
+    require_module(model, "deploy")
     if options.keys() & {"auto_precision", "max_top1_drop", "min_snr"}:
         raise TypeError("deploy has no accuracy budget: deploy in fp32, then export.search_precision of the file")
     output = Path(output)
@@ -140,6 +142,8 @@ def deploy(
     asked, tell = ASKED(None, options), note or silent
     if flavor not in get_args(Flavor):
         raise RefusedError(f"flavor={flavor!r}: it takes {', '.join(get_args(Flavor))}")
+    if flavor != "auto" and not engine:
+        raise RefusedError(f"flavor={flavor!r} is of an engine: output={output.with_suffix('.plan').name!r} builds one")
     live = Live(model, examples, Foreign(preprocessing=said or None, labels=labels_of(labels)))
     written = output.with_suffix(".onnx") if engine else output
     if engine:
@@ -149,6 +153,9 @@ def deploy(
 
         if len(asked.precisions) > 1:
             raise RefusedError("an engine has one precision; deploy each with a call of its own")
+        precision = asked.precisions[0]
+        apart = output.with_name(f"{output.stem}.{precision}{output.suffix}")
+        refuse_other_artefact(written, precision, instead=f"-o {apart}", force=asked.force)
         build = BuildOptions(flavor=flavor, golden=asked.golden)
         refuse_options(trt.choose_flavor(flavor)[0], build)
     export_onnx(live, written, asked, note=lambda text: tell(ASKED.in_python(text)))

@@ -16,6 +16,7 @@ from gmconv.errors import RefusedError
 from gmconv.files import require_writable
 from gmconv.inputs import arguments_of
 from gmconv.outputs import named_outputs
+from gmconv.surgery import require_module
 
 
 def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLike[str]) -> None:
@@ -29,6 +30,7 @@ def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLik
     Raises:
         RefusedError: no batches, bfloat16, shapes that differ beyond axis 0, or a path that cannot be written.
     """
+    require_module(model, "save_golden")
     path = Path(path)
     require_writable(path)
     parted = isinstance(batches, tuple) and all(hasattr(part, "__array__") for part in batches)

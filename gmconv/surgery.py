@@ -52,6 +52,7 @@ def convert(
     Raises:
         SurgeryError: a layer cannot be converted (named), or a weight is computed (weight norm, parametrization).
     """
+    require_module(model, "convert")
     chosen: dict[str, nn.Conv2d] = {}
     for name, conv in _named_convs(model):
         wanted = where(name, conv) if where else tuple(conv.kernel_size) != (1, 1)
@@ -95,6 +96,7 @@ def bake(model: M, inplace: bool = False, *, others: Literal["refuse", "leave"] 
         BakeError: a layer (named) whose mask depends on the input, whose class changes how it computes, whose weight
             is computed, or whose weight or sigma holds NaN or Inf.
     """
+    require_module(model, "bake")
     for name, module in model.named_modules():
         if others == "refuse" or has_static_mask(module):
             _require_bakeable(name, module)
@@ -120,6 +122,16 @@ def bake(model: M, inplace: bool = False, *, others: Literal["refuse", "leave"] 
             del module.sigma, module.sigma_per
             cast(nn.Module, module).__class__ = nn.Conv2d
     return model
+
+
+def require_module(model: object, function: str) -> None:
+    """Raise TypeError where what `function` was given is no network."""
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(
+            f"{function} takes the network itself, a torch.nn.Module, and got {given}; "
+            f"gmconv.load_checkpoint(FILE, arch=...).model is the one in a file"
+        )
 
 
 def copied(model: M, memo: dict[int, Any] | None = None) -> M:

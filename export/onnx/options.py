@@ -64,7 +64,7 @@ class ExportOptions:
     def bake_options(self) -> dict[str, Any]:
         """Keyword arguments of `gmconv.constants.bake_for_inputs`."""
         dynamic = "keep" if self.keep_dynamic else "refuse"
-        return {"batch": self.batch or 2, "dynamic_hw": self.dynamic_hw, "dynamic": dynamic}
+        return {"batch": self.batch, "dynamic_hw": self.dynamic_hw, "dynamic": dynamic}
 
     def outputs(self, output: Path) -> list[Path]:
         """The files that an export to `output` writes, in the order of `precisions`; manifests and data aside.

@@ -26,7 +26,7 @@ from gmconv.errors import ArchitectureUnsaidError, CheckpointError, InputsUnsaid
 from gmconv.files import replacing
 from gmconv.foreign import DTYPES, labels_of, preprocessing_of
 from gmconv.inputs import Input, in_order
-from gmconv.surgery import masked_layers
+from gmconv.surgery import masked_layers, require_module
 
 SCHEMA = "gmconv-deploy.checkpoint/v1"
 _LARGEST_INPUT = 2**28  # elements of one sample: a gigabyte
@@ -102,6 +102,7 @@ def save_checkpoint(
     """
     if unknown := sorted(facts.keys() - Facts.__annotations__.keys()):
         raise TypeError(f"save_checkpoint takes no {unknown[0]!r}; it takes {', '.join(Facts.__annotations__)}")
+    require_module(model, "save_checkpoint")
     path = Path(path)
     kwargs = plain_kwargs(arch_kwargs or {}, str(path))
     masked: dict[str, str] = {name: layer.sigma_per for name, layer in masked_layers(model).items()}

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gmconv.constants.certificate import certify, kept_certificate
 from gmconv.constants.observe import Use, Watched, watch
@@ -20,7 +20,7 @@ from gmconv.constants.origins import INPUT, RANDOM
 from gmconv.constants.rewrite import become, plain_layer, redirect
 from gmconv.errors import BakeError, layer_words
 from gmconv.records import KernelCertificate
-from gmconv.surgery import copied
+from gmconv.surgery import copied, require_module
 
 Dynamic = Literal["refuse", "keep"]
 
@@ -62,6 +62,7 @@ def bake_constants(
     *examples: Any,
     dynamic: Dynamic = "refuse",
     sizes: Sequence[tuple[Any, ...]] = (),
+    fixed_batch: bool = False,
     inplace: bool = False,
 ) -> Baked:
     """Turn every layer whose kernel is computed, but not from the input, into a plain layer that stores the kernel.
@@ -79,7 +80,8 @@ def bake_constants(
         model: any module in eval mode. Running it leaves in it what its forward leaves in it.
         examples: the arguments of its forward: tensors, also nested.
         dynamic: "refuse" a layer whose kernel depends on the input or on chance, or "keep" it as it is.
-        sizes: further arguments to run it on, where other input sizes are to give the same kernels.
+        sizes: further arguments to run it on, where other batch or input sizes are to give the same kernels.
+        fixed_batch: the network is for the examples' batch size alone, which a kernel may follow then.
         inplace: change `model` itself instead of a deep copy.
 
     Returns:
@@ -89,8 +91,8 @@ def bake_constants(
         BakeError: a layer (named) whose kernel is not shown to be constant; training mode; a ScriptModule; a thread.
     """
     _require_watchable(model)
-    runs, seen = _watch_twice(model, examples, sizes)
-    layers = _computed_layers(seen)
+    runs, seen = _watch_twice(model, examples, sizes, fixed_batch=fixed_batch)
+    layers = _computed_layers(seen, [_shapes(run) for run in runs])
     kept = [layer for layer in layers if layer.why is not None]
     if kept and dynamic == "refuse":
         first = kept[0]
@@ -113,6 +115,7 @@ def bake_constants(
 
 
 def _require_watchable(model: nn.Module) -> None:
+    require_module(model, "bake_constants")
     if model.training:
         raise BakeError("the network is in training mode, where kernels may change from call to call: model.eval()")
     for name, module in model.named_modules():
@@ -121,12 +124,14 @@ def _require_watchable(model: nn.Module) -> None:
 
 
 def _watch_twice(
-    model: nn.Module, examples: tuple[Any, ...], sizes: Sequence[tuple[Any, ...]]
+    model: nn.Module, examples: tuple[Any, ...], sizes: Sequence[tuple[Any, ...]], *, fixed_batch: bool
 ) -> tuple[list[tuple[Any, ...]], Watched]:
     """The runs that were watched, and what they showed."""
     failed: Exception | None = None
-    for others in (_larger(examples), _noise(examples), _shuffled(examples)):
-        runs = [examples, others, *sizes]
+    own = [size for size in sizes if _batches(size) == _batches(examples)]
+    tries = [] if fixed_batch else [[_larger(examples), *sizes]]
+    for others in (*tries, [_noise(examples), *own], [_shuffled(examples), *own]):
+        runs = [examples, *others]
         try:
             return runs, watch(model, runs)
         except BakeError:
@@ -168,7 +173,15 @@ def _mapped(args: tuple[Any, ...], resize: Callable[[Tensor], Tensor], *, noise:
     return cast(tuple[Any, ...], tree_map_only(Tensor, other, args))
 
 
-def _computed_layers(seen: Watched) -> list[_Layer]:
+def _shapes(args: tuple[Any, ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(leaf.shape) for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+
+
+def _batches(args: tuple[Any, ...]) -> list[int]:
+    return [shape[0] for shape in _shapes(args) if shape]
+
+
+def _computed_layers(seen: Watched, shapes: Sequence[tuple[tuple[int, ...], ...]]) -> list[_Layer]:
     """The modules with computed kernels that the input passes through, in the order in which they first ran."""
     computed = [[use for use in run if use.computed] for run in seen.uses]
     if not any(computed):
@@ -184,7 +197,7 @@ def _computed_layers(seen: Watched) -> list[_Layer]:
     found = []
     for module, calls in by_module.items():
         layer = _Layer(module, calls[0][0].name, calls, None)
-        layer.why = _why_not(layer, seen) or (None if same else "from run to run other layers ran")
+        layer.why = _why_not(layer, seen, shapes) or (None if same else "from run to run other layers ran")
         found.append(layer)
     return found
 
@@ -192,8 +205,16 @@ def _computed_layers(seen: Watched) -> list[_Layer]:
 _NOT_FINITE = "its kernel holds NaN or Inf: the training diverged or the checkpoint is damaged"
 
 
-def _why_not(layer: _Layer, seen: Watched) -> str | None:
-    """Why the layer's kernels cannot be stored, in words; None if they can."""
+#: Why two runs gave two kernels, by what of their inputs differs most.
+_FOLLOWS = {
+    "values": "two inputs gave two kernels, in a way that no operator shows",
+    "batch": "two batches gave two kernels: one that follows the batch's size is exported with --batch N",
+    "size": "its kernel follows the input's height and width: export it for one size, without --dynamic-hw",
+}
+
+
+def _why_not(layer: _Layer, seen: Watched, shapes: Sequence[tuple[tuple[int, ...], ...]]) -> str | None:
+    """Why the layer's kernels cannot be stored, in words; None if they can. `shapes`: of the inputs, run by run."""
     uses = [use for call in layer.calls for use in call]
     sources = frozenset[str]().union(*(use.origin.sources for use in uses))
     if INPUT in sources:
@@ -209,10 +230,10 @@ def _why_not(layer: _Layer, seen: Watched) -> str | None:
         return _NOT_FINITE
     for call in layer.calls:
         found = [(use.digest, str(use.settings)) for use in call]
-        if len(set(found[:2])) > 1:
-            return "two inputs gave two kernels, in a way that no operator shows"
-        if len(set(found)) > 1:
-            return "its kernel follows the input's height and width: export it for one size, without --dynamic-hw"
+        for run, other in enumerate(found):
+            if other != found[0]:
+                sized = [shape[1:] for shape in shapes[run]] != [shape[1:] for shape in shapes[0]]
+                return _FOLLOWS["size" if sized else "batch" if shapes[run] != shapes[0] else "values"]
     if any(use.hidden for use in uses):
         return "its kernel is used by compiled code (TorchScript), where no stored one can be put"
     if any(use.bias_varies and "Transpose" in use.layer.__name__ for use in uses):

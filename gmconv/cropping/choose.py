@@ -25,6 +25,7 @@ from gmconv.cropping.layers import CroppedConv2d, crop_conv
 from gmconv.cropping.window import PRECISIONS, Precision, Window, smallest_lossless_window, smallest_window
 from gmconv.errors import SurgeryError, layer_words
 from gmconv.layer import GMConv2d
+from gmconv.surgery import require_module
 
 M = TypeVar("M", bound=nn.Module)
 Tolerance = float | Literal["lossless"]
@@ -75,6 +76,7 @@ def choose_windows(
     where: Where | None = None,
 ) -> dict[str, Window]:
     """The window that `crop` would cut each layer to, by name; uncropped layers with a kernel over 1x1 included."""
+    require_module(model, "crop")
     tolerance = parse_tolerance(tolerance)
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")

@@ -251,6 +251,7 @@ def test_an_option_that_there_is_not_is_named(net: nn.Module, tmp_path: Path) ->
         ({"crop": "lossless", "crop_budget": "1e-2"}, "^crop and crop_budget exclude each other"),
         ({"crop_gain": "latency"}, "^crop_gain says what a crop_budget buys; give"),
         ({"flavor": "rtxx"}, "^flavor='rtxx': it takes auto, tensorrt, rtx$"),
+        ({"flavor": "rtx"}, "^flavor='rtx' is of an engine: output='net.plan' builds one$"),
         ({"target": "gpu"}, "target='gpu': 'gpu' is not one of 'tensorrt', 'cpu'"),
         ({"precision": 16}, "precision is a int; it takes 'fp16,int8', or PrecisionOptions"),
         ({"precision": "bf16", "io_dtype": "fp16"}, r"io_dtype=?.* does not go with bf16"),
@@ -375,6 +376,10 @@ def test_an_engine_that_could_not_run_here_fails_nothing(net: nn.Module, tmp_pat
     assert [file.name for file in deployed.files] == ["net.onnx", "net.plan"]
     assert deployed.passed
     assert "PASSED" in str(deployed)
+    with pytest.raises(
+        RefusedError, match=r"is there in fp32, and fp16 would replace it: output='.*/net.fp16.plan', or"
+    ):
+        gmconv.deploy(net, torch.randn(2, 3, 16, 16), tmp_path / "net.plan", precision="fp16")
 
 
 def test_an_engine_that_nothing_here_can_build_is_refused_before_the_export(

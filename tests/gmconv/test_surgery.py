@@ -16,6 +16,19 @@ from gmconv.errors import BakeError, SurgeryError
 from gmconv.surgery import masked_layers
 
 
+@pytest.mark.parametrize("given", ["net.pth", {}, nn.ReLU, None], ids=lambda given: type(given).__name__)
+@pytest.mark.parametrize("function", ["convert", "bake", "bake_constants", "crop", "deploy", "save_golden"])
+def test_what_is_no_network_is_refused_in_one_sentence(function: str, given: object) -> None:
+    more = {
+        "deploy": (torch.zeros(1),),
+        "save_golden": ([torch.zeros(1)], "g.npz"),
+        "bake_constants": (torch.zeros(1),),
+    }
+    what = f"{function} takes the network itself, a torch.nn.Module, and got "
+    with pytest.raises(TypeError, match=what + ("the class ReLU" if given is nn.ReLU else f"a {type(given).__name__}")):
+        getattr(gmconv, function)(given, *more.get(function, ()))
+
+
 class Shared(nn.Module):
     """One convolution used under two names, and one in a plain list that no module tree knows."""
 

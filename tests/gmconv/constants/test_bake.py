@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gmconv
-from gmconv.constants import bake_constants, bake_network
+from gmconv.constants import bake_constants, bake_for_inputs, bake_network
 from gmconv.errors import BakeError
+from gmconv.inputs import Input
 from tests.gmconv.constants import calls, dynamic, generated, layers
 from tests.gmconv.constants.layers import Base, gauss, net
 
@@ -141,6 +142,31 @@ def test_another_size_must_give_the_same_kernel() -> None:
     assert len(bake_constants(net(BySize), image()).certificates) == 2
     with pytest.raises(BakeError, match="layer 'a'.*follows the input's height and width"):
         bake_constants(net(BySize), image(), sizes=[(image(size=24),)])
+
+
+class ByBatch(Base):
+    """Another kernel from so many samples on, and for five."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = 1.5 if len(x) > 20 or len(x) == 5 else 1.0
+        return F.conv2d(x, self.weight * gauss(5, width), self.bias, padding=2)
+
+
+def test_another_batch_must_give_the_same_kernel_unless_it_is_the_only_one() -> None:
+    told = "layer 'a'.*two batches gave two kernels.*--batch N"
+    with pytest.raises(BakeError, match=told):
+        bake_constants(net(ByBatch), image(), sizes=[(image(batch=21),)])
+    with pytest.raises(BakeError, match=told):
+        bake_constants(net(ByBatch), image(batch=20))
+    for batch in (5, 20):
+        assert bake_constants(net(ByBatch), image(batch=batch), fixed_batch=True).certificates
+
+
+def test_a_network_of_inputs_is_shown_small_and_large_batches() -> None:
+    inputs = [Input("input", (3, 12, 12))]
+    with pytest.raises(BakeError, match="two batches gave two kernels"):
+        bake_for_inputs(net(ByBatch), inputs)
+    assert bake_for_inputs(net(ByBatch), inputs, batch=4)[1].kernels
 
 
 def test_training_mode_scripts_and_threads_are_refused() -> None:
