@@ -96,7 +96,26 @@ def _from_checkpoint(
     matches, sure = _with_named_layers(graph, matches, modules, norms)
     values = {match.tensor: modules[match.other][match.call] for match in matches}
     names = _module_names(graph, matches, list(modules), reference.weighted_modules())
-    return _judge(graph, matches, values, feeds, tolerance, names, sigmas, sure)
+    found = _judge(graph, matches, values, feeds, tolerance, names, sigmas, sure)
+    return found if found.culprit else _or_outputs(found, graph, feeds, reference.run(own), tolerance)
+
+
+def _or_outputs(
+    found: Bisection, graph: Graph, feeds: Mapping[str, Array], expected: Mapping[str, Array], tolerance: Tolerance
+) -> Bisection:
+    """`found`, where no layer is off; unless the graph's outputs are not what its layers make: swapped, say."""
+    ours = graph.run([name for name in expected if name in graph.producer], feeds) if found.layers else {}
+
+    def right(name: str, other: str) -> bool:
+        same = expected[name].shape == ours[other].shape
+        return same and not _fails(*_error(expected[name], ours[other]), tolerance)
+
+    for name in (name for name in ours if expected[name].shape == ours[name].shape and not right(name, name)):
+        like = next((other for other in ours if right(name, other)), None)
+        what = f"output {like!r} is what {name!r} should be" if like else f"output {name!r} is another"
+        text = f"all {len(found.layers)} layers agree, but {what}: swapped, or changed behind the last layer"
+        return Bisection(None, text, found.layers)
+    return found
 
 
 def _with_named_layers(
@@ -140,7 +159,8 @@ def _from_onnx(
     layer_of, same = dict(other.layer_outputs()), dict(graph.layer_outputs())
     sure = {tensor for layer, tensor in same.items() if layer in layer_of}
     sure &= {match.tensor for match in matches if match.other in layer_of.values()}
-    return _judge(graph, matches, values, feeds, tolerance, names, sigmas, sure)
+    judged = _judge(graph, matches, values, feeds, tolerance, names, sigmas, sure)
+    return judged if judged.culprit else _or_outputs(judged, graph, feeds, reference.run(own), tolerance)
 
 
 def _from_two_checkpoints(

@@ -242,6 +242,39 @@ def test_layers_that_all_agree_point_at_the_engine() -> None:
     assert "all 3 layers agree" in found.sentence
 
 
+class Two(nn.Module):
+    """Two outputs of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = (nn.Conv2d(i, 4, 3, padding=1) for i in (3, 4, 4))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.stem(x).relu()
+        return self.left(x), self.right(x)
+
+
+@pytest.mark.parametrize("change", ["swapped", "halved"])
+def test_outputs_that_are_not_what_the_layers_make_are_named(tmp_path: Path, change: str) -> None:
+    torch.manual_seed(0)
+    model, options = Two().eval(), ParityOptions(bisect=True, foreign=Foreign(arch=f"{__name__}:Two"))
+    gmconv.save_checkpoint(tmp_path / "net.pt", model, arch=f"{__name__}:Two", input_shape=(3, 8, 8))
+    gmconv.deploy(model, torch.randn(2, 3, 8, 8), tmp_path / "net.onnx")
+    graph = (changed := onnx.load(tmp_path / "net.onnx")).graph
+    one, other = (output.name for output in graph.output)
+    for node in graph.node:
+        swapped = [{one: other, other: one}.get(name, name) for name in node.output]
+        node.output[:] = swapped if change == "swapped" else [{one: "whole"}.get(name, name) for name in node.output]
+    if change == "halved":
+        graph.initializer.append(numpy_helper.from_array(np.float32(0.5), "half"))
+        graph.node.append(onnx.helper.make_node("Mul", ["whole", "half"], [one]))
+    onnx.save(changed, tmp_path / "bad.onnx")
+    found = found_in(tmp_path / "net.pt", tmp_path / "bad.onnx", options)
+    assert found.culprit is None
+    told = f"output {other!r} is what {one!r} should be" if change == "swapped" else f"output {one!r} is another"
+    assert f"layers agree, but {told}: " in found.sentence
+
+
 def without_metadata(path: Path, prefix: str = "") -> Path:
     """As another exporter or a quantizer leaves a graph; with a prefix, weights lose their names too."""
     model = onnx.load(path)
