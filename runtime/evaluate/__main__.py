@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gmconv.cli import Command, print_json, result_console, warn
+from gmconv.cli import SEED, Command, Finite, print_json, result_console, warn
 from gmconv.data import refuse_missing
 from gmconv.errors import ParityError
 from gmconv.foreign import foreign_options
@@ -48,14 +48,14 @@ if TYPE_CHECKING:
     help="What to compare with [a checkpoint given or beside it, else the first of several, else its source].",
 )
 @click.option("--limit", type=click.IntRange(1), help="At most so many images.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw with --limit.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the draw with --limit.")
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Images at a time.")
 @foreign_options
-@click.option("--min-agreement", type=click.FloatRange(0, 100), help="Percent; exit 4 below it.")
+@click.option("--min-agreement", type=Finite(0, 100), help="Percent; exit 4 below it.")
 @click.option(
     "--max-drop",
     "--max-top1-drop",
-    type=click.FloatRange(0),
+    type=Finite(0),
     help="Points of top-1 or mIoU, or of the metric, below the reference; exit 4 above it.",
 )
 @report_option
@@ -106,7 +106,7 @@ def main(
         from runtime.report import write_report
 
         write_report(report, f"Accuracy of {', '.join(row.artefact for row in done.rows)}", done.sections())
-    for row in done.rows:
+    for row in (row for row in done.rows if not row.is_reference):
         if (held := _gate(row, done, min_agreement, max_drop)) and not as_json:
             result_console().print(held, highlight=False, markup=False)
 

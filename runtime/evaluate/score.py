@@ -86,8 +86,6 @@ def score_artefacts(
     if isinstance(options.metric, str):
         options = replace(options, metric=load_metric(options.metric))
     found = [open_artefact(path) for path in each_path(artefacts)]
-    if not found:
-        raise RefusedError("no artefact given")
     for artefact in found:
         artefact.require_agreement(options.foreign.preprocessing)
     named = [*(artefact.path for artefact in found), *filter(None, [options.reference])]
@@ -166,7 +164,9 @@ def _about(images: str, options: EvaluateOptions) -> Iterator[None]:
     try:
         yield
     except RefusedError as error:
-        raise error if options.metric is not None else RefusedError(f"{images}: {error.message}") from error
+        if options.metric is not None:
+            raise
+        raise RefusedError(f"{images}: {error.message}") from error
 
 
 def _require_finite(runner: Runner, output: str, outputs: Mapping[str, NDArray[Any]], images: str) -> None:

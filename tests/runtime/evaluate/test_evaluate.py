@@ -295,6 +295,10 @@ def test_an_own_metric_sees_every_output_and_every_array(
         "def close(outputs, targets):\n"
         "    assert outputs['map'].shape == (6, 2, 4, 4) and set(targets) == {'mean', 'masks'}\n"
         "    return 1 - abs(outputs['mean'][:, 0] - targets['mean'])\n"
+        "def wrong(outputs, targets):\n"
+        "    return outputs['nope']\n"
+        "def nan(outputs, targets):\n"
+        "    return float('nan')\n"
     )
     path = save_pixels(tmp_path / "a.onnx")
     found = json.loads(invoke(path, "--data", masks, "--metric", "metric_of_test_evaluate:close", "--json").stdout)
@@ -302,6 +306,8 @@ def test_an_own_metric_sees_every_output_and_every_array(
     assert "close (metric)" in invoke(path, "--data", masks, "--metric", "metric_of_test_evaluate:close").stdout
     refused = invoke(path, "--data", masks, "--metric", "metric_of_test_evaluate:far", code=3)
     assert "it has close" in refused.stderr
+    for name, told in (("wrong", "--metric wrong failed: KeyError: 'nope' in metric_of_test"), ("nan", "--metric nan")):
+        assert told in invoke(path, "--data", masks, "--metric", f"metric_of_test_evaluate:{name}", code=3).stderr
     invoke(path, "--data", masks, "--metric", "metric_of_test_evaluate:close", "--output", "map", code=2)
 
 
