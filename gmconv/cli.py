@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -92,6 +94,10 @@ def _with_advice(refusal: click.UsageError) -> click.UsageError:
     return refusal
 
 
+#: How numpy and torch say, in errors of other kinds, that an array is too large.
+_NO_MEMORY = re.compile("array is too big|Maximum allowed dimension exceeded|DefaultCPUAllocator|CUDA out of memory")
+
+
 class _Documented:
     """What each command and the group of them do alike: how they end, and what their help shows."""
 
@@ -129,9 +135,13 @@ class _Documented:
             except (click.Abort, KeyboardInterrupt):
                 exit_interrupted()
             except Exception as error:
-                if not _by_interrupt(error):
+                if _by_interrupt(error):
+                    exit_interrupted()
+                if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
                     raise
-                exit_interrupted()
+                said = printable(str(error) or "no more words", 200)
+                click.echo(f"Error: out of memory ({said}): take fewer samples, a smaller batch or size", err=True)
+                sys.exit(6)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The example, after the options."""
@@ -177,6 +187,20 @@ class Group(_Documented, click.Group):
         raise click.UsageError(f"No such command {name!r}: {advice}", ctx)
 
 
+SEED = click.IntRange(0, 2**63 - 1)
+
+
+class Finite(click.FloatRange):
+    """A number in a range; NaN, which holds every limit and breaks none, and infinity are refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """As FloatRange does it."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
 def version_option() -> click.Option:
     """`--version`: of this package, and of Python."""
 
@@ -218,9 +242,13 @@ def exit_interrupted() -> NoReturn:
 
 def _by_interrupt(error: BaseException | None) -> bool:
     """Whether a Ctrl-C began it: in the middle of a C extension's import it comes out as an ImportError."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
+    met: set[int] = set()
+    while error is not None and id(error) not in met:  # a user's code may close the chain to a circle
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        met.add(id(error))
         error = error.__cause__ or error.__context__
-    return error is not None
+    return False
 
 
 def _forget_interrupt() -> None:

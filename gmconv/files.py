@@ -21,8 +21,11 @@ _JUST_BEGUN = 10.0  # seconds
 
 
 def each_path(given: str | os.PathLike[str] | Iterable[str | Path]) -> list[str | Path]:
-    """Where several files may be given: them, or the only one; a string is no list of its letters."""
-    return [os.fspath(given)] if isinstance(given, str | os.PathLike) else list(given)
+    """Where several files may be given: them, or the only one. Raises RefusedError where there is none."""
+    paths: list[str | Path] = [os.fspath(given)] if isinstance(given, str | os.PathLike) else list(given)
+    if not paths:
+        raise RefusedError("no artefact given")
+    return paths
 
 
 def sha256_file(path: Path) -> str:

@@ -35,7 +35,12 @@ def attach(package: str, home: dict[str, str]) -> tuple[Callable[[str], Any], Ca
         path, colon, own = home[name].partition(":")
         if not path.startswith("."):
             importlib.import_module("gmconv.packages").refuse_hidden()
-        module = importlib.import_module(path, package)
+        try:
+            module = importlib.import_module(path, package)
+        except ModuleNotFoundError as error:
+            if sentence := importlib.import_module("gmconv.packages").missing(error):
+                raise importlib.import_module("gmconv.errors").UnavailableError(sentence) from error
+            raise
         return module if colon and not own else getattr(module, own or name)
 
     return get, lambda: sorted(home)

@@ -13,6 +13,7 @@ import click
 from export.graph.capture import OLDEST_OPSET
 from export.onnx.options import DEFAULT_OPSET, ExportOptions, crop_clash
 from export.precision.__main__ import options_from_flags, precision_flags
+from gmconv.cli import SEED
 from gmconv.foreign import foreign_options
 
 
@@ -86,7 +87,7 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
         "--golden", type=click.Path(path_type=Path), metavar="FILE.npz", help="Pairs that your program recorded."
     ),
     click.option("--samples", type=click.IntRange(3), default=64, show_default=True, help="How many images."),
-    click.option("--seed", "noise_seed", type=int, default=0, show_default=True, help="Of the noise."),
+    click.option("--seed", "noise_seed", type=SEED, default=0, show_default=True, help="Of the noise."),
     click.option(
         "--crop",
         callback=_crop,

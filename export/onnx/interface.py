@@ -54,7 +54,7 @@ def output_specs(
         takes = ", ".join(inspect.signature(loaded.model.forward).parameters)
         raise RefusedError(
             f"the network, whose forward takes ({takes}), does not run on samples of {shapes} ({reason}); check "
-            f"--input-shape, or give each input as --input NAME:SHAPE"
+            f"--input-shape, or give each input as --input NAME:SHAPE[:DTYPE]"
         ) from error
     named = named_outputs(outputs, options.output_names)
     refuse_labels(loaded.labels, [tuple(tensor.shape) for tensor in named.values()], foreign)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.onnx.options import ExportOptions, crop_clash
+from export.onnx.options import DEFAULT_OPSET, ExportOptions, crop_clash
 from gmconv.data import refuse_missing
 from gmconv.errors import ParityError, RefusedError, layer_words, printable
 from gmconv.files import require_writable
@@ -64,6 +64,8 @@ def refuse_early(source: object, written: Sequence[Path], options: ExportOptions
         refuse_other_artefact(file, precision, target=options.calibrated.target, force=options.force)
         if clash := options.calibrated.io_clash(precision):
             raise RefusedError(clash)
+    if options.opset > DEFAULT_OPSET and options.opset > (newest := require("onnx").defs.onnx_opset_version()):
+        raise RefusedError(f"--opset {options.opset}: the installed onnx knows opsets up to {newest}")
     for module in ("torch", "onnxruntime", "onnxscript", *(["onnxslim"] if options.simplify else [])):
         require(module)
 

@@ -21,7 +21,7 @@ from export.precision.converter import (
     Precision,
     PrecisionOptions,
 )
-from gmconv.cli import Command, data_options, print_json, progress_console, result_console, warn
+from gmconv.cli import SEED, Command, Finite, data_options, print_json, progress_console, result_console, warn
 from gmconv.files import require_writable
 from runtime.report.artefacts import report_option, require_report, write_artefact_report
 
@@ -64,13 +64,13 @@ def precision_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--percentile",
-            type=click.FloatRange(50, 100),
+            type=Finite(50, 100),
             default=99.99,
             show_default=True,
             help="Of activations inside the range, by --calibration-method percentile.",
         ),
         click.option(
-            "--calibration-seed", "seed", type=int, default=0, show_default=True, help="Of the draw of those images."
+            "--calibration-seed", "seed", type=SEED, default=0, show_default=True, help="Of the draw of those images."
         ),
     ]
     for flag in reversed(flags):
@@ -101,9 +101,9 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
     help="In place of --to: quantize as many layers as a budget allows, keep the rest higher.",
 )
 @click.option(
-    "--max-top1-drop", "--max-drop", type=click.FloatRange(0, 100), help="Budget: points of top-1 or of pixel accuracy."
+    "--max-top1-drop", "--max-drop", type=Finite(0, 100), help="Budget: points of top-1 or of pixel accuracy."
 )
-@click.option("--min-snr", type=float, help="Budget: least output signal-to-noise ratio, dB.")
+@click.option("--min-snr", type=Finite(), help="Budget: least output signal-to-noise ratio, dB.")
 @click.option("--images-limit", type=click.IntRange(2), default=512, show_default=True, help="Most to judge on.")
 @click.option(
     "--keep-as",

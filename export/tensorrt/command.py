@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from export.onnx.flags import export_flags, only_of_an_export
-from gmconv.cli import Command, print_json, warn
+from gmconv.cli import Command, Finite, print_json, warn
 from gmconv.files import require_writable
 from gmconv.kinds import artefact_kind, refuse_other_kinds, require_ending
 from runtime import trt
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from runtime.manifest import Manifest
 
 Precision = Literal["fp16", "bf16", "int8", "fp8"]
+_BATCH = click.IntRange(1, 2**31 - 1)
 
 
 def prepare(
@@ -82,7 +83,8 @@ def summary(output: Path, manifest: Manifest) -> list[str]:
     lines = [
         f"{output}: {manifest.artefact.bytes / 2**20:.1f} MiB, sha256 {manifest.artefact.sha256[:12]}…, "
         f"built in {build.seconds.get('build', 0):.1f} s with {(build.peak_memory or 0) / 2**20:.0f} MiB",
-        f"asked for {manifest.precision}; {layers.total} layers: {histogram}{f', {rest} of no type' if rest else ''}",
+        f"asked for {manifest.precision}{', TF32 allowed' * build.tf32}; {layers.total} layers: {histogram}"
+        + (f", {rest} of no type" if rest else ""),
         f"{layers.convolutions} convolutions, {layers.fused_epilogues} with a fused epilogue, "
         f"{layers.mask_multiplications} mask multiplications",
     ]
@@ -144,13 +146,13 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> t
     help="Convert the ONNX file first (export.precision).",
 )
 @export_flags
-@click.option("--min", "low", type=int, multiple=True, help="Smallest batch. Repeat for several profiles.")
-@click.option("--opt", type=int, multiple=True, help="Batch to tune for.")
-@click.option("--max", "high", type=int, multiple=True, help="Largest batch.")
+@click.option("--min", "low", type=_BATCH, multiple=True, help="Smallest batch. Repeat for several profiles.")
+@click.option("--opt", type=_BATCH, multiple=True, help="Batch to tune for.")
+@click.option("--max", "high", type=_BATCH, multiple=True, help="Largest batch.")
 @click.option("--minShapes", "min_shapes", multiple=True, metavar="NAME:1x3x224x224", help="Full shapes, as trtexec.")
 @click.option("--optShapes", "opt_shapes", multiple=True, metavar="NAME:8x3x224x224")
 @click.option("--maxShapes", "max_shapes", multiple=True, metavar="NAME:32x3x224x224")
-@click.option("--workspace", type=click.FloatRange(min=0, min_open=True), metavar="MIB", help="Scratch memory limit.")
+@click.option("--workspace", type=Finite(min=0, min_open=True), metavar="MIB", help="Scratch memory limit.")
 @click.option("--builder-optimization-level", "optimization_level", type=click.IntRange(0, 5))
 @click.option("--tf32/--no-tf32", default=False, show_default=True, help="Off: parity first.")
 @click.option(

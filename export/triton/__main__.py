@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
@@ -128,7 +129,8 @@ def main(
     click.echo(
         f"{entry.version}: {entry.backend} backend, {f'batches up to {limit}' if limit else 'requests run alone'}"
     )
-    serve = f"serve it: tritonserver --model-repository={repository} (or gmconv serve {repository})"
+    folder = shlex.quote(str(repository))
+    serve = f"serve it: tritonserver --model-repository={folder} (or gmconv serve {folder})"
     console.print(serve, markup=False, highlight=False, soft_wrap=True)
 
 

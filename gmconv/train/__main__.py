@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gmconv.cli import Command, progress_console, warn
+from gmconv.cli import SEED, Command, Finite, progress_console, warn
 from gmconv.errors import Interrupted, RefusedError
 from gmconv.files import require_writable, write_text
 from gmconv.foreign import parse_shape
@@ -53,8 +53,8 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     return value
 
 
-_POSITIVE = click.FloatRange(min=0, min_open=True)
-_NOT_NEGATIVE = click.FloatRange(min=0)
+_POSITIVE = Finite(min=0, min_open=True)
+_NOT_NEGATIVE = Finite(min=0)
 
 
 @click.command(
@@ -77,7 +77,7 @@ _NOT_NEGATIVE = click.FloatRange(min=0)
     help="A network of gmconv.models; timm:NAME, torchvision:NAME, or your own package.module:factory.",
 )
 @click.option("--plain", is_flag=True, help="Put no masks on it: the plain twin, or your network as it is.")
-@click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**63 - 1))
+@click.option("--seed", default=1, show_default=True, type=SEED)
 @click.option("-o", "--output", default="ckpt.pt", show_default=True, type=click.Path(path_type=Path))
 @click.option("--epochs", default=8, show_default=True, type=click.IntRange(min=1))
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=2))
@@ -117,7 +117,7 @@ _NOT_NEGATIVE = click.FloatRange(min=0)
     "--resume",
     type=click.Path(path_type=Path),
     metavar="NAME.last.pt",
-    help="Go on with a run that was stopped, with its own options; say --data again.",
+    help="Go on with a run that was stopped, with its own options; say --data and --log again.",
 )
 @click.option(
     "--log", type=click.Path(path_type=Path), metavar="FILE.csv", help="Loss and accuracy of each epoch, as they come."

@@ -65,6 +65,8 @@ def make_network(options: TrainOptions, num_classes: int) -> Network:
 def _masked_note(model: nn.Module) -> str:
     """How many convolutions were masked, and which were left as they are, and why."""
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    if not convolutions:
+        return "it has no nn.Conv2d to mask, and trains as its factory makes it"
     left = [module for module in convolutions if not isinstance(module, GMConv2d)]
     own = [type(module).__name__ for module in left if tuple(module.kernel_size) != (1, 1)]
     reasons = [f"{len(left) - len(own)} of 1x1 kernels, which need no mask"] if len(left) > len(own) else []

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from gmconv.cli import SEED, Finite
 from gmconv.foreign import NOTHING, Foreign
 from runtime.benchmark.inputs import Shape, parse_files, parse_shapes
 from runtime.benchmark.timing import LoopOptions
@@ -165,7 +166,7 @@ def _file(name: str, parameter: str, text: str) -> Callable[[F], F]:
     return click.option(f"--{name}", parameter, type=click.Path(path_type=Path), metavar="FILE", help=text)
 
 
-_FROM_0 = click.FloatRange(min=0)
+_FROM_0 = Finite(min=0)
 _LOOP: list[Callable[[Any], Any]] = [
     _file("loadEngine", "load_engine", "An engine to time; the same as naming it as an artefact."),
     _file("onnx", "onnx", "An ONNX file to time (through ONNX Runtime); the same as naming it as an artefact."),
@@ -181,7 +182,9 @@ _LOOP: list[Callable[[Any], Any]] = [
     ),
     click.option("--iterations", default=10, show_default=True, type=click.IntRange(min=1), help="At least N queries."),
     click.option("--warmUp", "warm_up", default=200.0, show_default=True, type=_FROM_0, help="Warm-up, ms."),
-    click.option("--duration", default=3.0, show_default=True, help="Measure for N seconds; -1: until Ctrl-C."),
+    click.option(
+        "--duration", default=3.0, type=Finite(), show_default=True, help="Measure for N seconds; -1: until Ctrl-C."
+    ),
     click.option("--idleTime", "idle_time", default=0.0, type=_FROM_0, help="Sleep N ms between two queries."),
 ]
 _DEVICE: list[Callable[[Any], Any]] = [
@@ -215,7 +218,7 @@ _OWN: list[Callable[[Any], Any]] = [
     click.option("--provider", help="ONNX Runtime's execution provider: cpu, cuda, tensorrt, rtx."),
     click.option("--form", type=click.Choice(["live", "baked"]), help="Of a checkpoint: masks in forward, or baked."),
     _flag("compiled", "compiled", "Of a checkpoint: through torch.compile."),
-    click.option("--seed", default=0, show_default=True, help="Of the random inputs."),
+    click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random inputs."),
     _flag("twin", "twin", "Compare with the plain-convolution twin and the live network (needs the checkpoint)."),
     _flag("json", "as_json", "Print one JSON document instead of trtexec's text."),
     _file("report", "report", "Write a self-contained HTML report."),

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from gmconv.cli import Command
+from gmconv.cli import SEED, Command, Finite
 from gmconv.data import refuse_missing
 from gmconv.errors import ParityError, UnavailableError
 from gmconv.foreign import foreign_options
@@ -27,7 +27,7 @@ _PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")
 @click.option("--inputs", type=click.Path(path_type=Path), metavar="FILE.npz", help="One array per input, used alone.")
 @click.option("--golden", type=click.Path(path_type=Path), metavar="FILE.npz", help="Pairs that your program recorded.")
 @click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="How many real samples.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise and of the draw of samples.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise and of the draw of samples.")
 @click.option("--device", default="cpu", show_default=True, help="Of the candidates: cpu, cuda, cuda:N.")
 @click.option("--reference-device", default="cpu", show_default=True, help="Of the reference.")
 @click.option(
@@ -37,7 +37,7 @@ _PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")
 )
 @click.option(
     "--tolerance",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=Finite(0, 1, min_open=True, max_open=True),
     help="Relative RMS error allowed, instead of the table's.",
 )
 @click.option("--bisect", is_flag=True, help="On failure, name the first layer that is out of tolerance.")

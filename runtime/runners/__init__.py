@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import click
+import msgspec
 
 from runtime.artefact import Kind, artefact_kind
 from runtime.runners.base import Runner
@@ -41,8 +43,17 @@ def open_runner(path: str | Path, device: str = "cpu", **options: Any) -> Runner
         given.pop("foreign", None)
     if unknown := sorted(given.keys() - inspect.signature(accepted).parameters.keys()):
         raise click.UsageError(f"{path.name} is {_A[kind]}: {', '.join(unknown)} does not apply to it")
+    _refuse_values(path.name, get_type_hints(accepted.__init__, include_extras=True), given)
     opened: Runner = runner(path, device, **given) if accepted is runner else runner(path, device, accepted(**given))
     return opened
+
+
+def _refuse_values(artefact: str, types: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    for name in given.keys() - {"foreign"}:
+        try:
+            msgspec.convert(given[name], types[name])
+        except msgspec.ValidationError as error:
+            raise click.UsageError(f"{artefact}: {name}={given[name]!r}: {str(error).replace('`', '')}") from None
 
 
 _A: dict[Kind, str] = {"checkpoint": "a checkpoint", "onnx": "an ONNX file", "engine": "a TensorRT engine"}

@@ -6,8 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +18,8 @@ from runtime.manifest import ShapeRange, TensorSpec
 from runtime.records import AxisRange
 
 Array = NDArray[Any]
+#: Of an engine's CPU kernels; so many that a machine does nothing but start them are a slip.
+Threads = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 #: Runs before the ones that a layer profile counts: the first ones load kernels, compile and raise clocks.
 PROFILE_WARM_UP = 3
 

@@ -20,7 +20,7 @@ from gmconv.files import sha256_file
 from runtime import cuda
 from runtime.artefact import open_artefact
 from runtime.manifest import TensorSpec
-from runtime.runners.base import Array, Query, Runner, parse_device, validate_feeds
+from runtime.runners.base import Array, Query, Runner, Threads, parse_device, validate_feeds
 from runtime.runners.onnxruntime_cuda import Binding, SessionLane
 from runtime.runners.providers import PROVIDERS, Request, add_providers
 from runtime.runners.qdq import Optimization, session_options
@@ -53,8 +53,8 @@ class OnnxRuntimeOptions:
     """
 
     provider: str | None = None
-    threads: int | None = None
-    inter_threads: int | None = None
+    threads: Threads | None = None
+    inter_threads: Threads | None = None
     optimization: Optimization = "all"
     quantized_as_written: bool = False
     config: Mapping[str, str] | None = None

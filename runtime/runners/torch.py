@@ -20,7 +20,7 @@ from gmconv.images import read_preprocessing
 from runtime import cuda
 from runtime.artefact import Artefact, Facts, exported_as
 from runtime.manifest import TensorSpec
-from runtime.runners.base import Array, LayerTime, Query, Runner, validate_feeds
+from runtime.runners.base import Array, LayerTime, Query, Runner, Threads, validate_feeds
 from runtime.runners.torch_network import Captured, torch_device
 from runtime.runners.torch_queries import make_queries
 
@@ -61,7 +61,7 @@ class TorchOptions:
     channels_last: bool = False
     tf32: bool = False
     cuda_graph: bool = False
-    threads: int | None = None
+    threads: Threads | None = None
     dynamic_hw: bool = False
     foreign: Foreign = NOTHING
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from gmconv.cli import Finite
+
 MIB = 1 << 20
 CGROUPS = Path("/sys/fs/cgroup")
 DAY = 86_400.0
@@ -20,15 +22,6 @@ PORT = click.IntRange(0, 65535)
 FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 ENGINES = click.Choice(("cpu", "gpu", "tensorrt", "rtx"))
-
-
-class _Finite(click.FloatRange):
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """As FloatRange, without NaN, which compares with nothing."""
-        number = float(super().convert(value, param, ctx))
-        if number != number:
-            self.fail(f"{value} is not a number", param, ctx)
-        return number
 
 
 class _Batches(click.ParamType[tuple[int, ...]]):
@@ -42,10 +35,10 @@ class _Batches(click.ParamType[tuple[int, ...]]):
         return sizes
 
 
-TIME = _Finite(0.0, DAY)
+TIME = Finite(0.0, DAY)
 """A time of at most a day: a limit that is infinite or not a number limits nothing."""
-SOME_TIME = _Finite(0.0, DAY, min_open=True)
-PATIENCE = _Finite(0.1, DAY)
+SOME_TIME = Finite(0.0, DAY, min_open=True)
+PATIENCE = Finite(0.1, DAY)
 
 
 def _option(default: Any, text: str, kind: Any = None, variable: str | None = None) -> Any:
@@ -73,7 +66,7 @@ class Settings:
         None, "CPU threads of one more engine for lone requests; 0: none [default: all instances'].", click.IntRange(0)
     )
     max_batch: int = _option(32, "Rows per execution, where no profile says.", click.IntRange(1, 4096))
-    max_queue_delay: float = _option(0.0, "Seconds to wait for a fuller batch.", _Finite(0, 10))
+    max_queue_delay: float = _option(0.0, "Seconds to wait for a fuller batch.", Finite(0, 10))
     queue_size: int = _option(2048, "Requests that may wait per model.", click.IntRange(1, 1 << 20))
     queue_timeout: float = _option(10.0, "Seconds a request may wait; 0 for ever.", TIME)
     burst_window: float = _option(0.1, "Seconds of work that may pile up before it counts as overload.", SOME_TIME)

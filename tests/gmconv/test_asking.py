@@ -68,7 +68,7 @@ def test_a_flag_of_the_export_is_a_parameter(flag: str) -> None:
             "the exporter's own report, which note= gets, says more",
         ),
         (
-            "on samples of 4 (no); check --input-shape, or give each input as --input NAME:SHAPE",
+            "on samples of 4 (no); check --input-shape, or give each input as --input NAME:SHAPE[:DTYPE]",
             "on samples of 4 (no); the examples are a batch of what it takes: a tensor, or a dict with one for each "
             "argument",
         ),

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from gmconv.__main__ import COMMANDS
 from gmconv.__main__ import main as gmconv_command
-from gmconv.cli import data_options, progress_console, result_console
+from gmconv.cli import Finite, data_options, progress_console, result_console
 
 COMMAND = """
 import click
@@ -50,6 +50,17 @@ main([])
             "Error: no\\nway\n  | it said\n  | \\x1b[2J",
         ),
         ("raise click.UsageError('no such flag')", 2, "Error: no such flag"),
+        ("raise MemoryError('2 TiB')", 6, "Error: out of memory (2 TiB): take fewer samples, a smaller batch or size"),
+        (
+            "raise ValueError('Maximum allowed dimension exceeded')",
+            6,
+            "Error: out of memory (Maximum allowed dimension exceeded): take fewer samples, a smaller batch or size",
+        ),
+        (
+            "error = ValueError('the user chained it to itself'); raise error from error",
+            1,
+            "ValueError: the user chained it to itself",
+        ),
         ("raise click.exceptions.Exit(5)", 5, ""),
         ("import nothing_of_ours", 1, "ModuleNotFoundError: No module named 'nothing_of_ours'"),
         ("pass", 0, ""),
@@ -116,6 +127,18 @@ def test_a_flag_of_a_neighbouring_tool_is_answered_with_ours(command: str, flag:
     done = CliRunner().invoke(gmconv_command, [command, *["net.onnx"] * (command != "train"), flag])
     assert done.exit_code == 2
     assert advice in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_number_has_a_range_and_none_takes_nan(command: str) -> None:
+    found = gmconv_command.get_command(click.Context(gmconv_command), command)  # type: ignore[attr-defined]
+    numbers = {click.INT.name, click.FLOAT.name, click.IntRange.name, click.FloatRange.name}
+    for flag in (flag for flag in found.params if flag.type.name in numbers):
+        ranged = isinstance(flag.type, Finite) or (isinstance(flag.type, click.IntRange) and flag.type.min is not None)
+        assert ranged, f"{command} {flag.opts}"
+    for text in ("nan", "inf"):
+        with pytest.raises(click.BadParameter, match=f"{text} is not a finite number"):
+            Finite(0).convert(text, None, None)
 
 
 @pytest.mark.parametrize(

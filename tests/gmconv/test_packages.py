@@ -87,6 +87,12 @@ def test_only_libraries_of_ours_are_advised(monkeypatch: pytest.MonkeyPatch) -> 
     assert refusal.value.exit_code == 6
 
 
+def test_a_name_of_the_package_says_how_to_install_what_it_needs() -> None:
+    code = "import sys; sys.modules['torch'] = None; import gmconv; gmconv.convert"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "UnavailableError: torch is not installed: " in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize(("module", "name"), [("sklearn.datasets", "scikit-learn"), ("PIL.Image", "pillow")])
 def test_a_library_that_is_enough_alone_is_advised_alone(module: str, name: str) -> None:
     error = ModuleNotFoundError(f"No module named {module!r}", name=module)

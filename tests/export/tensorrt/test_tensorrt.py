@@ -261,7 +261,7 @@ def test_bad_models_are_refused_in_one_sentence(cli: Cli, one_node: Make, tmp_pa
 
 BAD_FLAGS = [
     (["--min", "9", "--max", "4"], 2, "--min 9 is larger than --max 4"),
-    (["--opt", "0"], 2, "a batch is 1 or more"),
+    (["--opt", "0"], 2, "0 is not in the range 1<=x"),
     (["--optShapes", "input"], 2, "is not a shape"),
     (["--optShapes", "images:1x3x8x8"], 3, "this network's inputs are input"),
     (["--optShapes", "input:1x3x9x9"], 3, "axis 2 is fixed at 8"),

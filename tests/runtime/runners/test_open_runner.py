@@ -1,6 +1,7 @@
 """Which runner opens which file."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -43,3 +44,23 @@ def test_missing_files_are_refused_and_unknown_options_are_usage_errors(tmp_path
     (tmp_path / "a.onnx").write_bytes(b"x")
     with pytest.raises(click.UsageError, match="form does not apply"):
         open_runner(tmp_path / "a.onnx", form="live")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("a.onnx", {"threads": -3}, "a.onnx: threads=-3: Expected int >= 1"),
+        ("a.onnx", {"threads": 5000}, "a.onnx: threads=5000: Expected int <= 1024"),
+        ("a.onnx", {"inter_threads": "two"}, "a.onnx: inter_threads='two': Expected int"),
+        ("a.onnx", {"optimization": "most"}, "a.onnx: optimization='most': Invalid enum value"),
+        ("a.pt", {"compiled": 1}, "a.pt: compiled=1: Expected bool"),
+        ("a.plan", {"cuda_graph": "yes"}, "a.plan: cuda_graph='yes': Expected bool"),
+    ],
+)
+def test_values_that_an_option_does_not_take_are_usage_errors(
+    tmp_path: Path, name: str, options: dict[str, Any], told: str
+) -> None:
+    (tmp_path / name).write_bytes({"a.pt": b"PK\x03\x04", "a.plan": b"ftrt"}.get(name, b"x"))
+    with pytest.raises(click.UsageError) as refusal:
+        open_runner(tmp_path / name, **options)
+    assert refusal.value.message.startswith(told)
