@@ -130,7 +130,7 @@ def deploy(
     from export.onnx.pipeline import export_onnx
     from export.onnx.trained import Live
     from gmconv.surgery import require_module
-    from runtime.manifest import read_manifest, refuse_other_artefact
+    from runtime.manifest import read_manifest, refuse_other_artefact, refuse_unnamed
 
     require_module(model, "deploy")
     if options.keys() & {"auto_precision", "max_top1_drop", "min_snr"}:
@@ -155,6 +155,7 @@ def deploy(
             raise RefusedError("an engine has one precision; deploy each with a call of its own")
         precision = asked.precisions[0]
         apart = output.with_name(f"{output.stem}.{precision}{output.suffix}")
+        refuse_unnamed(written, made_from="", cropped=asked.crops, force=asked.force)
         refuse_other_artefact(written, precision, instead=f"-o {apart}", force=asked.force)
         build = BuildOptions(flavor=flavor, golden=asked.golden)
         refuse_options(trt.choose_flavor(flavor)[0], build)

@@ -281,6 +281,33 @@ def refuse_other_artefact(
     raise RefusedError(f"{artefact}: is there {there}, and {new} would replace it: {instead}, or --force")
 
 
+def refuse_unnamed(
+    artefact: Path, *, made_from: str | None = None, cropped: bool | None = None, force: bool = False
+) -> None:
+    """Raise RefusedError where a file that nobody named would be replaced by something else than what made it before.
+
+    It has no manifest, it is not from the file `made_from` ("": from a network in memory), or it is cropped and the new
+    one is not, or the other way round. None: whatever that is.
+    """
+    if force or not artefact.is_file():
+        return
+    found = None
+    if sidecar(artefact).is_file():
+        try:
+            found = read_manifest(artefact, verify=False)
+        except RefusedError:  # half of a pair may be replaced by a whole one
+            return
+    if found is None:
+        there = "and has no manifest: something else made it"
+    elif made_from is not None and made_from not in ([link.file for link in found.chain] or [""]):
+        there = f"made from {found.chain[0].file if found.chain else 'a network in memory'}"
+    elif cropped is not None and cropped == (found.crop is None):
+        there = "cropped, and the new one is not" if found.crop else "not cropped, and the new one is"
+    else:
+        return
+    raise RefusedError(f"{artefact}: is there, {there}; it would be replaced: give another name with -o, or --force")
+
+
 def _decode(path: Path) -> Manifest:
     raw = path.read_bytes()
     fields = msgspec.json.decode(raw, type=dict[str, Any])

@@ -64,11 +64,11 @@ def main(
     """Bake the masks of CHECKPOINT, export it to ONNX, and prove that ONNX Runtime computes the same."""
     from export.onnx.tables import print_export
     from gmconv.cli import print_json, progress_console, warn
-    from runtime.manifest import read_manifest
+    from runtime.manifest import read_manifest, refuse_unnamed
 
     options = replace(asked, precisions=flags["precisions"], force=flags["force"])
     alone = options.precisions[0] if len(options.precisions) == 1 else "fp32"
-    output = output or checkpoint.with_suffix(".onnx" if alone == "fp32" else f".{alone}.onnx")
+    named, output = output, output or checkpoint.with_suffix(".onnx" if alone == "fp32" else f".{alone}.onnx")
     console = progress_console(quiet=quiet or as_json)
 
     def note(text: str) -> None:
@@ -76,6 +76,8 @@ def main(
             console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
     files = options.outputs(output)
+    for file in (file for file in files if file != named):
+        refuse_unnamed(file, made_from=checkpoint.name, cropped=options.crops, force=options.force)
     require_report(flags["report"], checkpoint, *files)
     export_onnx(checkpoint, output, options, note=note)
     if flags["report"] is not None:

@@ -66,6 +66,11 @@ class ExportOptions:
         dynamic = "keep" if self.keep_dynamic else "refuse"
         return {"batch": self.batch, "dynamic_hw": self.dynamic_hw, "dynamic": dynamic}
 
+    @property
+    def crops(self) -> bool:
+        """Whether kernels are cut."""
+        return self.crop is not None or self.crop_budget is not None
+
     def outputs(self, output: Path) -> list[Path]:
         """The files that an export to `output` writes, in the order of `precisions`; manifests and data aside.
 

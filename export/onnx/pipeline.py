@@ -111,8 +111,7 @@ def export_onnx(
         names = [spec.name for spec in returned]
         cases = comparison_cases(loaded, options, examples=trained.examples, outputs=returned, note=note)
         work = work_on(cases, names, options)
-        crops = options.crop is not None or options.crop_budget is not None  # it times layers, which wants all cores
-        trained.start(work, beside=not crops)
+        trained.start(work, beside=not options.crops)  # a crop times layers, which wants all cores
         name = output.name if "fp32" in options.precisions else f".fp32.{output.name}"
         exported = _write_fp32(loaded, names, cases, folder / name, options, note, said)
         del loaded  # ONNX Runtime is about to need as much memory again

@@ -77,8 +77,7 @@ def refuse_unfit_images(loaded: Checkpoint, options: ExportOptions) -> None:
     """
     if options.dynamic_hw and loaded.input_shape is None:
         raise RefusedError("--dynamic-hw frees height and width of images, and none of the inputs is one: leave it out")
-    crops = options.crop is not None or options.crop_budget is not None
-    if crops and (len(loaded.inputs) != 1 or loaded.input_shape is None):
+    if options.crops and (len(loaded.inputs) != 1 or loaded.input_shape is None):
         raise RefusedError("cropping knows networks of one image, and this one takes something else; leave --crop out")
     preprocessing = read_preprocessing(loaded.preprocessing)
     if preprocessing is None or len(loaded.inputs) != 1 or loaded.input_shape is None:

@@ -23,6 +23,7 @@ from export.precision.converter import (
 )
 from gmconv.cli import SEED, Command, Finite, data_options, print_json, progress_console, result_console, warn
 from gmconv.files import require_writable
+from runtime.manifest import refuse_unnamed
 from runtime.report.artefacts import report_option, require_report, write_artefact_report
 
 if TYPE_CHECKING:
@@ -146,7 +147,9 @@ def main(model: Path, precision: Precision | None, output: Path | None, **flags:
         options = options.follow(read_plan(flags["plan"]))
     console = progress_console(flags["quiet"])
     wanted = str(automatic or precision)
-    output = output or default_output(model, wanted)
+    if output is None:
+        output = default_output(model, wanted)
+        refuse_unnamed(output, force=flags["force"])
     write = {"verify": flags["verify"], "force": flags["force"]}
     require_replaceable(model, output, wanted, options, **write)
     require_report(flags["report"], model, output)

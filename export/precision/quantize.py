@@ -83,9 +83,11 @@ def quantize_graph(
     copy.CopyFrom(model)
     name_nodes(copy)
     constants_to_initializers(copy)
-    chosen = [layer.node for layer in layers(copy) if layer.node not in exclude]
+    known = layers(copy)
+    chosen = [layer.node for layer in known if layer.node not in exclude]
     if not chosen:
-        raise RefusedError("no layer is left to quantize; keep fewer layers or ask for fp16")
+        why = "each is kept, or has no 8-bit kernel" if known else "no convolution or product has constant weights"
+        raise RefusedError(f"no layer is left to quantize: {why}; ask for fp16")
     # ONNX Runtime's quantizer derives new names from tensor names; a weight without values is refused before it.
     nodes = chosen if target == "tensorrt" else []
     result = _run_quantizer(copy, ranges, target, nodes, {*exclude, *_unlike_merges(copy, ranges)})

@@ -87,14 +87,17 @@ class SensitivitySearch:
         keep_as: Literal["fp16", "fp32"] = "fp16",
         note: Callable[[str, int, int], None] | None = None,
     ) -> None:
-        """Layers that the converter's `keep_fp32` names are kept throughout and are no part of the search."""
+        """Layers that the converter's `keep_fp32` names, or that have no 8-bit kernel, are no part of the search."""
         from export.graph.read import layers, match_layers
+        from export.precision.quantize import without_kernel
 
         self.converter, self.precision, self.images = converter, precision, images
         self.keep_as = keep_as
         self.note = note or silent
         self.always = match_layers(converter.model, converter.options.keep_fp32)
-        self.nodes = {layer.name: layer.node for layer in layers(converter.model) if layer.node not in self.always}
+        lacking = without_kernel(converter.model, precision) if converter.options.target == "tensorrt" else {}
+        aside = {*self.always, *lacking}
+        self.nodes = {layer.name: layer.node for layer in layers(converter.model) if layer.node not in aside}
         self.judge = Judge(self._outputs(converter.model, "fp32")[0], images)
         self.tried: dict[frozenset[str], Measurement] = {}
 

@@ -16,7 +16,7 @@ from gmconv.cli import Command, Finite, print_json, warn
 from gmconv.files import require_writable
 from gmconv.kinds import artefact_kind, refuse_other_kinds, require_ending
 from runtime import trt
-from runtime.manifest import read_manifest, refuse_other_artefact
+from runtime.manifest import read_manifest, refuse_other_artefact, refuse_unnamed
 from runtime.records import Build
 from runtime.report.artefacts import report_option, require_report, write_artefact_report
 
@@ -47,6 +47,8 @@ def prepare(
 
         onnx_path = output.with_name(f"{output.stem.removesuffix(f'.{precision}')}.onnx")
         options = replace(asked, precisions=("fp32", precision) if precision else ("fp32",))
+        for file in options.outputs(onnx_path):
+            refuse_unnamed(file, made_from=model.name, cropped=options.crops, force=asked.force)
         note(f"exporting {model} to {', '.join(map(str, options.outputs(onnx_path)))}")
         export_onnx(model, onnx_path, options, note=note)
         return options.outputs(onnx_path)[-1]
@@ -62,6 +64,7 @@ def prepare(
             instead=f"build it (gmconv tensorrt {converted})",
             force=asked.force,
         )
+        refuse_unnamed(converted, force=asked.force)
         note(f"converting {onnx_path} to {precision}: {converted}")
         done = convert_precision(onnx_path, converted, precision, asked.precision, force=asked.force, verify=False)
         warn(done.warnings)
@@ -222,7 +225,9 @@ def main(
         golden=asked.golden,
         **flags,
     )
-    output = output or model.with_name(model.stem + (f".{precision}" if precision else "") + ".plan")
+    if output is None:
+        output = model.with_name(model.stem + (f".{precision}" if precision else "") + ".plan")
+        refuse_unnamed(output, force=flags["force"])
     require_writable(output, model)
     require_ending(output, "engine")
     require_report(report, model, output)
