@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import inspect
@@ -10,7 +11,6 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,9 @@ def build(arch: str, kwargs: Mapping[str, Any], where: str, *, trusted: bool) ->
     with _offline() as attempts:
         try:
             model = _make(namespace, name, dict(kwargs), where, arch, trusted)
-        except ArchitectureUnavailableError:
+        except (ArchitectureUnavailableError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:  # a factory is somebody's own code
+        except BaseException as error:  # a factory is somebody's own code
             if attempts:
                 raise CheckpointError(
                     f"{where}: {arch} wants to download something from {attempts[0]}; the weights come from the "
@@ -138,7 +138,9 @@ def _make(namespace: str, name: str, kwargs: dict[str, Any], where: str, arch: s
             f"{where}: its architecture {arch[:80]!r} is outside gmconv.models, torchvision.models and timm; a file "
             f"may not choose code to run: if you trust it, say --arch {arch[:80]} (in Python: arch={arch[:80]!r})"
         )
-    return _own_factory(namespace, name, where, arch)(**kwargs)
+    factory = _own_factory(namespace, name, where, arch)
+    with contextlib.chdir("."):  # as hydra does it, a factory may leave another one behind
+        return factory(**kwargs)
 
 
 def _own_factory(namespace: str, name: str, where: str, arch: str) -> Callable[..., object]:
@@ -148,7 +150,8 @@ def _own_factory(namespace: str, name: str, where: str, arch: str) -> Callable[.
             f"or hand the network itself to gmconv.deploy"
         )
     find_own(namespace, name, where)
-    module = _module(namespace, arch, where)
+    with contextlib.chdir("."):
+        module = _module(namespace, arch, where)
     factory = getattr(module, name, None)
     if not callable(factory):
         own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -219,7 +222,7 @@ def _refuse_connections(event: str, args: tuple[Any, ...]) -> None:
     raise _Attempt(f"nothing here touches the network; {host} was asked for")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _offline() -> Iterator[list[str]]:
     """Refuse this thread every connection to a host meanwhile; yields the hosts it asked for."""
     if not getattr(_offline, "hooked", False):

@@ -44,8 +44,11 @@ def load_metric(spec: str) -> Metric:
         raise RefusedError(f"--metric {printable(spec)}: is not package.module:function, for example metrics:mean_ap")
     find_own(module, name, "--metric")
     try:
-        found = importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # somebody's own code
+        with contextlib.chdir("."):  # which it may change
+            found = importlib.import_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # somebody's own code
         raise RefusedError(f"--metric {printable(spec)}: {module} does not import ({_said(error)})") from error
     metric = getattr(found, name, None)
     if not callable(metric):
@@ -120,9 +123,11 @@ class MetricJudge:
         """One value, or one per sample."""
         count = len(next(iter(outputs.values())))
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # stdout has the table, or JSON
+            with contextlib.redirect_stdout(sys.stderr), contextlib.chdir("."):  # stdout has the table, or JSON
                 given = self.metric(dict(outputs), {name: array.copy() for name, array in self.targets.items()})
-        except (Exception, SystemExit) as error:  # somebody's own code
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # somebody's own code
             raise RefusedError(
                 f"--metric {self.name} failed: {_said(error)}; it was given outputs {_shapes(outputs)} and targets "
                 f"{_shapes(self.targets) or 'none'}"

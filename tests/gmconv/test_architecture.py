@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from gmconv.architecture import build
+from gmconv.architecture import build, factory_keywords
 from gmconv.errors import ArchitectureUnavailableError, CheckpointError
 
 
@@ -63,6 +63,36 @@ def test_a_program_that_ends_itself_is_no_success(source: str, tmp_path: Path, m
     monkeypatch.syspath_prepend(tmp_path)
     message = refused(f"{module}:make")
     assert "ends the program when it is imported" in message or "SystemExit" in message
+
+
+def test_an_exception_that_is_none_of_pythons_is_a_refusal_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "class Odd(BaseException): ...\ndef make(): raise Odd('no')\ndef stop(): raise KeyboardInterrupt\n"
+    (tmp_path / "own_nets_that_are_odd.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "(Odd: no)" in refused("own_nets_that_are_odd:make")
+    with pytest.raises(KeyboardInterrupt):
+        build("own_nets_that_are_odd:stop", {}, "net.pt", trusted=True)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_working_directory_outlives_a_factory_that_changes_it(
+    works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"own_nets_that_move_{works}"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"{module}.py").write_text(
+        "import os\nfrom torch import nn\nos.chdir('elsewhere')\n"
+        f"def make():\n    os.chdir('/')\n    return nn.Linear(2, 2) if {works} else {{}}['lacking']\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert factory_keywords(f"{module}:make", "net.pt") == set()
+    assert Path.cwd() == tmp_path
+    if works:
+        build(f"{module}:make", {}, "net.pt", trusted=True)
+    else:
+        assert "KeyError: 'lacking'" in refused(f"{module}:make")
+    assert Path.cwd() == tmp_path
 
 
 @pytest.fixture

@@ -69,6 +69,15 @@ def test_a_reference_that_is_the_artefact_is_asked_once_and_what_a_metric_writes
     assert capsys.readouterr().out == ""
 
 
+def raised(error: BaseException) -> None:
+    raise error
+
+
+def test_ctrl_c_in_a_metric_is_no_failure_of_it() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        scores(lambda outputs, targets: raised(KeyboardInterrupt()), [np.ones((3, 2))])
+
+
 @pytest.mark.parametrize(
     ("metric", "words"),
     [
@@ -85,6 +94,7 @@ def test_a_reference_that_is_the_artefact_is_asked_once_and_what_a_metric_writes
         (lambda outputs, targets: "1", "returned str '1'; it has to return one number"),
         (lambda outputs, targets: [[1], [2, 3]], "returned list .*; it has to return one number"),
         (lambda outputs, targets: sys.exit(0), "failed: SystemExit: 0"),
+        (lambda outputs, targets: raised(type("Odd", (BaseException,), {})("no")), "failed: Odd: no"),
     ],
 )
 def test_a_metric_that_fails_is_one_sentence(metric: Any, words: str) -> None:
@@ -103,3 +113,15 @@ def test_it_is_found_in_the_working_directory(tmp_path: Path, monkeypatch: pytes
     ):
         with pytest.raises(RefusedError, match=words):
             load_metric(spec)
+
+
+def test_the_working_directory_outlives_a_metric_that_changes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "import os\nos.chdir('/')\ndef near(outputs, targets):\n    os.chdir('/')\n    return 1\n"
+    (tmp_path / "own_metric_that_moves.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    metric = load_metric("own_metric_that_moves:near")
+    assert Path.cwd() == tmp_path
+    assert scores(metric, [np.ones((3, 2))])[0].value.value == 1
+    assert Path.cwd() == tmp_path
