@@ -21,6 +21,7 @@ from gmconv.errors import QUOTED, Interrupted, printable
 from gmconv.packages import missing
 from gmconv.packages import require as require
 from gmconv.version import __version__
+from gmconv.written import refuse_clashes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,7 +153,15 @@ class _Documented:
 
 
 class Command(_Documented, click.Command):
-    """A click command with `-h`, `--version` and an `example` in its help; Ctrl-C and SIGTERM clean up."""
+    """A click command with `-h`, `--version` and an `example` in its help; Ctrl-C and SIGTERM clean up.
+
+    What it would write in place of what it reads is refused.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it."""
+        refuse_clashes(ctx)
+        return super().invoke(ctx)
 
 
 #: Verbs of neighbouring tools, and the command that does it here.

@@ -10,7 +10,7 @@ from gmconv.errors import RefusedError
 
 Kind = Literal["checkpoint", "onnx", "engine"]
 
-_SUFFIXES: dict[str, Kind] = {
+ARTEFACT_SUFFIXES: dict[str, Kind] = {
     ".pt": "checkpoint",
     ".pth": "checkpoint",
     ".ckpt": "checkpoint",
@@ -45,10 +45,10 @@ def require_ending(path: Path, *kinds: Kind) -> Kind:
 
     One without any ending is taken where there is one kind.
     """
-    kind = _SUFFIXES.get(path.suffix.lower(), kinds[0] if not path.suffix and len(kinds) == 1 else None)
+    kind = ARTEFACT_SUFFIXES.get(path.suffix.lower(), kinds[0] if not path.suffix and len(kinds) == 1 else None)
     if kind in kinds:
         return kind
-    endings = [suffix for suffix, kind in _SUFFIXES.items() if kind in kinds]
+    endings = [suffix for suffix, kind in ARTEFACT_SUFFIXES.items() if kind in kinds]
     meant = difflib.get_close_matches(path.suffix.lower(), endings, n=1) or endings[:1]
     name = path.with_suffix(meant[0])
     wanted = " or ".join(_NAMES[kind] for kind in kinds)
@@ -66,7 +66,7 @@ def refuse_other_kinds(path: Path, *kinds: Kind) -> None:
 
 
 def _known(path: Path) -> Kind | None:
-    return _by_bytes(path) or _SUFFIXES.get(path.suffix.lower())
+    return _by_bytes(path) or ARTEFACT_SUFFIXES.get(path.suffix.lower())
 
 
 def _by_bytes(path: Path) -> Kind | None:

@@ -42,6 +42,7 @@ GROUND = {
         "startup",
         "tables",
         "version",
+        "written",
     )
 }
 

@@ -18,6 +18,7 @@ from export.onnx.pipeline import export_onnx
 from export.precision.__main__ import target_flag
 from export.precision.converter import PRECISIONS, Precision
 from gmconv.cli import Command
+from gmconv.written import Written
 from runtime.report.artefacts import report_option, require_report, write_artefact_report
 
 
@@ -33,7 +34,7 @@ def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Prec
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=Written(),
     help="[CHECKPOINT.onnx beside it, CHECKPOINT.int8.onnx in another precision]",
 )
 @export_flags

@@ -23,6 +23,7 @@ from export.precision.converter import (
 )
 from gmconv.cli import SEED, Command, Finite, data_options, print_json, progress_console, result_console, warn
 from gmconv.files import require_writable
+from gmconv.written import Written
 from runtime.manifest import refuse_unnamed
 from runtime.report.artefacts import report_option, require_report, write_artefact_report
 
@@ -93,7 +94,7 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
     type=click.Choice(PRECISIONS, case_sensitive=False),
     help="The precision of every layer; or --auto-precision.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="[model.PRECISION.onnx]")
+@click.option("-o", "--output", type=Written(), help="[model.PRECISION.onnx]")
 @precision_flags
 @target_flag
 @click.option(
@@ -114,9 +115,7 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
     help="What layers are that --auto-precision keeps.",
 )
 @click.option("--plan", type=click.Path(path_type=Path), help="Layers to keep, from an earlier --auto-precision.")
-@click.option(
-    "--save-plan", type=click.Path(path_type=Path), help="Where --auto-precision writes it [OUTPUT.plan.json]."
-)
+@click.option("--save-plan", type=Written(".json"), help="Where --auto-precision writes it [OUTPUT.plan.json].")
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Compare it with MODEL before it is written."
 )

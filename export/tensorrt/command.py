@@ -15,6 +15,7 @@ from export.onnx.flags import export_flags, only_of_an_export
 from gmconv.cli import Command, Finite, print_json, warn
 from gmconv.files import require_writable
 from gmconv.kinds import artefact_kind, refuse_other_kinds, require_ending
+from gmconv.written import Written
 from runtime import trt
 from runtime.manifest import read_manifest, refuse_other_artefact, refuse_unnamed
 from runtime.records import Build
@@ -141,7 +142,7 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> t
 
 @click.command(cls=Command, example="gmconv tensorrt net.pth --arch mypackage.nets:make --input-shape 3,64,64 --max 32")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL with the suffix .plan.")
+@click.option("-o", "--output", type=Written(), help="Default: MODEL with the suffix .plan.")
 @click.option("--flavor", type=click.Choice(["auto", "tensorrt", "rtx"]), default="auto", show_default=True)
 @click.option(
     "--precision",
@@ -187,7 +188,7 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> t
 @click.option(
     "--force", is_flag=True, help="Try what TensorRT-RTX calls invalid here; overwrite files of another precision."
 )
-@click.option("--log", type=click.Path(path_type=Path), help="Write TensorRT's whole log there.")
+@click.option("--log", type=Written(aside=True), help="Write TensorRT's whole log there.")
 @report_option
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Show TensorRT's log on stderr.")

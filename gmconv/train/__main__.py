@@ -18,6 +18,7 @@ from gmconv.errors import Interrupted, RefusedError
 from gmconv.files import require_writable, write_text
 from gmconv.foreign import parse_shape
 from gmconv.train.options import state_path
+from gmconv.written import Written
 
 if TYPE_CHECKING:
     from gmconv.train.loop import Epoch, TrainResult
@@ -78,7 +79,7 @@ _NOT_NEGATIVE = Finite(min=0)
 )
 @click.option("--plain", is_flag=True, help="Put no masks on it: the plain twin, or your network as it is.")
 @click.option("--seed", default=1, show_default=True, type=SEED)
-@click.option("-o", "--output", default="ckpt.pt", show_default=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", default="ckpt.pt", show_default=True, type=Written())
 @click.option("--epochs", default=8, show_default=True, type=click.IntRange(min=1))
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=2))
 @click.option("--lr", default=3e-3, show_default=True, type=_POSITIVE, callback=_finite, help="Peak learning rate.")
@@ -120,7 +121,7 @@ _NOT_NEGATIVE = Finite(min=0)
     help="Go on with a run that was stopped, with its own options; say --data and --log again.",
 )
 @click.option(
-    "--log", type=click.Path(path_type=Path), metavar="FILE.csv", help="Loss and accuracy of each epoch, as they come."
+    "--log", type=Written(aside=True), metavar="FILE.csv", help="Loss and accuracy of each epoch, as they come."
 )
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")

@@ -11,6 +11,7 @@ import click
 
 from gmconv.cli import SEED, Finite
 from gmconv.foreign import NOTHING, Foreign
+from gmconv.written import Written
 from runtime.benchmark.inputs import Shape, parse_files, parse_shapes
 from runtime.benchmark.timing import LoopOptions
 
@@ -166,6 +167,10 @@ def _file(name: str, parameter: str, text: str) -> Callable[[F], F]:
     return click.option(f"--{name}", parameter, type=click.Path(path_type=Path), metavar="FILE", help=text)
 
 
+def _written(name: str, parameter: str, text: str) -> Callable[[F], F]:
+    return click.option(f"--{name}", parameter, type=Written(aside=True), metavar="FILE", help=text)
+
+
 _FROM_0 = Finite(min=0)
 _LOOP: list[Callable[[Any], Any]] = [
     _file("loadEngine", "load_engine", "An engine to time; the same as naming it as an artefact."),
@@ -207,10 +212,10 @@ _REPORTING: list[Callable[[Any], Any]] = [
     _flag("dumpProfile", "dump_profile", "Print the time of each layer (a run of its own)."),
     _flag("dumpLayerInfo", "dump_layer_info", "Print the layers as the engine built them."),
     _flag("separateProfileRun", "separate_profile_run", "Always so; kept for old scripts."),
-    _file("exportTimes", "export_times", "Write every query's times as JSON."),
-    _file("exportOutput", "export_output", "Write the outputs of one query as JSON."),
-    _file("exportProfile", "export_profile", "Write the time of each layer as JSON."),
-    _file("exportLayerInfo", "export_layer_info", "Write the layers as JSON."),
+    _written("exportTimes", "export_times", "Write every query's times as JSON."),
+    _written("exportOutput", "export_output", "Write the outputs of one query as JSON."),
+    _written("exportProfile", "export_profile", "Write the time of each layer as JSON."),
+    _written("exportLayerInfo", "export_layer_info", "Write the layers as JSON."),
 ]
 _OWN: list[Callable[[Any], Any]] = [
     click.option("--device", help="cpu, cuda, cuda:N or N (as trtexec); an engine's default is cuda:0, others' cpu."),
@@ -221,5 +226,5 @@ _OWN: list[Callable[[Any], Any]] = [
     click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random inputs."),
     _flag("twin", "twin", "Compare with the plain-convolution twin and the live network (needs the checkpoint)."),
     _flag("json", "as_json", "Print one JSON document instead of trtexec's text."),
-    _file("report", "report", "Write a self-contained HTML report."),
+    click.option("--report", type=Written(".html"), metavar="FILE.html", help="Write a self-contained HTML report."),
 ]

@@ -10,6 +10,7 @@ import click
 
 from gmconv.files import require_writable
 from gmconv.packages import require
+from gmconv.written import Written
 from runtime.manifest import Manifest, read_manifest
 
 if TYPE_CHECKING:
@@ -18,10 +19,8 @@ if TYPE_CHECKING:
 
 def report_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--report FILE.html` to a click command."""
-    file = click.Path(path_type=Path, dir_okay=False)
-    return click.option("--report", type=file, metavar="FILE.html", help="Also write a report that opens offline.")(
-        command
-    )
+    file, text = Written(".html"), "Also write a report that opens offline."
+    return click.option("--report", type=file, metavar="FILE.html", help=text)(command)
 
 
 def require_report(path: Path | None, *inputs: Path) -> None:
