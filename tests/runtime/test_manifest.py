@@ -24,6 +24,7 @@ from runtime.manifest import (
     external_files,
     find_manifest,
     read_manifest,
+    refuse_unnamed,
     sidecar,
 )
 
@@ -274,3 +275,24 @@ def test_where_nothing_can_be_written_it_says_so(tmp_path: Path) -> None:
         write_pair(tmp_path / "nowhere" / "m.onnx")
     with pytest.raises(RefusedError, match="is a directory"):
         write_pair(tmp_path)
+
+
+def test_what_nobody_named_is_replaced_by_its_own_like_alone(tmp_path: Path) -> None:
+    file = tmp_path / "net.onnx"
+    refuse_unnamed(file, made_from="net.pt", cropped=False)
+    file.write_bytes(b"another tool's")
+    with pytest.raises(RefusedError, match="has no manifest: something else made it; .* another name with -o, or --fo"):
+        refuse_unnamed(file)
+    refuse_unnamed(file, force=True)
+    write_pair(file, chain=(FileDigest("checkpoint", "net.pt", "c" * 64, 1),))
+    refuse_unnamed(file)
+    refuse_unnamed(file, made_from="net.pt", cropped=False)
+    for asked, told in (
+        ({"made_from": "other.pt"}, "made from net.pt"),
+        ({"made_from": ""}, "made from net.pt"),
+        ({"made_from": "net.pt", "cropped": True}, "not cropped, and the new one is"),
+    ):
+        with pytest.raises(RefusedError, match=f"net.onnx: is there, {told}; it would be replaced"):
+            refuse_unnamed(file, **asked)
+    sidecar(file).write_text("half of a pair")
+    refuse_unnamed(file, made_from="other.pt")

@@ -113,6 +113,28 @@ def test_the_search_is_one_function_whose_result_prints_as_tables(
     assert html.count("block.conv1") == 1
 
 
+def test_layers_without_an_8_bit_kernel_are_no_part_of_a_search(npz: Path, tmp_path: Path) -> None:
+    """A transposed convolution is left in fp16, as it is without a search; others are searched."""
+    weights = [np.random.default_rng(i).standard_normal((4, 3, 3, 3)).astype(np.float32) / 6 for i in (0, 1)]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "a.weight"], ["y"], name="a", pads=[1, 1, 1, 1]),
+            helper.make_node("ConvTranspose", ["y", "b.weight"], ["z"], name="b", pads=[1, 1, 1, 1]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, 16, 16])],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, ["batch", 3, 16, 16])],
+        [numpy_helper.from_array(w, name) for w, name in zip(weights, ("a.weight", "b.weight"), strict=True)],
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "net.onnx"
+    )
+    found = search_precision(tmp_path / "net.onnx", "int8", min_snr=10.0, images=npz, limit=8)
+    assert list(found.alone) == ["a"]
+    both = search_precision(tmp_path / "net.onnx", "int8", min_snr=10.0, images=npz, limit=8, target="cpu")
+    assert set(both.alone) == {"a", "b"}
+
+
 def test_the_images_of_a_search_calibrate_too_unless_others_are_named(
     search: SensitivitySearch, npz: Path, tmp_path: Path
 ) -> None:
