@@ -20,6 +20,7 @@ import click
 from gmconv.errors import QUOTED, Interrupted, printable
 from gmconv.packages import missing
 from gmconv.packages import require as require
+from gmconv.streams import steady_streams
 from gmconv.version import __version__
 from gmconv.written import refuse_clashes
 
@@ -114,6 +115,7 @@ class _Documented:
         kwargs["standalone_mode"] = False
         with _terminable():
             try:
+                steady_streams()
                 sys.exit(super().main(*args, **kwargs) or 0)  # type: ignore[misc]
             except click.exceptions.Exit as done:
                 sys.exit(done.exit_code)

@@ -1,4 +1,4 @@
-"""What a process that becomes a server does first: before the imports that take time, and importing nothing itself."""
+"""What a process does first; one that becomes a server before the imports that take time, so this imports nothing."""
 
 from __future__ import annotations
 
@@ -14,12 +14,19 @@ def prepare_process() -> None:
 
     SIGHUP is ignored: nothing is loaded yet that could be loaded again. SIGTERM and SIGINT end the process at once (the
     kernel drops SIGTERM for process 1 of a container until somebody handles it); there is nothing to clean up, and an
-    exception could surface inside any import. And a standard stream that is closed becomes /dev/null: the first socket
-    would take its number and get what a library prints.
+    exception could surface inside any import. Standard streams: see `reopen_streams`.
     """
     _signal.signal(_signal.SIGHUP, _signal.SIG_IGN)
     for number in (_signal.SIGTERM, _signal.SIGINT):
         _signal.signal(number, lambda *_: os._exit(STOPPED))
+    reopen_streams()
+
+
+def reopen_streams() -> None:
+    """Make /dev/null of standard streams that are closed: the first file or socket would take the number of one.
+
+    It would get what a library prints.
+    """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

@@ -40,6 +40,7 @@ GROUND = {
         "packages",
         "splits",
         "startup",
+        "streams",
         "tables",
         "version",
         "written",

@@ -21,7 +21,7 @@ import click
 import uvloop
 
 from gmconv.asking import Asked
-from gmconv.errors import RefusedError
+from gmconv.errors import RefusedError, UnavailableError
 from gmconv.packages import require
 from runtime.runners.base import parse_device
 from runtime.serve.auth import Gate, find_token, make_tls
@@ -121,7 +121,7 @@ def _say(line: str) -> None:
     """Print, as long as there is somebody to print to; a closed or full stdout is no reason to stop serving."""
     try:
         print(line, flush=True)  # noqa: T201
-    except (OSError, ValueError):
+    except (OSError, ValueError, UnavailableError):
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.close()  # with what could not be written, which the interpreter would try again at its end
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
