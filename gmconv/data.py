@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmconv.errors import RefusedError
-from gmconv.images import SUFFIXES, Preprocessing, load_image, load_mask
+from gmconv.images import SUFFIXES, Preprocessing, load_image, load_mask, prepare_grey
 from gmconv.npz import LABEL_NAMES, image_array, npz_array, npz_header, npz_layout, npz_names, npz_rows
 from gmconv.packages import require
 from gmconv.splits import Labels, Part, recognize, split_indices
@@ -149,7 +149,7 @@ def load_samples(
             sub-folder per class, their labels; with `images` and `masks`, a class per pixel), or an .npz file of
             float32 images (and labels or masks), or one of its arrays.
         input_shape: (C, H, W); of an array in an .npz file the shape of one sample.
-        preprocessing: the manifest's; needed for image files.
+        preprocessing: the manifest's; needed for image files. Digits are in [0, 1] without, and with gmconv.train's.
         dataset: the manifest's, which knows how training split the digits, a folder or an .npz file.
         class_names: the manifest's labels: sub-folders are matched with them by name.
         limit: at most this many, drawn by `seed` without repetition and kept in their order.
@@ -168,7 +168,7 @@ def load_samples(
     elif str(spec) == "noise":
         source = Source("noise", limit or NOISE_SAMPLES, _noise(input_shape, seed))
     elif str(spec) == "digits":
-        source = _digits(input_shape, dataset or {}, part)
+        source = _digits(input_shape, preprocessing, dataset or {}, part)
     elif Path(spec).is_dir():
         source = _folder(Path(spec), input_shape, preprocessing, class_names, part)
     elif Path(spec).suffix == ".npz" and Path(spec).is_file():
@@ -240,8 +240,10 @@ def refuse_missing(spec: str | Path) -> None:
         raise _no_data(spec)
 
 
-def _digits(shape: tuple[int, ...], dataset: Mapping[str, Any], part: Part) -> Source:
-    """The 1,797 digits of scikit-learn in [0, 1], pixels and channels repeated; split as `gmconv.train` splits them."""
+def _digits(
+    shape: tuple[int, ...], preprocessing: Preprocessing | None, dataset: Mapping[str, Any], part: Part
+) -> Source:
+    """The 1,797 digits of scikit-learn, pixels and channels repeated; split as `gmconv.train` splits them."""
     channels, height, width = shape
     if height % 8 or width % 8:
         raise RefusedError(f"digits are 8 x 8 and grow by whole factors; this network takes {height} x {width}")
@@ -252,11 +254,12 @@ def _digits(shape: tuple[int, ...], dataset: Mapping[str, Any], part: Part) -> S
         train, held_out = split_indices(labels, dataset.get("test_size", 0.2), dataset.get("split_seed", 0))
         chosen = train if part == "train" else held_out
     pixels = np.ones((height // 8, width // 8), np.float32)
+    plain = Preprocessing(size=(height, width), mean=(0.0,) * channels, std=(1.0,) * channels)
 
     def read(indices: Labels) -> Iterator[Array]:
         for index in indices:
             image = np.kron(np.asarray(raw.images[index], np.float32) / np.float32(16), pixels)
-            yield np.repeat(image[None], channels, axis=0)
+            yield prepare_grey(image, channels, preprocessing or plain)
 
     names = tuple(str(name) for name in raw.target_names)
     return Source("digits", len(labels), read, labels, names, part=part, chosen=chosen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -58,6 +58,25 @@ def read_preprocessing(fields: dict[str, Any] | None) -> Preprocessing | None:
         return msgspec.convert(fields, Preprocessing) if fields is not None else None
     except msgspec.ValidationError as error:
         raise RefusedError(f"the checkpoint's preprocessing is damaged ({error}); save it again") from error
+
+
+def differences(own: Preprocessing, other: Preprocessing) -> str:
+    """In what `own` prepares images otherwise, in words: "mean 0, 0, 0 (not 0.5, 0.5, 0.5)"; empty where in nothing."""
+    crops = "shortest-then-crop" in (own.resize, other.resize)
+    names = [field.name for field in fields(own) if crops or field.name != "crop_ratio"]
+    found = ((name, getattr(own, name), getattr(other, name)) for name in names)
+    return ", ".join(f"{name} {_shown(mine)} (not {_shown(its)})" for name, mine, its in found if not _same(mine, its))
+
+
+def _same(mine: Any, its: Any) -> bool:
+    """Numbers may have been float32 on their way."""
+    if isinstance(mine, str) or np.shape(mine) != np.shape(its):
+        return bool(mine == its)
+    return bool(np.allclose(mine, its, rtol=1e-6, atol=1e-9))
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else ", ".join(f"{one:.6g}" for one in np.ravel(value))
 
 
 def load_image(source: bytes | Path, preprocessing: Preprocessing) -> Floats:
@@ -137,12 +156,26 @@ def preprocess(image: Image, preprocessing: Preprocessing) -> Floats:
     values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
     if preprocessing.channel_order == "BGR":
         values = values[::-1]
+    return _normalized(values, preprocessing, preprocessing.scale)
+
+
+def prepare_grey(image: Floats, channels: int, preprocessing: Preprocessing) -> Floats:
+    """A grey image (H, W) of values in [0, 1] instead of 0..255 and of the input's size, as `preprocess` would have it:
+    float32 `(channels, H, W)`. Raises RefusedError where there is not a mean for each channel."""
+    if preprocessing.resize != "stretch":
+        fromarray = require("PIL.Image", "serve").fromarray
+        fitted = replace(preprocessing, size=image.shape)
+        image = np.asarray(_sized(fromarray(image), fitted, preprocessing.interpolation), dtype=np.float32)
+    return _normalized(np.repeat(image[None], channels, axis=0), preprocessing, 255 * preprocessing.scale)
+
+
+def _normalized(values: Floats, preprocessing: Preprocessing, scale: float) -> Floats:
     mean, std = (np.asarray(v, dtype=np.float32)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
     if len(mean) != len(values) or len(std) != len(values):
         raise RefusedError(
             f"the preprocessing has {len(mean)} means and {len(std)} deviations for {len(values)} channels"
         )
-    return np.ascontiguousarray((values * np.float32(preprocessing.scale) - mean) / std)
+    return np.ascontiguousarray((values * np.float32(scale) - mean) / std)
 
 
 def _sized(image: Image, preprocessing: Preprocessing, interpolation: str) -> Image:

@@ -68,7 +68,7 @@ def main(
     report: Path | None,
     **flags: Any,
 ) -> None:
-    """Accuracy of ARTEFACTS (checkpoints, ONNX files, engines) on labelled images.
+    """Accuracy of ARTEFACTS (checkpoints, ONNX files, engines) on labelled images, prepared for each as it is served.
 
     \b
     DIR with a sub-folder per class, FILE.npz with integer labels (N,): top-1

@@ -8,6 +8,8 @@ as it is served (`runtime.runners.qdq`).
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from runtime.evaluate.accuracy import ClassJudge, Score
     from runtime.evaluate.metric import Metric, MetricJudge, MetricScore
     from runtime.evaluate.pixels import PixelJudge, PixelScore
+    from runtime.evaluate.prepared import Prepared
     from runtime.runners.base import Runner
 
 
@@ -69,13 +72,13 @@ _ASKED = Asked(
 def score_artefacts(
     artefacts: str | Path | Sequence[str | Path], options: EvaluateOptions | None = None, **choices: Any
 ) -> Evaluation:
-    """Run every artefact, or the only one, on the same labelled images.
+    """Run every artefact, or the only one, on the same labelled images, prepared by its own preprocessing.
 
     `choices` are fields of `EvaluateOptions` by name and value as on the command line: data="val/", split, output,
     metric, device, reference, limit, seed, batch; and arch, input_shape, labels, ... of a foreign checkpoint.
 
-    Raises RefusedError when an artefact, the images or the metric are unfit or the artefacts take different inputs, and
-    UnavailableError when the device is missing, TypeError for an option that there is not.
+    Raises RefusedError when an artefact, the images or the metric are unfit or the artefacts take different inputs, or
+    their preprocessing differs and the images are prepared already, and UnavailableError when the device is missing, TypeError for an option that there is not.
     """
     from runtime.evaluate.metric import load_metric
     from runtime.runners import open_runner
@@ -101,13 +104,12 @@ def score_artefacts(
             same = artefact.path == reference.path
             opened = runner if same else open_runner(artefact.path, options.device, foreign=options.foreign)
             runners.append(runner if same else stack.enter_context(opened))
-        known = runner.artefact.facts
-        for artefact in found:
-            known = known | artefact.facts
-        samples, others = _samples(known, runner, options)
+        known = functools.reduce(operator.or_, (one.artefact.facts for one in runners))
+        prepared, others = _samples(known, runners, options)
+        samples = prepared.views[0]
         names = _output_names(runners, found)
         judge = _judge(samples, names, runners, options)
-        scores = _scores(judge, runners, samples, others, names, options)
+        scores = _scores(judge, runners, prepared, others, names, options)
         rows = [
             ArtefactScore(
                 artefact=artefact.path.name,
@@ -129,7 +131,7 @@ def score_artefacts(
         labels=known.labels or samples.classes,
         output=getattr(judge, "output", None) if len(names) > 1 else None,
         outputs=names,
-        warnings=tuple(filter(None, (*layouts, passed_over, _doubt(samples, known, options)))),
+        warnings=tuple(filter(None, (*prepared.warnings, *layouts, passed_over, _doubt(samples, known, options)))),
     )
 
 
@@ -139,22 +141,25 @@ evaluate = score_artefacts
 def _scores(
     judge: ClassJudge | PixelJudge | MetricJudge,
     runners: Sequence[Runner],
-    samples: Samples,
+    prepared: Prepared,
     others: Mapping[str, NDArray[Any]],
     names: Sequence[str],
     options: EvaluateOptions,
 ) -> Sequence[Score | PixelScore | MetricScore]:
     """Of the runners but the first, the reference, in order. `others`: inputs beside the image."""
-    done, image = 0, image_input(runners[0]).name
-    for batch in samples.batches(options.batch):
+    done, image, data = 0, image_input(runners[0]).name, prepared.views[0].name
+    for batch, images in prepared.batches(options.batch):
         taken = slice(done, done := done + len(batch.images))
-        feeds = {s.name: batch.images if s.name == image else others[s.name][taken] for s in runners[0].inputs}
-        given = {id(one): outputs_of(one, names, feeds) for one in dict.fromkeys(runners)}
+        beside = {name: array[taken] for name, array in others.items()}
+        given = {}
+        for one, own in dict(zip(runners, images, strict=True)).items():
+            feeds = {s.name: own if s.name == image else beside[s.name] for s in runners[0].inputs}
+            given[id(one)] = outputs_of(one, names, feeds)
         for one in runners if options.metric is None else ():
-            _require_finite(one, judge.output, given[id(one)], samples.name)  # type: ignore[union-attr]
-        with _about(samples.name, options):
+            _require_finite(one, judge.output, given[id(one)], data)  # type: ignore[union-attr]
+        with _about(data, options):
             judge.add([given[id(one)] for one in runners], batch)
-    with _about(samples.name, options):
+    with _about(data, options):
         return judge.scores()[1:]
 
 
@@ -271,29 +276,37 @@ def _open_reference(found: Sequence[Artefact], options: EvaluateOptions) -> tupl
     return chosen, opened(chosen), reason
 
 
-def _samples(about: Facts, runner: Runner, options: EvaluateOptions) -> tuple[Samples, dict[str, NDArray[Any]]]:
+def _samples(
+    known: Facts, runners: Sequence[Runner], options: EvaluateOptions
+) -> tuple[Prepared, dict[str, NDArray[Any]]]:
     """The samples, and what of each the network takes besides its image, by input."""
     from gmconv.data import load_samples, trained_on
+    from runtime.evaluate.prepared import prepare
 
-    images = options.images or "digits"
-    several = len(runner.inputs) > 1
-    arrays = several or not is_image(image_input(runner))
-    if str(images) == "digits" and trained_on(about.dataset) is None and not arrays:
+    reference, images = runners[0], options.images or "digits"
+    several = len(reference.inputs) > 1
+    arrays = several or not is_image(image_input(reference))
+    if str(images) == "digits" and trained_on(known.dataset) is None and not arrays:
         raise RefusedError(
-            f"{runner.artefact.path}: nothing says that it was trained on digits, so they say nothing of it; give "
+            f"{reference.artefact.path}: nothing says that it was trained on digits, so they say nothing of it; give "
             f"--data DIR with a sub-folder of images per class, or --data FILE.npz"
         )
-    shape = sample_shape(runner, about, images)
-    samples = load_samples(
-        sample_array(runner, Path(images)) if arrays else images,
-        input_shape=shape,
-        preprocessing=about.preprocessing,
-        dataset=about.dataset,
-        class_names=about.labels,
-        limit=options.limit,
-        seed=options.seed,
-        part=options.part,
-    )
+
+    def load(runner: Runner, about: Facts) -> Samples:
+        shape = sample_shape(runner, about, images)
+        return load_samples(
+            sample_array(runner, Path(images)) if arrays else images,
+            input_shape=shape,
+            preprocessing=about.preprocessing,
+            dataset=known.dataset,
+            class_names=known.labels,
+            limit=options.limit,
+            seed=options.seed,
+            part=options.part,
+        )
+
+    prepared = prepare(load, runners, known, images)
+    samples = prepared.views[0]
     if options.metric is None or Path(images).is_dir():  # of a file a metric is given every array as it is
         samples.judged()
     if samples.part == "changed":
@@ -303,4 +316,4 @@ def _samples(about: Facts, runner: Runner, options: EvaluateOptions) -> tuple[Sa
         )
     if options.labelled and _unlabelled(samples, options):
         raise RefusedError(f"{images} has no labels, so --max-drop cannot be judged; use --min-agreement")
-    return samples, other_inputs(runner, samples.targets(), images) if several else {}
+    return prepared, other_inputs(reference, samples.targets(), images) if several else {}

@@ -12,6 +12,7 @@ from gmconv.asking import Asked, silent
 from gmconv.errors import RefusedError, UnavailableError
 from gmconv.files import each_path
 from gmconv.foreign import NOTHING, Foreign
+from gmconv.images import differences
 from runtime.artefact import Artefact, artefact_kind, open_artefact
 from runtime.manifest import Manifest
 from runtime.parity.beside import MOST_NUMBERS, Beside, Memory
@@ -124,7 +125,7 @@ def _compare(
     tolerance = _tolerance(precision, artefact, source, options, notes)
     with open_candidate(artefact, options, precision, notes) as candidate:
         facts = candidate.artefact.facts | reference.artefact.facts
-        _check_source(reference.artefact, artefact, notes)
+        _check_source(reference.artefact, candidate.artefact, notes)
         wanted = _wanted(options, tolerance, [m.crop for m in (manifest, source) if m and m.crop])
         pair = _Pair(reference, candidate, memory)
         wanted = replace(wanted, between=pair.table_ends())
@@ -363,6 +364,12 @@ def _precision(artefact: Artefact, notes: list[str]) -> str:
 
 
 def _check_source(reference: Artefact, candidate: Artefact, notes: list[str]) -> None:
+    own, other = candidate.facts.preprocessing, reference.facts.preprocessing
+    if own is not None and other is not None and (differs := differences(own, other)):
+        notes.append(
+            f"{candidate.path.name} is served with other preprocessing than {reference.path.name}: {differs}; the same "
+            f"tensors go into both here, so the images do not: gmconv evaluate judges that"
+        )
     source = candidate.manifest.source("checkpoint") if candidate.manifest else None
     if reference.kind == "checkpoint" and source is not None and source.sha256 != reference.sha256:
         notes.append(

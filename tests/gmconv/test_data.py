@@ -57,6 +57,22 @@ def test_digits_are_the_held_out_ones_of_the_manifests_split() -> None:
     assert len(load_samples("digits", input_shape=(1, 8, 8), part="all")) == 1797
 
 
+def test_digits_are_prepared_as_images_are(tmp_path: Path) -> None:
+    plain, shape = replace(PLAIN, size=(16, 16)), (3, 16, 16)
+    bare = stack(load_samples("digits", input_shape=shape, limit=4))
+    np.testing.assert_array_equal(stack(load_samples("digits", input_shape=shape, limit=4, preprocessing=plain)), bare)
+    own = replace(plain, mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0))
+    mean, std = (np.reshape(np.float32(values), (3, 1, 1)) for values in (own.mean, own.std))
+    found = stack(load_samples("digits", input_shape=shape, limit=4, preprocessing=own))
+    np.testing.assert_array_equal(found, (bare - mean) / std)
+    for ratio, same in ((1.0, True), (0.5, False)):
+        cut = replace(plain, resize="shortest-then-crop", crop_ratio=ratio)
+        found = stack(load_samples("digits", input_shape=shape, limit=4, preprocessing=cut))
+        assert np.array_equal(found, bare) == same
+    with pytest.raises(RefusedError, match="1 means and 1 deviations for 3 channels"):
+        stack(load_samples("digits", input_shape=shape, preprocessing=replace(plain, mean=(0.0,), std=(1.0,))))
+
+
 def test_the_training_part_of_the_digits_is_the_rest() -> None:
     train = stack(load_samples("digits", input_shape=(1, 8, 8), part="train"))
     held_out = stack(load_samples("digits", input_shape=(1, 8, 8)))

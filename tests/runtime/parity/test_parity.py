@@ -20,6 +20,7 @@ from torch import nn
 import gmconv
 from gmconv.errors import RefusedError
 from gmconv.foreign import Foreign
+from gmconv.images import Preprocessing
 from runtime.artefact import Facts
 from runtime.manifest import FileDigest, Manifest, ShapeRange, TensorSpec, digest, sidecar
 from runtime.parity.cases import NOISE_ALONE, corner_shapes
@@ -301,6 +302,22 @@ def test_a_manifest_is_verified_and_claims_no_precision_that_the_graph_has_not(
     sidecar(path).write_text(replace(manifest, artefact=replace(manifest.artefact, sha256="0" * 64)).to_json())
     with pytest.raises(RefusedError, match="sha256"):
         compare_artefacts(pair[0], [path])
+
+
+def test_another_preprocessing_is_noted(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    paths = [changed(pair[1], tmp_path / f"{name}.onnx", lambda model: None) for name in ("a", "b", "c")]
+    for path, mean in zip(paths, (0.0, 0.5, None), strict=True):
+        manifest = Manifest(
+            artefact=digest(path, "onnx"),
+            inputs=SPEC,
+            outputs=(TensorSpec("logits", "float32", ("batch", 10)),),
+            preprocessing=None if mean is None else Preprocessing(size=(16, 16), mean=(mean,) * 3, std=(1.0,) * 3),
+        )
+        sidecar(path).write_text(manifest.to_json())
+    other, silent = compare_artefacts(paths[0], paths[1:], ParityOptions(samples=8)).candidates
+    said = "b.onnx is served with other preprocessing than a.onnx: mean 0.5, 0.5, 0.5 (not 0, 0, 0); the same tensors"
+    assert any(text.startswith(said) for text in other.verdict.notes)
+    assert not any("preprocessing" in text for text in silent.verdict.notes)
 
 
 @pytest.mark.parametrize(
