@@ -78,7 +78,8 @@ def score_artefacts(
     metric, device, reference, limit, seed, batch; and arch, input_shape, labels, ... of a foreign checkpoint.
 
     Raises RefusedError when an artefact, the images or the metric are unfit or the artefacts take different inputs, or
-    their preprocessing differs and the images are prepared already, and UnavailableError when the device is missing, TypeError for an option that there is not.
+    their preprocessing differs and the images are prepared already; UnavailableError when the device is missing, and
+    TypeError for an option that there is not.
     """
     from runtime.evaluate.metric import load_metric
     from runtime.runners import open_runner
