@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import Any
 
 from gmconv.errors import UnavailableError
 from gmconv.startup import reopen_streams
@@ -22,28 +21,39 @@ def steady_streams() -> None:
         stream = getattr(sys, name)
         if stream is not getattr(sys, f"__{name}__"):
             continue
-        said: dict[str, Any] = {"line_buffering": number == 2}
-        if stream is not None:  # as it is where the descriptor was closed
-            stream.flush()
-            said = {"encoding": stream.encoding, "errors": stream.errors}
-            said["line_buffering"] = stream.line_buffering or stream.write_through
-        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(_Steady(number, "w", closefd=False)), **said))
+        if stream is None:  # as it is where the descriptor was closed
+            setattr(sys, name, _Steady(io.FileIO(number, "w", closefd=False), line_buffering=number == 2))
+            continue
+        stream.flush()
+        said = {"encoding": stream.encoding, "errors": stream.errors}
+        said["line_buffering"] = stream.line_buffering or stream.write_through
+        setattr(sys, name, _Steady(stream.buffer, **said))
 
 
-class _Steady(io.FileIO):
-    """A standard stream by its descriptor."""
+class _Steady(io.TextIOWrapper):
+    """A standard stream, on Python's own buffers: what a signal interrupts is not written twice."""
 
-    def write(self, data: Any) -> int | None:  # type: ignore[override]
-        """As FileIO does it, or dropped."""
+    def write(self, text: str, /) -> int:
+        """As TextIOWrapper does it, or dropped."""
         try:
-            return super().write(data)
+            return super().write(text)
         except OSError as error:
-            if self.fileno() == 1 or isinstance(error, BrokenPipeError):
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, self.fileno())
-                os.close(null)
-            if self.fileno() == 1 and not isinstance(error, BrokenPipeError):
-                raise UnavailableError(
-                    f"stdout cannot be written ({error.strerror}): send it where there is room"
-                ) from error
-            return memoryview(data).nbytes
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """As TextIOWrapper does it; what cannot be written is dropped."""
+        try:
+            super().flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        """From now on into /dev/null, what waits in the buffers too."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
+        if self.fileno() == 1 and not isinstance(error, BrokenPipeError):
+            raise UnavailableError(
+                f"stdout cannot be written ({error.strerror}): send it where there is room"
+            ) from error
