@@ -21,7 +21,7 @@ from gmconv.errors import ParityError
 from gmconv.files import require_writable, staged
 from gmconv.kinds import require_ending
 from runtime.artefact import facts_of
-from runtime.manifest import Manifest, digest, find_manifest, refuse_other_artefact, sidecar
+from runtime.manifest import Manifest, digest, find_manifest, refuse_other_artefact, refuse_unnamed, sidecar
 
 _ASKED = asked_precision()
 
@@ -41,7 +41,7 @@ def convert_precision(
 ) -> Manifest:
     """Convert the fp32 ONNX file `onnx_path` and write `output` (default `model.<precision>.onnx`) with its manifest.
 
-    to="fp16" is the precision too, by the command's name for it.
+    to="fp16" is the precision too, by the command's name for it, and so is a precision in place of `output`.
 
     `verify` compares it with `onnx_path` first, by the tolerance of its precision, on `images` (default: those of the
     calibration, else what the network was trained on, else noise), and keeps the result in the manifest. `force`
@@ -55,11 +55,15 @@ def convert_precision(
     then.
     """
     precision = precision or choices.pop("to", None)
+    if precision is None and output in PRECISIONS:  # named second, as where there is one output
+        precision, output = output, None
     options, onnx_path = _ASKED(options, choices), Path(onnx_path)
     if precision is None or precision not in PRECISIONS:
         raise TypeError(f"convert_precision: to={precision!r}; it is one of {', '.join(PRECISIONS)}")
     images = images or choices.get("data")
     options = replace(options, calibration=options.calibration or images)
+    if output is None:
+        refuse_unnamed(default_output(onnx_path, precision), force=force)
     output = Path(output) if output else default_output(onnx_path, precision)
     require_replaceable(onnx_path, output, precision, options, verify=verify, force=force)
     model = load_fp32(onnx_path)

@@ -100,6 +100,13 @@ def summary(output: Path, manifest: Manifest) -> list[str]:
     return lines
 
 
+def _beside(model: Path, precision: Precision | None, *, force: bool) -> Path:
+    """The engine's name where nobody gave one. Raises RefusedError where it is something else's."""
+    output = model.with_name(f"{model.stem}.{precision}.plan" if precision else f"{model.stem}.plan")
+    refuse_unnamed(output, force=force)
+    return output
+
+
 @contextlib.contextmanager
 def progress_bar(quiet: bool) -> Iterator[Progress | None]:
     """A bar on stderr for a person who watches; nothing otherwise."""
@@ -191,6 +198,7 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> t
 @click.option("--log", type=Written(aside=True), help="Write TensorRT's whole log there.")
 @report_option
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.option("-v", "--verbose", is_flag=True, help="Show TensorRT's log on stderr.")
 @click.pass_obj
 def main(
@@ -206,8 +214,10 @@ def main(
 ) -> None:
     """Build MODEL, an ONNX file or a checkpoint, into a TensorRT engine with a manifest beside it."""
 
+    quiet = flags.pop("quiet")
+
     def note(text: str) -> None:
-        if flags["verbose"] or not text.startswith("[exporter]"):  # torch's own log, as in export.onnx
+        if flags["verbose"] or not (quiet or text.startswith("[exporter]")):  # torch's own log, as in export.onnx
             click.echo(text, err=True)
 
     checkpoint = model if artefact_kind(model) == "checkpoint" else None
@@ -226,9 +236,7 @@ def main(
         golden=asked.golden,
         **flags,
     )
-    if output is None:
-        output = model.with_name(model.stem + (f".{precision}" if precision else "") + ".plan")
-        refuse_unnamed(output, force=flags["force"])
+    output = output or _beside(model, precision, force=flags["force"])
     require_writable(output, model)
     require_ending(output, "engine")
     require_report(report, model, output)
@@ -244,7 +252,7 @@ def main(
         from export.onnx.tables import print_export
 
         print_export(onnx_path)
-    with progress_bar(quiet=as_json or options.verbose) as progress:
+    with progress_bar(quiet=quiet or as_json or options.verbose) as progress:
         manifest = build_engine(onnx_path, output, options, progress=progress, process=process)
     if report is not None:
         write_artefact_report(report, [output] if onnx_path == model else [onnx_path, output])

@@ -99,6 +99,7 @@ def test_a_file_of_another_precision_is_overwritten_by_force_alone(fp32: Path) -
     convert_precision(fp32, half, to="fp16", verify=False)
     with pytest.raises(TypeError, match="to=None; it is one of fp32, fp16, bf16, int8, fp8"):
         convert_precision(fp32, half)
+    assert convert_precision(fp32, "bf16", verify=False).artefact.file == f"{fp32.stem}.bf16.onnx"
     with pytest.raises(RefusedError, match=r"is there in fp16.*output='\S+half\.bf16\.onnx', or force=True"):
         convert_precision(fp32, half, "bf16", verify=False)
     convert_precision(fp32, half, "fp16", verify=False)
