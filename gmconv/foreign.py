@@ -10,15 +10,19 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import click
 
 from gmconv.errors import RefusedError, printable
 from gmconv.kinds import artefact_kind
 
+if TYPE_CHECKING:
+    from gmconv.images import Preprocessing
+
+OTHERWISE = "images are prepared otherwise than the checkpoint says itself: "
 _LARGEST = 2**24  # bytes of a file of labels or of preprocessing
 
 
@@ -203,8 +207,13 @@ def preprocessing_fields(given: Mapping[str, Any] | str | os.PathLike[str] | Non
     return found
 
 
-def preprocessing_of(given: Mapping[str, Any] | str | os.PathLike[str] | None, shape: Sequence[int] | None) -> Any:
-    """`preprocessing_fields`, as a dict, with what it does not say: the network's own, of `shape` (C, H, W), unscaled.
+def preprocessing_of(
+    given: Mapping[str, Any] | str | os.PathLike[str] | None,
+    shape: Sequence[int] | None,
+    own: Preprocessing | None = None,
+) -> Any:
+    """`preprocessing_fields`, as a dict, with what it does not say: the checkpoint's `own`, else the network's, of
+    `shape` (C, H, W), unscaled.
 
     Raises RefusedError, also where a field is of another type, or the network takes no image (`shape` None).
     """
@@ -217,13 +226,19 @@ def preprocessing_of(given: Mapping[str, Any] | str | os.PathLike[str] | None, s
         return None
     if shape is None:
         raise RefusedError("preprocessing is of images, and none of the network's inputs is one: leave it out")
-    if ("mean" in said) != ("std" in said):
+    if own is None and ("mean" in said) != ("std" in said):
         one, other = ("mean", "std") if "mean" in said else ("std", "mean")
         raise RefusedError(f"preprocessing: has a {one} and no {other}; give both (--mean M,M,M --std S,S,S)")
+    if own is not None and {"mean", "std"} & said.keys() and "scale" not in said and abs(own.scale * 255 - 1) > 1e-6:
+        raise RefusedError(
+            f"preprocessing: the checkpoint's scale is {own.scale:g}, and that of 0..1 is 1/255: give a scale too, "
+            f"with the mean and std that go with it (--preprocessing FILE)"
+        )
     channels, height, width = shape
-    usual = {"size": (height, width), "mean": (0.0,) * channels, "std": (1.0,) * channels}
-    own = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in said.items()}
-    full = {**usual, "channel_order": "L" if channels == 1 else "RGB", **own}
+    usual: dict[str, Any] = {"size": (height, width), "mean": (0.0,) * channels, "std": (1.0,) * channels}
+    usual |= {"channel_order": "L" if channels == 1 else "RGB"}
+    plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in said.items()}
+    full = {**(asdict(own) if own else usual), **plain}
     try:
         msgspec.convert(full, Preprocessing)
     except msgspec.ValidationError as error:
@@ -233,7 +248,7 @@ def preprocessing_of(given: Mapping[str, Any] | str | os.PathLike[str] | None, s
         if choices and all(isinstance(choice, str) for choice in choices):
             takes = f"it is one of {', '.join(choices)}"
         raise RefusedError(f"preprocessing: {reason}; {takes}") from None
-    if float(full.get("scale", 1 / 255)) <= 1 / 255 and max(map(float, full["mean"])) > 1:
+    if float(full.get("scale", 1 / 255)) <= 1 / 255 and max(map(float, full["mean"]), default=0) > 1:
         raise RefusedError(
             "preprocessing: the mean is one of pixels in 0..255, and they are scaled to 0..1 before it is taken off: "
             "divide mean and std by 255, or give a scale of 1 (--preprocessing FILE)"
@@ -286,10 +301,16 @@ _OPTIONS: list[Callable[[Any], Any]] = [
         help="One input of any rank, by its forward's name (repeat for several).",
     ),
     click.option(
-        "--mean", callback=_parsed(parse_numbers), metavar="M,M,M", help="Mean of the images, 0..1 per channel."
+        "--mean",
+        callback=_parsed(parse_numbers),
+        metavar="M,M,M",
+        help="Mean of the images, 0..1 per channel. [a checkpoint's own]",
     ),
     click.option(
-        "--std", callback=_parsed(parse_numbers), metavar="S,S,S", help="Deviation of the images, 0..1 per channel."
+        "--std",
+        callback=_parsed(parse_numbers),
+        metavar="S,S,S",
+        help="Deviation of the images, 0..1 per channel. [a checkpoint's own]",
     ),
     click.option(
         "--preprocessing",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from export.precision.converter import PrecisionOptions
 from gmconv.asking import Asked
-from gmconv.foreign import NOTHING, Foreign
+from gmconv.foreign import NOTHING, OTHERWISE, Foreign
 
 if TYPE_CHECKING:
     from export.precision.converter import Precision
@@ -81,11 +81,14 @@ class ExportOptions:
         return [output if p == "fp32" else output.with_name(f"{output.stem}.{p}.onnx") for p in self.precisions]
 
     def confirmed(self, warnings: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Warnings of a checkpoint as notes, where golden pairs that held confirm what they say; and those left."""
+        """Warnings of a checkpoint as notes, where golden pairs that held confirm what they say; and those left: the
+        pairs are of inputs that somebody had prepared."""
         if self.golden is None:
             return (), warnings
         by = f"confirmed by {self.golden.name}:"
-        return tuple(text.partition(";")[0].replace("assumed:", by, 1) for text in warnings), ()
+        left = tuple(text for text in warnings if text.startswith(OTHERWISE))
+        held = [text for text in warnings if text not in left]
+        return tuple(text.partition(";")[0].replace("assumed:", by, 1) for text in held), left
 
 
 #: Names of the command line that mean several fields, or one of another name.

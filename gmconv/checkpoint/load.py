@@ -10,10 +10,11 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -24,7 +25,8 @@ from gmconv.checkpoint.fill import fill, put_masks, require_same_keys
 from gmconv.checkpoint.names import plain_values
 from gmconv.errors import ArchitectureUnsaidError, CheckpointError, InputsUnsaidError, RefusedError, printable
 from gmconv.files import replacing
-from gmconv.foreign import DTYPES, labels_of, preprocessing_of
+from gmconv.foreign import DTYPES, OTHERWISE, labels_of, preprocessing_of
+from gmconv.images import Preprocessing, differences, read_preprocessing
 from gmconv.inputs import Input, in_order
 from gmconv.surgery import masked_layers, require_module
 
@@ -39,8 +41,8 @@ class Checkpoint:
     `model` is live (masks computed in forward), in eval mode, on the CPU, float32 (float64 where all weights were
     stored so). `inputs` are what its forward takes, `input_shape` the `(C, H, W)` of the first image among them, None
     where there is none. `preprocessing` has the fields of `gmconv.images.Preprocessing`. `notes` says what was read
-    between the lines of a foreign file, `warnings` what was assumed of it and may be wrong. `sha256` is of the file's
-    bytes.
+    between the lines of a foreign file, `warnings` what was assumed or told of it and may be wrong. `sha256` is of the
+    file's bytes.
     """
 
     model: nn.Module
@@ -157,7 +159,8 @@ def load_checkpoint(
         arch: overrides the file's own; any `package.module:factory`, because the caller is trusted and the file is not.
         num_classes: passed to the factory.
         input_shape: `(C, H, W)`, for files that do not know it.
-        preprocessing: fields of `gmconv.images.Preprocessing`, or a JSON file of them, for files that do not know them.
+        preprocessing: fields of `gmconv.images.Preprocessing`, or a JSON file of them: these alone are other than the
+            file says, and a warning says so where it says something.
         labels: class names, or the file that has them one a line, for files that do not know them.
         inputs: of a network that takes several, or no image: `(name, shape of one sample, dtype)` of each, by its
             forward's names.
@@ -196,6 +199,7 @@ def load_checkpoint(
         _require_small(raw, name, kwargs, path, trusted=arch is not None)
     model = build(name, kwargs, str(path), trusted=arch is not None).cpu()
     masked, notes, warnings = fill(model, raw, path, name, recorded=facts["masked"], weights=weights)
+    prepared, doubts = _preprocessing(preprocessing, shape, facts["preprocessing"], reshaped=input_shape is not None)
     return Checkpoint(
         model=model.eval(),
         arch=name,
@@ -204,13 +208,37 @@ def load_checkpoint(
         inputs=in_order(model, given),
         masked=masked,
         sha256=_sha256(path),
-        preprocessing=preprocessing_of(preprocessing, shape) or facts["preprocessing"],
+        preprocessing=prepared,
         labels=labels_of(labels) or tuple(facts["labels"] or ()) or None,
         dataset=facts["dataset"],
         training=facts["training"],
         notes=notes,
-        warnings=warnings,
+        warnings=(*warnings, *doubts),
     )
+
+
+def _preprocessing(
+    given: Mapping[str, Any] | str | Path | None,
+    shape: tuple[int, int, int] | None,
+    own: dict[str, Any] | None,
+    *,
+    reshaped: bool,
+) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """What is `given` and, for the rest, the file's `own`, and where they contradict each other. Raises RefusedError.
+
+    `reshaped`: the caller gave the size of the images.
+    """
+    try:
+        recorded = read_preprocessing(own)
+    except RefusedError:  # replaced, or told to whoever needs it
+        recorded = None
+    if recorded is not None and shape is not None and reshaped:
+        recorded = replace(recorded, size=shape[1:])
+    found = preprocessing_of(given, shape, recorded)
+    if found is None or recorded is None:
+        return found or own, ()
+    changed = differences(msgspec.convert(found, Preprocessing), recorded)
+    return found, (OTHERWISE + changed,) * bool(changed)
 
 
 _FACTS = ("arch", "arch_kwargs", "input_shape", "masked", *Facts.__annotations__)

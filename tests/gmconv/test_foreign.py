@@ -16,6 +16,7 @@ import gmconv
 from gmconv.cli import Command
 from gmconv.errors import RefusedError
 from gmconv.foreign import (
+    OTHERWISE,
     Foreign,
     foreign_options,
     preprocessing_of,
@@ -111,6 +112,35 @@ def test_a_foreign_checkpoint_gets_what_it_does_not_say(tmp_path: Path) -> None:
     assert preprocessing is not None
     assert (preprocessing.size, preprocessing.mean, preprocessing.std) == ((16, 24), (0.5,) * 3, (0.25,) * 3)
     assert loaded.labels == tuple("0123456789")
+
+
+def test_what_a_checkpoint_says_of_its_images_is_kept_but_for_what_is_told(tmp_path: Path) -> None:
+    own = {"size": [20, 24], "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
+    own |= {"resize": "shortest-then-crop", "crop_ratio": 0.875}
+    model = gmconv.models.create("resnet8", gmconv=False)
+    path = tmp_path / "net.pt"
+    gmconv.save_checkpoint(path, model, "gmconv.models:resnet8", (3, 16, 24), preprocessing=own)
+    (tmp_path / "p.json").write_text('{"mean": [0, 0, 0]}')
+    for told in ({"mean": (0.0,) * 3}, tmp_path / "p.json"):
+        found = gmconv.load_checkpoint(path, preprocessing=told)
+        assert read_preprocessing(found.preprocessing) == read_preprocessing({**own, "mean": [0.0] * 3})
+        assert found.warnings == (f"{OTHERWISE}mean 0, 0, 0 (not 0.5, 0.5, 0.5)",)
+    assert not gmconv.load_checkpoint(path, preprocessing={"mean": [0.5] * 3, "std": (0.25,) * 3}).warnings
+    found = gmconv.load_checkpoint(path)
+    assert (found.preprocessing, found.warnings) == (own, ())
+    found = gmconv.load_checkpoint(path, input_shape=(3, 32, 32), preprocessing={"scale": 1 / 255})
+    assert read_preprocessing(found.preprocessing) == read_preprocessing({**own, "size": [32, 32]})
+    gmconv.save_checkpoint(path, model, "gmconv.models:resnet8", (3, 16, 24), preprocessing={"mean": 7})
+    found = gmconv.load_checkpoint(path, preprocessing={"mean": (0.5,) * 3, "std": (1.0,) * 3})
+    assert (found.preprocessing["size"], found.warnings) == ((16, 24), ()), "what is damaged is replaced"
+    pixels = {"size": [16, 24], "mean": [127.0] * 3, "std": [60.0] * 3, "scale": 1.0}
+    gmconv.save_checkpoint(path, model, "gmconv.models:resnet8", (3, 16, 24), preprocessing=pixels)
+    with pytest.raises(RefusedError, match="the checkpoint's scale is 1, and that of 0..1 is 1/255: give a scale too"):
+        gmconv.load_checkpoint(path, preprocessing={"mean": (0.5,) * 3, "std": (0.25,) * 3})
+    told = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "scale": 1 / 255}
+    found = gmconv.load_checkpoint(path, preprocessing=told)
+    assert read_preprocessing(found.preprocessing) == read_preprocessing({"size": [16, 24], **told})
+    assert preprocessing_of({"mean": (), "std": ()}, (3, 16, 16))["mean"] == (), "whoever has the images refuses that"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from export.onnx.refusals import advice_on_parity, last_words
 from export.onnx.trained import Live
 from export.precision.converter import Precision, PrecisionOptions
 from gmconv.errors import RefusedError
-from gmconv.foreign import NOTHING
+from gmconv.foreign import NOTHING, OTHERWISE
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,9 @@ def test_golden_pairs_that_held_confirm_what_a_checkpoint_only_assumes() -> None
     assert ExportOptions().confirmed(warnings) == ((), warnings)
     confirmed = ("confirmed by pairs.npz: the sigma of 3 layers is GMConv2d's", "weights taken from 'a'")
     assert ExportOptions(golden=Path("own/pairs.npz")).confirmed(warnings) == (confirmed, ())
+    other = f"{OTHERWISE}mean 0.5 (not 0)"
+    found = ExportOptions(golden=Path("own/pairs.npz")).confirmed((*warnings, other))
+    assert found == (confirmed, (other,)), "they begin where images are prepared"
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ def test_confusions_have_names_where_the_classes_have(tmp_path: Path, images: Pa
     report = tmp_path / "report.html"
     assert "'c' became 'f' 10x" in invoke(good, bad, "--data", images, "--report", report).stdout
     assert "became &#39;f&#39; 10x" in report.read_text()
-    assert "is an input" in invoke(good, "--data", images, "--report", good, code=3).stderr
+    assert "ends in .html" in invoke(good, "--data", images, "--report", good, code=2).stderr
 
 
 @pytest.mark.parametrize("flags", [[], ["--data", "digits"]])

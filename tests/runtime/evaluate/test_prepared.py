@@ -11,7 +11,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+import gmconv
 from gmconv.errors import RefusedError
+from gmconv.foreign import OTHERWISE
 from runtime.evaluate.__main__ import main
 from runtime.evaluate.score import EvaluateOptions, evaluate
 from runtime.manifest import Manifest, TensorSpec, digest, sidecar
@@ -58,6 +60,15 @@ def test_each_artefact_sees_images_as_it_is_served(tmp_path: Path, photos: Path)
     assert "b.onnx is served with other preprocessing than a.onnx: std -1 (not 1); each was judged" in failed.stderr
     done = evaluate([good, served(save(tmp_path / "e.onnx"), RIGHT | {"crop_ratio": 0.5})], images=photos)
     assert not done.warnings, "what stretches does not crop"
+
+
+def test_a_checkpoint_that_is_told_otherwise_is_named(tmp_path: Path, photos: Path) -> None:
+    own = {"size": (8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    model = gmconv.models.create("resnet8", gmconv=False)
+    gmconv.save_checkpoint(tmp_path / "net.pt", model, "gmconv.models:resnet8", (3, 8, 8), preprocessing=own)
+    said = f"{OTHERWISE}mean 0.5, 0.5, 0.5 (not 0, 0, 0)"
+    assert evaluate(tmp_path / "net.pt", images=photos, mean=(0.5,) * 3).warnings == (said,)
+    assert not evaluate(tmp_path / "net.pt", images=photos).warnings
 
 
 def test_inputs_that_are_prepared_already_are_right_for_one_preprocessing(tmp_path: Path) -> None:
