@@ -198,18 +198,33 @@ class Group(_Documented, click.Group):
         raise click.UsageError(f"No such command {name!r}: {advice}", ctx)
 
 
-SEED = click.IntRange(0, 2**63 - 1)
+DAY = 86_400.0
+"""Seconds: the most that a time may be, as a limit without an end limits nothing."""
+
+
+class Whole(click.IntRange):
+    """A whole number in a range."""
+
+    name = "integer"  # click's "integer range" is of no use to who wrote a word
 
 
 class Finite(click.FloatRange):
     """A number in a range; NaN, which holds every limit and breaks none, and infinity are refused."""
 
+    name = "number"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """As FloatRange does it."""
-        number = float(super().convert(value, param, ctx))
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number", param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number", param, ctx)
-        return number
+        return float(super().convert(value, param, ctx))
+
+
+SEED = Whole(0, 2**63 - 1)
 
 
 def version_option() -> click.Option:

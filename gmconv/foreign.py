@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import click
 
+from gmconv.cli import Whole
 from gmconv.errors import RefusedError, printable
 from gmconv.kinds import artefact_kind
 
@@ -288,7 +289,7 @@ _OPTIONS: list[Callable[[Any], Any]] = [
     click.option(
         "--weights", metavar="KEY", help="Which of several sets of weights in a checkpoint: state_dict_ema, ema.module."
     ),
-    click.option("--num-classes", type=click.IntRange(1), help="Passed to the factory of --arch."),
+    click.option("--num-classes", type=Whole(1), help="Passed to the factory of --arch."),
     click.option(
         "--input-shape", callback=_parsed(_image_shape), metavar="C,H,W", help="Of one image, for a foreign checkpoint."
     ),

@@ -13,7 +13,7 @@ import click
 from export.graph.capture import OLDEST_OPSET
 from export.onnx.options import DEFAULT_OPSET, ExportOptions, crop_clash
 from export.precision.__main__ import options_from_flags, precision_flags
-from gmconv.cli import SEED
+from gmconv.cli import SEED, Whole
 from gmconv.foreign import foreign_options
 
 
@@ -74,11 +74,9 @@ _OWN = (
     *("seed", "crop", "crop_budget", "crop_gain", "keep_dynamic", "fuse"),
 )
 _FLAGS: tuple[Callable[[Any], Any], ...] = (
-    click.option("--batch", type=click.IntRange(1), help="Fix the batch size; default: a dynamic batch axis."),
+    click.option("--batch", type=Whole(1), help="Fix the batch size; default: a dynamic batch axis."),
     click.option("--dynamic-hw", is_flag=True, help="Leave height and width dynamic too."),
-    click.option(
-        "--opset", type=click.IntRange(OLDEST_OPSET), default=DEFAULT_OPSET, show_default=True, help="Of ONNX."
-    ),
+    click.option("--opset", type=Whole(OLDEST_OPSET), default=DEFAULT_OPSET, show_default=True, help="Of ONNX."),
     click.option("--input-names", callback=_names, help="Comma-separated; default: input, or the forward's names."),
     click.option("--output-names", callback=_names, help="Comma-separated; default: logits."),
     click.option("--simplify", is_flag=True, help="Rewrite the graph with onnxslim; parity is checked after it."),
@@ -86,7 +84,7 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--golden", type=click.Path(path_type=Path), metavar="FILE.npz", help="Pairs that your program recorded."
     ),
-    click.option("--samples", type=click.IntRange(3), default=64, show_default=True, help="How many images."),
+    click.option("--samples", type=Whole(3), default=64, show_default=True, help="How many images."),
     click.option("--seed", "noise_seed", type=SEED, default=0, show_default=True, help="Of the noise."),
     click.option(
         "--crop",

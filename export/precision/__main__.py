@@ -21,7 +21,7 @@ from export.precision.converter import (
     Precision,
     PrecisionOptions,
 )
-from gmconv.cli import SEED, Command, Finite, data_options, print_json, progress_console, result_console, warn
+from gmconv.cli import SEED, Command, Finite, Whole, data_options, print_json, progress_console, result_console, warn
 from gmconv.files import require_writable
 from gmconv.written import Written
 from runtime.manifest import refuse_unnamed
@@ -58,7 +58,7 @@ def precision_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Of inputs and outputs: fp16 goes with fp16.",
         ),
         data_options,
-        click.option("--calibration-images", type=click.IntRange(2), help="How many of them [256]."),
+        click.option("--calibration-images", type=Whole(2), help="How many of them [256]."),
         click.option(
             "--calibration-method",
             type=click.Choice(["entropy", "percentile", "minmax"]),
@@ -105,8 +105,8 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
 @click.option(
     "--max-top1-drop", "--max-drop", type=Finite(0, 100), help="Budget: points of top-1 or of pixel accuracy."
 )
-@click.option("--min-snr", type=Finite(), help="Budget: least output signal-to-noise ratio, dB.")
-@click.option("--images-limit", type=click.IntRange(2), default=512, show_default=True, help="Most to judge on.")
+@click.option("--min-snr", type=Finite(-1000, 1000), help="Budget: least output signal-to-noise ratio, dB.")
+@click.option("--images-limit", type=Whole(2), default=512, show_default=True, help="Most to judge on.")
 @click.option(
     "--keep-as",
     type=click.Choice(["fp16", "fp32"]),

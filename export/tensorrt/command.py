@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from export.onnx.flags import export_flags, only_of_an_export
-from gmconv.cli import Command, Finite, print_json, warn
+from gmconv.cli import Command, Finite, Whole, print_json, warn
 from gmconv.files import require_writable
 from gmconv.kinds import artefact_kind, refuse_other_kinds, require_ending
 from gmconv.written import Written
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from runtime.manifest import Manifest
 
 Precision = Literal["fp16", "bf16", "int8", "fp8"]
-_BATCH = click.IntRange(1, 2**31 - 1)
+_BATCH = Whole(1, 2**31 - 1)
 
 
 def prepare(
@@ -163,8 +163,8 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> t
 @click.option("--minShapes", "min_shapes", multiple=True, metavar="NAME:1x3x224x224", help="Full shapes, as trtexec.")
 @click.option("--optShapes", "opt_shapes", multiple=True, metavar="NAME:8x3x224x224")
 @click.option("--maxShapes", "max_shapes", multiple=True, metavar="NAME:32x3x224x224")
-@click.option("--workspace", type=Finite(min=0, min_open=True), metavar="MIB", help="Scratch memory limit.")
-@click.option("--builder-optimization-level", "optimization_level", type=click.IntRange(0, 5))
+@click.option("--workspace", type=Finite(1, 1e9), metavar="MIB", help="Scratch memory limit.")
+@click.option("--builder-optimization-level", "optimization_level", type=Whole(0, 5))
 @click.option("--tf32/--no-tf32", default=False, show_default=True, help="Off: parity first.")
 @click.option(
     "--compute-capability",

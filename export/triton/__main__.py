@@ -16,7 +16,7 @@ import click
 
 from export.triton.config import BACKEND_FILE, ServingOptions
 from export.triton.write import write_repository
-from gmconv.cli import Command, print_json, progress_console, require, warn
+from gmconv.cli import Command, Whole, print_json, progress_console, require, warn
 from gmconv.errors import Interrupted
 
 
@@ -69,19 +69,19 @@ def _gpus(_context: click.Context, _parameter: click.Parameter, value: str | Non
 @click.argument("artefact", type=click.Path(path_type=Path))
 @click.option("-o", "--output", "repository", type=click.Path(path_type=Path), required=True, help="The repository.")
 @click.option("--name", "--model-name", "name", help="Model name; the file's stem by default.")
-@click.option("--version", type=click.IntRange(1, 2**63 - 1), default=1, show_default=True, help="Version to write.")
-@click.option("--max-batch", type=click.IntRange(0, 2**31 - 1), help="max_batch_size; the profiles', or 32 for ONNX.")
-@click.option("--instances", type=click.IntRange(1, 1024), default=1, show_default=True, help="Copies per device.")
+@click.option("--version", type=Whole(1, 2**63 - 1), default=1, show_default=True, help="Version to write.")
+@click.option("--max-batch", type=Whole(0, 2**31 - 1), help="max_batch_size; the profiles', or 32 for ONNX.")
+@click.option("--instances", type=Whole(1, 1024), default=1, show_default=True, help="Copies per device.")
 @click.option("--kind", type=click.Choice(["auto", "gpu", "cpu"]), default="auto", show_default=True)
 @click.option("--gpus", callback=_gpus, help="Device numbers, such as 0,1; all of the server's by default.")
-@click.option("--delay", type=click.IntRange(0, 60_000_000), default=0, show_default=True, help="Queue delay, µs.")
-@click.option("--max-queue", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="0: no limit.")
-@click.option("--queue-timeout", type=click.IntRange(0, 2**40), default=0, show_default=True, help="µs; 0: none.")
+@click.option("--delay", type=Whole(0, 60_000_000), default=0, show_default=True, help="Queue delay, µs.")
+@click.option("--max-queue", type=Whole(0, 2**31 - 1), default=0, show_default=True, help="0: no limit.")
+@click.option("--queue-timeout", type=Whole(0, 2**40), default=0, show_default=True, help="µs; 0: none.")
 @click.option("--policy", callback=_policy, default="latest:1", show_default=True, help="all, latest:N, specific:1,3.")
 @click.option("--warmup/--no-warmup", default=True, show_default=True, help="Run the batch limits before ready.")
 @click.option("--shape", "shapes", multiple=True, callback=_shapes, help="NAME=3x224x224: warm-up of dynamic axes.")
 @click.option("--cuda-graphs", is_flag=True, help="TensorRT: capture CUDA graphs for batch 1 and the limit.")
-@click.option("--threads", type=click.IntRange(1, 4096), help="onnxruntime on a CPU: intra-op threads.")
+@click.option("--threads", type=Whole(1, 4096), help="onnxruntime on a CPU: intra-op threads.")
 @click.option("--force", is_flag=True, help="Replace an existing version, config.pbtxt and labels.txt.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def main(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shlex
 import sys
 import time
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gmconv.cli import SEED, Command, Finite, progress_console, warn
+from gmconv.cli import SEED, Command, Finite, Whole, progress_console, warn
 from gmconv.errors import Interrupted, RefusedError
 from gmconv.files import require_writable, write_text
 from gmconv.foreign import parse_shape
@@ -48,14 +47,9 @@ def _odd(context: click.Context, parameter: click.Parameter, value: int | None) 
     return value
 
 
-def _finite(context: click.Context, parameter: click.Parameter, value: float) -> float:
-    if not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a finite number")
-    return value
-
-
-_POSITIVE = Finite(min=0, min_open=True)
-_NOT_NEGATIVE = Finite(min=0)
+#: Up to what float32 can be multiplied with.
+_POSITIVE = Finite(0, 1e9, min_open=True)
+_NOT_NEGATIVE = Finite(0, 1e9)
 
 
 @click.command(
@@ -80,23 +74,18 @@ _NOT_NEGATIVE = Finite(min=0)
 @click.option("--plain", is_flag=True, help="Put no masks on it: the plain twin, or your network as it is.")
 @click.option("--seed", default=1, show_default=True, type=SEED)
 @click.option("-o", "--output", default="ckpt.pt", show_default=True, type=Written())
-@click.option("--epochs", default=8, show_default=True, type=click.IntRange(min=1))
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=2))
-@click.option("--lr", default=3e-3, show_default=True, type=_POSITIVE, callback=_finite, help="Peak learning rate.")
-@click.option("--weight-decay", default=0.05, show_default=True, type=_NOT_NEGATIVE, callback=_finite)
-@click.option(
-    "--sigma", default=5.0, show_default=True, type=_POSITIVE, callback=_finite, help="Initial sigma, in taps."
-)
+@click.option("--epochs", default=8, show_default=True, type=Whole(min=1))
+@click.option("--batch-size", default=32, show_default=True, type=Whole(min=2))
+@click.option("--lr", default=3e-3, show_default=True, type=_POSITIVE, help="Peak learning rate.")
+@click.option("--weight-decay", default=0.05, show_default=True, type=_NOT_NEGATIVE)
+@click.option("--sigma", default=5.0, show_default=True, type=_POSITIVE, help="Initial sigma, in taps.")
 @click.option("--sigma-per", default="layer", show_default=True, type=click.Choice(["layer", "channel"]))
-@click.option(
-    "--sigma-lr", default=0.02, show_default=True, type=_NOT_NEGATIVE, callback=_finite, help="Of sigma alone."
-)
+@click.option("--sigma-lr", default=0.02, show_default=True, type=_NOT_NEGATIVE, help="Of sigma alone.")
 @click.option(
     "--sigma-penalty",
     default=0.0,
     show_default=True,
     type=_NOT_NEGATIVE,
-    callback=_finite,
     metavar="LAMBDA",
     help="Adds LAMBDA * mean over layers of log(1 + mask energy outside the centre tap) to the loss.",
 )
@@ -105,12 +94,11 @@ _NOT_NEGATIVE = Finite(min=0)
     default=1e-3,
     show_default=True,
     type=_NOT_NEGATIVE,
-    callback=_finite,
     help="At which the multiply-adds kept are reported.",
 )
-@click.option("--kernel-size", type=click.IntRange(min=1), callback=_odd, help="CIFAR ResNets: replaces every 3x3.")
+@click.option("--kernel-size", type=Whole(min=1), callback=_odd, help="CIFAR ResNets: replaces every 3x3.")
 @click.option("--input-shape", default="3,32,32", show_default=True, metavar="C,H,W", callback=_shape)
-@click.option("--shift", type=click.IntRange(min=0), help="Augmentation, pixels. [default: H / 8]")
+@click.option("--shift", type=Whole(min=0), help="Augmentation, pixels. [default: H / 8]")
 @click.option("--flip", is_flag=True, help="Augmentation: mirror half of the images.")
 @click.option("--bf16", is_flag=True, help="bfloat16 autocast (held-out accuracy stays float32).")
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from gmconv.cli import SEED, Finite
+from gmconv.cli import DAY, SEED, Finite, Whole
 from gmconv.foreign import NOTHING, Foreign
 from gmconv.written import Written
 from runtime.benchmark.inputs import Shape, parse_files, parse_shapes
@@ -171,7 +171,7 @@ def _written(name: str, parameter: str, text: str) -> Callable[[F], F]:
     return click.option(f"--{name}", parameter, type=Written(aside=True), metavar="FILE", help=text)
 
 
-_FROM_0 = Finite(min=0)
+_MS = Finite(0, 1000 * DAY)
 _LOOP: list[Callable[[Any], Any]] = [
     _file("loadEngine", "load_engine", "An engine to time; the same as naming it as an artefact."),
     _file("onnx", "onnx", "An ONNX file to time (through ONNX Runtime); the same as naming it as an artefact."),
@@ -185,16 +185,16 @@ _LOOP: list[Callable[[Any], Any]] = [
         metavar="SPEC",
         help="Raw input files: input:file.raw (else random).",
     ),
-    click.option("--iterations", default=10, show_default=True, type=click.IntRange(min=1), help="At least N queries."),
-    click.option("--warmUp", "warm_up", default=200.0, show_default=True, type=_FROM_0, help="Warm-up, ms."),
+    click.option("--iterations", default=10, show_default=True, type=Whole(1, 10**9), help="At least N queries."),
+    click.option("--warmUp", "warm_up", default=200.0, show_default=True, type=_MS, help="Warm-up, ms."),
     click.option(
-        "--duration", default=3.0, type=Finite(), show_default=True, help="Measure for N seconds; -1: until Ctrl-C."
+        "--duration", default=3.0, show_default=True, type=Finite(max=DAY), help="Measure for N s; -1: until Ctrl-C."
     ),
-    click.option("--idleTime", "idle_time", default=0.0, type=_FROM_0, help="Sleep N ms between two queries."),
+    click.option("--idleTime", "idle_time", default=0.0, type=_MS, help="Sleep N ms between two queries."),
 ]
 _DEVICE: list[Callable[[Any], Any]] = [
-    click.option("--infStreams", "inf_streams", default=1, show_default=True, type=click.IntRange(min=1)),
-    click.option("--streams", type=click.IntRange(min=1), help="Old name of --infStreams."),
+    click.option("--infStreams", "inf_streams", default=1, show_default=True, type=Whole(1, 1024)),
+    click.option("--streams", type=Whole(1, 1024), help="Old name of --infStreams."),
     _flag("exposeDMA", "expose_dma", "One query at a time on each stream, instead of two in flight."),
     _flag("noDataTransfers", "no_data_transfers", "Leave host-device copies out (default)."),
     _flag("includeDataTransfers", "include_data_transfers", "Time host-device copies too."),
@@ -205,7 +205,7 @@ _DEVICE: list[Callable[[Any], Any]] = [
     _flag("trtexec10", "trtexec10", "trtexec 10's defaults: no CUDA graph, data transfers, --noSpinWait."),
 ]
 _REPORTING: list[Callable[[Any], Any]] = [
-    click.option("--avgRuns", "avg_runs", default=10, show_default=True, type=click.IntRange(min=1)),
+    click.option("--avgRuns", "avg_runs", default=10, show_default=True, type=Whole(min=1)),
     click.option("--percentile", default="90,95,99", show_default=True, callback=parse_percentiles),
     _flag("verbose", "verbose", "Explain each metric."),
     _flag("dumpOutput", "dump_output", "Print the outputs of one query."),
@@ -219,7 +219,7 @@ _REPORTING: list[Callable[[Any], Any]] = [
 ]
 _OWN: list[Callable[[Any], Any]] = [
     click.option("--device", help="cpu, cuda, cuda:N or N (as trtexec); an engine's default is cuda:0, others' cpu."),
-    click.option("--cpuThreads", "cpu_threads", type=click.IntRange(min=1), help="CPU threads of the engine."),
+    click.option("--cpuThreads", "cpu_threads", type=Whole(min=1), help="CPU threads of the engine."),
     click.option("--provider", help="ONNX Runtime's execution provider: cpu, cuda, tensorrt, rtx."),
     click.option("--form", type=click.Choice(["live", "baked"]), help="Of a checkpoint: masks in forward, or baked."),
     _flag("compiled", "compiled", "Of a checkpoint: through torch.compile."),

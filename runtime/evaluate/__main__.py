@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gmconv.cli import SEED, Command, Finite, print_json, result_console, warn
+from gmconv.cli import SEED, Command, Finite, Whole, print_json, result_console, warn
 from gmconv.data import refuse_missing
 from gmconv.errors import ParityError
 from gmconv.foreign import foreign_options
@@ -47,9 +47,9 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="What to compare with [a checkpoint given or beside it, else the first of several, else its source].",
 )
-@click.option("--limit", type=click.IntRange(1), help="At most so many images.")
+@click.option("--limit", type=Whole(1), help="At most so many images.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the draw with --limit.")
-@click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Images at a time.")
+@click.option("--batch", type=Whole(1), default=32, show_default=True, help="Images at a time.")
 @foreign_options
 @click.option("--min-agreement", type=Finite(0, 100), help="Percent; exit 4 below it.")
 @click.option(

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from gmconv.cli import SEED, Command, Finite
+from gmconv.cli import SEED, Command, Finite, Whole
 from gmconv.data import refuse_missing
 from gmconv.errors import ParityError, UnavailableError
 from gmconv.foreign import foreign_options
@@ -26,7 +26,7 @@ _PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")
 )
 @click.option("--inputs", type=click.Path(path_type=Path), metavar="FILE.npz", help="One array per input, used alone.")
 @click.option("--golden", type=click.Path(path_type=Path), metavar="FILE.npz", help="Pairs that your program recorded.")
-@click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="How many real samples.")
+@click.option("--samples", type=Whole(1), default=64, show_default=True, help="How many real samples.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise and of the draw of samples.")
 @click.option("--device", default="cpu", show_default=True, help="Of the candidates: cpu, cuda, cuda:N.")
 @click.option("--reference-device", default="cpu", show_default=True, help="Of the reference.")

@@ -11,14 +11,13 @@ from typing import Any
 
 import click
 
-from gmconv.cli import Finite
+from gmconv.cli import DAY, Finite, Whole
 
 MIB = 1 << 20
 CGROUPS = Path("/sys/fs/cgroup")
-DAY = 86_400.0
 TOKEN_VARIABLE = "GMCONV_SERVE_TOKEN"
 MIN_TOKEN = 16  # characters
-PORT = click.IntRange(0, 65535)
+PORT = Whole(0, 65535)
 FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 ENGINES = click.Choice(("cpu", "gpu", "tensorrt", "rtx"))
@@ -60,31 +59,31 @@ class Settings:
     grpc: bool = _option(True, "Serve gRPC [default: on].")
     metrics: bool = _option(True, "Serve metrics [default: on].")
     device: str = _option("auto", "cpu, cuda, cuda:N; auto: cuda for engines.")
-    threads: int = _option(0, "CPU threads per instance [default: cores/instances].", click.IntRange(0))
-    instances: int = _option(1, "Engines per model.", click.IntRange(1, 64))
+    threads: int = _option(0, "CPU threads per instance [default: cores/instances].", Whole(0))
+    instances: int = _option(1, "Engines per model.", Whole(1, 64))
     solo_threads: int | None = _option(
-        None, "CPU threads of one more engine for lone requests; 0: none [default: all instances'].", click.IntRange(0)
+        None, "CPU threads of one more engine for lone requests; 0: none [default: all instances'].", Whole(0)
     )
-    max_batch: int = _option(32, "Rows per execution, where no profile says.", click.IntRange(1, 4096))
+    max_batch: int = _option(32, "Rows per execution, where no profile says.", Whole(1, 4096))
     max_queue_delay: float = _option(0.0, "Seconds to wait for a fuller batch.", Finite(0, 10))
-    queue_size: int = _option(2048, "Requests that may wait per model.", click.IntRange(1, 1 << 20))
+    queue_size: int = _option(2048, "Requests that may wait per model.", Whole(1, 1 << 20))
     queue_timeout: float = _option(10.0, "Seconds a request may wait; 0 for ever.", TIME)
     burst_window: float = _option(0.1, "Seconds of work that may pile up before it counts as overload.", SOME_TIME)
     shed_target: float = _option(0.002, "Seconds of work that may wait under overload; the rest gets 503.", SOME_TIME)
-    priority_levels: int = _option(0, "Levels of the priority parameter.", click.IntRange(0, 100))
+    priority_levels: int = _option(0, "Levels of the priority parameter.", Whole(0, 100))
     default_priority: int = 0
     """0: the middle of the levels."""
     timeout_override: bool = True
     """Whether a request may shorten its time in the queue."""
-    max_request_mib: int = _option(64, "Largest request body.", click.IntRange(1, 1024))
-    max_inflight_mib: int = _option(512, "Bytes of requests and answers held at once.", click.IntRange(1, 1 << 20))
+    max_request_mib: int = _option(64, "Largest request body.", Whole(1, 1024))
+    max_inflight_mib: int = _option(512, "Bytes of requests and answers held at once.", Whole(1, 1 << 20))
     max_header_bytes: int = 32 * 1024
     max_image_bytes: int = 16 * MIB
     header_timeout: float = _option(10.0, "Seconds for a TLS handshake and a request's header to arrive.", PATIENCE)
     body_timeout: float = _option(30.0, "Seconds for a body to arrive, and for an answer to be taken.", PATIENCE)
     keep_alive: float = _option(75.0, "Seconds that an idle connection is kept.", PATIENCE)
     max_connection_age: float = _option(0.0, "Seconds after which a client is told to connect anew; 0: never.", TIME)
-    max_connections: int = _option(2048, "Connections per port, besides those of probes.", click.IntRange(1, 1 << 20))
+    max_connections: int = _option(2048, "Connections per port, besides those of probes.", Whole(1, 1 << 20))
     drain_timeout: float = _option(30.0, "Seconds to finish requests on SIGTERM; the end is 2 s later at most.", TIME)
     require_manifest: bool = _option(True, "Refuse artefacts without a manifest [default: on].")
     access_log: bool = _option(True, "One JSON line per request on stderr [default: on].")

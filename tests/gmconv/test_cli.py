@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from gmconv.__main__ import COMMANDS
 from gmconv.__main__ import main as gmconv_command
-from gmconv.cli import Finite, data_options, progress_console, result_console
+from gmconv.cli import Finite, Whole, data_options, progress_console, result_console
 
 COMMAND = """
 import click
@@ -132,13 +132,38 @@ def test_a_flag_of_a_neighbouring_tool_is_answered_with_ours(command: str, flag:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_number_has_a_range_and_none_takes_nan(command: str) -> None:
     found = gmconv_command.get_command(click.Context(gmconv_command), command)  # type: ignore[attr-defined]
-    numbers = {click.INT.name, click.FLOAT.name, click.IntRange.name, click.FloatRange.name}
-    for flag in (flag for flag in found.params if flag.type.name in numbers):
-        ranged = isinstance(flag.type, Finite) or (isinstance(flag.type, click.IntRange) and flag.type.min is not None)
-        assert ranged, f"{command} {flag.opts}"
+    numbers = (click.types.IntParamType, click.types.FloatParamType)
+    for flag in (flag for flag in found.params if isinstance(flag.type, numbers)):
+        assert isinstance(flag.type, Finite | Whole), f"{command} {flag.opts}"
+        assert (flag.type.min, flag.type.max) != (None, None), f"{command} {flag.opts}"
     for text in ("nan", "inf"):
         with pytest.raises(click.BadParameter, match=f"{text} is not a finite number"):
             Finite(0).convert(text, None, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [(Finite(0), "'x' is not a number"), (Whole(0), "'x' is not a valid integer.")]
+)
+def test_a_word_for_a_number_is_answered_without_the_parsers_words(kind: Finite | Whole, words: str) -> None:
+    with pytest.raises(click.BadParameter) as refusal:
+        kind.convert("x", None, None)
+    assert refusal.value.message == words
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("benchmark", "--warmUp --duration --idleTime --iterations --infStreams --streams"),
+        ("tensorrt", "--workspace"),
+        ("train", "--lr --sigma --sigma-lr --sigma-penalty --weight-decay"),
+    ],
+)
+def test_a_number_too_large_to_compute_with_is_beyond_its_range(command: str, flags: str) -> None:
+    for flag in flags.split():
+        given = [] if command == "train" else ["net.onnx"]
+        huge = "10000000000" if flag in ("--iterations", "--infStreams", "--streams") else "1e+308"
+        done = CliRunner().invoke(gmconv_command, [command, *given, flag, huge])
+        assert (done.exit_code, f"{huge} is not in the range" in done.output) == (2, True), flag
 
 
 @pytest.mark.parametrize(
