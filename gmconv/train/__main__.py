@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gmconv.cli import SEED, Command, Finite, Whole, progress_console, warn
-from gmconv.errors import Interrupted, RefusedError
+from gmconv.errors import CheckpointError, Interrupted, RefusedError, printable
 from gmconv.files import require_writable, write_text
 from gmconv.foreign import parse_shape
-from gmconv.train.options import state_path
+from gmconv.train.options import is_own, state_path
 from gmconv.written import Written
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ _NOT_NEGATIVE = Finite(0, 1e9)
     "--resume",
     type=click.Path(path_type=Path),
     metavar="NAME.last.pt",
-    help="Go on with a run that was stopped, with its own options; say --data and --log again.",
+    help="Go on with a run that was stopped, with its own options; say --data, --log and an --arch of your own again.",
 )
 @click.option(
     "--log", type=Written(aside=True), metavar="FILE.csv", help="Loss and accuracy of each epoch, as they come."
@@ -144,31 +144,42 @@ def main(context: click.Context, /, output: Path, plain: bool, as_json: bool, qu
         result = _train_with_progress(options, output, quiet, log, state)
     except KeyboardInterrupt as error:
         exec("")  # else CPython exits by SIGINT where the interrupt left an exec of a string
-        raise Interrupted(_interrupted(output)) from error
+        raise Interrupted(_interrupted(output, values["arch"])) from error
     _report(options, output, result, time.perf_counter() - started, as_json)
 
 
-def _interrupted(output: Path) -> str:
+def _interrupted(output: Path, arch: str) -> str:
     if not (state := state_path(output)).is_file():  # it is written with each epoch
         return "interrupted before an epoch finished; nothing was written"
-    return f"interrupted; the best epoch that finished is in {output}; go on with --resume {state}"
+    again = f" --arch {shlex.quote(arch)}" * is_own(arch)
+    return f"interrupted; the best epoch that finished is in {output}; go on with --resume {state}{again}"
 
 
 def _resumed(context: click.Context, file: Path, output: Path, values: dict[str, Any]) -> tuple[RunState, Path]:
     """The state in `file` and the checkpoint of its run; `values` become the options of that run.
 
-    Raises CheckpointError, and UsageError for an option that says something else than the run.
+    Raises CheckpointError, also for a factory of the user's that only the file names, and UsageError for an option that
+    says something else than the run.
     """
     from gmconv.train.resume import output_path, read_state
 
     state = read_state(file)
     said = {name for name in values if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE}
+    if not isinstance(arch := state.options.get("arch"), str):
+        raise CheckpointError(f"{file}: is no state of a training run of this version; begin again")
+    shown = printable(shlex.quote(arch))
     for name in sorted(said - {"dataset", "device"}):
         if values[name] != state.options.get(name):
+            instead = f"say --arch {shown}" if name == "arch" and is_own(arch) else "leave it out"
             raise click.UsageError(
-                f"--{name.replace('_', '-')}: the run of {file} has {state.options.get(name)}, and goes on with it: "
-                f"leave it out"
+                f"--{name.replace('_', '-')}: the run of {file} has {printable(str(state.options.get(name)))}, and "
+                f"goes on with it: {instead}"
             )
+    if is_own(arch) and "arch" not in said:
+        raise CheckpointError(
+            f"{file}: its run trains {shown}, which is code of your own, and a file may not choose code to run: if you "
+            f"trust it, say --arch {shown}"
+        )
     if not values["gmconv"] and state.options.get("gmconv"):
         raise click.UsageError(f"--plain: the run of {file} has masks; leave it out")
     if set(state.options) != set(values) - {"dataset"} | {"test_size", "split_seed"}:

@@ -12,7 +12,7 @@ from gmconv.architecture import build, factory_keywords
 from gmconv.errors import CheckpointError
 from gmconv.layer import GMConv2d
 from gmconv.surgery import convert, masked_layers
-from gmconv.train.options import TrainOptions
+from gmconv.train.options import TrainOptions, is_own
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Network:
     @property
     def own(self) -> bool:
         """Whether the factory is the user's, which a checkpoint may name but not choose."""
-        return self.arch.partition(":")[0] not in ("gmconv.models", "timm", "torchvision")
+        return is_own(self.arch)
 
 
 def make_network(options: TrainOptions, num_classes: int) -> Network:

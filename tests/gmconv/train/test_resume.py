@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from click.testing import CliRunner
 
 import gmconv
 from gmconv.errors import CheckpointError
-from gmconv.train.__main__ import main
+from gmconv.train.__main__ import _interrupted, main
 from gmconv.train.loop import Epoch, train
 from gmconv.train.options import TrainOptions, state_path
 from gmconv.train.resume import output_path, read_state
@@ -110,6 +112,51 @@ def test_what_does_not_go_with_the_run_is_refused_in_one_sentence(tmp_path: Path
     output.unlink()
     done = CliRunner().invoke(main, ["--resume", state, "--data", str(data)])
     assert (done.exit_code, "the best epoch of the run is not there" in done.stderr) == (3, True)
+
+
+OWN = """import pathlib
+pathlib.Path("imported").touch()
+import torch.nn as nn
+def make(num_classes=2, in_channels=1):
+    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, num_classes))
+other = make
+"""
+
+
+def test_a_state_does_not_choose_code_to_run(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets_of_test_resume.py").write_text(OWN)
+    arch, state = "nets_of_test_resume:make", tmp_path / "c.last.pt"
+
+    def stop(epoch: Epoch | None) -> None:
+        if epoch is not None:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(replace(options(data), arch=arch), tmp_path / "c.pt", stop)
+    (tmp_path / "imported").unlink()
+    del sys.modules["nets_of_test_resume"]
+    resume = ["--resume", str(state), "--data", str(data)]
+    for arguments, code, words in (
+        ([], 3, f"a file may not choose code to run: if you trust it, say --arch {arch}"),
+        (
+            ["--arch", "nets_of_test_resume:other"],
+            2,
+            f"--arch: the run of {state} has {arch}, and goes on with it: say",
+        ),
+        (["--arch", "resnet8"], 2, f"say --arch {arch}"),
+    ):
+        done = CliRunner().invoke(main, [*resume, *arguments])
+        assert (done.exit_code, words in done.stderr) == (code, True), done.output
+        assert not (tmp_path / "imported").exists()
+    assert _interrupted(tmp_path / "c.pt", arch).endswith(f"--resume {state} --arch {arch}")
+    assert _interrupted(tmp_path / "c.pt", "timm:resnet18").endswith(f"--resume {state}")
+    raw = torch.load(state)
+    torch.save(raw | {"options": raw["options"] | {"arch": 7}}, state)
+    assert CliRunner().invoke(main, resume).exit_code == 3
+    torch.save(raw, state)
+    done = CliRunner().invoke(main, [*resume, "--arch", arch])
+    assert (done.exit_code, (tmp_path / "imported").exists()) == (0, True), done.output
 
 
 def test_a_checkpoint_is_no_state_and_a_state_no_checkpoint(tmp_path: Path, data: Path, whole: Path) -> None:

@@ -253,7 +253,9 @@ def test_help_does_not_wait_for_torch() -> None:
 
 def test_what_an_interrupt_says_imports_nothing() -> None:
     """A Ctrl-C may fall into torch's own import, and importing it a second time ends the process."""
-    said = "import sys, pathlib, gmconv.train.__main__ as m; print(m._interrupted(pathlib.Path('gone/c.pt')))"
+    said = (
+        "import sys, pathlib, gmconv.train.__main__ as m; print(m._interrupted(pathlib.Path('gone/c.pt'), 'resnet8'))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", f"{said}; assert 'torch' not in sys.modules"], capture_output=True, text=True
     )
