@@ -117,15 +117,26 @@ def _gate(row: ArtefactScore, done: Evaluation, min_agreement: float | None, max
     gates = []  # whether it holds, what is said where all do, what where it does not
     if max_drop is not None and lost is not None:
         what, unit = row.score.cells()[0].heading.split()[:2]
-        below = f"{what} is {lost:.2f}{' points' * (unit == '%')} below {done.reference}, {max_drop:g} were allowed"
-        gates.append((lost <= max_drop, f"drop {lost:.2f}, at most {max_drop:g}", below))
+        drop = _told(lost, max_drop, ".2f" if unit == "%" else ".4g")
+        below = f"{what} is {drop}{' points' * (unit == '%')} below {done.reference}, {max_drop:g} were allowed"
+        gates.append((lost <= max_drop, f"drop {drop}, at most {max_drop:g}", below))
     if min_agreement is not None and agreement is not None:
-        share = f"{100 * agreement.value:.2f} %"
+        share = f"{_told(100 * agreement.value, min_agreement, '.2f')} %"
         low = f"agrees with {done.reference} on {share} of {done.samples} images, {min_agreement:g} % were asked for"
         gates.append((100 * agreement.value >= min_agreement, f"agreement {share}, at least {min_agreement:g}", low))
     if broken := [said for holds, _, said in gates if not holds]:
         raise ParityError(f"{name}: {'; '.join(broken)}")
     return f"PASSED {name}: {'; '.join(said for _, said, _ in gates)}" if gates else ""
+
+
+def _told(value: float, limit: float, form: str) -> str:
+    """`value` in `form`, or in as many digits as tell on which side of `limit` it lies."""
+    shown = (f"{value:{digits}}" for digits in (form, ".6g"))
+    return next((text for text in shown if _side(float(text), limit) == _side(value, limit)), repr(float(value)))
+
+
+def _side(value: float, limit: float) -> int:
+    return (value > limit) - (value < limit)
 
 
 if __name__ == "__main__":

@@ -269,12 +269,15 @@ def _open_reference(found: Sequence[Artefact], options: EvaluateOptions) -> tupl
     given = next((artefact for artefact in found if artefact.kind == "checkpoint"), None)
     if given is not None:
         return given, opened(given), None
-    beside, reason = next((path for artefact in found if (path := artefact.checkpoint()) is not None), None), None
-    if beside is not None:
+    reason = None
+    made = next(((artefact, path) for artefact in found if (path := artefact.checkpoint()) is not None), None)
+    if made is not None:
+        artefact, source = made
         try:
-            return (live := open_artefact(beside)), opened(live), None
+            return (live := open_artefact(source)), opened(live), None
         except (CheckpointError, ArchitectureUnavailableError, UnavailableError) as error:
-            reason = f"{beside.name} lies beside it and was not compared with: {error.message}"
+            said = f"{source.name}, which {artefact.path.name} was made from, was not compared with"
+            reason = f"{said}: {error.message}"
     graph = found[0].fp32_graph() if len(found) == 1 else None
     chosen = found[0] if graph is None else open_artefact(graph)
     return chosen, opened(chosen), reason

@@ -19,7 +19,7 @@ from gmconv.data import array_entries
 from gmconv.errors import RefusedError
 from gmconv.splits import split_record
 from runtime.artefact import open_artefact
-from runtime.evaluate.__main__ import main
+from runtime.evaluate.__main__ import _told, main
 from runtime.evaluate.score import EvaluateOptions, evaluate
 from runtime.manifest import Manifest, TensorSpec, digest, read_manifest, sidecar
 
@@ -125,6 +125,16 @@ def test_gates_exit_4_and_name_the_artefact(tmp_path: Path, images: Path) -> Non
         "top-1 is 25.00 points below a.onnx, 24 were allowed; agrees with a.onnx on 75.00 % of 80 images" in done.stderr
     )
     invoke(good, bad, "--images", images, "--max-top1-drop", "25")
+    done = invoke(good, bad, "--images", images, "--max-drop", "24.999", "--min-agreement", "75.001", code=4)
+    assert "top-1 is 25.00 points below a.onnx, 24.999 were allowed; agrees with a.onnx on 75.00 %" in done.stderr
+    done = invoke(good, bad, "--images", images, "--max-drop", "25.001")
+    assert "PASSED b.onnx: drop 25.00, at most 25.001" in done.stdout
+    assert [_told(*one) for one in ((0.004, 0.001, ".2f"), (1.004, 1.0, ".2f"), (0.125, 0.125, ".2f"))] == [
+        "0.004",
+        "1.004",
+        "0.125",
+    ]
+    assert _told(1 + 1e-9, 1.0, ".4g") == "1.000000001"
 
 
 def test_one_alone_is_held_to_what_it_was_made_from_and_never_to_itself(tmp_path: Path, images: Path) -> None:
@@ -136,12 +146,19 @@ def test_one_alone_is_held_to_what_it_was_made_from_and_never_to_itself(tmp_path
     sidecar(bad).write_text(replace(manifest, chain=chain).to_json())
     done = invoke(bad, "--data", images, "--max-drop", "24", code=4)
     assert "top-1 is 25.00 points below a.onnx" in done.stderr
-    assert "net.pt lies beside it and was not compared with" in done.stderr
+    told = "net.pt, which b.onnx was made from, was not compared with"
+    assert told in done.stderr
+    other = save(tmp_path / "c.onnx")
+    assert told in invoke(other, bad, "--data", images).stderr, "whose source it is, of several"
+    live.rename(tmp_path / "other.pt")
+    live.write_bytes(b"of another network")
+    assert "net.pt" not in invoke(bad, "--data", images).stderr, "the name alone says nothing"
+    (tmp_path / "other.pt").rename(live)
     source.unlink()
-    assert "net.pt lies beside it" in invoke(bad, "--data", images).stderr
+    assert told in invoke(bad, "--data", images).stderr
     for gate in ("--max-drop", "--min-agreement"):
         refused = invoke(bad, "--data", images, gate, "0", code=3).stderr
-        assert "would be compared with itself: give --reference FILE (net.pt lies beside it" in refused
+        assert f"would be compared with itself: give --reference FILE ({told}" in refused
     live.unlink()
     assert "the checkpoint or the fp32 file" in invoke(bad, "--data", images, "--max-drop", "0", code=3).stderr
 
@@ -298,12 +315,14 @@ def test_an_own_metric_sees_every_output_and_every_array(
         "def close(outputs, targets):\n"
         "    assert outputs['map'].shape == (6, 2, 4, 4) and set(targets) == {'mean', 'masks'}\n"
         "    return 1 - abs(outputs['mean'][:, 0] - targets['mean'])\n"
+        "def gained(outputs, targets):\n"
+        "    return 0.5 if outputs['map'][:, 1].max() > 3 else 0.490788\n"
         "def wrong(outputs, targets):\n"
         "    return outputs['nope']\n"
         "def nan(outputs, targets):\n"
         "    return float('nan')\n"
     )
-    path = save_pixels(tmp_path / "a.onnx")
+    path, other = save_pixels(tmp_path / "a.onnx"), save_pixels(tmp_path / "b.onnx", gain=0.5)
     found = json.loads(invoke(path, "--data", masks, "--metric", "metric_of_test_evaluate:close", "--json").stdout)
     assert found["rows"][0]["value"]["value"] == pytest.approx(1, abs=1e-6)
     assert "close (metric)" in invoke(path, "--data", masks, "--metric", "metric_of_test_evaluate:close").stdout
@@ -312,6 +331,9 @@ def test_an_own_metric_sees_every_output_and_every_array(
     for name, told in (("wrong", "--metric wrong failed: KeyError: 'nope' in metric_of_test"), ("nan", "--metric nan")):
         assert told in invoke(path, "--data", masks, "--metric", f"metric_of_test_evaluate:{name}", code=3).stderr
     invoke(path, "--data", masks, "--metric", "metric_of_test_evaluate:close", "--output", "map", code=2)
+    done = [str(path), str(other), "--data", str(masks), "--metric", "metric_of_test_evaluate:gained", "--max-drop"]
+    assert "b.onnx: gained is 0.009212 below a.onnx, 0.0001 were allowed" in invoke(*done, "0.0001", code=4).stderr
+    assert "PASSED b.onnx: drop 0.009212, at most 0.01" in invoke(*done, "0.01").stdout
 
 
 def test_what_training_held_out_is_judged_alone(tmp_path: Path, images: Path) -> None:
