@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from runtime.parity.pool import UNTRAINED, Pool
-from runtime.parity.tolerances import floored
+from runtime.parity.tolerances import floored, for_probabilities
 from runtime.records import OutputComparison, Tolerance
 from runtime.runners.base import Array
 
@@ -195,6 +195,7 @@ class _Sums:
     margins: list[Array] = field(default_factory=list)
     agrees: list[Array] = field(default_factory=list)
     integral: bool = False
+    beyond: bool = False  # whether any is no probability
     agreeing: int = 0
     failure: str = ""
 
@@ -221,6 +222,7 @@ class _Sums:
         error = can - ref
         self.samples += len(ref)
         self.elements += ref.size
+        self.beyond = self.beyond or bool(((ref < 0) | (ref > 1)).any())
         self.power += float(np.vdot(ref, ref))
         self.candidate_power += float(np.vdot(can, can))
         self.dot += float(np.vdot(ref, can))
@@ -255,6 +257,8 @@ class _Sums:
         if self.samples == 0:
             return _failure(name, 0, "nothing was compared: no samples", tolerance)
         scale = math.sqrt(self.power / self.elements) or scale
+        if not self.beyond:
+            tolerance = for_probabilities(tolerance, scale)
         rms = math.sqrt(self.error_power / self.elements)
         rel_rms, max_rel = (found / scale if scale else found for found in (rms, self.max_abs))
         norms = math.sqrt(self.power) * math.sqrt(self.candidate_power)

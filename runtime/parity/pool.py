@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from runtime.parity.tolerances import FP32_ROUNDOFF, for_probabilities
 from runtime.records import Tolerance
 from runtime.runners.base import Array
 
-#: Unit roundoff of fp32, 2^-24: outputs that vary by less than a few of it over the samples are constant.
-FP32_ROUNDOFF = 2.0**-24
+#: Outputs that vary by less than a few roundings over the samples are constant.
 CONSTANT = 4 * FP32_ROUNDOFF
 #: Random weights lose an input on its way through a deep network: outputs that change by a smaller share of their RMS.
 _FAINT = 1e-3
@@ -63,6 +63,8 @@ class _Positions:
     error2: Array | float = 0.0
     cross: Array | float = 0.0
     zeros: Array | float = 0.0
+    #: How many are no probability: below 0, above 1.
+    beyond: Array | float = 0.0
     #: Of the samples that were also run with the rounding of the candidate's precision: its errors and the candidate's.
     rounded: int = 0
     noise2: Array | float = 0.0
@@ -81,6 +83,7 @@ class _Positions:
         self.error2 = self.error2 + np.square(error).sum(axis=0)
         self.cross = self.cross + (change * error).sum(axis=0)
         self.zeros = self.zeros + (ref == 0).sum(axis=0)
+        self.beyond = self.beyond + ((ref < 0) | (ref > 1)).sum(axis=0)
         if rounded is not None:
             noise, error = np.abs(rounded - ref), np.abs(error)
             self.rounded += len(ref)
@@ -102,6 +105,7 @@ class _Positions:
             "spread": np.maximum(np.asarray(self.error2) - np.square(error) / n, 0),
             "covariance": np.asarray(self.cross) - change * error / n,
             "zeros": np.asarray(self.zeros),
+            "beyond": np.asarray(self.beyond),
             **self._noise(),
         }
 
@@ -288,6 +292,8 @@ def _judge_group(group: dict[str, float], tolerance: Tolerance) -> str:
     """What is wrong with a group of channels, in a clause; "" where nothing is."""
     if group["power"] == 0 or group["variation"] <= CONSTANT**2 * group["power"]:
         return ""
+    if not group["beyond"]:
+        tolerance = for_probabilities(tolerance, math.sqrt(group["power"] / group["elements"]))
     error = math.sqrt(group["error"] / group["power"])
     if error > tolerance.rel_rms:
         return f"relative RMS error {error:.3g}, tolerance {tolerance.rel_rms:.3g}"

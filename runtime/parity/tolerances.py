@@ -26,6 +26,8 @@ from gmconv.errors import RefusedError
 from runtime.manifest import Manifest
 from runtime.records import Crop, Tolerance
 
+#: Unit roundoff of fp32.
+FP32_ROUNDOFF = 2.0**-24
 #: Largest single error over the RMS error: 5.5 for a million Gaussian errors, tripled for tails of ReLU networks.
 PEAK_FACTOR = 16.0
 #: No crop may cost more, whatever was asked for: two unrelated outputs differ by 1.4 of their RMS.
@@ -64,9 +66,34 @@ def floored(tolerance: Tolerance, own: float) -> Tolerance:
     it allows; how far, the network says itself, whatever the artefact.
     """
     floor = min(OWN_DISTANCE * own, MOST_DISTANCE * TOLERANCES["fp32"].rel_rms)
+    source = f"{OWN_DISTANCE:g} times torch fp32's own distance to float64, {own:.1e}; the table says less"
+    return _at_least(tolerance, floor, source)
+
+
+#: Values within 0 and 1 may be probabilities, which a runtime computes as 0.5 and something: what it rounds is of the
+#: scale of 1, however rare the class. ONNX Runtime's Sigmoid has an RMS error of 0.4 to 0.6 u at any logit.
+PROBABILITY_ERROR = 2 * FP32_ROUNDOFF
+
+
+def probability_floor(rms: float) -> float:
+    """The relative RMS error that values all within 0 and 1, of this RMS, may have in fp32 by their operator alone.
+
+    Capped as `floored`: rarer than 6e-4, an operator like that proves too little.
+    """
+    return min(PROBABILITY_ERROR / rms, MOST_DISTANCE * TOLERANCES["fp32"].rel_rms) if rms else 0.0
+
+
+def for_probabilities(tolerance: Tolerance, rms: float) -> Tolerance:
+    """fp32's row for values all within 0 and 1 (`probability_floor`)."""
+    return _at_least(
+        tolerance, probability_floor(rms), "two roundings of 1: values within 0 and 1; the table says less"
+    )
+
+
+def _at_least(tolerance: Tolerance, floor: float, source: str) -> Tolerance:
+    """fp32's row, unless the user gave another number, with a `rel_rms` of no less than `floor`."""
     if tolerance.precision != "fp32" or tolerance.overridden or not tolerance.rel_rms < floor:
         return tolerance
-    source = f"{OWN_DISTANCE:g} times torch fp32's own distance to float64, {own:.1e}; the table says less"
     return _tolerance("fp32", floor, tolerance.top1, tolerance.agreement, source)
 
 

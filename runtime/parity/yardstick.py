@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from runtime.parity.pool import CONSTANT, FP32_ROUNDOFF
-from runtime.parity.tolerances import MOST_DISTANCE, TOLERANCES
+from runtime.parity.pool import CONSTANT
+from runtime.parity.tolerances import FP32_ROUNDOFF, MOST_DISTANCE, TOLERANCES, probability_floor
 from runtime.records import YardstickComparison
 from runtime.runners.base import Array
 
@@ -27,8 +27,9 @@ def judge_yardstick(
     """Is the candidate about as close to the float64 run as torch fp32 is?
 
     Its RMS error may be `factor` times the reference's plus 4 u (u = 2^-24), or `SUMS`, for networks so shallow that
-    the reference is next to exact. 4 is 12 dB or two bits: what another order of summation, a folded BatchNorm and
-    Winograd transforms are seen to cost; a wrong constant costs far more.
+    the reference is next to exact, or `probability_floor` where all values are within 0 and 1. 4 is 12 dB or two bits:
+    what another order of summation, a folded BatchNorm and Winograd transforms are seen to cost; a wrong constant costs
+    far more.
     """
     judge = Yardstick(factor)
     judge.add(yardstick, reference, candidate)
@@ -49,7 +50,7 @@ class Yardstick:
     ) -> None:
         """Account for one batch of the three sides' outputs."""
         for name in dict.fromkeys([*yardstick, *reference, *candidate]):
-            sums = self._outputs.setdefault(name, [0, 0.0, 0.0, 0.0])
+            sums = self._outputs.setdefault(name, [0, 0.0, 0.0, 0.0, 0, 0])
             sides = [side.get(name) for side in (yardstick, reference, candidate)]
             arrays = [np.asarray(side, dtype=np.float64) for side in sides if side is not None]
             if len(arrays) < 3:
@@ -66,6 +67,8 @@ class Yardstick:
                 sums[1] += float(np.vdot(exact, exact))
                 sums[2] += float(np.square(arrays[1] - exact).sum())
                 sums[3] += float(np.square(arrays[2] - exact).sum())
+                sums[4] += exact.size
+                sums[5] += int(((exact < 0) | (exact > 1)).sum())
 
     def own(self) -> dict[str, float]:
         """How far the reference itself is from float64 in its worst batch, RMS relative to RMS, by output."""
@@ -88,16 +91,18 @@ class Yardstick:
         """One verdict per output seen; one failure when there was none."""
         verdicts = []
         told = any(power for _, power, *_ in self._outputs.values())  # another output may well be zero
-        for name, (samples, power, reference, candidate) in (self._outputs or {"(none)": [0, 0, 0, 0]}).items():
+        for name, sums in (self._outputs or {"(none)": [0] * 6}).items():
+            samples, power, reference, candidate, elements, beyond = sums
             reason = self._failed.get(name)
             if reason is None and (samples == 0 or not told):
                 reason = f"output {name!r}: the float64 run gave nothing to compare (no samples, or all zero)"
             near, found = (math.sqrt(side / power) if power else math.sqrt(side) for side in (reference, candidate))
-            limit = max(self._factor * near + CONSTANT, SUMS)
+            rare = probability_floor(math.sqrt(power / elements)) if power and not beyond else 0.0
+            limit = max(self._factor * near + CONSTANT, SUMS, rare)
             if reason is None and not found <= limit:
                 reason = (
                     f"output {name!r} is {found:.1e} from the float64 run, torch fp32 {near:.1e}; "
-                    f"at most {self._factor:g} times that plus {CONSTANT:.1e}, or {SUMS:.1e}, is allowed"
+                    f"at most {self._factor:g} times that plus {CONSTANT:.1e}, or {max(SUMS, rare):.1e}, is allowed"
                 )
             verdicts.append(
                 YardstickComparison(

@@ -260,6 +260,14 @@ def test_what_one_sum_may_be_off_is_never_too_far(off: float, passes: bool) -> N
     assert found.passed is passes
 
 
+@pytest.mark.parametrize(("off", "above", "passes"), [(4e-8, 0.0, True), (1e-6, 0.0, False), (2e-6, 1.0, False)])
+def test_the_yardstick_knows_what_the_sigmoid_of_a_rare_class_rounds(off: float, above: float, passes: bool) -> None:
+    noise = np.random.default_rng(0).standard_normal((64, 4))
+    exact = above + 1e-3 * np.exp(0.3 * noise)
+    (found,) = judge_yardstick({"o": exact}, {"o": exact}, {"o": exact + off * noise[::-1]})
+    assert found.passed == passes, found.reason
+
+
 def test_the_yardstick_says_how_far_the_reference_itself_is() -> None:
     exact, measure = LOGITS.astype(np.float64), Yardstick()
     measure.add({"o": exact, "zero": exact * 0}, {"o": exact * (1 + 1e-5), "zero": exact * 0}, {"o": exact})

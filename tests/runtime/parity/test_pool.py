@@ -56,6 +56,23 @@ def test_scores_are_not_hidden_by_the_boxes_beside_them(precision: str, last: bo
     assert one(found, clean, precision).passed
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_rare_class_may_be_off_by_what_its_sigmoid_rounds(beside: bool) -> None:
+    """As ONNX Runtime computes it, 0.6 u off at any logit; and that is no excuse for an error of another kind."""
+    bias, change = np.array([-7, -7, -6.5, -8]), 0.3 * RNG.standard_normal((64, 4))
+    others = np.concatenate([RNG.uniform(0, 640, (64, 4)), RNG.uniform(0, 1, (64, 2))], axis=1)
+
+    def outputs(change: Array, off: float = 0.0) -> Array:
+        rare = 1 / (1 + np.exp(-(bias + change))) + off * RNG.standard_normal(change.shape)
+        return np.concatenate([others, rare], axis=1) if beside else rare
+
+    right = outputs(change)
+    assert one(right, outputs(change, 4e-8), "fp32").passed
+    for wrong in (outputs(1.01 * change, 4e-8), outputs(change + 0.01), outputs(change, 1e-6)):
+        assert not one(right, wrong, "fp32").passed
+    assert not one(1 + right, 1 + outputs(change + 0.01), "fp32").passed, "no probabilities"
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_an_offset_does_not_hide_a_network_that_answers_every_sample_alike(precision: str) -> None:
     reference = 170 + 0.2 * RNG.standard_normal((64, 5))

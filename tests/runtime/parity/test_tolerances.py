@@ -12,7 +12,16 @@ from export.crop.budget import parse_budget
 from export.crop.request import CropRequest, crop_for_export
 from export.onnx.pipeline import crop_record
 from gmconv.cropping.certificate import crop_model
-from runtime.parity.tolerances import MAX_CROP_COST, MOST_DISTANCE, TOLERANCES, crop_cost, floored, override, widen
+from runtime.parity.tolerances import (
+    MAX_CROP_COST,
+    MOST_DISTANCE,
+    TOLERANCES,
+    crop_cost,
+    floored,
+    for_probabilities,
+    override,
+    widen,
+)
 from runtime.records import Crop, CropBudget, CropError, CropLayer
 
 
@@ -95,9 +104,14 @@ def test_what_torch_fp32_itself_is_off_is_a_floor_that_ends(own: float, allowed:
     assert found.rel_rms <= MOST_DISTANCE * TOLERANCES["fp32"].rel_rms
 
 
+@pytest.mark.parametrize(("rms", "allowed"), [(0.5, 2e-5), (6e-3, 2e-5), (1e-3, 1.19e-4), (1e-5, 2e-4), (0.0, 2e-5)])
+def test_of_a_rare_class_two_roundings_of_one_are_a_floor_that_ends(rms: float, allowed: float) -> None:
+    assert for_probabilities(TOLERANCES["fp32"], rms).rel_rms == pytest.approx(allowed, rel=0.01)
+
+
 def test_no_other_precision_and_no_number_of_the_user_has_that_floor() -> None:
     for tolerance in (TOLERANCES["fp16"], TOLERANCES["int8"], override(TOLERANCES["fp32"], 1e-6)):
-        assert floored(tolerance, 1e-3) is tolerance
+        assert floored(tolerance, 1e-3) is for_probabilities(tolerance, 1e-3) is tolerance
     wide = widen(TOLERANCES["fp32"], 1e-3)
     assert floored(wide, 4e-5) is wide, "what a crop may cost is more"
 
