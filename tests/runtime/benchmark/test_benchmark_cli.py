@@ -184,7 +184,8 @@ def test_profile_layers_and_outputs_are_exported(fake: Fake, device_runner: Any,
 def test_a_path_that_cannot_be_written_is_refused_before_the_run(
     fake: Fake, device_runner: Any, tmp_path: Path, flag: str
 ) -> None:
-    for path, words in [(tmp_path / "no" / "x", "does not exist"), (tmp_path, "is a directory")]:
+    (tmp_path / "folder.html").mkdir()
+    for path, words in [(tmp_path / "no" / "x.html", "does not exist"), (tmp_path / "folder.html", "is a directory")]:
         done = bench(fake(device_runner), *QUICK, f"--{flag}={path}")
         assert done.exit_code == 3
         assert words in done.stderr
