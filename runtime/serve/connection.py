@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import logging
 import math
 import socket
 import ssl
+import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +28,10 @@ WRITE_BUFFER = 16 * 1024
 LINGER = 1.0
 """Seconds for which a connection that was refused in the middle of a request is still read, so that its client gets to
 see the answer."""
+
+_ATTACH_FILTER = 26  # SO_ATTACH_FILTER of Linux, which the socket module does not name
+#: For the kernel, as (code, jump if true, if false, operand): drop what has the SYN flag, in byte 13 of a TCP header.
+_NO_SYN = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
 
 
 class Connection(asyncio.Protocol):
@@ -217,6 +224,17 @@ class Listener:
                 log.exception("a connection could not be closed in order")
                 connection.abort()
         self._sweeper = self.loop.call_later(SWEEP, self._sweep)
+
+    def refuse_new(self) -> None:
+        """Let nothing begin to connect any more; what has begun is still accepted, `stop` would reset it.
+
+        A client's kernel asks again in a second, and is refused then, or meets the next server. Linux alone can do it.
+        """
+        code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in _NO_SYN))
+        with contextlib.suppress(OSError):
+            self.sock.setsockopt(
+                socket.SOL_SOCKET, _ATTACH_FILTER, struct.pack("HP", len(_NO_SYN), ctypes.addressof(code))
+            )
 
     def stop(self) -> None:
         """Accept no more."""

@@ -36,6 +36,8 @@ QUIET = 0.25
 """Seconds without a request under way before a draining server takes it that all that was sent has been answered."""
 LAME_DUCK = 2.0
 """Longest time that a draining server goes on taking new connections."""
+ARRIVAL = 0.1
+"""Seconds in which what has begun to connect is accepted, before the port is closed."""
 GRACE = 1.5
 """Seconds after --drain-timeout at which the process ends, whatever still runs in it."""
 FAREWELL = 0.5
@@ -281,6 +283,9 @@ class _Life:
         for model in service.repository.all():  # whatever fits the queues: it was sent before anyone could know
             model.batcher.draining = True
         await self._quiet(min(limit, time.monotonic() + LAME_DUCK))
+        for listener in self.listeners:
+            listener.refuse_new()
+        await asyncio.sleep(max(0.0, min(ARRIVAL, limit - time.monotonic())))
         for listener in self.listeners:
             listener.stop()
             if listener.protocol == "grpc":  # as "connection: close" does on HTTP; what was sent is still answered

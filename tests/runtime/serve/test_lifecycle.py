@@ -83,6 +83,34 @@ def test_sigterm_answers_everything_in_flight_and_exits_0(
     assert server.stop() == 0, server.log
 
 
+def test_sigterm_resets_no_connection_of_clients_that_never_pause(start: Start, tmp_path: Path) -> None:
+    """Each request has a connection of its own, so that some are always in the kernel's backlog: also at the end."""
+    server, answered, failed = start(heavy(tmp_path / "m.onnx", size=64, layers=1)), Counter(), []
+    tensor = {"name": "x", "shape": [1, 64, 64], "datatype": "FP32", "data": [0.5] * 4096}
+    body = json.dumps({"inputs": [tensor]}).encode()  # as text, which keeps the server busier than the clients
+
+    def ask() -> None:
+        while True:
+            try:
+                answered[server.request("POST", "/v2/models/m/infer", body)[0]] += 1
+            except ConnectionRefusedError:
+                return
+            except OSError as error:
+                failed.append(error)
+                return
+
+    clients = [threading.Thread(target=ask) for _ in range(16)]
+    for client in clients:
+        client.start()
+    time.sleep(0.2)
+    assert server.stop() == 0, server.log
+    for client in clients:
+        client.join(30)
+    assert failed == []
+    assert set(answered) <= {200, 503}
+    assert answered[200]
+
+
 def test_sigterm_answers_grpc_requests_in_flight(start: Start, tmp_path: Path) -> None:
     server = start(heavy(tmp_path / "m.onnx", size=160))
     tensor = InferInput("x", [1, 160, 160], "FP32")
