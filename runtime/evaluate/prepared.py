@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 from gmconv.data import Batch, Floats, Samples
@@ -38,7 +39,8 @@ def prepare(
         known: of all of them: what one does not say itself; the reference's where that says something.
         data: where the samples come from.
 
-    Raises RefusedError, as `load` does, and where they cannot be prepared in several ways, or not for the same masks.
+    Raises RefusedError, as `load` does, and where they cannot be prepared in several ways, or not for the same masks,
+    or where folders are classes and the artefacts call those otherwise.
     """
     ways: list[Preprocessing | None] = []
     views: list[Samples] = []
@@ -54,6 +56,8 @@ def prepare(
             ways.append(way)
             views.append(load(runner, about).images_alone() if views else load(runner, about))
         of.append(index)
+    if views[0].classes:
+        _refuse_other_names(runners)
     return Prepared(tuple(views), tuple(of), tuple(warnings))
 
 
@@ -75,3 +79,17 @@ def _told(
             f"them alike, or export again with the right one"
         )
     return f"{differs}; each was judged on images prepared as it is served"
+
+
+def _refuse_other_names(runners: Sequence[Runner]) -> None:
+    """A folder's name says which class its images are, so artefacts that disagree about names cannot share samples."""
+    named = [one.artefact for one in runners if one.artefact.facts.labels]
+    for usual, other in pairwise(named):
+        pairs = enumerate(zip_longest(usual.facts.labels or (), other.facts.labels or ()))
+        if unlike := [(index, *pair) for index, pair in pairs if pair[0] != pair[1]]:
+            index, name, own = unlike[0]
+            raise RefusedError(
+                f"{other.path.name} calls class {index} {own!r}, and {usual.path.name} {name!r}: images in folders of "
+                f"classes would be right for one of them alone; evaluate each by itself, or export again with the "
+                f"right --labels"
+            )

@@ -99,3 +99,19 @@ def test_masks_are_of_one_cut(tmp_path: Path) -> None:
     assert "std 2 (not 1)" in evaluate(paths[:2], options).warnings[0]
     with pytest.raises(RefusedError, match=r"c\.onnx is served .* than a\.onnx: resize .*; masks are cut as their im"):
         evaluate([paths[0], paths[2]], options)
+
+
+def test_artefacts_that_name_the_classes_otherwise_share_no_folders(tmp_path: Path, photos: Path) -> None:
+    """Which class a folder is follows from the names: judged by another's, a network that serves wrong ones passes."""
+    names = tuple(map(str, range(CLASSES)))
+    good, same = (served(save(tmp_path / f"{n}.onnx", labels=names), RIGHT) for n in "ab")
+    silent = served(save(tmp_path / "c.onnx"), RIGHT)
+    other = served(save(tmp_path / "d.onnx", labels=(*names[:2], *names[:1:-1])), RIGHT)
+    assert [row.score.lost for row in evaluate([good, same, silent], EvaluateOptions(images=photos)).rows] == [0, 0, 0]
+    assert evaluate(other, EvaluateOptions(images=photos)).rows[0].score.top1.hits < 16
+    for artefacts, words in (
+        ([good, other], "d.onnx calls class 2 '7', and a.onnx '2': "),
+        ([other, silent, good], "a.onnx"),
+    ):
+        with pytest.raises(RefusedError, match=words):
+            evaluate(artefacts, EvaluateOptions(images=photos, compared=True))
