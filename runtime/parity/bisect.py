@@ -93,7 +93,7 @@ def _from_checkpoint(
     graph = Graph(path)
     norms = reference.batch_norms()
     matches = graph.module_outputs({name: len(values) for name, values in modules.items()}, norms)
-    matches, sure = _with_named_layers(graph, matches, modules, norms)
+    matches, sure = graph.with_named_layers(matches, modules, norms)
     values = {match.tensor: modules[match.other][match.call] for match in matches}
     names = _module_names(graph, matches, list(modules), reference.weighted_modules())
     found = _judge(graph, matches, values, feeds, tolerance, names, sigmas, sure)
@@ -116,28 +116,6 @@ def _or_outputs(
         text = f"all {len(found.layers)} layers agree, but {what}: swapped, or changed behind the last layer"
         return Bisection(None, text, found.layers)
     return found
-
-
-def _with_named_layers(
-    graph: Graph, matches: Sequence[Match], modules: Mapping[str, Sequence[Array]], norms: set[str]
-) -> tuple[list[Match], set[str]]:
-    """Also the layers that only their weights' names give away: other tools drop the exporter's metadata.
-
-    Where no BatchNorm is left in the graph, a convolution followed by one returns what the BatchNorm returned. Also
-    returns the tensors whose module is sure, because the weight's name says the same.
-    """
-    found = {match.tensor: match for match in matches}
-    order = list(modules)
-    sure = set()
-    for layer, tensor in graph.layer_outputs():
-        if len(modules.get(layer, ())) != 1:
-            continue
-        after = order.index(layer) + 1
-        folded = not graph.normalizes and after < len(order) and order[after] in norms
-        named = Match(tensor, order[after] if folded else layer)
-        if found.setdefault(tensor, named) == named:
-            sure.add(tensor)
-    return graph.in_order(found.values()), sure
 
 
 def _from_onnx(

@@ -90,25 +90,66 @@ class Graph:
             else:
                 yield index
 
+    def with_named_layers(
+        self, matches: Sequence[Match], modules: Mapping[str, Sequence[Array]], norms: Collection[str]
+    ) -> tuple[list[Match], set[str]]:
+        """Also the layers that only their weights' names give away: other tools drop the exporter's metadata.
+
+        A layer followed by a BatchNorm (one of `norms`) that the graph has not kept returns what the BatchNorm
+        returned. Also returns the tensors whose module is sure, because the weight's name says the same.
+        """
+        found = {match.tensor: match for match in matches}
+        order, sure, kept = list(modules), set(), dict(self._norm_outputs())
+        for layer, tensor in [*self.layer_outputs(), *kept.items()]:
+            if len(modules.get(layer, ())) != 1:
+                continue
+            behind = (name for name in order[order.index(layer) + 1 :] if not layer.startswith(f"{name}."))
+            norm = next(behind, "")
+            folded = norm in norms and norm not in kept and layer not in kept and self._norm_behind(tensor) is None
+            named = Match(tensor, norm if folded else layer)
+            if found.setdefault(tensor, named) == named:
+                sure.add(tensor)
+        return self.in_order(found.values()), sure
+
     def layer_outputs(self) -> list[tuple[str, str]]:
         """Layer and output tensor of each node whose weight still carries its layer's name, in order."""
         named = [(self.weight_names([index]), node) for index, node in enumerate(self.nodes)]
-        return [(layers[0], node.output[0]) for layers, node in named if layers]
+        return [(layers[0], self._biased(node.output[0])) for layers, node in named if layers]
 
-    @property
-    def normalizes(self) -> bool:
-        """Whether a BatchNorm is left that was not folded into its convolution."""
-        return any(node.op_type == "BatchNormalization" for node in self.nodes)
+    def _biased(self, tensor: str) -> str:
+        """A layer's output, where its bias is added by a node of its own: behind a MatMul, say."""
+        users = [self.nodes[index] for index in self.consumers[tensor]]
+        adds = [user.op_type for user in users] == ["Add"] and any(map(self._initializer, users[0].input))
+        return users[0].output[0] if adds else tensor
+
+    def _norm_outputs(self) -> list[tuple[str, str]]:
+        """The same of the BatchNorms that were not folded into the layer before them."""
+        norms = [node for node in self.nodes if node.op_type == "BatchNormalization"]
+        named = [(self._initializer(node.input[1]), node) for node in norms]
+        return [(names[0].removesuffix(".weight"), node.output[0]) for names, node in named if names]
+
+    def _norm_behind(self, tensor: str) -> str | None:
+        """What a BatchNorm makes of a tensor that nothing else reads."""
+        users = [self.nodes[index] for index in self.consumers[tensor]]
+        return users[0].output[0] if [user.op_type for user in users] == ["BatchNormalization"] else None
 
     def same_tensors(self, reference: Graph) -> list[Match]:
-        """Tensors of another export of the network: by name, or by position among the layers with weights."""
+        """Tensors of another export of the network: by name, or by position among the layers with weights.
+
+        By position, a layer whose BatchNorm only one side has folded returns what the other's BatchNorm does.
+        """
         mine, theirs = self._weighted(), reference._weighted()
         common = [Match(name, name) for name in self.producer if name in reference.producer]
         if len({m.tensor for m in common} & {name for _, name in mine}) * 2 >= len(mine) > 0:
             return self.in_order(common)
         if [op for op, _ in mine] != [op for op, _ in theirs]:
             return self.in_order(common)
-        return [Match(name, other) for (_, name), (_, other) in zip(mine, theirs, strict=True)]
+        pairs = [(name, other) for (_, name), (_, other) in zip(mine, theirs, strict=True)]
+        behind = [(self._norm_behind(name), reference._norm_behind(other)) for name, other in pairs]
+        return [
+            Match(norm or name, other_norm or other) if (norm is None) != (other_norm is None) else Match(name, other)
+            for (name, other), (norm, other_norm) in zip(pairs, behind, strict=True)
+        ]
 
     def segment(self, tensor: str, boundary: set[str]) -> tuple[list[int], set[str]]:
         """The nodes that compute `tensor` from the tensors in `boundary` (and inputs), in order, and those tensors."""
@@ -219,7 +260,7 @@ class Graph:
         return sorted(matches, key=lambda match: self.producer[match.tensor])
 
     def _weighted(self) -> list[tuple[str, str]]:
-        return [(node.op_type, node.output[0]) for node in self.nodes if node.op_type in _WEIGHTED]
+        return [(node.op_type, self._biased(node.output[0])) for node in self.nodes if node.op_type in _WEIGHTED]
 
     def rectified(self) -> set[str]:
         """Tensors that are only read through a QuantizeLinear whose lowest level is 0.

@@ -20,6 +20,7 @@ from export.onnx.trained import Live
 from gmconv.foreign import Foreign
 from runtime.parity.bisect import judge_layers
 from runtime.parity.bisection import Bisection, LayerError
+from runtime.parity.layers import Graph
 from runtime.parity.run import ParityOptions, compare_artefacts
 from runtime.parity.tolerances import TOLERANCES
 from tests.gmconv.constants import calls
@@ -82,7 +83,7 @@ def save(model: nn.Module, folder: Path, arch: str, shape: tuple[int, int, int])
 def randomize_norms(model: nn.Module) -> nn.Module:
     """Running statistics as after training, so that folding a BatchNorm changes the weights."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             nn.init.uniform_(module.running_mean, -0.2, 0.2)  # type: ignore[arg-type]
             nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -191,6 +192,24 @@ def test_onnx_against_onnx_with_other_tensor_names(resnet: tuple[Path, Path], tm
     assert found.culprit.name == "layer2.1.conv2"
 
 
+def test_a_fold_is_seen_through_where_tensors_pair_by_position(norms: tuple[Path, Path], tmp_path: Path) -> None:
+    model = Norms().eval()
+    args = {"dynamo": True, "optimize": False, "external_data": False, "verbose": False}
+    torch.onnx.export(model, (torch.zeros(2, 3, 12, 12),), str(tmp_path / "unfolded.onnx"), **args)
+    unfolded = onnx.load(tmp_path / "unfolded.onnx").graph
+    theirs = {name for node in unfolded.node for name in node.output}
+    folded = onnx.load(norms[1])
+    for node in folded.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [f"{name}_" if name in theirs else name for name in names]
+    del folded.graph.output[:], folded.graph.value_info[:]
+    onnx.save(folded, tmp_path / "folded.onnx")
+    matches = Graph(tmp_path / "folded.onnx").same_tensors(Graph(tmp_path / "unfolded.onnx"))
+    kinds = {name: node.op_type for node in unfolded.node for name in node.output}
+    ends = [kinds[match.other] for match in matches]
+    assert ends == ["BatchNormalization", "Conv", "Conv", "Add", "BatchNormalization", "Gemm"]
+
+
 def test_a_wrong_bias_is_found(small: tuple[Path, Path], tmp_path: Path) -> None:
     found = found_in(small[0], plant_in(small[1], tmp_path)("left.bias"), SMALL)
     assert found.culprit is not None
@@ -295,6 +314,47 @@ def test_the_names_of_the_weights_are_enough(resnet: tuple[Path, Path], tmp_path
     found = found_in(resnet[0], bad, LARGE)
     assert found.culprit is not None
     assert found.culprit.name == "layer2.2.conv1"
+
+
+class Norms(nn.Module):
+    """BatchNorms that fold, into a convolution and a linear layer; one behind an add stays; a MatMul and its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.pre, self.conv3 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)
+        self.rows = nn.Linear(10, 6)
+        self.fc, self.bn2 = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn1(self.conv1(x)).relu()
+        x = self.rows(self.conv3(self.pre(x + self.conv2(x)).relu()).relu())
+        return self.head(self.bn2(self.fc(x.mean((2, 3)))).relu())
+
+
+@pytest.fixture(scope="module")
+def norms(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    torch.manual_seed(0)
+    reference, path = save(randomize_norms(Norms()), tmp_path_factory.mktemp("norms"), f"{__name__}:Norms", (3, 12, 12))
+    model = onnx.load(path)
+    node = next(node for node in model.graph.node if node.op_type == "MatMul")
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[1])
+    tensor.name = node.input[1] = "rows.weight"  # torch calls what it has transposed `val_12`
+    onnx.save(model, path)
+    return reference, path
+
+
+@pytest.mark.parametrize("names", ["metadata", "weights"])
+@pytest.mark.parametrize("layer", ["conv1", "conv2", "pre", "conv3", "rows", "fc", "head"])
+def test_each_layer_is_compared_with_what_it_returns(
+    norms: tuple[Path, Path], tmp_path: Path, layer: str, names: str
+) -> None:
+    bad = plant_in(norms[1], tmp_path)(f"{layer}.weight", lambda w: w * np.float32(1.05), slice(None))
+    options = replace(LARGE, foreign=Foreign(arch=f"{__name__}:Norms"))
+    found = found_in(norms[0], without_metadata(bad) if names == "weights" else bad, options)
+    off = [found.name for found in found.layers if found.own > 1e-6]
+    assert (off, found.culprit and found.culprit.name) == ([layer], layer)
 
 
 def test_without_any_names_it_says_so(resnet: tuple[Path, Path], tmp_path: Path) -> None:
