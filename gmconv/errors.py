@@ -45,7 +45,7 @@ class BuildError(click.ClickException):
 
 
 class UnavailableError(click.ClickException):
-    """Exit 6: the machine lacks a driver, a GPU or a library."""
+    """Exit 6: the machine lacks a driver, a GPU, a library or room on a disk."""
 
     exit_code = 6
 

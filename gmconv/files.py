@@ -7,6 +7,7 @@ import fcntl
 import glob
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -15,9 +16,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from gmconv.errors import RefusedError
+import click
+
+from gmconv.errors import RefusedError, UnavailableError
 
 _JUST_BEGUN = 10.0  # seconds
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # numpy's words for it, without a number
 
 
 def each_path(given: str | os.PathLike[str] | Iterable[str | Path]) -> list[str | Path]:
@@ -32,6 +37,21 @@ def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def no_room(error: BaseException | None) -> bool:
+    """Whether an error came of a full disk, a quota or the largest size of a file."""
+    return isinstance(error, OSError) and (error.errno in _NO_ROOM or bool(_CUT_SHORT.search(str(error))))
+
+
+def unwritable(
+    what: str | Path, error: Exception, advice: str = "", refused: type[click.ClickException] = RefusedError
+) -> click.ClickException:
+    """The one sentence of a file that could not be written: exit 6 where there is no room for it, else `refused`."""
+    cause = error if isinstance(error, OSError) else error.__context__  # torch's own error comes of the stream's
+    full = no_room(cause)
+    reason = getattr(cause, "strerror", None) or (os.strerror(errno.ENOSPC) if full else error)
+    return (UnavailableError if full else refused)(f"{what}: cannot be written ({reason}){advice}")
 
 
 @contextmanager
@@ -64,7 +84,7 @@ def replace_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """A result on its way to the user, whole or not at all; a device or a pipe is written to directly.
 
-    Raises RefusedError, e.g. for a full disk.
+    Raises RefusedError; UnavailableError where the disk is full.
     """
     try:
         if _special(path):  # /dev/stdout: nothing to rename onto
@@ -72,7 +92,7 @@ def write_text(path: Path, text: str) -> None:
         else:
             replace_bytes(path, text.encode())
     except OSError as error:
-        raise RefusedError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise unwritable(path, error) from error
 
 
 def sync(path: Path) -> None:
@@ -144,8 +164,8 @@ def staged(artefact: Path) -> Iterator[Path]:
     their final names. On a clean exit the files are flushed and renamed into place, the sidecar last; on any exception
     nothing remains. A kill between two renames leaves a pair whose hashes disagree, which every reader refuses.
 
-    Raises RefusedError when a name is taken by something else than a file, the folder cannot be written to, or the disk
-    is full.
+    Raises RefusedError when a name is taken by something else than a file or the folder cannot be written to,
+    UnavailableError when the disk is full.
     """
     parent, last = artefact.parent, {artefact.name: 1, f"{artefact.name}.json": 2}
     for name in last:
@@ -167,9 +187,7 @@ def staged(artefact: Path) -> Iterator[Path]:
     except OSError as error:
         if not _about_writing(error, folder):
             raise
-        raise RefusedError(
-            f"{artefact}: cannot be written ({error.strerror or error}); nothing was left behind"
-        ) from error
+        raise unwritable(artefact, error, "; nothing was left behind") from error
     finally:
         held.close()
         if folder is not None:
@@ -199,5 +217,5 @@ def _sweep(artefact: Path) -> None:
 def _about_writing(error: OSError, folder: Path | None) -> bool:
     """Whether an error came of the writing, and not of something else that a caller does meanwhile."""
     named = [str(name) for name in (error.filename, error.filename2) if name is not None]
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
-    return folder is None or error.errno in full or any(name.startswith(str(folder)) for name in named)
+    disk = no_room(error) or error.errno in (errno.EROFS, errno.EIO)
+    return folder is None or disk or any(name.startswith(str(folder)) for name in named)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gmconv.errors import RefusedError
-from gmconv.files import require_writable
+from gmconv.files import replacing, require_writable, unwritable
 from gmconv.inputs import arguments_of
 from gmconv.outputs import named_outputs
 from gmconv.surgery import require_module
@@ -29,19 +29,21 @@ def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLik
 
     Raises:
         RefusedError: no batches, bfloat16, shapes that differ beyond axis 0, or a path that cannot be written.
+        UnavailableError: the disk is full.
     """
     require_module(model, "save_golden")
     path = Path(path)
+    path = path if str(path).endswith(".npz") else Path(f"{path}.npz")  # as numpy names it
     require_writable(path)
     parted = isinstance(batches, tuple) and all(hasattr(part, "__array__") for part in batches)
-    whole = parted or isinstance(batches, Mapping) or hasattr(batches, "__array__")
+    alone = parted or isinstance(batches, Mapping) or hasattr(batches, "__array__")
     parts: dict[str, list[NDArray[Any]]] = {}
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     training, tf32 = model.training, (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
     try:
         model.eval()
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        for batch in [batches] if whole else batches:
+        for batch in [batches] if alone else batches:
             given = arguments_of(model, batch)
             with torch.no_grad():
                 returned = named_outputs(given.call(model, device))
@@ -59,6 +61,11 @@ def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLik
     if not parts:
         raise RefusedError(f"{path}: no batches were given; record at least one")
     try:
-        np.savez(path, **{key: np.ascontiguousarray(np.concatenate(arrays)) for key, arrays in parts.items()})  # type: ignore[arg-type]
+        whole = {key: np.ascontiguousarray(np.concatenate(arrays)) for key, arrays in parts.items()}
     except ValueError as error:
         raise RefusedError(f"{path}: the batches do not fit each other ({error}); record each shape apart") from error
+    try:
+        with replacing(path) as stream:
+            np.savez(stream, **whole)  # type: ignore[arg-type]
+    except OSError as error:
+        raise unwritable(path, error) from error

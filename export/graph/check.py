@@ -129,30 +129,27 @@ def bare_manifest(path: Path, model: ModelProto) -> Manifest:
 
 
 def save_graph(model: ModelProto, output: Path, manifest: Manifest, *, external: bool = False) -> Manifest:
-    """Write `output`, its external data where asked (or needed: 2 GiB) and its manifest, all or nothing."""
+    """Write `output`, its external data where asked (or needed: 2 GiB) and its manifest, in a folder of `staged`."""
     import onnx
     import onnxruntime
 
-    from gmconv.files import staged
     from runtime.manifest import digest_onnx, sidecar, utc_now
 
     external = external or model.ByteSize() >= _EXTERNAL_ABOVE
-    with staged(output) as folder:
-        file = folder / output.name
-        if external:
-            onnx.save(model, file, save_as_external_data=True, location=f"{file.name}.data", size_threshold=1024)
-        else:
-            onnx.save(model, file)
-        versions = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
-        artefact, *data = digest_onnx(file)
-        manifest = replace(
-            manifest,
-            artefact=artefact,
-            external=tuple(data),
-            created=utc_now(),
-            versions=manifest.versions | versions,
-        )
-        sidecar(file).write_text(manifest.to_json())
+    if external:
+        onnx.save(model, output, save_as_external_data=True, location=f"{output.name}.data", size_threshold=1024)
+    else:
+        onnx.save(model, output)
+    versions = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+    artefact, *data = digest_onnx(output)
+    manifest = replace(
+        manifest,
+        artefact=artefact,
+        external=tuple(data),
+        created=utc_now(),
+        versions=manifest.versions | versions,
+    )
+    sidecar(output).write_text(manifest.to_json())
     return manifest
 
 

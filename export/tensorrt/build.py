@@ -16,7 +16,7 @@ from export.tensorrt.profiles import SIDES, ProfileRequest, requests, to_json, w
 from export.tensorrt.rephrase import rephrase
 from gmconv.asking import Asked
 from gmconv.errors import BuildError, RefusedError, UnavailableError
-from gmconv.files import staged
+from gmconv.files import staged, write_text
 from gmconv.foreign import NOTHING, Foreign
 from gmconv.golden import read_golden
 from runtime import cuda, trt
@@ -166,10 +166,7 @@ def refuse_options(flavor: trt.Flavor, options: BuildOptions) -> None:
     if (options.strip or options.refit) and problem:
         raise UnavailableError(f"--{'strip' if options.strip else 'refit'} builds need a GPU, and {problem}")
     if options.log is not None:
-        try:
-            options.log.write_text("")
-        except OSError as error:
-            raise RefusedError(f"--log {options.log}: cannot be written ({error.strerror})") from error
+        write_text(options.log, "\n")  # a full disk takes a file without a byte
 
 
 def _request(onnx_path: Path, plan: Path, output: Path, flavor: trt.Flavor, options: BuildOptions) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TextIO
+from typing import Any
 
 from export.tensorrt import write
 from export.tensorrt.profiles import NetworkInput, from_json, resolve_profiles
@@ -112,15 +112,18 @@ def build(request: Mapping[str, Any], emit: Emit, api: ModuleType | None = None)
     UnavailableError.
     """
     # The folder of the plan is the parent's; a log file that cannot be opened was refused there.
-    log_file = open(request["log"], "w", buffering=1) if request.get("log") else None  # noqa: PTH123, SIM115
+    log_file = write.LogFile(Path(request["log"])) if request.get("log") else None
     lines: list[str] = []
     try:
         api = api or trt.api(request["flavor"])
         log = trt.Log(api, _sink(log_file, emit if request.get("verbose") else None))
         try:
-            return _build(api, log, request, emit)
+            built = _build(api, log, request, emit)
         finally:
             lines = log.errors()
+        if log_file:
+            log_file.check()
+        return built
     except (RefusedError, BuildError, UnavailableError) as error:
         raise BuildFailure(error, lines) from error
     finally:
@@ -353,7 +356,7 @@ def _tensor(tensor: trt.ITensor) -> dict[str, Any]:
     return {"name": tensor.name, "dtype": trt.dtype_name(tensor.dtype), "shape": list(tensor.shape)}
 
 
-def _sink(log_file: TextIO | None, emit: Emit | None) -> Callable[[trt.LogRecord], None] | None:
+def _sink(log_file: write.LogFile | None, emit: Emit | None) -> Callable[[trt.LogRecord], None] | None:
     if log_file is None and emit is None:
         return None
 

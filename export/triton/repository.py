@@ -12,7 +12,7 @@ from export.triton.config import BACKEND_FILE, check_config, from_text, to_text
 from export.triton.interface import Interface, interface_of
 from export.triton.staging import Staging, fill, link_tree, staging
 from gmconv.errors import RefusedError
-from gmconv.files import sha256_file, sync
+from gmconv.files import sha256_file, sync, unwritable
 from runtime.manifest import Manifest, find_manifest, sidecar
 
 _CONFIG, _LABELS = "config.pbtxt", "labels.txt"
@@ -62,9 +62,7 @@ def place_version(
                 _make_model(stage, str(version), files, shared)
                 stage.publish()
     except OSError as error:
-        raise RefusedError(
-            f"{final}: cannot be written ({error.strerror or error}); the repository serves what it served before"
-        ) from error
+        raise unwritable(final, error, "; the repository serves what it served before") from error
     finally:
         if made:
             with suppress(OSError):  # it holds the model

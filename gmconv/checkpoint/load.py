@@ -24,7 +24,7 @@ from gmconv.checkpoint.file import read_file
 from gmconv.checkpoint.fill import fill, put_masks, require_same_keys
 from gmconv.checkpoint.names import plain_values
 from gmconv.errors import ArchitectureUnsaidError, CheckpointError, InputsUnsaidError, RefusedError, printable
-from gmconv.files import replacing
+from gmconv.files import replacing, unwritable
 from gmconv.foreign import DTYPES, OTHERWISE, labels_of, preprocessing_of
 from gmconv.images import Preprocessing, differences, read_preprocessing
 from gmconv.inputs import Input, in_order
@@ -99,6 +99,7 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: the architecture does not rebuild this model, or the file cannot be written.
+        UnavailableError: the disk is full.
         RefusedError: labels that are none.
         TypeError: a fact that there is not.
     """
@@ -133,7 +134,7 @@ def save_checkpoint(
     except RefusedError as error:
         raise CheckpointError(error.message) from error
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot be written ({error})") from error
+        raise unwritable(path, error, refused=CheckpointError) from error
 
 
 def load_checkpoint(

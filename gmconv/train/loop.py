@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gmconv.checkpoint import save_checkpoint
 from gmconv.checkpoint.file import read_file
 from gmconv.errors import CheckpointError
-from gmconv.files import require_writable
+from gmconv.files import require_writable, unwritable
 from gmconv.kinds import require_ending
 from gmconv.surgery import masked_layers
 from gmconv.train.data import Dataset, Samples, batches, load_dataset
@@ -301,4 +301,4 @@ def _require_writable(output: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp"):
             pass
     except OSError as error:
-        raise CheckpointError(f"{output}: cannot be written ({error.strerror or error}); choose another -o") from error
+        raise unwritable(output, error, "; choose another -o", CheckpointError) from error

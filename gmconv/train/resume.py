@@ -12,7 +12,7 @@ import torch
 
 from gmconv.checkpoint.file import read_file
 from gmconv.errors import CheckpointError, RefusedError
-from gmconv.files import replacing
+from gmconv.files import replacing, unwritable
 from gmconv.train.options import state_path
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def data_identity(data: Dataset) -> dict[str, Any]:
 
 
 def write_state(path: Path, state: RunState) -> None:
-    """Atomically. Raises CheckpointError."""
+    """Atomically. Raises CheckpointError; UnavailableError where the disk is full."""
     try:
         with replacing(path) as stream:
             fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
@@ -73,7 +73,7 @@ def write_state(path: Path, state: RunState) -> None:
     except RefusedError as error:
         raise CheckpointError(error.message) from error
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot be written ({error})") from error
+        raise unwritable(path, error, refused=CheckpointError) from error
 
 
 def read_state(path: Path) -> RunState:

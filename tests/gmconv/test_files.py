@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gmconv.errors import RefusedError
-from gmconv.files import locked, replace_bytes, replacing, require_writable, staged
+from gmconv.errors import CheckpointError, RefusedError, UnavailableError
+from gmconv.files import locked, replace_bytes, replacing, require_writable, staged, unwritable
 
 
 @pytest.mark.parametrize("special", ["net.onnx", "net.onnx.json"])
@@ -72,8 +72,11 @@ def test_an_error_that_is_not_about_writing_is_not_called_one(tmp_path: Path) ->
         raise ConnectionRefusedError(111, "Connection refused")
     with pytest.raises(FileNotFoundError), staged(tmp_path / "net.onnx"):
         open("/nowhere/of/the/users")  # noqa: PTH123, SIM115
-    with pytest.raises(RefusedError, match="No space left on device"), staged(tmp_path / "net.onnx"):
-        raise OSError(28, "No space left on device")
+    for error in (OSError(28, "No space left on device"), OSError("20 requested and 4 written")):  # numpy's
+        with pytest.raises(UnavailableError, match="No space left on device"), staged(tmp_path / "net.onnx"):
+            raise error
+    with pytest.raises(RefusedError, match="Read-only"), staged(tmp_path / "net.onnx"):
+        raise OSError(30, "Read-only file system")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -144,3 +147,15 @@ def test_what_a_killed_run_staged_is_swept_and_what_another_is_writing_stays(tmp
             (second / "a.onnx").write_bytes(b"whole")
         assert working.is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
+
+
+def test_torchs_own_error_about_a_full_disk_is_told_by_what_it_came_of() -> None:
+    try:
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")  # noqa: B904
+    except RuntimeError as error:
+        full = unwritable("net.pt", error, refused=CheckpointError)
+    assert (full.exit_code, full.message) == (6, "net.pt: cannot be written (No space left on device)")
+    assert unwritable("net.pt", RuntimeError("words"), refused=CheckpointError).exit_code == 3

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gmconv
-from gmconv.errors import RefusedError
+from gmconv.errors import RefusedError, UnavailableError
 from gmconv.golden import read_golden
 from gmconv.inputs import arguments_of, noise
 from runtime.manifest import TensorSpec
@@ -165,3 +165,13 @@ def test_outputs_that_cannot_be_the_networks_are_refused(array: Any, tmp_path: P
     np.savez(tmp_path / "g.npz", input=np.ones((2, 3), "float32"), output=array)
     with pytest.raises(RefusedError, match=r"the network returns float32 \(N, 4\); record what forward returns"):
         read_golden(tmp_path / "g.npz", [spec("input", 3)], [spec("logits", 4)])
+
+
+def test_a_full_disk_leaves_no_half_of_the_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UnavailableError, match=r"pairs\.npz: cannot be written \(No space left"):
+        gmconv.save_golden(nn.Tanh(), torch.ones(2, 3), tmp_path / "pairs")
+    assert list(tmp_path.iterdir()) == []

@@ -27,7 +27,7 @@ import click
 
 from gmconv.child import child_command, child_environment
 from gmconv.errors import BuildError, Interrupted, ParityError, RefusedError, UnavailableError
-from gmconv.files import locked, sha256_file
+from gmconv.files import locked, no_room, sha256_file
 from gmconv.version import __version__
 from runtime.manifest import Manifest, external_files, find_manifest, read_manifest, sidecar
 
@@ -105,7 +105,7 @@ def prepare_engine(
             if hash_sources(onnx_path, require_manifest) != sources:  # it may have taken minutes
                 raise BuildError(f"{onnx_path}: changed while its engine was prepared; start again")
     except OSError as error:
-        raise RefusedError(
+        raise (UnavailableError if no_room(error) else RefusedError)(
             f"{cache_dir}: the engine cache cannot be used ({error.strerror or error}); mount a volume that uid "
             f"{os.getuid()} may write to"
         ) from error

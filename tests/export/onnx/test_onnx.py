@@ -315,10 +315,12 @@ def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
         "from export.onnx.__main__ import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", script, str(checkpoint), "-o", str(tmp_path / "net.onnx"), "-q"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 3, done.stderr
-    assert "cannot be written" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    for more in ([], ["--external-data"]):
+        done = subprocess.run([*command, *more], capture_output=True, text=True)
+        assert done.returncode == 6, done.stderr
+        assert "net.onnx: cannot be written" in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert list(tmp_path.iterdir()) == []
 
 
 def start_export(checkpoint: Path, out: Path, seconds: float, with_signal: signal.Signals) -> int:

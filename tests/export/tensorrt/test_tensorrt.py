@@ -391,9 +391,16 @@ def test_a_full_disk_leaves_the_old_pair(onnx_file: Path, tmp_path: Path, monkey
     plan = tmp_path / "model.plan"
     old = build_engine(onnx_file, plan, RTX)
     monkeypatch.setattr(BuilderProcess, "send", lambda self, request: original(self, {**request, "plan": "/dev/full"}))
-    with pytest.raises(RefusedError, match="cannot be written: No space left"):
+    with pytest.raises(UnavailableError, match=r"engine full: cannot be written \(No space left"):
         build_engine(onnx_file, plan, RTX)
     assert read_manifest(plan) == old
+
+
+def test_a_log_on_a_full_disk_is_one_sentence(cli: Cli, onnx_file: Path, tmp_path: Path) -> None:
+    done = cli("export.tensorrt", str(onnx_file), "-o", str(tmp_path / "net.plan"), "--log", "/dev/full", code=6)
+    assert done.stderr.count("\n") == 1
+    assert "/dev/full: cannot be written (No space left on device)" in done.stderr
+    assert list(tmp_path.glob("*.plan*")) == []
 
 
 original = BuilderProcess.send

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from export.triton.write import write_repository
-from gmconv.errors import RefusedError
+from gmconv.errors import RefusedError, UnavailableError
 from gmconv.files import sha256_file
 
 from .triton_artefacts import LABELS, listing, make_engine, make_onnx, read_config, run, write_manifest
@@ -71,7 +71,7 @@ def test_a_failed_write_leaves_the_repository_as_it_was(tmp_path: Path, monkeypa
 
     monkeypatch.setattr("shutil.copyfile", full_disk)
     for version, force in ((2, False), (1, True)):
-        with pytest.raises(RefusedError, match="No space left"):
+        with pytest.raises(UnavailableError, match="No space left"):
             write_repository(tmp_path / "m.onnx", repo, version=version, force=force)
         assert listing(repo) == before
         assert not list((repo / "m").glob(".*"))

@@ -194,7 +194,7 @@ def test_a_path_that_cannot_be_written_is_refused_before_the_run(
 
 def test_a_full_disk_is_one_sentence_after_the_summary(fake: Fake, host_runner: Runner) -> None:
     done = bench(fake(host_runner), *QUICK, "--exportTimes=/dev/full")
-    assert done.exit_code == 3
+    assert done.exit_code == 6
     assert "No space left on device" in done.stderr
     assert "Throughput:" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("&&&& FAILED ")
@@ -212,7 +212,7 @@ def test_a_failed_export_leaves_the_old_file_and_no_other(
 
     monkeypatch.setattr("os.fsync", full)
     done = bench(fake(host_runner), *QUICK, f"--exportTimes={folder / 'times.json'}")
-    assert done.exit_code == 3
+    assert done.exit_code == 6
     assert [f.name for f in folder.iterdir()] == ["times.json"]
     assert (folder / "times.json").read_text() == "old"
 

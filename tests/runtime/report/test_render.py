@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from export.precision.audit import LayerAudit
 from gmconv import gaussian_mask
-from gmconv.errors import RefusedError
+from gmconv.errors import RefusedError, UnavailableError
 from runtime import records
 from runtime.manifest import FileDigest, Manifest, TensorSpec, utc_now
 from runtime.report import (
@@ -262,7 +262,7 @@ def test_one_report_is_the_same_text_twice_but_for_the_time(every_section: list[
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="cannot be written"):
         write_report(tmp_path / "no" / "report.html", "t", [Facts(rows={})])
-    with pytest.raises(RefusedError, match="No space left"):
+    with pytest.raises(UnavailableError, match="No space left"):
         write_report(Path("/dev/full"), "t", [Facts(rows={})])
 
 
