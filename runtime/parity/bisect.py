@@ -20,7 +20,7 @@ from gmconv.files import sha256_file
 from gmconv.foreign import NOTHING, Foreign
 from runtime.artefact import artefact_kind
 from runtime.manifest import Manifest, find_manifest
-from runtime.parity.bisect_quantized import judge_quantized
+from runtime.parity.bisect_quantized import allowed, judge_quantized, of_a_crop
 from runtime.parity.bisection import Bisection, LayerError, words
 from runtime.parity.cases import Case, Feeds
 from runtime.parity.layers import Graph, Match
@@ -200,28 +200,30 @@ def _judge(
         title = _title(graph, nodes, names.get(name, name), sigmas)
         own = error(name, local)
         layer = _layer(title, graph.ops(nodes), name, _sigma_of(title, sigmas), own, accumulated[name])
-        if exact is not None:
-            layer = replace(layer, precision=graph.weight_precision(nodes), own_weights=error(name, exact)[0])
-        layers.append(layer)
+        weights = error(name, exact)[0] if exact is not None else math.nan
+        layers.append(replace(layer, precision=graph.weight_precision(nodes), own_weights=weights))
     if exact is not None:
-        return judge_quantized(layers) or judge_accumulated(layers, tolerance)
+        return judge_quantized(layers, of_a_crop(tolerance)) or judge_accumulated(layers, tolerance)
     return judge_layers(layers, tolerance)
 
 
 def judge_layers(layers: Sequence[LayerError], tolerance: Tolerance) -> Bisection:
     """The first layer out of tolerance by its own error; else one that stands out; else where the errors add up."""
     own = [layer.own for layer in layers]
+    fails = [_fails(layer.own, layer.own_max, allowed(layer, tolerance)) for layer in layers]
     for index, layer in enumerate(layers):
-        if _fails(layer.own, layer.own_max, tolerance):
+        if fails[index]:
             before = max((layer.own for layer in layers[:index] if layer.own == layer.own), default=0.0)
             count = f"the {index} layers before it agree" if index > 1 else "the layer before it agrees"
             agree = f"{count} (at most {before:.1e})" if index else "there is none before it"
-            more = sum(_fails(other.own, other.own_max, tolerance) for other in layers[index + 1 :])
+            more = sum(fails[index + 1 :])
+            limit = allowed(layer, tolerance)
+            kept = "" if limit is tolerance else " where a layer is kept in fp32"
             also = f"; {more} later {'layers are' if more > 1 else 'layer is'} out of tolerance too" if more else ""
             return Bisection(
                 layer,
                 f"first layer out of tolerance: {words(layer)}. From the reference's own input its output is off by "
-                f"{layer.own:.1e} of its RMS (at most {layer.own_max:.1e}; tolerance {tolerance.rel_rms:.0e}); "
+                f"{layer.own:.1e} of its RMS (at most {layer.own_max:.1e}; tolerance {limit.rel_rms:.0e}{kept}); "
                 f"{agree}{also}",
                 tuple(layers),
             )
@@ -253,12 +255,14 @@ def judge_accumulated(layers: Sequence[LayerError], tolerance: Tolerance) -> Bis
                 f"the error leaves the tolerance at {words(layer)}: {layer.accumulated:.1e} of its RMS{alone}",
                 tuple(layers),
             )
-    return Bisection(
-        None,
-        f"all {len(layers)} layers agree with ONNX Runtime's graph rewrites off: the difference comes from the engine "
-        f"that ran it, or from inputs other than those looked at",
-        tuple(layers),
-    )
+    if tolerance.precision == "fp32":
+        text = "agree with ONNX Runtime's graph rewrites off: the difference comes from the engine that ran it, or from"
+    else:  # what fails by the precision's noise may be far less than what one layer may be off
+        text = (
+            f"are within what {tolerance.precision} and types above it may cost a layer, so none is named: the "
+            f"difference is spread over them, or comes from ONNX Runtime's graph rewrites (off here), or from"
+        )
+    return Bisection(None, f"all {len(layers)} layers {text} inputs other than those looked at", tuple(layers))
 
 
 def _mismatched(

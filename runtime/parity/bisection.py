@@ -10,9 +10,9 @@ from typing import Any
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerError:
     """One layer: `own` is its relative RMS error from the reference's inputs (NaN where that cannot be run),
-    `accumulated` the one in the candidate's own run. `name` is the user's module, `sigma` its mask's, in taps. In a
-    quantized graph `precision` is the type of the layer's weight ("" without one) and `own_weights` its own error with
-    its inputs left unquantized."""
+    `accumulated` the one in the candidate's own run. `name` is the user's module, `sigma` its mask's, in taps.
+    `precision` is the type that a graph stores the layer's weight in ("" without one). In a quantized graph
+    `own_weights` is its own error with its inputs left unquantized."""
 
     name: str
     ops: str

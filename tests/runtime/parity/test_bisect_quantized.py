@@ -19,10 +19,10 @@ from export.precision.convert import convert_precision
 from export.precision.converter import PrecisionOptions
 from gmconv.data import load_samples
 from runtime.parity.bisect import bisect
-from runtime.parity.bisect_quantized import judge_quantized
+from runtime.parity.bisect_quantized import allowed, judge_quantized, of_a_crop
 from runtime.parity.bisection import Bisection, LayerError
 from runtime.parity.run import ParityOptions, compare_artefacts
-from runtime.parity.tolerances import TOLERANCES
+from runtime.parity.tolerances import TOLERANCES, widen
 from runtime.runners import open_runner
 from tests.runtime.parity.test_bisect import randomize_norms, save
 
@@ -48,7 +48,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         found[kind] = folder / f"{kind}.onnx"
     options = PrecisionOptions(calibration="digits", calibration_images=64, target="cpu")
     convert_precision(fp32, folder / "cpu.onnx", "int8", options, verify=False)
-    return found | {"cpu": folder / "cpu.onnx"}
+    return found | {"cpu": folder / "cpu.onnx", "fp32": fp32}
 
 
 class Planted:
@@ -178,6 +178,37 @@ def test_inputs_beyond_the_calibrated_range_do_not_hide_a_wrong_weight(
     assert (first.name, first.own > 0.3) == ("conv1", True)
     assert candidate.bisection.culprit is not None
     assert candidate.bisection.culprit.name == "layer2.1.conv2"
+
+
+@pytest.mark.parametrize(("keep", "factor"), [("layer2.1.conv1", 1.02), ("layer2.*", 1.005)])
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "int8", "fp8"])
+def test_a_layer_kept_in_fp32_has_fp32s_tolerance(
+    network: dict[str, Path], tmp_path: Path, kind: str, keep: str, factor: float
+) -> None:
+    images = {"calibration": "digits", "calibration_images": 8} if kind in KINDS else {}
+    options, path = PrecisionOptions(keep_fp32=(keep,), **images), tmp_path / "kept.onnx"
+    convert_precision(network["fp32"], path, kind, options, verify=False)
+    clean = layer_by_layer(network["pt"], path, kind)
+    assert clean.culprit is None
+    assert "so none is named" in clean.sentence
+    model = onnx.load(path)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "layer2.1.conv1.weight")
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), tensor.name))
+    onnx.save(model, path)
+    found = layer_by_layer(network["pt"], path, kind)
+    assert found.culprit is not None
+    assert (found.culprit.name, found.culprit.precision) == ("layer2.1.conv1", "fp32")
+    only = kind in KINDS and keep == "layer2.1.conv1"
+    assert ("there is no other fp32 layer" in found.sentence) == only
+
+
+def test_a_kept_layer_that_is_cropped_may_be_off_by_what_its_crop_costs() -> None:
+    tolerance = widen(TOLERANCES["bf16"], 1e-2)
+    layer = a_layer("kept", 5e-3, 5e-3, "fp32")
+    assert allowed(layer, TOLERANCES["bf16"]).rel_rms < 5e-3 < allowed(layer, tolerance).rel_rms < 2e-2
+    usual = [a_layer(f"q{i}", 0.007, 0.015) for i in range(5)]
+    assert judge_quantized([*usual, layer]) is not None
+    assert judge_quantized([*usual, layer], of_a_crop(tolerance)) is None
 
 
 def a_layer(name: str, weights: float, own: float, precision: str = "int8") -> LayerError:
