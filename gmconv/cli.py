@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
-from gmconv.errors import QUOTED, Interrupted, printable
+from gmconv.errors import QUOTED, Interrupted, RefusedError, printable, raised_words
 from gmconv.packages import missing
 from gmconv.packages import require as require
-from gmconv.streams import steady_streams
+from gmconv.streams import results, results_apart, steady_streams
 from gmconv.version import __version__
 from gmconv.written import refuse_clashes
 
@@ -124,8 +124,8 @@ class _Documented:
                 _forget_interrupt()
                 sys.exit(refusal.exit_code)
             except click.ClickException as refusal:
-                if not isinstance(refusal, Interrupted) and _by_interrupt(refusal):
-                    exit_interrupted()
+                if not isinstance(refusal, Interrupted):
+                    _exit_if_stopped(refusal)
                 lines = (printable(line, 4000) for line in refusal.format_message().split(QUOTED))
                 click.echo(f"Error: {QUOTED.join(lines)}", err=True)
                 _forget_interrupt()
@@ -138,8 +138,7 @@ class _Documented:
             except (click.Abort, KeyboardInterrupt):
                 exit_interrupted()
             except Exception as error:
-                if _by_interrupt(error):
-                    exit_interrupted()
+                _exit_if_stopped(error)
                 if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
                     raise
                 said = printable(str(error) or "no more words", 200)
@@ -163,7 +162,14 @@ class Command(_Documented, click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run it."""
         refuse_clashes(ctx)
-        return super().invoke(ctx)
+        try:
+            with results_apart():
+                return super().invoke(ctx)
+        except SystemExit as error:
+            _exit_if_stopped(error)
+            raise RefusedError(
+                f"the network's own code ends the program ({raised_words(error)}): take that out, nothing was proven"
+            ) from error
 
 
 #: Verbs of neighbouring tools, and the command that does it here.
@@ -240,6 +246,10 @@ def version_option() -> click.Option:
     )
 
 
+class _Terminated(SystemExit):
+    """SIGTERM came."""
+
+
 @contextmanager
 def _terminable() -> Iterator[None]:
     """Let SIGTERM unwind the stack as an exception does, so that temporary files and child processes go."""
@@ -249,7 +259,7 @@ def _terminable() -> Iterator[None]:
         return
 
     def leave(*_: object) -> NoReturn:
-        sys.exit(143)
+        raise _Terminated(143)
 
     signal.signal(signal.SIGTERM, leave)
     try:
@@ -266,15 +276,16 @@ def exit_interrupted() -> NoReturn:
     sys.exit(130)
 
 
-def _by_interrupt(error: BaseException | None) -> bool:
-    """Whether a Ctrl-C began it: in the middle of a C extension's import it comes out as an ImportError."""
+def _exit_if_stopped(error: BaseException | None) -> None:
+    """Exit as after a Ctrl-C or SIGTERM where one began it: within an import it comes out as another error."""
     met: set[int] = set()
     while error is not None and id(error) not in met:  # a user's code may close the chain to a circle
         if isinstance(error, KeyboardInterrupt):
-            return True
+            exit_interrupted()
+        if isinstance(error, _Terminated):
+            sys.exit(143)
         met.add(id(error))
         error = error.__cause__ or error.__context__
-    return False
 
 
 def _forget_interrupt() -> None:
@@ -327,7 +338,7 @@ def progress_console(quiet: bool = False) -> Console:
 
 def result_console() -> Console:
     """A rich console on stdout."""
-    return _console(sys.stdout)
+    return _console(results() or sys.stdout)
 
 
 def _console(stream: TextIO, quiet: bool = False) -> Console:
@@ -335,12 +346,18 @@ def _console(stream: TextIO, quiet: bool = False) -> Console:
     from rich.console import Console
 
     known = stream.isatty() or os.environ.get("COLUMNS", "").isdigit()
-    return Console(stderr=stream is sys.stderr, quiet=quiet, width=None if known else 120)
+    stderr = stream is sys.stderr
+    return Console(file=None if stderr else stream, stderr=stderr, quiet=quiet, width=None if known else 120)
+
+
+def echo(text: str) -> None:
+    """One line of the result, on stdout."""
+    click.echo(text, file=results())
 
 
 def print_json(value: Any) -> None:
     """Print `value` as one indented JSON document on stdout (NaN is written as null: JSON has no NaN)."""
-    click.echo(json.dumps(_finite(value), indent=2, default=str))
+    echo(json.dumps(_finite(value), indent=2, default=str))
 
 
 def _finite(value: Any) -> Any:

@@ -6,6 +6,9 @@ like any other exception. Usage errors (exit 2) are `click.UsageError`. Anything
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 import click
 
 #: Before each line of somebody else's words that a message quotes below its own sentence.
@@ -24,6 +27,16 @@ def printable(text: str, longest: int = 80) -> str:
 def layer_words(name: str) -> str:
     """A module by its name, in words: "layer 'stem.0'"; the one at the root, whose name is empty, is the network."""
     return f"layer {name!r}" if name else ROOT
+
+
+def raised_words(error: BaseException) -> str:
+    """An error of somebody's own code, with the line it comes from."""
+    root = Path(__file__).parents[1]
+    ours = tuple(f"{root / package}/" for package in ("gmconv", "export", "runtime"))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "importlib" not in frame.filename and not frame.filename.startswith(ours)]
+    where = f" in {Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
+    return printable(f"{type(error).__name__}: {error}{where}", 300)
 
 
 class RefusedError(click.ClickException):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from export.onnx.flags import export_flags, only_of_an_export
-from gmconv.cli import Command, Finite, Whole, print_json, warn
+from gmconv.cli import Command, Finite, Whole, echo, print_json, warn
 from gmconv.files import require_writable
 from gmconv.kinds import artefact_kind, refuse_other_kinds, require_ending
 from gmconv.written import Written
@@ -260,5 +260,5 @@ def main(
         print_json(manifest.to_dict())
         return
     for line in summary(output, manifest):
-        click.echo(line)
-    click.echo(parity_line(manifest))
+        echo(line)
+    echo(parity_line(manifest))

@@ -4,37 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
 
 from export.triton.config import BACKEND_FILE, ServingOptions
 from export.triton.write import write_repository
-from gmconv.cli import Command, Whole, print_json, progress_console, require, warn
-from gmconv.errors import Interrupted
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM as Interrupted, so that what is staged is removed on the way out."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise Interrupted("stopped by SIGTERM before it was done; run it again")
-
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+from gmconv.cli import Command, Whole, echo, print_json, progress_console, require, warn
 
 
 def _parse_shape(value: str) -> tuple[str, tuple[int, ...]]:
@@ -97,15 +74,8 @@ def main(
 ) -> None:
     """Write ARTEFACT (model.onnx or model.plan) into a Triton model repository."""
     require("tritonclient.grpc", "serve")
-    with _stoppable():
-        entry = write_repository(
-            artefact,
-            repository,
-            ServingOptions(version_policy=policy, warmup_shapes=shapes, **options),
-            name=name,
-            version=version,
-            force=force,
-        )
+    serving = ServingOptions(version_policy=policy, warmup_shapes=shapes, **options)
+    entry = write_repository(artefact, repository, serving, name=name, version=version, force=force)
     warn(entry.warnings)
     console = progress_console()
     if entry.note:
@@ -126,9 +96,7 @@ def main(
         )
         return
     limit = entry.max_batch_size
-    click.echo(
-        f"{entry.version}: {entry.backend} backend, {f'batches up to {limit}' if limit else 'requests run alone'}"
-    )
+    echo(f"{entry.version}: {entry.backend} backend, {f'batches up to {limit}' if limit else 'requests run alone'}")
     folder = shlex.quote(str(repository))
     serve = f"serve it: tritonserver --model-repository={folder} (or gmconv serve {folder})"
     console.print(serve, markup=False, highlight=False, soft_wrap=True)

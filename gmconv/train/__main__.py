@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gmconv.cli import SEED, Command, Finite, Whole, progress_console, warn
+from gmconv.cli import SEED, Command, Finite, Whole, echo, progress_console, warn
 from gmconv.errors import CheckpointError, Interrupted, RefusedError, printable
 from gmconv.files import require_writable, write_text
 from gmconv.foreign import parse_shape
@@ -249,11 +249,11 @@ def _report(options: TrainOptions, output: Path, result: TrainResult, seconds: f
             "layers": [dataclasses.asdict(layer) for layer in result.layers],
             "history": [dataclasses.asdict(epoch) for epoch in result.history],
         }
-        click.echo(json.dumps(record, indent=2))
+        echo(json.dumps(record, indent=2))
         return
     masked = any(layer.sigma is not None for layer in result.layers)
     kind = "GMConv" if masked else "as its factory makes it" if result.network.own else "plain"
-    click.echo(
+    echo(
         f"{output}: {options.arch} ({kind}), held-out accuracy {result.best.held_out_accuracy:.2%} on "
         f"{result.held_out_images} images (epoch {result.best.epoch} of {options.epochs}), {seconds:.0f} s"
     )
@@ -261,20 +261,20 @@ def _report(options: TrainOptions, output: Path, result: TrainResult, seconds: f
         most = result.commonest / result.held_out_images
         warn([f"nothing was learned: always naming the commonest class would be right for {most:.2%}"])
     if result.network.note:
-        click.echo(result.network.note)
+        echo(result.network.note)
     if sigmas := [layer.sigma for layer in result.layers if layer.sigma is not None]:
         kept: dict[str, int] = {}
         for layer in result.layers:
             name = f"{layer.kernel[0]}x{layer.kernel[1]} -> {layer.kept[0]}x{layer.kept[1]}"
             kept[name] = kept.get(name, 0) + 1
         windows = ", ".join(f"{count} layer{'s' * (count > 1)} {name}" for name, count in kept.items())
-        click.echo(
+        echo(
             f"sigma {min(sigmas):.3g} to {max(sigmas):.3g}; cropping at {options.crop_tolerance:g} would keep "
             f"{result.macs_kept:.1%} of the convolutions' multiply-adds ({windows})"
         )
     if result.network.own:
         again = shlex.join(["gmconv", "onnx", str(output), "--arch", options.arch])
-        click.echo(f"a file may not choose code to run, so name yours again: {again}")
+        echo(f"a file may not choose code to run, so name yours again: {again}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import click
 import numpy as np
 
+from gmconv.cli import echo
 from runtime.benchmark.timing import Trace
 from runtime.runners.base import LayerTime
 from runtime.statistics import Statistics, describe
@@ -35,7 +36,7 @@ class Log:
     def info(self, text: str = "") -> None:
         """One line on stdout; nothing when silent."""
         if not self._silent:
-            click.echo(f"{_stamp()} [I] {text}")
+            echo(f"{_stamp()} [I] {text}")
 
     def warning(self, text: str) -> None:
         """One line on stderr."""
@@ -44,7 +45,7 @@ class Log:
     def verdict(self, word: str, command: str) -> None:
         """`&&&& PASSED name # command line`, as trtexec frames its log."""
         if not self._silent:
-            click.echo(f"&&&& {word} gmconv-deploy.benchmark # {command}")
+            echo(f"&&&& {word} gmconv-deploy.benchmark # {command}")
 
 
 def prolog(trace: Trace, warm_up: float) -> Iterator[str]:

@@ -14,18 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gmconv.data import Batch
-from gmconv.errors import RefusedError, printable
+from gmconv.errors import RefusedError, printable, raised_words
 from gmconv.packages import find_own
 from runtime.evaluate.accuracy import Cell, Noise, decibels
 from runtime.evaluate.bootstrap import Estimate, bootstrap
@@ -49,7 +46,7 @@ def load_metric(spec: str) -> Metric:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # somebody's own code
-        raise RefusedError(f"--metric {printable(spec)}: {module} does not import ({_said(error)})") from error
+        raise RefusedError(f"--metric {printable(spec)}: {module} does not import ({raised_words(error)})") from error
     metric = getattr(found, name, None)
     if not callable(metric):
         own = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
@@ -123,14 +120,14 @@ class MetricJudge:
         """One value, or one per sample."""
         count = len(next(iter(outputs.values())))
         try:
-            with contextlib.redirect_stdout(sys.stderr), contextlib.chdir("."):  # stdout has the table, or JSON
+            with contextlib.chdir("."):
                 given = self.metric(dict(outputs), {name: array.copy() for name, array in self.targets.items()})
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # somebody's own code
             raise RefusedError(
-                f"--metric {self.name} failed: {_said(error)}; it was given outputs {_shapes(outputs)} and targets "
-                f"{_shapes(self.targets) or 'none'}"
+                f"--metric {self.name} failed: {raised_words(error)}; it was given outputs {_shapes(outputs)} and "
+                f"targets {_shapes(self.targets) or 'none'}"
             ) from error
         found = _numbers(given)
         if found is None or found.shape not in ((), (count,)):
@@ -174,11 +171,3 @@ def _described(given: Any, found: NDArray[np.float64] | None) -> str:
 
 def _shapes(arrays: dict[str, Array]) -> str:
     return ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
-
-
-def _said(error: BaseException) -> str:
-    """An error of somebody's own code, with the line it comes from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "importlib" not in f.filename and not f.filename.endswith("runtime/evaluate/metric.py")]
-    where = f" in {Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
-    return printable(f"{type(error).__name__}: {error}{where}", 300)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,7 @@ def main(
     if failed := [candidate for candidate in found.candidates if not candidate.passed]:
         if as_json:
             raise ParityError(f"{failed[0].path}: {failed[0].verdict.summary()}")
-        sys.exit(ParityError.exit_code)  # its FAILED lines have said why
+        click.get_current_context().exit(ParityError.exit_code)  # its FAILED lines have said why
     for path, reason in found.not_run.items():
         raise UnavailableError(f"{path}: not compared: {reason}")
 

@@ -23,6 +23,7 @@ import uvloop
 from gmconv.asking import Asked
 from gmconv.errors import RefusedError, UnavailableError
 from gmconv.packages import require
+from gmconv.streams import results
 from runtime.runners.base import parse_device
 from runtime.serve.auth import Gate, find_token, make_tls
 from runtime.serve.connection import RESERVE, Connection, Listener, bind
@@ -122,8 +123,10 @@ def run(settings: Settings, *, as_json: bool = False) -> int:
 def _say(line: str) -> None:
     """Print, as long as there is somebody to print to; a closed or full stdout is no reason to stop serving."""
     try:
-        print(line, flush=True)  # noqa: T201
-    except (OSError, ValueError, UnavailableError):
+        print(line, file=results(), flush=True)
+    except UnavailableError:  # of a command: what it would print from now on is dropped
+        return
+    except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.close()  # with what could not be written, which the interpreter would try again at its end
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115

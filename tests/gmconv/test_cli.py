@@ -25,6 +25,8 @@ def main():
 main([])
 """
 
+TERMINATE = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
+
 
 @pytest.mark.parametrize(
     ("body", "code", "error"),
@@ -60,6 +62,20 @@ main([])
             "error = ValueError('the user chained it to itself'); raise error from error",
             1,
             "ValueError: the user chained it to itself",
+        ),
+        (
+            "import sys; sys.exit(0)",  # as somebody's forward may
+            3,
+            "Error: the network's own code ends the program (SystemExit: 0 in <string>, line 7): take that out, "
+            "nothing was proven",
+        ),
+        (TERMINATE, 143, ""),
+        (
+            # the signal in the middle of an import
+            f"from gmconv.errors import RefusedError\n    try: {TERMINATE}\n"
+            "    except BaseException as error: raise RefusedError('does not import') from error",
+            143,
+            "",
         ),
         ("raise click.exceptions.Exit(5)", 5, ""),
         ("import nothing_of_ours", 1, "ModuleNotFoundError: No module named 'nothing_of_ours'"),

@@ -1,4 +1,4 @@
-"""`gmconv.streams`: what becomes of results where stdout is closed, full, or nobody reads it any more."""
+"""`gmconv.streams`: stdout has the results alone, and nothing changes where it is closed, full, or not read."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 COMMAND = """
-import sys, click
+import contextlib, os, sys, click
 from pathlib import Path
-from gmconv.cli import Command, progress_console, result_console
+from gmconv.cli import Command, echo, progress_console, result_console
 from gmconv.errors import ParityError
 
 @click.command(cls=Command)
@@ -21,8 +21,10 @@ def main(code):
         progress_console().print("at work")
         for _ in range(10000):
             result_console().print("a line of a table")
-            click.echo("a line")
-        print("of the user's code")
+            echo("a line")
+        print("of the user's code", flush=True)
+        with contextlib.suppress(OSError):
+            os.write(1, b"of a library\\n")
     Path("done.txt").write_text(file.name)
     if code:
         raise ParityError("they differ")
@@ -45,8 +47,18 @@ def test_whoever_reads_no_results_changes_no_exit_code(redirect: str, code: int,
     done = run(redirect, str(code), tmp_path)
     assert (done.returncode, (tmp_path / "done.txt").read_text()) == (code, "opened.txt")
     assert (tmp_path / "opened.txt").read_text() == ""
-    said = ["at work", "Error: they differ"][: 1 + (code > 0)] if "2>" not in redirect else []
+    said = (
+        ["at work", "of the user's code", "of a library", "Error: they differ"][: 3 + (code > 0)]
+        if "2>" not in redirect
+        else []
+    )
     assert done.stderr.splitlines() == said
+
+
+def test_stdout_is_for_results_alone(tmp_path: Path) -> None:
+    done = run("| sort -u >results.txt", "0", tmp_path)
+    assert (tmp_path / "results.txt").read_text().splitlines() == ["a line", "a line of a table"]
+    assert done.stderr.splitlines() == ["at work", "of the user's code", "of a library"]
 
 
 @pytest.mark.parametrize("arguments", ["0", "--help", "--version"])

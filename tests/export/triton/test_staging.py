@@ -6,7 +6,6 @@ import errno
 import fcntl
 import itertools
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -236,7 +235,7 @@ import shutil, sys, time
 copy = shutil.copyfile
 def slow(source, target):
     copy(source, target)
-    print("copied", flush=True)
+    print("copied", file=sys.stderr, flush=True)
     time.sleep(60)
 shutil.copyfile = slow
 from export.triton.__main__ import main
@@ -253,8 +252,8 @@ def test_a_signal_during_the_first_write_leaves_triton_nothing_to_stumble_over(
     home.mkdir()
     command = [sys.executable, "-c", SLOW, str(artefact), "-o", str(home / "repo")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        assert process.stdout.readline() == "copied\n"
+        assert process.stderr
+        assert process.stderr.readline() == "copied\n"
         process.send_signal(number)
         _, errors = process.communicate(timeout=20)
     assert "Traceback" not in errors
@@ -265,8 +264,7 @@ def test_a_signal_during_the_first_write_leaves_triton_nothing_to_stumble_over(
         assert [p.name for p in home.iterdir()] == ["repo"]
         assert sorted(listing(home / "repo")) == ["m/1/model.onnx", "m/config.pbtxt"]
     else:
-        assert process.returncode == 130
-        assert re.search("stopped by SIGTERM|interrupted", errors)
+        assert process.returncode == 128 + number
         assert not list(home.iterdir())
 
 
