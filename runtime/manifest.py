@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -243,6 +244,15 @@ def read_manifest(artefact: Path, *, verify: bool = True) -> Manifest:
     return manifest
 
 
+def replaced_manifest(artefact: Path) -> Manifest | None:
+    """What a pair that is about to be replaced says; None where there is none, or the half of one."""
+    if not (artefact.is_file() and sidecar(artefact).is_file()):
+        return None
+    with suppress(RefusedError):
+        return read_manifest(artefact, verify=False)
+    return None
+
+
 def refuse_other_artefact(
     artefact: Path,
     precision: str,
@@ -258,11 +268,8 @@ def refuse_other_artefact(
     than `reference`, which the new one is to be compared with: "" where with none, None where by a proof as good.
     `instead`: what else to do, where no -o names the new one.
     """
-    if force or not (artefact.is_file() and sidecar(artefact).is_file()):
-        return
-    try:
-        found = read_manifest(artefact, verify=False)
-    except RefusedError:  # half of a pair may be replaced by a whole one
+    found = None if force else replaced_manifest(artefact)
+    if found is None:
         return
     stem = artefact.stem
     if found.precision != precision:
@@ -291,12 +298,9 @@ def refuse_unnamed(
     """
     if force or not artefact.is_file():
         return
-    found = None
-    if sidecar(artefact).is_file():
-        try:
-            found = read_manifest(artefact, verify=False)
-        except RefusedError:  # half of a pair may be replaced by a whole one
-            return
+    found = replaced_manifest(artefact)
+    if found is None and sidecar(artefact).is_file():
+        return
     if found is None:
         there = "and has no manifest: something else made it"
     elif made_from is not None and made_from not in ([link.file for link in found.chain] or [""]):

@@ -48,7 +48,7 @@ def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Prec
     help="fp32, fp16, bf16, int8 or fp8; several share the work.",
 )
 @target_flag
-@click.option("--force", is_flag=True, help="Overwrite a file of another precision or target.")
+@click.option("--force", is_flag=True, help="Overwrite a file of another precision or target, or that says more.")
 @report_option
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON; a list of several precisions.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no table.")

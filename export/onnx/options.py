@@ -30,7 +30,8 @@ class ExportOptions:
     `keep_dynamic` leaves kernels that depend on the input in the graph as they are; without it they are refused. `fuse`
     calls the methods by which modules merge their own branches, and measures the result.
     `images` calibrate int8 and fp8 too, unless `precision` names others. `precisions`: see `outputs`; a file of another
-    precision is overwritten with `force` alone.
+    precision, or one that says what this export does not (labels, preprocessing, golden pairs, free sides), is
+    overwritten with `force` alone.
     """
 
     foreign: Foreign = NOTHING

@@ -15,6 +15,7 @@ from export.onnx.refusals import (
     last_words,
     refuse_early,
     refuse_precisions,
+    refuse_saying_less,
     refuse_two_answers,
     refuse_two_kernels,
     refuse_unfit_images,
@@ -107,6 +108,7 @@ def export_onnx(
         given = source.foreign if isinstance(source, Live) else options.foreign
         returned, said = output_specs(loaded, options, given, in_memory=not trained.chain)
         refuse_unfit_images(loaded, options)
+        refuse_saying_less(loaded, given, trained.chain, written, options)
         refuse_precisions(loaded, options)
         names = [spec.name for spec in returned]
         cases = comparison_cases(loaded, options, examples=trained.examples, outputs=returned, note=note)

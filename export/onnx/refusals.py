@@ -10,12 +10,13 @@ from export.onnx.options import DEFAULT_OPSET, ExportOptions, crop_clash
 from gmconv.data import refuse_missing
 from gmconv.errors import ParityError, RefusedError, layer_words, printable
 from gmconv.files import require_writable
+from gmconv.foreign import Foreign
 from gmconv.images import read_preprocessing
 from gmconv.kinds import refuse_other_kinds, require_ending
 from gmconv.npz import npz_names
 from gmconv.packages import require
 from runtime.artefact import Facts
-from runtime.manifest import refuse_other_artefact, sidecar
+from runtime.manifest import FileDigest, refuse_other_artefact, replaced_manifest, sidecar
 from runtime.metadata import misfit
 
 if TYPE_CHECKING:
@@ -86,6 +87,34 @@ def refuse_unfit_images(loaded: Checkpoint, options: ExportOptions) -> None:
         raise RefusedError(
             f"the preprocessing {wrong}; give a number for each channel (--mean M,M,M --std S,S,S), as in training"
         )
+
+
+def refuse_saying_less(
+    loaded: Checkpoint, given: Foreign, chain: Sequence[FileDigest], written: Sequence[Path], options: ExportOptions
+) -> None:
+    """Where a file of the same source is there, and says what nobody said this time (`given`). Raises RefusedError."""
+    preprocessing = read_preprocessing(loaded.preprocessing)
+    for file in written if not options.force else ():
+        found = replaced_manifest(file)
+        if found is None or [link.file for link in found.chain[:1]] != [link.file for link in chain]:
+            continue
+        same = found.chain[:1] == tuple(chain)
+        said = (
+            ("labels (--labels)", given.labels, found.labels, loaded.labels),
+            ("preprocessing (--mean M,M,M --std S,S,S)", given.preprocessing, found.preprocessing, preprocessing),
+            ("golden pairs (--golden)", options.golden, found.golden, None),
+            ("free sides (--dynamic-hw)", options.dynamic_hw or None, found.export and found.export.dynamic_hw, None),
+        )
+        lost = [
+            what
+            for what, now, there, here in said
+            if now is None and there and (here is None or (same and there != here))
+        ]
+        if lost:
+            raise RefusedError(
+                f"{file}: is there with {' and '.join(lost)}, which this export does not have: give them again, or "
+                f"another name with -o, or --force"
+            )
 
 
 def refuse_precisions(loaded: Checkpoint, options: ExportOptions) -> None:

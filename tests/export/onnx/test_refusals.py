@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +13,15 @@ from torch import nn
 from export.onnx import pipeline
 from export.onnx.options import ExportOptions
 from export.onnx.pipeline import export_onnx
-from export.onnx.refusals import advice_on_parity, last_words
+from export.onnx.refusals import advice_on_parity, last_words, refuse_saying_less
 from export.onnx.trained import Live
 from export.precision.converter import Precision, PrecisionOptions
+from gmconv import Checkpoint
 from gmconv.errors import RefusedError
-from gmconv.foreign import NOTHING, OTHERWISE
+from gmconv.foreign import NOTHING, OTHERWISE, Foreign
+from gmconv.images import Preprocessing
+from runtime.manifest import FileDigest, Manifest, digest, sidecar
+from runtime.records import Export
 
 
 @pytest.mark.parametrize(
@@ -88,3 +94,33 @@ def test_of_what_the_exporter_printed_the_end_is_shown() -> None:
     assert [line[:7] for line in lines] == [f"line {n}" for n in range(65, 80)]
     assert max(map(len, lines)) < 220
     assert last_words(noise) == ""
+
+
+def test_a_file_that_says_more_of_the_same_network_is_not_replaced_unasked(tmp_path: Path) -> None:
+    file, source = tmp_path / "net.onnx", FileDigest("checkpoint", "net.pt", "a" * 64, 1)
+    file.write_bytes(b"graph")
+    preprocessing = {"size": (8, 8), "mean": (0.5,), "std": (0.5,), "channel_order": "L"}
+    known = {"labels": ("cat", "dog"), "preprocessing": Preprocessing(**preprocessing), "chain": (source,)}  # type: ignore[arg-type]
+    manifest = Manifest(artefact=digest(file, "onnx"), inputs=(), outputs=(), **known)  # type: ignore[arg-type]
+    sidecar(file).write_text(replace(manifest, export=Export(opset=20, dynamic_hw=True)).to_json())
+    network = Checkpoint(
+        model=nn.Identity(), arch="net", arch_kwargs={}, input_shape=(1, 8, 8), inputs=(), masked={}, sha256="a" * 64
+    )
+    retrained = replace(source, sha256="b" * 64)
+
+    def refuse(given: Foreign, chain: FileDigest = source, loaded: Checkpoint = network, **options: Any) -> None:
+        refuse_saying_less(loaded, given, [chain], [file], ExportOptions(**options))
+
+    for chain in (source, retrained):
+        with pytest.raises(RefusedError, match=r"is there with labels .* and preprocessing .* and free sides \(--dyn"):
+            refuse(NOTHING, chain)
+    with pytest.raises(RefusedError, match=r"is there with preprocessing \(--mean"):
+        refuse(Foreign(labels=("a", "b")), dynamic_hw=True)
+    refuse(Foreign(labels=("a", "b"), preprocessing={"mean": (0.1,)}), dynamic_hw=True)
+    refuse(NOTHING, force=True)
+    refuse(NOTHING, replace(source, file="other.pt"))
+    own = replace(network, labels=("x", "y"), preprocessing={**preprocessing, "mean": (0.0,)})
+    refuse(NOTHING, retrained, own, dynamic_hw=True)
+    with pytest.raises(RefusedError, match="labels .* and preprocessing"):
+        refuse(NOTHING, source, own, dynamic_hw=True)
+    refuse(NOTHING, source, replace(network, labels=known["labels"], preprocessing=preprocessing), dynamic_hw=True)
