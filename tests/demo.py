@@ -16,7 +16,7 @@ import click
 import numpy as np
 from PIL import Image
 
-from gmconv.cli import Command
+from gmconv.cli import Command, echo
 from gmconv.data import load_samples
 
 NEXT = """
@@ -50,8 +50,8 @@ def show(folder: Path) -> None:
     report = (folder / "proof.html").resolve().as_uri()
     page = f"http://localhost:{(port := free_port(8000))}"
     if not webbrowser.open(report):
-        click.echo(f"\nno browser opens here: the report is {report}, the page will be {page}")
-    click.echo("\nserving until Ctrl-C")
+        echo(f"\nno browser opens here: the report is {report}, the page will be {page}")
+    echo("\nserving until Ctrl-C")
     command = [sys.executable, "-m", "runtime.serve", str(folder / "digits.onnx"), "--model-name", "digits"]
     command += ["--http-port", str(port), "--no-grpc", "--no-metrics"]
     with subprocess.Popen(command) as server, contextlib.suppress(KeyboardInterrupt):
@@ -72,7 +72,7 @@ def main(folder: Path, opened: bool) -> None:
     """Write FOLDER/digit.png and print the next steps."""
     digit = write_digit(folder / "digit.png")
     here, command = shlex.quote(str(folder)), shlex.quote(str(Path(sys.executable).with_name("gmconv")))
-    click.echo(NEXT.format(folder=here, digit=digit, gmconv=command))
+    echo(NEXT.format(folder=here, digit=digit, gmconv=command))
     if opened:
         show(folder)
 
