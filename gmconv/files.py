@@ -137,10 +137,15 @@ def require_writable(path: Path, *inputs: Path | None) -> None:
     Raises RefusedError.
     """
     _refuse_special(path)
-    if path.exists() and any(given is not None and given.exists() and path.samefile(given) for given in inputs):
-        raise RefusedError(f"{path}: is an input of this command, which it would overwrite; give another name")
+    refuse_inputs(path, *inputs)
     if not path.parent.is_dir():
         raise RefusedError(f"{path}: cannot be written (there is no folder {path.parent}); make it first")
+
+
+def refuse_inputs(path: Path, *inputs: Path | None) -> None:
+    """Raise RefusedError where an output is one of `inputs`, also by a link."""
+    if path.exists() and any(given is not None and given.exists() and path.samefile(given) for given in inputs):
+        raise RefusedError(f"{path}: is an input of this command, which it would overwrite; give another name")
 
 
 def _special(path: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from gmconv.errors import RefusedError
+from gmconv.files import refuse_inputs
 from gmconv.kinds import ARTEFACT_SUFFIXES
 
 
@@ -47,9 +48,8 @@ def refuse_clashes(ctx: click.Context) -> None:
         elif value is not None:
             outputs[parameter.opts[-1]] = value
     for path in outputs.values():
+        refuse_inputs(path, *inputs)
         for file in sorted(inputs):
-            if path.exists() and path.samefile(file):
-                raise RefusedError(f"{path}: is an input of this command, which it would overwrite; give another name")
             if path.resolve() == _manifest(file):
                 raise RefusedError(f"{path}: is the manifest of {file}, which it would overwrite; give another name")
     for (one, path), (other, second) in combinations(outputs.items(), 2):

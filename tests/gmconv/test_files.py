@@ -127,9 +127,9 @@ def test_sigterm_leaves_no_temporary_folder(tmp_path: Path) -> None:
         "        time.sleep(60)\n"
         "main([])\n"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
+    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        assert child.stderr.readline() == "ready\n"
         assert len(list(tmp_path.iterdir())) == 1
         child.send_signal(signal.SIGTERM)
         assert child.wait(20) == 143
