@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from runtime.parity.pool import UNTRAINED, Pool
-from runtime.parity.tolerances import floored, for_probabilities
+from runtime.parity.tolerances import BLURRED, blurred, floored, for_probabilities, no_sums_with_half, probability_floor
 from runtime.records import OutputComparison, Tolerance
 from runtime.runners.base import Array
 
@@ -112,6 +112,8 @@ class Comparator:
 
     def _explained(self, failed: OutputComparison) -> OutputComparison:
         """A failure, with what torch fp32 itself loses where that is more than any artefact may."""
+        if (blur := self._blurs().get(failed.output)) is not None:
+            return replace(failed, reason=f"{failed.reason}; the output holds {blurred(blur)}")
         own = self._own.get(failed.output, 0.0)
         if own <= failed.tolerance or self._limit(failed.output) is self._tolerance:
             return failed
@@ -141,9 +143,17 @@ class Comparator:
             constant = []
         return [
             *(f"output {name!r} is the same for every sample; its values were compared" for name in constant),
+            *(f"output {name!r} holds {blurred(blur)}" for name, blur in self._blurs().items()),
             *overflows,
             *wider,
         ]
+
+    def _blurs(self) -> dict[str, float]:
+        """The outputs of which fp32's row sees no error of 1 %, and how large that has to be (`Pool.blur`)."""
+        if self._tolerance.precision != "fp32" or self._tolerance.overridden:
+            return {}
+        found = {name: max(pool.blur for pool in pools.values()) for name, pools in self._pools.items()}
+        return {name: blur for name, blur in found.items() if blur > max(BLURRED, self._tolerance.rel_rms)}
 
     def _pool(self, name: str, case: int) -> Pool | None:
         return self._pools.get(name, {}).get(self._real.get(case, False))
@@ -196,6 +206,7 @@ class _Sums:
     agrees: list[Array] = field(default_factory=list)
     integral: bool = False
     beyond: bool = False  # whether any is no probability
+    apart: bool = False  # whether any is no sum of 0.5 and something
     agreeing: int = 0
     failure: str = ""
 
@@ -223,6 +234,7 @@ class _Sums:
         self.samples += len(ref)
         self.elements += ref.size
         self.beyond = self.beyond or bool(((ref < 0) | (ref > 1)).any())
+        self.apart = self.apart or bool(no_sums_with_half(ref, can).any())
         self.power += float(np.vdot(ref, ref))
         self.candidate_power += float(np.vdot(can, can))
         self.dot += float(np.vdot(ref, can))
@@ -258,7 +270,7 @@ class _Sums:
             return _failure(name, 0, "nothing was compared: no samples", tolerance)
         scale = math.sqrt(self.power / self.elements) or scale
         if not self.beyond:
-            tolerance = for_probabilities(tolerance, scale)
+            tolerance = for_probabilities(tolerance, probability_floor(scale, as_sums=not self.apart))
         rms = math.sqrt(self.error_power / self.elements)
         rel_rms, max_rel = (found / scale if scale else found for found in (rms, self.max_abs))
         norms = math.sqrt(self.power) * math.sqrt(self.candidate_power)

@@ -11,28 +11,17 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from runtime.parity.tolerances import FP32_ROUNDOFF, for_probabilities
+from runtime.parity.positions import CONSTANT, Positions, group_floor, scale_groups
+from runtime.parity.tolerances import LOGITS, for_probabilities
 from runtime.records import Tolerance
 from runtime.runners.base import Array
 
-#: Outputs that vary by less than a few roundings over the samples are constant.
-CONSTANT = 4 * FP32_ROUNDOFF
 #: Random weights lose an input on its way through a deep network: outputs that change by a smaller share of their RMS.
 _FAINT = 1e-3
 UNTRAINED = "; a network with untrained weights hardly answers to its input: load trained ones"
-#: Channels whose variation differs by this factor from the next larger one's are of another scale.
-SCALE_GAP = 4.0
-#: Independent values that tell a channel's scale. Of equal channels the smallest scale drawn is `SCALE_GAP` times below
-#: the next with a chance of SCALE_GAP ** -FREEDOM = 1.5e-5, whatever their number (the ratio of the two smallest is
-#: uniform, to the power of 1 / FREEDOM). Drawn 500,000 times: 5 equal classes are split in 1.2e-4 of the outputs, with
-#: 4 values in 0.8 %, with one, which is two samples, in 35 %.
-FREEDOM = 8
-#: A channel with more zeros than this is a ReLU's that rarely fires: too few values to tell its scale by.
-SPARSE = 0.8
 #: How far the candidate's change from sample to sample may be from the reference's: slope and correlation.
 SLOPE, CORRELATION = (1 / 3, 3.0), 0.25
 #: Up to this tolerance (that of fp16) an error is held to the variation as well; int8 may be as large as it is.
@@ -52,76 +41,10 @@ COUNTED = 256
 
 
 @dataclass(slots=True)
-class _Positions:
-    """Sums over the samples of one row shape, position by position; all relative to the first row of the reference."""
-
-    first: Array
-    count: int = 0
-    change: Array | float = 0.0
-    change2: Array | float = 0.0
-    error: Array | float = 0.0
-    error2: Array | float = 0.0
-    cross: Array | float = 0.0
-    zeros: Array | float = 0.0
-    #: How many are no probability: below 0, above 1.
-    beyond: Array | float = 0.0
-    #: Of the samples that were also run with the rounding of the candidate's precision: its errors and the candidate's.
-    rounded: int = 0
-    noise2: Array | float = 0.0
-    told2: Array | float = 0.0
-    noise_peak: Array | float = 0.0
-    peak: Array | float = 0.0
-    #: Of each such sample: the reference's power, and that of the two errors.
-    rows: list[Array] = field(default_factory=list)
-
-    def add(self, ref: Array, can: Array, rounded: Array | None) -> None:
-        change, error = ref - self.first, can - ref
-        self.count += len(ref)
-        self.change = self.change + change.sum(axis=0)
-        self.change2 = self.change2 + np.square(change).sum(axis=0)
-        self.error = self.error + error.sum(axis=0)
-        self.error2 = self.error2 + np.square(error).sum(axis=0)
-        self.cross = self.cross + (change * error).sum(axis=0)
-        self.zeros = self.zeros + (ref == 0).sum(axis=0)
-        self.beyond = self.beyond + ((ref < 0) | (ref > 1)).sum(axis=0)
-        if rounded is not None:
-            noise, error = np.abs(rounded - ref), np.abs(error)
-            self.rounded += len(ref)
-            self.noise2 = self.noise2 + np.square(noise).sum(axis=0)
-            self.told2 = self.told2 + np.square(error).sum(axis=0)
-            self.noise_peak = np.maximum(self.noise_peak, noise.max(axis=0))
-            self.peak = np.maximum(self.peak, error.max(axis=0))
-            each = tuple(range(1, ref.ndim))
-            self.rows.append(np.stack([np.square(a).sum(axis=each) for a in (ref, noise, error)]))
-
-    def maps(self) -> dict[str, Array]:
-        """Per position, summed over samples: the reference's power and variation, the error's, and how they covary."""
-        n = self.count
-        change, error = np.asarray(self.change), np.asarray(self.error)
-        return {
-            "power": np.asarray(self.change2) + 2 * self.first * change + n * np.square(self.first),
-            "variation": np.maximum(np.asarray(self.change2) - np.square(change) / n, 0),
-            "error": np.asarray(self.error2),
-            "spread": np.maximum(np.asarray(self.error2) - np.square(error) / n, 0),
-            "covariance": np.asarray(self.cross) - change * error / n,
-            "zeros": np.asarray(self.zeros),
-            "beyond": np.asarray(self.beyond),
-            **self._noise(),
-        }
-
-    def _noise(self) -> dict[str, Array]:
-        """What the precision costs by itself, beside the candidate's error on the same samples."""
-        if not self.rounded:
-            return {}
-        found = {"noise": self.noise2, "told": self.told2, "noise_peak": self.noise_peak, "peak": self.peak}
-        return {name: np.asarray(each) for name, each in found.items()}
-
-
-@dataclass(slots=True)
 class Pool:
     """One output over the cases of one kind (noise, or real samples)."""
 
-    shapes: dict[tuple[int, ...], _Positions] = field(default_factory=dict)
+    shapes: dict[tuple[int, ...], Positions] = field(default_factory=dict)
     elements: int = 0
     agreeing: int = 0
     integral: bool = False
@@ -139,7 +62,7 @@ class Pool:
         """
         self.elements += ref.size
         self.integral = integral
-        self.shapes.setdefault(ref.shape[1:], _Positions(ref[0].copy())).add(ref, can, rounded)
+        self.shapes.setdefault(ref.shape[1:], Positions(ref[0].copy())).add(ref, can, rounded)
         if integral:
             self.agreeing += int((ref == can).sum())
             self._count(ref, can)
@@ -198,19 +121,27 @@ class Pool:
         chance = sum(count * candidate[value] for value, count in reference.items()) / self.elements**2
         return share, (share - chance) / (1 - chance)
 
+    @property
+    def blur(self) -> float:
+        """The share of its values that one of the groups may be off because of how it is computed (`group_floor`)."""
+        every = [
+            group_floor(group)
+            for positions in self.shapes.values()
+            if not self.integral
+            for axis in positions.channel_axes()
+            for _, group in scale_groups(positions.maps(), positions, axis)
+        ]
+        return max(every, default=0.0)
+
     def failures(self, tolerance: Tolerance) -> list[str]:
         """What does not hold over all these samples: one clause each."""
         if self.integral:
             return self._disagreements(tolerance)
         found = []
-        for shape, positions in self.shapes.items():
-            if positions.count < 2:
-                continue
+        for positions in (p for p in self.shapes.values() if p.count > 1):
             maps = positions.maps()
-            for axis in _channel_axes(shape):
-                if axis is not None and (positions.count - 1) * math.prod(shape) < FREEDOM * shape[axis]:
-                    continue
-                for name, group in _scale_groups(maps, positions, axis):
+            for axis in positions.channel_axes():
+                for name, group in scale_groups(maps, positions, axis):
                     if reason := _judge_group(group, tolerance):
                         found.append(f"{name}{reason}")
                 if axis is not None and not found:
@@ -226,7 +157,7 @@ class Pool:
         """
         found = []
         for positions in (p for p in self.shapes.values() if p.count > 1 and not self.integral):
-            ((_, group),) = _scale_groups(positions.maps(), positions, None)
+            ((_, group),) = scale_groups(positions.maps(), positions, None)
             if group["power"] and group["variation"] > CONSTANT**2 * group["power"]:
                 found += list(_noise_limits(group, tolerance))[:1]
         ratios = [(limit / error if error else math.inf, limit) for _, error, _, _, limit in found]
@@ -248,52 +179,11 @@ class Pool:
         return reasons
 
 
-def _channel_axes(shape: tuple[int, ...]) -> list[int | None]:
-    """The axes of a row that may be its channels: the first and the last; None is the row as a whole."""
-    axes = [axis for axis in dict.fromkeys((0, len(shape) - 1)) if len(shape) > 0 and shape[axis] > 1]
-    return [None, *axes]
-
-
-def _scale_groups(
-    maps: dict[str, Array], positions: _Positions, axis: int | None
-) -> Iterator[tuple[str, dict[str, float]]]:
-    """The channels along `axis` by the scale of their variation, as sums; nothing where all are of one scale."""
-    count, rounded = positions.count, positions.rounded
-    size = float(maps["power"].size)
-    if axis is None:
-        total = {name: float(_over(name, values)) for name, values in maps.items()}
-        yield "", {**total, "elements": size * count, "rounded": size * rounded}
-        return
-    other = tuple(a for a in range(maps["power"].ndim) if a != axis)
-    sums = {name: np.asarray(_over(name, values, other)) for name, values in maps.items()}
-    size /= len(sums["power"])
-    told = (sums["variation"] > CONSTANT**2 * sums["power"]) & (sums["zeros"] <= SPARSE * size * count)
-    order = np.flatnonzero(told)[np.argsort(sums["variation"][told], kind="stable")]
-    if len(order) < 2:
-        return
-    scales = np.sqrt(sums["variation"][order])
-    cuts = np.flatnonzero(scales[1:] > SCALE_GAP * scales[:-1]) + 1
-    if not len(cuts):
-        return
-    for members in np.split(order, cuts):
-        group = {name: float(_over(name, values[members])) for name, values in sums.items()}
-        some = ", ".join(map(str, sorted(members.tolist())[:4])) + (", …" if len(members) > 4 else "")
-        each = size * len(members)
-        group |= {"elements": each * count, "rounded": each * rounded}
-        yield f"channels {some} of axis {axis + 1}, of another scale: ", group
-
-
-def _over(name: str, values: Array, axes: tuple[int, ...] | None = None) -> Any:
-    """Sums over positions, or what is largest among them."""
-    return values.max(axis=axes) if name.endswith("peak") else values.sum(axis=axes)
-
-
 def _judge_group(group: dict[str, float], tolerance: Tolerance) -> str:
     """What is wrong with a group of channels, in a clause; "" where nothing is."""
     if group["power"] == 0 or group["variation"] <= CONSTANT**2 * group["power"]:
         return ""
-    if not group["beyond"]:
-        tolerance = for_probabilities(tolerance, math.sqrt(group["power"] / group["elements"]))
+    table, tolerance = tolerance, for_probabilities(tolerance, group_floor(group))
     error = math.sqrt(group["error"] / group["power"])
     if error > tolerance.rel_rms:
         return f"relative RMS error {error:.3g}, tolerance {tolerance.rel_rms:.3g}"
@@ -301,9 +191,10 @@ def _judge_group(group: dict[str, float], tolerance: Tolerance) -> str:
     change = math.sqrt(group["variation"] / group["power"])
     most = math.sqrt(tolerance.rel_rms)
     if tolerance.rel_rms <= FINE and beside > most:
+        rounds = "" if tolerance is table else f"; a sigmoid's rounding hides small changes: {LOGITS}"
         return (
             f"the error is {beside:.2g} of what the outputs change from sample to sample (which is {change:.1g} of "
-            f"their RMS), tolerance {most:.2g}{UNTRAINED if change < _FAINT else ''}"
+            f"their RMS), tolerance {most:.2g}{UNTRAINED if change < _FAINT else rounds}"
         )
     own = group["variation"] + 2 * group["covariance"] + group["spread"]
     if own <= CONSTANT**2 * group["power"]:
@@ -350,7 +241,7 @@ def _noise_limits(group: dict[str, float], tolerance: Tolerance) -> Iterator[tup
 
 
 def _channels_beyond_noise(
-    maps: dict[str, Array], positions: _Positions, axis: int, tolerance: Tolerance
+    maps: dict[str, Array], positions: Positions, axis: int, tolerance: Tolerance
 ) -> Iterator[str]:
     """The channel that is worst beside what the precision costs it, or all of them on average, if it is too far off.
 
@@ -367,7 +258,7 @@ def _channels_beyond_noise(
         yield f"channel {worst[0]} of axis {axis + 1} {worst[1]}"
 
 
-def _samples_beyond_noise(positions: _Positions, tolerance: Tolerance) -> Iterator[str]:
+def _samples_beyond_noise(positions: Positions, tolerance: Tolerance) -> Iterator[str]:
     """The sample that is worst beside what the precision costs it: outputs of dark images are small.
 
     Not where ranges were calibrated: there the cost of one sample depends on the range of all.

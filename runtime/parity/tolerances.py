@@ -22,9 +22,12 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import numpy as np
+
 from gmconv.errors import RefusedError
 from runtime.manifest import Manifest
 from runtime.records import Crop, Tolerance
+from runtime.runners.base import Array
 
 #: Unit roundoff of fp32.
 FP32_ROUNDOFF = 2.0**-24
@@ -73,20 +76,47 @@ def floored(tolerance: Tolerance, own: float) -> Tolerance:
 #: Values within 0 and 1 may be probabilities, which a runtime computes as 0.5 and something: what it rounds is of the
 #: scale of 1, however rare the class. ONNX Runtime's Sigmoid has an RMS error of 0.4 to 0.6 u at any logit.
 PROBABILITY_ERROR = 2 * FP32_ROUNDOFF
+#: Steps of a sum of 0.5 and something that is not above 0.25, which is exact.
+_STEP = FP32_ROUNDOFF / 2
+#: Where all values are whole steps, the operator is known to round so; rarer than 5e-7, even that proves too little.
+MOST_BLUR = 0.25
+LOGITS = "export the logits and apply the sigmoid outside"
+#: From this on a proof says that it sees no smaller error: a kernel that is 1 % off, say.
+BLURRED = 1e-2
 
 
-def probability_floor(rms: float) -> float:
+def no_sums_with_half(reference: Array, candidate: Array) -> Array:
+    """Which values neither side can have computed as 0.5 and something: they are no multiples of 2^-25.
+
+    Below 0.004, one of 2^10 or more floats is such a multiple by chance: all of them are where that is how they came.
+    """
+    sides = (np.asarray(side, dtype=np.float64) / _STEP for side in (reference, candidate))
+    first, second = (side != np.rint(side) for side in sides)
+    apart: Array = first & second
+    return apart
+
+
+def probability_floor(rms: float, *, as_sums: bool) -> float:
     """The relative RMS error that values all within 0 and 1, of this RMS, may have in fp32 by their operator alone.
 
-    Capped as `floored`: rarer than 6e-4, an operator like that proves too little.
+    Args:
+        rms: of the values.
+        as_sums: whether they are what a sum with 0.5 gives (`no_sums_with_half`); others are capped as `floored`.
     """
-    return min(PROBABILITY_ERROR / rms, MOST_DISTANCE * TOLERANCES["fp32"].rel_rms) if rms else 0.0
+    most = MOST_BLUR if as_sums else MOST_DISTANCE * TOLERANCES["fp32"].rel_rms
+    return min(PROBABILITY_ERROR / rms, most) if rms else 0.0
 
 
-def for_probabilities(tolerance: Tolerance, rms: float) -> Tolerance:
-    """fp32's row for values all within 0 and 1 (`probability_floor`)."""
-    return _at_least(
-        tolerance, probability_floor(rms), "two roundings of 1: values within 0 and 1; the table says less"
+def for_probabilities(tolerance: Tolerance, floor: float) -> Tolerance:
+    """fp32's row for values all within 0 and 1, whose operator rounds by `floor` (`probability_floor`)."""
+    return _at_least(tolerance, floor, "two roundings of 1: values within 0 and 1; the table says less")
+
+
+def blurred(floor: float) -> str:
+    """What a floor above `BLURRED` leaves unseen, and the way on, in a clause."""
+    return (
+        f"a class so rare that what its sigmoid rounds in ONNX Runtime, 1.2e-7, is {floor:.0%} of it; no smaller error "
+        f"is seen: to prove more, {LOGITS}"
     )
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from runtime.parity.pool import CONSTANT
-from runtime.parity.tolerances import FP32_ROUNDOFF, MOST_DISTANCE, TOLERANCES, probability_floor
+from runtime.parity.positions import CONSTANT
+from runtime.parity.tolerances import FP32_ROUNDOFF, MOST_DISTANCE, TOLERANCES, no_sums_with_half, probability_floor
 from runtime.records import YardstickComparison
 from runtime.runners.base import Array
 
@@ -50,7 +50,7 @@ class Yardstick:
     ) -> None:
         """Account for one batch of the three sides' outputs."""
         for name in dict.fromkeys([*yardstick, *reference, *candidate]):
-            sums = self._outputs.setdefault(name, [0, 0.0, 0.0, 0.0, 0, 0])
+            sums = self._outputs.setdefault(name, [0, 0.0, 0.0, 0.0, 0, 0, 0])
             sides = [side.get(name) for side in (yardstick, reference, candidate)]
             arrays = [np.asarray(side, dtype=np.float64) for side in sides if side is not None]
             if len(arrays) < 3:
@@ -69,6 +69,7 @@ class Yardstick:
                 sums[3] += float(np.square(arrays[2] - exact).sum())
                 sums[4] += exact.size
                 sums[5] += int(((exact < 0) | (exact > 1)).sum())
+                sums[6] += int(no_sums_with_half(*arrays[1:]).sum())
 
     def own(self) -> dict[str, float]:
         """How far the reference itself is from float64 in its worst batch, RMS relative to RMS, by output."""
@@ -91,13 +92,13 @@ class Yardstick:
         """One verdict per output seen; one failure when there was none."""
         verdicts = []
         told = any(power for _, power, *_ in self._outputs.values())  # another output may well be zero
-        for name, sums in (self._outputs or {"(none)": [0] * 6}).items():
-            samples, power, reference, candidate, elements, beyond = sums
+        for name, sums in (self._outputs or {"(none)": [0] * 7}).items():
+            samples, power, reference, candidate, elements, beyond, apart = sums
             reason = self._failed.get(name)
             if reason is None and (samples == 0 or not told):
                 reason = f"output {name!r}: the float64 run gave nothing to compare (no samples, or all zero)"
             near, found = (math.sqrt(side / power) if power else math.sqrt(side) for side in (reference, candidate))
-            rare = probability_floor(math.sqrt(power / elements)) if power and not beyond else 0.0
+            rare = 0.0 if beyond else probability_floor(math.sqrt(power / max(elements, 1)), as_sums=not apart)
             limit = max(self._factor * near + CONSTANT, SUMS, rare)
             if reason is None and not found <= limit:
                 reason = (

@@ -16,6 +16,7 @@ from runtime.runners.base import Array
 RNG = np.random.default_rng(0)
 SEED = RNG.bit_generator.state
 PRECISIONS = list(TOLERANCES)
+BLURRED_NOTE = "no smaller error is seen: to prove more, export the logits and apply the sigmoid outside"
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +72,43 @@ def test_a_rare_class_may_be_off_by_what_its_sigmoid_rounds(beside: bool) -> Non
     for wrong in (outputs(1.01 * change, 4e-8), outputs(change + 0.01), outputs(change, 1e-6)):
         assert not one(right, wrong, "fp32").passed
     assert not one(1 + right, 1 + outputs(change + 0.01), "fp32").passed, "no probabilities"
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("bias", range(-14, -5))
+def test_right_sigmoids_pass_however_rare_and_what_hides_in_their_rounding_is_told(bias: int, beside: bool) -> None:
+    """ONNX Runtime's are 0.5 and something: whole multiples of 2^-25, which no other values so small are."""
+    rng = np.random.default_rng(-bias)
+    logits = bias + 0.5 * rng.standard_normal((64, 4))
+    others = np.zeros((64, 2)) + rng.uniform(0.2, 0.8, (64, 2))
+
+    def judged(found: Array) -> tuple[bool, str, list[str]]:
+        right = 1 / (1 + np.exp(-logits))
+        sides = [np.concatenate([others, side], axis=1) if beside else side for side in (right, found)]
+        comparator = Comparator(TOLERANCES["fp32"])
+        comparator.add({"y": sides[0]}, {"y": sides[1]})
+        (verdict,) = comparator.result()
+        return verdict.passed, verdict.reason, comparator.notes()
+
+    def sigmoid(logits: Array) -> Array:
+        return np.round((1 / (1 + np.exp(-logits)) + 3e-8 * rng.standard_normal(logits.shape)) * 2**25) / 2**25
+
+    hidden = bias <= -12
+    passed, _, notes = judged(sigmoid(logits))
+    assert passed
+    assert [note.split("; ")[-1] for note in notes] == [BLURRED_NOTE] * hidden
+    assert judged(sigmoid(logits + 0.01))[0] == hidden, "a class that is 1 % off"
+    passed, reason, _ = judged(sigmoid(logits + 0.5))
+    assert (passed, "export the logits" in reason) == (False, hidden)
+    assert not judged(1.01 * sigmoid(logits))[0], "a row scaled behind the sigmoid is none"
+
+
+def test_a_change_that_a_sigmoids_rounding_hides_is_told_so() -> None:
+    logits = -7.5 + 0.002 * RNG.standard_normal((64, 1))
+    right = 1 / (1 + np.exp(-logits))
+    verdict = one(right, np.round((right + 3e-8 * RNG.standard_normal((64, 1))) * 2**25) / 2**25, "fp32")
+    assert not verdict.passed
+    assert "export the logits" in verdict.reason
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,7 +20,9 @@ from runtime.parity.tolerances import (
     crop_cost,
     floored,
     for_probabilities,
+    no_sums_with_half,
     override,
+    probability_floor,
     widen,
 )
 from runtime.records import Crop, CropBudget, CropError, CropLayer
@@ -104,9 +107,29 @@ def test_what_torch_fp32_itself_is_off_is_a_floor_that_ends(own: float, allowed:
     assert found.rel_rms <= MOST_DISTANCE * TOLERANCES["fp32"].rel_rms
 
 
-@pytest.mark.parametrize(("rms", "allowed"), [(0.5, 2e-5), (6e-3, 2e-5), (1e-3, 1.19e-4), (1e-5, 2e-4), (0.0, 2e-5)])
-def test_of_a_rare_class_two_roundings_of_one_are_a_floor_that_ends(rms: float, allowed: float) -> None:
-    assert for_probabilities(TOLERANCES["fp32"], rms).rel_rms == pytest.approx(allowed, rel=0.01)
+@pytest.mark.parametrize(
+    ("rms", "as_sums", "allowed"),
+    [
+        (0.5, False, 2e-5),
+        (6e-3, True, 2e-5),
+        (1e-3, False, 1.19e-4),
+        (1e-5, False, 2e-4),
+        (1e-5, True, 1.19e-2),
+        (1e-7, True, 0.25),
+        (0.0, True, 2e-5),
+    ],
+)
+def test_of_a_rare_class_two_roundings_of_one_are_a_floor_that_ends(rms: float, as_sums: bool, allowed: float) -> None:
+    floor = probability_floor(rms, as_sums=as_sums)
+    assert for_probabilities(TOLERANCES["fp32"], floor).rel_rms == pytest.approx(allowed, rel=0.01)
+
+
+def test_a_sum_with_half_is_known_by_its_steps() -> None:
+    rare = np.float32([1e-3, 1e-5, 3e-7])
+    sums = np.float32(0.5) + (rare - np.float32(0.5))
+    assert no_sums_with_half(rare, rare).all()
+    assert not no_sums_with_half(rare, sums).any()
+    assert not no_sums_with_half(sums, rare).any()
 
 
 def test_no_other_precision_and_no_number_of_the_user_has_that_floor() -> None:
