@@ -11,8 +11,11 @@ from typing import Any, get_type_hints
 import click
 import msgspec
 
+from gmconv.packages import require
+from runtime import cuda
 from runtime.artefact import Kind, artefact_kind
-from runtime.runners.base import Runner
+from runtime.manifest import Manifest
+from runtime.runners.base import Runner, parse_device
 
 _RUNNERS: dict[Kind, tuple[str, str]] = {
     "checkpoint": ("runtime.runners.torch", "TorchRunner"),
@@ -46,6 +49,19 @@ def open_runner(path: str | Path, device: str = "cpu", **options: Any) -> Runner
     _refuse_values(path.name, get_type_hints(accepted.__init__, include_extras=True), given)
     opened: Runner = runner(path, device, **given) if accepted is runner else runner(path, device, accepted(**given))
     return opened
+
+
+def refuse_device(path: Path, manifest: Manifest | None, device: str) -> None:
+    """Raise UnavailableError, before an artefact is opened, where its runner has no such device on this machine."""
+    if manifest is not None and artefact_kind(path) == "engine":
+        from runtime.runners.engine import engine_gpu
+
+        engine_gpu(path, manifest, device)
+    elif device != "cpu":
+        from runtime.runners.providers import PROVIDERS, require_provider
+
+        require_provider(require("onnxruntime", "gpu"), PROVIDERS["cuda"])
+        cuda.device_info(parse_device(device)[1])
 
 
 def _refuse_values(artefact: str, types: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ class OpenEngine:
         self.path = path
         self.manifest, plan = read_engine(path)
         self.flavor = trt.engine_flavor(self.manifest)
-        self.info = _gpu(path, self.manifest, device)
+        self.info = engine_gpu(path, self.manifest, device)
         self.api: ModuleType = trt.api(self.flavor)
         refuse_misfit(path, self.manifest, self.flavor, trt.version(self.api), self.info)
         self.log = trt.Log(self.api)
@@ -154,7 +154,7 @@ def read_engine(path: Path) -> tuple[Manifest, bytes]:
     return manifest, plan
 
 
-def _gpu(path: Path, manifest: Manifest, device: str) -> cuda.DeviceInfo:
+def engine_gpu(path: Path, manifest: Manifest, device: str) -> cuda.DeviceInfo:
     """The GPU that an engine is to run on. Raises UnavailableError, which names what runs without one."""
     try:
         return cuda.device_info(cuda.device_index(device))

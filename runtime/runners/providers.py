@@ -51,10 +51,7 @@ def add_providers(ort: Any, options: Any, request: Request) -> list[tuple[str, d
         _choose_tf32(request.tf32)
     if request.provider == "rtx" and name not in ort.get_available_providers():
         return _rtx_plugin(ort, options, request)
-    if name not in ort.get_available_providers():
-        raise UnavailableError(
-            f"this onnxruntime has no {name}; on a machine with an NVIDIA driver: {install('gpu')}; else --device cpu"
-        )
+    require_provider(ort, name)
     chosen = [(name, _settings(request))]
     if request.provider == "tensorrt":  # for the nodes that TensorRT leaves
         chosen.append((PROVIDERS["cuda"], _settings(replace(request, provider="cuda", cuda_graph=False))))
@@ -76,6 +73,14 @@ def _settings(request: Request) -> dict[str, str]:
     else:
         chosen |= {"enable_cuda_graph": str(int(request.cuda_graph)), "nv_runtime_cache_path": _cache(request)}
     return chosen
+
+
+def require_provider(ort: Any, name: str) -> None:
+    """Raise UnavailableError where this onnxruntime is built without a provider."""
+    if name not in ort.get_available_providers():
+        raise UnavailableError(
+            f"this onnxruntime has no {name}; on a machine with an NVIDIA driver: {install('gpu')}; else --device cpu"
+        )
 
 
 def _choose_tf32(tf32: bool) -> None:

@@ -24,10 +24,11 @@ from gmconv.asking import Asked
 from gmconv.errors import RefusedError, UnavailableError
 from gmconv.packages import require
 from gmconv.streams import results
+from runtime.runners import refuse_device
 from runtime.runners.base import parse_device
 from runtime.serve.auth import Gate, find_token, make_tls
 from runtime.serve.connection import RESERVE, Connection, Listener, bind
-from runtime.serve.models.source import find_sources, read_source
+from runtime.serve.models.source import device_for, find_sources, read_source
 from runtime.serve.observe.access_log import logging_to
 from runtime.serve.service import Service
 from runtime.serve.settings import Settings
@@ -64,7 +65,8 @@ def check(settings: Settings) -> None:
         parse_device(settings.device)
     find_token(settings)
     for source in find_sources(settings):
-        read_source(source, settings)
+        own = source.config.apply(settings) if source.config else settings
+        refuse_device(source.path, read_source(source, own), device_for(source, own))
         if source.runtime == "onnxruntime" and importlib.util.find_spec("onnxruntime") is None:
             require("onnxruntime")
     if bool(settings.tls_cert) != bool(settings.tls_key):

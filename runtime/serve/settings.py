@@ -59,10 +59,10 @@ class Settings:
     grpc: bool = _option(True, "Serve gRPC [default: on].")
     metrics: bool = _option(True, "Serve metrics [default: on].")
     device: str = _option("auto", "cpu, cuda, cuda:N; auto: cuda for engines.")
-    threads: int = _option(0, "CPU threads per instance [default: cores/instances].", Whole(0))
+    threads: int = _option(0, "CPU threads per instance [default: cores/instances].", Whole(0, 1024))
     instances: int = _option(1, "Engines per model.", Whole(1, 64))
     solo_threads: int | None = _option(
-        None, "CPU threads of one more engine for lone requests; 0: none [default: all instances'].", Whole(0)
+        None, "CPU threads of one more engine for lone requests; 0: none [default: all instances'].", Whole(0, 1024)
     )
     max_batch: int = _option(32, "Rows per execution, where no profile says.", Whole(1, 4096))
     max_queue_delay: float = _option(0.0, "Seconds to wait for a fuller batch.", Finite(0, 10))

@@ -9,7 +9,9 @@ from pathlib import Path
 import click
 import pytest
 
-from gmconv.errors import RefusedError
+from gmconv.errors import RefusedError, UnavailableError
+from runtime import cuda
+from runtime.manifest import Manifest, digest, sidecar
 from runtime.serve import settings as module
 from runtime.serve.auth import find_token
 from runtime.serve.models.source import Source
@@ -30,12 +32,32 @@ from .conftest import classifier, parse
         ("--no-http", "--no-grpc", "--no-metrics"),
         ("--no-http", "--no-grpc"),
         ("--engine", "rtx"),
+        ("--threads", "1025"),
+        ("--solo-threads", "1025"),
         ("--http-port", "9000", "--grpc-port", "9000"),
     ],
 )
 def test_what_limits_nothing_or_serves_nobody_is_a_usage_error(flags: tuple[str, ...]) -> None:
     with pytest.raises(click.UsageError):
         check(parse("m.onnx", *flags))
+
+
+@pytest.mark.skipif(cuda.driver_problem() is None, reason="this machine has a GPU")
+@pytest.mark.parametrize(
+    ("device", "words"), [("cuda", "has no CUDAExecutionProvider|cuda:0 was asked"), ("tpu", "unkn")]
+)
+def test_a_device_that_there_is_not_is_refused_before_a_port_is_opened(device: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises((UnavailableError, RefusedError), match=words):
+        check(parse(str(classifier(tmp_path / "m.onnx")), "--device", device))
+
+
+@pytest.mark.skipif(cuda.driver_problem() is None, reason="this machine has a GPU")
+def test_an_engine_is_refused_before_a_port_is_opened_where_there_is_no_gpu(tmp_path: Path) -> None:
+    plan = tmp_path / "m.plan"
+    plan.write_bytes(b"engine")
+    sidecar(plan).write_text(Manifest(artefact=digest(plan, "engine"), inputs=(), outputs=()).to_json())
+    with pytest.raises(UnavailableError, match="an engine runs on an NVIDIA GPU"):
+        check(parse(str(plan)))
 
 
 def test_the_token_comes_from_the_file_else_from_the_caller_else_from_the_environment(
