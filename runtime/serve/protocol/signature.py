@@ -22,6 +22,8 @@ TO_TRITON = {
     "bfloat16": "BF16",
 }
 Parameter = bool | int | float | str | None
+#: Above the largest size of an axis that nothing limits.
+_ANY = 1 << 31
 
 
 @dataclass(slots=True)
@@ -67,15 +69,16 @@ class Signature:
             )
         limits = self.limits.get(port.name)
         for axis, (got, want) in enumerate(zip(shape, port.shape, strict=True)):
-            low, high = limits[axis] if limits else ((want, want) if want >= 0 else (1, 1 << 31))
+            low, high = limits[axis] if limits else ((want, want) if want >= 0 else (1, _ANY))
             if axis == 0 and self.max_rows and want < 0:
                 low, high = self.min_rows, self.max_rows
                 if got > high:
                     raise RequestError(f"inference request batch-size must be <= {high}, got {short([got])}")
             if not low <= got <= high:
+                within = f"in {low}..{high}" if high < _ANY else f"at least {low}"  # -1 is no size that can be sent
                 raise RequestError(
                     f"unexpected shape for input '{port.name}': {short(shape)}, expected {list(port.shape)}"
-                    + (f" with axis {axis} in {low}..{high}" if limits and low != high else "")
+                    + (f" with axis {axis} {within}" if low != high or want < 0 else "")
                 )
         elements = math.prod(shape)
         if elements * port.dtype.itemsize > self.max_tensor_bytes:

@@ -152,3 +152,16 @@ def test_no_other_word_and_no_other_type_is_a_number(dtype: str, data: str) -> N
     text = json.dumps({"inputs": [tensor]}).replace('"DATA"', f"[{data}]")
     with pytest.raises(RequestError, match="parse|values"):
         codec.decode(text.encode(), None, taken)
+
+
+@pytest.mark.parametrize(
+    ("model", "sent", "told"),
+    [
+        (signature("float32"), (-1, 2, 3), r"\[-1, 2, 3\], expected \[-1, 2, 3\] with axis 0 in 1\.\.4$"),
+        (signature("float32", (4, "n", 3)), (4, -1, 3), r"\[4, -1, 3\], expected \[4, -1, 3\] with axis 1 at least 1$"),
+        (signature("float32"), (4, 2, 2), r"\[4, 2, 2\], expected \[-1, 2, 3\]$"),
+    ],
+)
+def test_a_shape_that_is_refused_is_not_what_is_asked_for(model: Signature, sent: tuple[int, ...], told: str) -> None:
+    with pytest.raises(RequestError, match=told):
+        model.check_shape(model.inputs["x"], sent)
