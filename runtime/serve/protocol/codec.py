@@ -5,7 +5,6 @@ Reference: KServe's "Open Inference Protocol" and Triton's binary tensor, classi
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -305,9 +304,8 @@ def encode(
             data = {"data": texts}
         else:
             values = (array.astype(np.float32) if datatype in ("BF16", "FP16") else array).ravel()
-            finite = values.dtype.kind != "f" or np.isfinite(values).all()
-            # As Triton writes them: bare NaN and Infinity, which msgspec would make null.
-            data = {"data": values.tolist() if finite else msgspec.Raw(json.dumps(values.tolist()).encode())}
+            # msgspec makes null of NaN and infinity: Triton's bare words are no JSON, and numpy reads null as NaN.
+            data = {"data": values.tolist()}
         entries.append({"name": want.name, "datatype": datatype, "shape": shape, **data})
     answer: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": entries}
     if decoded.id:

@@ -119,6 +119,18 @@ def test_any_body_is_decoded_or_refused(body: bytes, length: int | None) -> None
         assert len(error.message) < 600
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+def test_infinity_is_null_in_json_and_itself_in_bytes(dtype: str) -> None:
+    taken, y = signature(dtype), np.array([[[1, np.inf, -np.inf], [np.nan, 2, 3]]], dtype)
+    for as_bytes in (False, True):
+        decoded = codec.Decoded({}, 1, [Wanted("y", as_bytes)])
+        body, length = codec.encode("m", "1", decoded, {"y": y}, taken)
+        if as_bytes:
+            np.testing.assert_array_equal(np.frombuffer(body[length:], dtype), y.ravel())
+        else:
+            assert json.loads(body, parse_constant=pytest.fail)["outputs"][0]["data"] == [1, None, None, None, 2, 3]
+
+
 @given(st.lists(st.sampled_from([0.5, -2.0, 1e-3, np.nan, np.inf, -np.inf]), min_size=6, max_size=6), st.booleans())
 def test_bare_nan_and_infinity_are_read_as_triton_reads_them(values: list[float], nested: bool) -> None:
     x = np.array(values, np.float32).reshape(1, 2, 3)
