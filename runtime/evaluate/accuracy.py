@@ -123,7 +123,7 @@ class Score:
         """For tables."""
         return [
             Cell("top-1 % [95%]", 0 if self.top1 else 1, self.top1.shown() if self.top1 else "-"),
-            *([] if self.lost is None else [Cell("drop [points]", 2, f"{self.lost:.2f}")]),
+            *([] if self.lost is None else [Cell("drop [points]", 0, f"{self.lost:.2f}")]),
             Cell("top-5 %", 3, f"{100 * self.top5.value:.2f}" if self.top5 else "-"),
             Cell("agreement % [95%]", 1 if self.top1 else 0, self.agreement.shown()),
             Cell("SNR [dB]", 4, decibels(self.snr_db)),

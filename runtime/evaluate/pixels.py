@@ -51,7 +51,7 @@ class PixelScore:
             Cell("mIoU % [95%]", 0, self.miou.shown()),
             Cell("pixel accuracy % [95%]", 2, self.accuracy.shown()),
             Cell("agreement % [95%]", 3, self.agreement.shown()),
-            Cell("drop, points [95%]", 1, self.drop.shown()),
+            Cell("drop, points [95%]", 0, self.drop.shown()),
             Cell("SNR [dB]", 4, decibels(self.snr_db)),
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from rich.console import Console
 
 from gmconv.data import array_entries
 from gmconv.errors import RefusedError
@@ -415,3 +417,12 @@ def test_a_part_that_nothing_knows_of_is_said(tmp_path: Path) -> None:
     options = EvaluateOptions(images=tmp_path / "a.npz", part="train")
     said = "nothing says which part of a.npz was trained on: all of it was taken"
     assert said in evaluate([save(tmp_path / "a.onnx")], options).warnings
+
+
+def test_in_a_narrow_terminal_the_drop_is_the_last_number_to_go(tmp_path: Path, images: Path) -> None:
+    files = [save(tmp_path / "a.onnx"), save(tmp_path / "a_long_name.int8.onnx", swapped=(2, 5), precision="fp16")]
+    done = evaluate(files, EvaluateOptions(images=images))
+    for width in (40, 60):
+        with (console := Console(width=width, file=io.StringIO())).capture() as shown:
+            done.show(console)
+        assert "25.00" in shown.get(), f"points at {width} columns"
