@@ -126,14 +126,16 @@ def _require_watchable(model: nn.Module) -> None:
 def _watch_twice(
     model: nn.Module, examples: tuple[Any, ...], sizes: Sequence[tuple[Any, ...]], *, fixed_batch: bool
 ) -> tuple[list[tuple[Any, ...]], Watched]:
-    """The runs that were watched, and what they showed."""
+    """The runs that were watched, and what they showed; of other batches only where a kernel is computed."""
     failed: Exception | None = None
     own = [size for size in sizes if _batches(size) == _batches(examples)]
-    tries = [] if fixed_batch else [[_larger(examples), *sizes]]
-    for others in (*tries, [_noise(examples), *own], [_shuffled(examples), *own]):
+    sides = [size for size in sizes if _rows(size) != _rows(examples)]
+    batches = [size for size in sizes if _rows(size) == _rows(examples)]
+    tries = [] if fixed_batch else [([_larger(examples), *sides], batches)]
+    for others, more in (*tries, ([_noise(examples), *own], []), ([_shuffled(examples), *own], [])):
         runs = [examples, *others]
         try:
-            return runs, watch(model, runs)
+            return [*runs, *more], watch(model, runs, more)
         except BakeError:
             raise
         except Exception as error:  # a network that takes one batch size, or only some values
@@ -175,6 +177,10 @@ def _mapped(args: tuple[Any, ...], resize: Callable[[Tensor], Tensor], *, noise:
 
 def _shapes(args: tuple[Any, ...]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(leaf.shape) for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+
+
+def _rows(args: tuple[Any, ...]) -> list[tuple[int, ...]]:
+    return [shape[1:] for shape in _shapes(args)]
 
 
 def _batches(args: tuple[Any, ...]) -> list[int]:

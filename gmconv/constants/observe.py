@@ -82,6 +82,11 @@ class Watched:
     strangers: dict[nn.Module, str] = field(default_factory=dict)
     writes: bool = False
 
+    @property
+    def computes(self) -> bool:
+        """Whether any run computed a kernel."""
+        return any(use.computed for run in self.uses for use in run)
+
 
 class _Frame:
     """One call of a module's forward."""
@@ -253,8 +258,10 @@ _THREAD = "{} runs in a thread of its own, where its kernels cannot be watched: 
 
 
 @torch.no_grad()
-def watch(model: nn.Module, runs: Sequence[tuple[Any, ...]]) -> Watched:
+def watch(model: nn.Module, runs: Sequence[tuple[Any, ...]], more: Sequence[tuple[Any, ...]] = ()) -> Watched:
     """Run the network on each of `runs`, one after the other: what the first leaves behind, the second shows.
+
+    On `more` too, if it has computed a kernel by then.
 
     The arguments are copied first, as a forward may write to them. Random numbers are the same in every watch, and
     others in each run.
@@ -275,7 +282,9 @@ def watch(model: nn.Module, runs: Sequence[tuple[Any, ...]]) -> Watched:
         stack.enter_context(_threads_refused(kernels))
         stack.enter_context(kernels)
         stack.enter_context(kernels.origins)
-        for seed, args in enumerate(runs):
+        for seed, args in enumerate([*runs, *more]):
+            if seed == len(runs) and not watched.computes:
+                break
             kernels.origins.busy = True
             copied = tree_map_only(Tensor, lambda t: t.detach().clone(), args)
             kernels.origins.mark_inputs(tree_leaves(copied))

@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -167,6 +168,18 @@ def test_a_network_of_inputs_is_shown_small_and_large_batches() -> None:
     with pytest.raises(BakeError, match="two batches gave two kernels"):
         bake_for_inputs(net(ByBatch), inputs)
     assert bake_for_inputs(net(ByBatch), inputs, batch=4)[1].kernels
+
+
+def test_large_batches_are_shown_only_to_a_network_that_computes_kernels() -> None:
+    def shown(model: nn.Module) -> set[int]:
+        sizes: set[int] = set()
+        model.register_forward_pre_hook(lambda _, args: sizes.add(len(args[0])))
+        with suppress(BakeError):
+            bake_for_inputs(model, [Input("input", (3, 12, 12))], dynamic_hw=True)
+        return sizes
+
+    assert shown(nn.Sequential(nn.Conv2d(3, 4, 3)).eval()) == {2, 3}
+    assert {5, 64} < shown(net(ByBatch))
 
 
 def test_training_mode_scripts_and_threads_are_refused() -> None:
