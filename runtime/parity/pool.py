@@ -183,7 +183,7 @@ def _judge_group(group: dict[str, float], tolerance: Tolerance) -> str:
     """What is wrong with a group of channels, in a clause; "" where nothing is."""
     if group["power"] == 0 or group["variation"] <= CONSTANT**2 * group["power"]:
         return ""
-    table, tolerance = tolerance, for_probabilities(tolerance, group_floor(group))
+    tolerance = for_probabilities(tolerance, group_floor(group))
     error = math.sqrt(group["error"] / group["power"])
     if error > tolerance.rel_rms:
         return f"relative RMS error {error:.3g}, tolerance {tolerance.rel_rms:.3g}"
@@ -191,10 +191,10 @@ def _judge_group(group: dict[str, float], tolerance: Tolerance) -> str:
     change = math.sqrt(group["variation"] / group["power"])
     most = math.sqrt(tolerance.rel_rms)
     if tolerance.rel_rms <= FINE and beside > most:
-        rounds = "" if tolerance is table else f"; a sigmoid's rounding hides small changes: {LOGITS}"
+        squeezed = "" if group["beyond"] else f"; a sigmoid hides small changes: load trained weights, or {LOGITS}"
         return (
             f"the error is {beside:.2g} of what the outputs change from sample to sample (which is {change:.1g} of "
-            f"their RMS), tolerance {most:.2g}{UNTRAINED if change < _FAINT else rounds}"
+            f"their RMS), tolerance {most:.2g}{UNTRAINED if change < _FAINT else squeezed}"
         )
     own = group["variation"] + 2 * group["covariance"] + group["spread"]
     if own <= CONSTANT**2 * group["power"]:

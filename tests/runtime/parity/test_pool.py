@@ -103,12 +103,16 @@ def test_right_sigmoids_pass_however_rare_and_what_hides_in_their_rounding_is_to
     assert not judged(1.01 * sigmoid(logits))[0], "a row scaled behind the sigmoid is none"
 
 
-def test_a_change_that_a_sigmoids_rounding_hides_is_told_so() -> None:
-    logits = -7.5 + 0.002 * RNG.standard_normal((64, 1))
-    right = 1 / (1 + np.exp(-logits))
-    verdict = one(right, np.round((right + 3e-8 * RNG.standard_normal((64, 1))) * 2**25) / 2**25, "fp32")
+@pytest.mark.parametrize(("bias", "precision"), [(-7.5, "fp32"), (0.0, "fp16")])
+def test_a_change_that_a_sigmoid_hides_is_told_so(bias: float, precision: str) -> None:
+    """By its own rounding of a rare class, or, of untrained weights, by the precision's of 0.5."""
+    right = 1 / (1 + np.exp(-bias - 0.003 * RNG.standard_normal((64, 4))))
+    noise = RNG.standard_normal((64, 4))
+    rounded = right + 2e-4 * noise if bias == 0 else np.round((right + 3e-8 * noise) * 2**25) / 2**25
+    verdict = one(right, rounded, precision)
     assert not verdict.passed
-    assert "export the logits" in verdict.reason
+    assert "a sigmoid hides small changes: load trained weights, or export the logits" in verdict.reason
+    assert "sigmoid" not in one(2 + right, 2 + right + 2e-3 * noise, precision).reason
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
