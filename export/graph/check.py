@@ -12,6 +12,7 @@ import numpy as np
 
 from export.graph.read import layer_upstream, value_types
 from gmconv.errors import RefusedError
+from runtime.metadata import misfit
 from runtime.runners.base import Array, numpy_dtype
 from runtime.runners.qdq import graph_options
 
@@ -202,7 +203,7 @@ def _feeds(
         yield "unit noise", {name: typed(name, array) for name, array in noise.items()}
     if preprocessing is not None and all(dtypes.values()) and len(shapes) == 1:
         ((name, shape),) = ((name, filled(name)) for name in shapes)
-        if len(shape) == 4 and shape[1] == len(preprocessing.mean):
+        if len(shape) == 4 and not misfit(preprocessing, shape):
             mean, std = (np.reshape(v, (-1, 1, 1)) for v in (preprocessing.mean, preprocessing.std))
             pixels = generator.integers(0, 256, shape) * preprocessing.scale
             yield "noise of pixels", {name: typed(name, (pixels - mean) / std)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,11 @@ def test_an_overflow_between_two_operators_is_found_on_what_the_preprocessing_ma
     found = check_and_run(quiet, "fp16", preprocessing=BYTES)
     assert found is not None
     assert (found.tensor, found.seen_on, found.layer, found.nodes) == ("b", "noise of pixels", "conv", ("node_square",))
+
+
+def test_preprocessing_that_does_not_fit_the_network_tells_nothing() -> None:
+    quiet = PrecisionConverter(energy(), PrecisionOptions()).convert("fp16")[0]
+    assert check_and_run(quiet, "fp16", preprocessing=replace(BYTES, std=BYTES.std[:2])) is None
 
 
 def test_an_overflow_is_found_on_one_image_of_many() -> None:
