@@ -335,10 +335,14 @@ def _files_reader(files: Sequence[Path], load: Callable[[Path], Array]) -> Reade
 
 
 def _positions(folder: Path, classes: tuple[str, ...], names: Sequence[str] | None) -> dict[str, int]:
-    """Each sub-folder's class index: by name where the network knows names, else by alphabetical order."""
+    """Each sub-folder's class index: by name where the network knows names, else by alphabetical order.
+
+    Raises RefusedError where the names that it does know contradict that order, or the number is another.
+    """
     if names and set(classes) <= set(names):
         return {name: list(names).index(name) for name in classes}
-    if names and len(classes) != len(names):
+    moved = names and any(name in names and names[index] != name for index, name in enumerate(classes[: len(names)]))
+    if names and (moved or len(classes) != len(names)):
         odd = ", ".join(sorted(set(classes) - set(names))[:5])
         raise RefusedError(f"{folder}: sub-folders {odd} are not among the network's {len(names)} labels; rename them")
     return {name: index for index, name in enumerate(classes)}

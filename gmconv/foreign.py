@@ -98,7 +98,7 @@ def _image_shape(text: str) -> tuple[int, int, int]:
     try:
         return parse_shape(text)
     except ValueError as error:
-        other = "x:1,512" if not re.fullmatch(r"[\d,x ]+", text) else f"x:{text.replace(' ', '')}"
+        other = "x:512" if not re.fullmatch(r"[\d,x ]+", text) else f"x:{text.replace(' ', '')}"
         raise ValueError(f"{error}; an input that is no image is told as --input NAME:SHAPE, such as {other}") from None
 
 

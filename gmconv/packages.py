@@ -65,7 +65,9 @@ def missing(error: ImportError, module: str = "", extra: str | None = None) -> s
     library = module.split(".")[0]
     extra = extra or EXTRAS.get(library)
     why = "is not installed" if isinstance(error, ModuleNotFoundError) else f"does not load ({error})"
-    command = pip(_ALONE[library]) if library in _ALONE else install(extra) if extra else ""
+    command = install(extra) if extra else ""
+    if library in _ALONE:
+        command = f"{pip(_ALONE[library])}, which the extra {extra} has too"
     return f"{module} {why}: {command}" if command else ""
 
 

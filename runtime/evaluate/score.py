@@ -200,8 +200,10 @@ def _doubt(samples: Samples, known: Facts, options: EvaluateOptions) -> str | No
     if samples.classes and known.labels and not set(samples.classes) <= set(known.labels):
         shown = ", ".join(f"{name} is {label}" for name, label in zip(samples.classes[:3], known.labels, strict=False))
         more = ", …" if len(samples.classes) > 3 else ""
-        order = f"taken in their order: {shown}{more}"
-        return f"the sub-folders of {samples.name} are not named as the network's labels; {order}"
+        odd = ", ".join([name for name in samples.classes if name not in known.labels][:5])
+        return (
+            f"{samples.name}: sub-folders {odd} are no labels of the network; all taken in their order: {shown}{more}"
+        )
     if samples.labels is not None and known.labels and options.limit is None:
         present = set(samples.labels.tolist())
         if lacking := [name for index, name in enumerate(known.labels) if index not in present]:

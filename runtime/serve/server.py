@@ -241,21 +241,24 @@ class _Life:
 
     async def _reload(self) -> None:
         self.hangups.clear()
-        read = []
+        read, failed = [], False
         try:
             self.service.gate = Gate(find_token(self.settings))
             read += [] if self.service.gate.open else ["token"]
         except RefusedError as error:
+            failed = True
             log.error("reload: %s; the token stays as it was", error)
         try:
             for listener in self.listeners:  # what connects from now on gets the certificate that is in the files now
                 listener.tls = make_tls(self.settings, listener.protocol)
             read += ["certificate"] if self.settings.tls_cert else []
         except RefusedError as error:
+            failed = True
             log.error("reload: %s; the certificate stays as it was", error)
-        unchanged = await self.service.repository.reload()
+        unchanged, whole = await self.service.repository.reload()
         again = f"{' and '.join(read)} read again; " if read else ""
-        log.info("reload done; %smodels unchanged: %s", again, unchanged)
+        ended = "done" if whole and not failed else "ended with errors"
+        log.info("reload %s; %smodels unchanged: %s", ended, again, unchanged)
 
     def _stop(self) -> None:
         """SIGTERM or SIGINT: from now on the end is certain, whatever else hangs or is loaded."""

@@ -317,6 +317,17 @@ def test_labels_and_masks_of_a_folder_that_do_not_fit_matter_to_who_judges_by_th
         found.judged()
 
 
+def test_folders_of_which_one_is_misnamed_are_taken_in_their_order_only_where_the_others_allow_it(
+    classes: Path,
+) -> None:
+    order = load_samples(classes, input_shape=SHAPE, preprocessing=PLAIN, class_names=["kitten", "dog"])
+    usual = load_samples(classes, input_shape=SHAPE, preprocessing=PLAIN)
+    np.testing.assert_array_equal(order.judged().labels, usual.judged().labels)
+    moved = load_samples(classes, input_shape=SHAPE, preprocessing=PLAIN, class_names=["dog", "kitten"])
+    with pytest.raises(RefusedError, match="sub-folders cat are not among the network's 2 labels; rename them"):
+        moved.judged()
+
+
 def test_masks_are_not_read_for_the_images_alone(tmp_path: Path) -> None:
     masked_folder(tmp_path)
     (tmp_path / "masks" / "b.png").write_bytes(b"no image")

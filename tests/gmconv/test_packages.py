@@ -96,7 +96,8 @@ def test_a_name_of_the_package_says_how_to_install_what_it_needs() -> None:
 @pytest.mark.parametrize(("module", "name"), [("sklearn.datasets", "scikit-learn"), ("PIL.Image", "pillow")])
 def test_a_library_that_is_enough_alone_is_advised_alone(module: str, name: str) -> None:
     error = ModuleNotFoundError(f"No module named {module!r}", name=module)
-    assert packages.missing(error, module, "export").endswith(f" install {name}")
+    assert packages.missing(error, module, "export").endswith(f" install {name}, which the extra export has too")
+    assert packages.missing(error, module, "serve").endswith(", which the extra serve has too")
 
 
 def test_a_folder_of_the_users_that_hides_ours_is_named(tmp_path: Path) -> None:

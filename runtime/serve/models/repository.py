@@ -95,8 +95,10 @@ class Repository:
         job.add_done_callback(self._jobs.discard)
         return job
 
-    async def reload(self) -> str:
-        """Look at the folder again: load what is new or changed, then drop what is gone; in words, what is as it was.
+    async def reload(self) -> tuple[str, bool]:
+        """Look at the folder again: load what is new or changed, then drop what is gone.
+
+        Returns what is as it was, in words, and whether nothing failed.
 
         A version is swapped in only after it passed its warm-up; one that fails leaves the old one serving, also where
         the old one has another version and its file is gone.
@@ -105,7 +107,7 @@ class Repository:
             sources = await self._look()
         except (click.ClickException, OSError) as error:
             log.error("reload: %s; still serving what was loaded", error)
-            return "all"
+            return "all", False
         self._failed, unchanged = {}, []
         for source in sources:
             try:
@@ -128,7 +130,7 @@ class Repository:
             elif model.source.key not in wanted:
                 self._remove(model)
         failures = ", ".join(f"{name} version {version}" for name, version in self._failed)
-        return (", ".join(unchanged) or "none") + f"; failed: {failures}" * bool(failures)
+        return (", ".join(unchanged) or "none") + f"; failed: {failures}" * bool(failures), not failures
 
     async def _changed(self, source: Source) -> bool:
         old = self._models.get(source.name, {}).get(source.version)

@@ -253,7 +253,7 @@ def test_reload_swaps_a_changed_model_and_keeps_the_old_when_the_new_is_bad(star
     artefact = root / "m" / "2" / "model.onnx"
     artefact.write_bytes(artefact.read_bytes()[:-1] + b"\0")
     reload_until("still serving the old one")
-    assert server.said("reload done; models unchanged: m version 1; failed: m version 2")
+    assert server.said("reload ended with errors; models unchanged: m version 1; failed: m version 2")
     assert answer() == second
     # So does one whose file is gone, as long as another of its model fails.
     shutil.rmtree(root / "m" / "1")
