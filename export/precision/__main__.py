@@ -24,7 +24,6 @@ from export.precision.converter import (
 from gmconv.cli import SEED, Command, Finite, Whole, data_options, print_json, progress_console, result_console, warn
 from gmconv.files import require_writable
 from gmconv.written import Written
-from runtime.manifest import refuse_unnamed
 from runtime.report.artefacts import report_option, require_report, write_artefact_report
 
 if TYPE_CHECKING:
@@ -146,9 +145,7 @@ def main(model: Path, precision: Precision | None, output: Path | None, **flags:
         options = options.follow(read_plan(flags["plan"]))
     console = progress_console(flags["quiet"])
     wanted = str(automatic or precision)
-    if output is None:
-        output = default_output(model, wanted)
-        refuse_unnamed(output, force=flags["force"])
+    output = output or default_output(model, wanted, force=flags["force"])
     write = {"verify": flags["verify"], "force": flags["force"]}
     require_replaceable(model, output, wanted, options, **write)
     require_report(flags["report"], model, output)

@@ -62,9 +62,7 @@ def convert_precision(
         raise TypeError(f"convert_precision: to={precision!r}; it is one of {', '.join(PRECISIONS)}")
     images = images or choices.get("data")
     options = replace(options, calibration=options.calibration or images)
-    if output is None:
-        refuse_unnamed(default_output(onnx_path, precision), force=force)
-    output = Path(output) if output else default_output(onnx_path, precision)
+    output = Path(output) if output else default_output(onnx_path, precision, force=force)
     require_replaceable(onnx_path, output, precision, options, verify=verify, force=force)
     model = load_fp32(onnx_path)
     source = find_manifest(onnx_path) or bare_manifest(onnx_path, model)
@@ -106,6 +104,8 @@ def require_replaceable(
     refuse_other_artefact(output, precision, target=options.target, reference=reference, force=force)
 
 
-def default_output(onnx_path: Path, precision: str) -> Path:
-    """`model.onnx` -> `model.int8.onnx`."""
-    return onnx_path.with_name(f"{onnx_path.stem}.{precision}.onnx")
+def default_output(onnx_path: Path, precision: str, *, force: bool = False) -> Path:
+    """`model.onnx` -> `model.int8.onnx`. Raises RefusedError where that is something else's."""
+    output = onnx_path.with_name(f"{onnx_path.stem}.{precision}.onnx")
+    refuse_unnamed(output, force=force)
+    return output
