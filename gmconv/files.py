@@ -193,6 +193,11 @@ def staged(artefact: Path) -> Iterator[Path]:
         if not _about_writing(error, folder):
             raise
         raise unwritable(artefact, error, "; nothing was left behind") from error
+    except click.ClickException as error:
+        if f"{folder}/" not in error.message:
+            raise
+        said = error.message.replace(f"{folder}/", str(artefact).removesuffix(artefact.name))  # as it was to be called
+        raise type(error)(said).with_traceback(error.__traceback__) from error.__cause__
     finally:
         held.close()
         if folder is not None:

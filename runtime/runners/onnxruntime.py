@@ -27,6 +27,7 @@ from runtime.runners.qdq import Optimization, session_options
 from runtime.runners.queries import Origin, Streams
 
 _DTYPES = {"float": "float32", "double": "float64", "float8e4m3fn": "float8_e4m3fn", "float8e5m2": "float8_e5m2"}
+_NO_KERNEL = re.compile(r"Could not find an implementation for (?P<op>\w+)\(\d+\) node")
 _UNREGISTERED = re.compile(
     r"(?P<domain>[\w.\-]*):(?P<op>[\w.\-]+)\([^)]*\) is not a registered function/op"
     r"|No Op registered for (?P<plain>\w+)"
@@ -296,6 +297,11 @@ def _session(ort: Any, path: Path, options: Any, request: Request, extra_outputs
             raise RefusedError(
                 f"{path}: uses the operator {op} of domain {domain!r}, which ONNX Runtime does not have; "
                 f"export the network with standard ONNX operators"
+            ) from error
+        if lacking := _NO_KERNEL.search(str(error)):
+            raise RefusedError(
+                f"{path}: ONNX Runtime has no {lacking['op']} of the type that it has there, as of many in float64: "
+                f"export the network in float32 (model.float())"
             ) from error
         if "fallback to CPU EP has been explicitly disabled" in str(error):
             raise UnavailableError(

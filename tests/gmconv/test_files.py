@@ -67,6 +67,14 @@ def test_a_name_that_is_taken_meanwhile_leaves_neither_file_of_the_pair(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx.json"]
 
 
+def test_a_refusal_of_what_is_staged_says_its_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for artefact in (tmp_path / "net.onnx", Path("net.onnx")):
+        with pytest.raises(RefusedError) as refusal, staged(artefact) as folder:
+            raise RefusedError(f"{folder / 'net.onnx'}: is no good")
+        assert refusal.value.message == f"{artefact}: is no good"
+
+
 def test_an_error_that_is_not_about_writing_is_not_called_one(tmp_path: Path) -> None:
     with pytest.raises(ConnectionRefusedError), staged(tmp_path / "net.onnx"):
         raise ConnectionRefusedError(111, "Connection refused")

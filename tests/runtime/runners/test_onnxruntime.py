@@ -126,6 +126,15 @@ def test_a_run_that_fails_inside_is_a_refusal(save: Save) -> None:
         runner.run({"input": X})
 
 
+def test_a_type_that_has_no_kernel_is_told_with_what_has_one(tmp_path: Path) -> None:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.DOUBLE, [1, 1, 8, 8]) for name in ("x", "y"))
+    weight = helper.make_tensor("w", TensorProto.DOUBLE, [1, 1, 1, 1], [2.0])
+    graph = helper.make_graph([helper.make_node("Conv", ["x", "w"], ["y"], name="first")], "g", [x], [y], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "m.onnx")
+    with pytest.raises(RefusedError, match=r"ONNX Runtime has no Conv of .* in float32 \(model\.float\(\)\)"):
+        open_runner(tmp_path / "m.onnx")
+
+
 def test_custom_operators_are_refused_by_name_and_domain(save: Save) -> None:
     path = save(helper.make_node("Fancy", ["input"], ["logits"], domain="com.acme"), domains=("", "com.acme"))
     with pytest.raises(RefusedError, match="operator Fancy of domain 'com.acme'"):
