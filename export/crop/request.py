@@ -18,8 +18,10 @@ from export.precision.quantize import FP8_MAX_TAPS
 from gmconv.cropping.certificate import CropCertificate, certify, whole_again
 from gmconv.cropping.check import layers_used_elsewhere
 from gmconv.cropping.choose import M, Tolerance, choose_windows, crop_to, croppable
+from gmconv.cropping.measure import output_variation, run
 from gmconv.cropping.window import Precision, Window
 from gmconv.errors import RefusedError
+from runtime.parity.pool import FAINT, UNTRAINED
 
 if TYPE_CHECKING:
     from export.precision.converter import PrecisionOptions
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 _BATCH = 16
 _ROUNDS = 7  # for the record only: nothing is decided by these times
 _NOISE = 8  # samples; more noise says no more
+_BURIED = 4  # a largest error of so many times what the outputs change leaves an RMS error of about that
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +92,7 @@ def crop_for_export(
         note: called with a few words when a step begins.
 
     Raises:
-        RefusedError: the calibration data was refused, or a top-1 budget does not fit the network's output.
+        RefusedError: the calibration data was refused, or a budget does not fit the network's output.
         gmconv.errors.SurgeryError: the model cannot be cropped.
     """
     data = calibration_data(model, request, input_shape, dataset, preprocessing)
@@ -152,6 +155,7 @@ def _within_budget(
     free: dict[str, Window],
     note: Callable[[str], None],
 ) -> tuple[dict[str, Window], dict[str, Any], Latencies | None]:
+    _refuse_insensitive(model, budget, data)
     latencies = None
     if request.gain == "latency":
         note("timing every layer at every window in ONNX Runtime")
@@ -164,6 +168,17 @@ def _within_budget(
     except ValueError as error:
         raise RefusedError(f"cropping: {error}") from error
     return windows, account, latencies
+
+
+def _refuse_insensitive(model: nn.Module, budget: Budget, data: CalibrationData) -> None:
+    """Refuse a network whose outputs change so little that no proof of the crop could hold."""
+    change = output_variation([run(model, batch) for batch in data.batches])
+    if change is None or (change >= FAINT and not (budget.kind == "error" and budget.value > _BURIED * change)):
+        return
+    raise RefusedError(
+        f"--crop-budget {budget}: the network's outputs change by only {change:.1g} of their RMS from sample to sample "
+        f"({data.origin}), which such a crop may bury{UNTRAINED if change < FAINT else '; spend less'}"
+    )
 
 
 def _with_latencies(certificate: CropCertificate, latencies: Latencies) -> CropCertificate:

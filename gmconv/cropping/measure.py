@@ -69,6 +69,17 @@ def output_error(reference: Sequence[Outputs], candidate: Sequence[Outputs]) -> 
     return max(errors, key=lambda e: e.relative_max)
 
 
+def output_variation(batches: Sequence[Outputs]) -> float | None:
+    """RMS change from sample to sample over the RMS, of the output that changes most; None where none can be told."""
+    found = []
+    for tensors in zip(*batches, strict=True):
+        if all(t.ndim and t.shape[1:] == tensors[0].shape[1:] for t in tensors):
+            every = torch.cat(tensors).double()
+            if len(every) > 1 and (rms := rms_of(every)):
+                found.append(rms_of(every - every.mean(0)) / rms)
+    return max(found, default=None)
+
+
 def rms_of(tensor: Tensor) -> float:
     """Root mean square, in float64."""
     return float(tensor.detach().double().square().mean().sqrt())

@@ -20,7 +20,7 @@ from runtime.records import Tolerance
 from runtime.runners.base import Array
 
 #: Random weights lose an input on its way through a deep network: outputs that change by a smaller share of their RMS.
-_FAINT = 1e-3
+FAINT = 1e-3
 UNTRAINED = "; a network with untrained weights hardly answers to its input: load trained ones"
 #: How far the candidate's change from sample to sample may be from the reference's: slope and correlation.
 SLOPE, CORRELATION = (1 / 3, 3.0), 0.25
@@ -194,7 +194,7 @@ def _judge_group(group: dict[str, float], tolerance: Tolerance) -> str:
         squeezed = "" if group["beyond"] else f"; a sigmoid hides small changes: load trained weights, or {LOGITS}"
         return (
             f"the error is {beside:.2g} of what the outputs change from sample to sample (which is {change:.1g} of "
-            f"their RMS), tolerance {most:.2g}{UNTRAINED if change < _FAINT else squeezed}"
+            f"their RMS), tolerance {most:.2g}{UNTRAINED if change < FAINT else squeezed}"
         )
     own = group["variation"] + 2 * group["covariance"] + group["spread"]
     if own <= CONSTANT**2 * group["power"]:

@@ -64,6 +64,35 @@ def test_a_top1_budget_needs_classes() -> None:
         crop_for_export(conv, CropRequest(budget=Budget("top1", 1.0)), input_shape=SHAPE, dataset=DIGITS)
 
 
+@pytest.mark.parametrize(
+    ("budget", "offset", "way"),
+    [
+        (Budget("error", 1e-3), 10.0, "untrained weights .*: load trained ones"),
+        (Budget("top1", 1.0), 10.0, "untrained weights .*: load trained ones"),
+        (Budget("error", 0.5), 0.1, "spend less"),
+        (Budget("error", 1e-3), 0.1, None),
+    ],
+    ids=str,
+)
+def test_a_budget_is_not_spent_where_outputs_hardly_change(
+    model: nn.Module, budget: Budget, offset: float, way: str | None
+) -> None:
+    """No proof of such a crop could hold: it is refused before it is sought."""
+
+    class Behind(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = super().forward(x) + offset
+            return y
+
+    insensitive, request = Behind(*model), CropRequest(budget=budget, samples=8)
+    if way is None:
+        assert crop_for_export(insensitive, request, input_shape=SHAPE, dataset=DIGITS)[1].budget is not None
+    else:
+        told = f"--crop-budget {budget}: the network's outputs change by only .* of their RMS .*8 of digits.*{way}"
+        with pytest.raises(RefusedError, match=told):
+            crop_for_export(insensitive, request, input_shape=SHAPE, dataset=DIGITS)
+
+
 def test_a_top1_budget_is_not_spent_on_noise(model: nn.Module) -> None:
     with pytest.raises(RefusedError, match="give --images"):
         crop_for_export(model, CropRequest(budget=Budget("top1", 1.0)), input_shape=SHAPE)
