@@ -268,6 +268,16 @@ def test_the_yardstick_knows_what_the_sigmoid_of_a_rare_class_rounds(off: float,
     assert found.passed == passes, found.reason
 
 
+@pytest.mark.parametrize("rare", [1e-4, 1e-5, 1e-6])
+def test_the_yardstick_lets_a_sum_with_half_round_however_rare_the_class(rare: float) -> None:
+    noise = np.random.default_rng(0).standard_normal((64, 4))
+    exact = rare * np.exp(0.3 * noise)
+    off = exact + 4e-8 * noise[::-1]
+    for found, passes in ((np.round(off * 2**25) / 2**25, True), (off, False)):
+        (verdict,) = judge_yardstick({"o": exact}, {"o": exact}, {"o": found})
+        assert verdict.passed == passes, verdict.reason
+
+
 def test_the_yardstick_says_how_far_the_reference_itself_is() -> None:
     exact, measure = LOGITS.astype(np.float64), Yardstick()
     measure.add({"o": exact, "zero": exact * 0}, {"o": exact * (1 + 1e-5), "zero": exact * 0}, {"o": exact})
