@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import json
 import math
@@ -100,6 +101,23 @@ def _with_advice(refusal: click.UsageError) -> click.UsageError:
 _NO_MEMORY = re.compile("array is too big|Maximum allowed dimension exceeded|DefaultCPUAllocator|CUDA out of memory")
 
 
+#: What a system says of a path, wherever it is asked first.
+_OF_PATHS = {errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG}
+
+
+def _of_the_machine(error: Exception) -> tuple[str, int] | None:
+    """The sentence and exit code of an error that is no bug: a package or memory that lacks, a path not to be used."""
+    if isinstance(error, ModuleNotFoundError):
+        sentence = missing(error)
+        return (sentence, 6) if sentence else None
+    if isinstance(error, OSError) and error.errno in _OF_PATHS and error.filename is not None:
+        return f"{printable(str(error.filename), 200)}: {error.strerror}", 3
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+        said = printable(str(error) or "no more words", 200)
+        return f"out of memory ({said}): take fewer samples, a smaller batch or size", 6
+    return None
+
+
 class _Documented:
     """What each command and the group of them do alike: how they end, and what their help shows."""
 
@@ -130,20 +148,15 @@ class _Documented:
                 click.echo(f"Error: {QUOTED.join(lines)}", err=True)
                 _forget_interrupt()
                 sys.exit(refusal.exit_code)
-            except ModuleNotFoundError as error:
-                if not (sentence := missing(error)):
-                    raise
-                click.echo(f"Error: {sentence}", err=True)
-                sys.exit(6)
             except (click.Abort, KeyboardInterrupt):
                 exit_interrupted()
             except Exception as error:
                 _exit_if_stopped(error)
-                if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
+                if (found := _of_the_machine(error)) is None:
                     raise
-                said = printable(str(error) or "no more words", 200)
-                click.echo(f"Error: out of memory ({said}): take fewer samples, a smaller batch or size", err=True)
-                sys.exit(6)
+                sentence, code = found
+                click.echo(f"Error: {sentence}", err=True)
+                sys.exit(code)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The example, after the options."""

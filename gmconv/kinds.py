@@ -70,8 +70,11 @@ def _known(path: Path) -> Kind | None:
 
 
 def _by_bytes(path: Path) -> Kind | None:
-    with path.open("rb") as stream:
-        head = stream.read(8)
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(8)
+    except OSError as error:
+        raise RefusedError(f"{path}: cannot be read ({error.strerror})") from error
     if head.startswith((b"PK\x03\x04", b"\x80\x02")):
         return "checkpoint"
     if head.startswith((b"ftrt", b"trtx")):

@@ -61,6 +61,8 @@ def fill(
     kinds = {value.dtype for key, value in state.items() if isinstance(wanted.get(key), nn.Parameter)}
     if kinds == {torch.float64}:
         model.double()
+    elif torch.float64 in {p.dtype for p in model.parameters()} - kinds:  # which the factory made the default
+        model.float()
     try:
         result = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # shapes that differ

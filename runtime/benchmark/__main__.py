@@ -45,7 +45,7 @@ def main(context: click.Context, /, artefacts: tuple[str, ...], as_json: bool, f
     ckpt.pt@form=baked or model.onnx@threads=1.
     """
     asked = collect(context, values, foreign)
-    named = [parse_artefact(text) for text in (*artefacts, values["load_engine"], values["onnx"]) if text]
+    named = [parse_artefact(str(text)) for text in (*artefacts, values["load_engine"], values["onnx"]) if text]
     if not named:
         raise click.UsageError("name an artefact: a checkpoint, an ONNX file or an engine")
     if len(named) > 1 or values["twin"]:

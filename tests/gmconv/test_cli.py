@@ -52,6 +52,7 @@ TERMINATE = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
             "Error: no\\nway\n  | it said\n  | \\x1b[2J",
         ),
         ("raise click.UsageError('no such flag')", 2, "Error: no such flag"),
+        ("from pathlib import Path; Path('a' * 300).is_file()", 3, f"Error: {'a' * 200}…: File name too long"),
         ("raise MemoryError('2 TiB')", 6, "Error: out of memory (2 TiB): take fewer samples, a smaller batch or size"),
         (
             "raise ValueError('Maximum allowed dimension exceeded')",

@@ -61,3 +61,8 @@ def test_the_ending_says_the_kind_in_either_case() -> None:
     assert require_ending(Path("a.PLAN"), "onnx", "engine") == "engine"
     assert require_ending(Path("a.onnx"), "onnx", "engine") == "onnx"
     assert require_ending(Path("a"), "checkpoint") == "checkpoint"
+
+
+def test_a_file_that_cannot_be_read_is_refused() -> None:
+    with pytest.raises(RefusedError, match=r"^/proc/self/mem: cannot be read \(Input/output error\)$"):
+        artefact_kind(Path("/proc/self/mem"))

@@ -218,6 +218,15 @@ def test_a_network_in_float64_stays_so(nets: Any, net: nn.Module, tmp_path: Path
     assert {p.dtype for p in load(tmp_path / "net.pth").model.parameters()} == {torch.float64}
 
 
+def test_a_float32_network_stays_so_whatever_its_factory_makes_the_default(
+    nets: Any, net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    make = nets.make
+    monkeypatch.setattr(nets, "make", lambda: make().double())
+    assert same(load(tmp_path / "net.pth").model, net)
+
+
 def test_our_own_files_keep_the_versions_of_modules(nets: Any, net: nn.Module, tmp_path: Path) -> None:
     gmconv.save_checkpoint(tmp_path / "net.pt", net, "zoo_nets:make", SHAPE)
     assert same(gmconv.load_checkpoint(tmp_path / "net.pt", arch="zoo_nets:make").model, net)

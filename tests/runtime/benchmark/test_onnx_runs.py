@@ -44,6 +44,10 @@ def test_every_export_of_an_onnx_file(tiny_onnx: Path, tmp_path: Path) -> None:
     assert {"fc"} <= {layer["Name"] for layer in layers["Layers"]}
 
 
+def test_an_artefact_that_a_flag_of_trtexecs_names_has_options_too(tiny_onnx: Path) -> None:
+    assert "onnxruntime cpu, 1 thread" in bench(f"--onnx={tiny_onnx}@threads=1", "--duration=0.1").stdout
+
+
 def test_the_profile_is_not_from_the_timed_session(tiny_onnx: Path, tmp_path: Path) -> None:
     bench(tiny_onnx, "--duration=0.1", f"--exportProfile={tmp_path / 'p.json'}")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["p.json"], "ONNX Runtime's own profile file is not left about"
