@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmconv.errors import RefusedError
-from gmconv.images import SUFFIXES, Preprocessing, load_image, load_mask, prepare_grey
+from gmconv.images import SUFFIXES, Preprocessing, class_folders, image_files, load_image, load_mask, prepare_grey
 from gmconv.npz import LABEL_NAMES, image_array, npz_array, npz_header, npz_layout, npz_names, npz_rows
 from gmconv.packages import require
 from gmconv.splits import Labels, Part, recognize, split_indices
@@ -231,7 +231,7 @@ def refuse_missing(spec: str | Path) -> None:
     if str(spec) in ("noise", "digits"):
         return
     if path.is_dir():
-        if not any(file.suffix.lower() in SUFFIXES for file in path.rglob("*")):
+        if not any(file.suffix.lower() in SUFFIXES for file in path.rglob("*")):  # which ends at the first
             raise RefusedError(f"{spec}: holds no images ({', '.join(sorted(SUFFIXES))})")
     elif path.suffix == ".npz":
         if (image := image_array(npz_names(path))) is not None:
@@ -283,12 +283,12 @@ def _folder(
     if prepared != tuple(shape):
         raise RefusedError(f"{folder}: the preprocessing makes {prepared} images, the network takes {tuple(shape)}")
     roots = _roots(folder, part)
-    names = sorted({entry.name for root in roots for entry in _folders(root)})
-    held = [(root, file) for root in roots for file in _images(root)]
+    names = sorted({entry.name for root in roots for entry in class_folders(root)})
+    held = [(root, file) for root in roots for file in image_files(root)]
     labels, classes, masks, entries, unfit = None, None, None, None, ""
     if names == ["images", "masks"]:
         inner = [(root, inside) for root in roots for inside in _roots(root / "images", part)]
-        held = [(root, file) for root, inside in inner for file in _images(inside)]
+        held = [(root, file) for root, inside in inner for file in image_files(inside)]
         try:
             drawn = [_mask_of(root, file) for root, file in held]
             masks = _files_reader(drawn, lambda file: load_mask(file, preprocessing))
@@ -296,7 +296,7 @@ def _folder(
             unfit = error.message
         roots = [inside for _, inside in inner if inside.name != "images"] or roots
     elif names and all(file.parent != root for root, file in held):
-        held = [(root, file) for root in roots for name in names for file in _images(root / name)]
+        held = [(root, file) for root in roots for name in names for file in image_files(root / name)]
         try:
             positions = _positions(folder, tuple(names), class_names)
             labels = np.asarray([positions[file.relative_to(root).parts[0]] for root, file in held], np.int64)
@@ -311,7 +311,7 @@ def _folder(
 
 def _roots(folder: Path, part: Part) -> list[Path]:
     """The folder; of one that holds just `train` and `val` or `test`, the sub-folders that hold `part`."""
-    parts = {entry.name: entry for entry in _folders(folder)}
+    parts = {entry.name: entry for entry in class_folders(folder)}
     other = next((name for name in ("val", "test") if set(parts) == {"train", name}), None)
     if other is None:
         return [folder]
@@ -346,14 +346,6 @@ def _positions(folder: Path, classes: tuple[str, ...], names: Sequence[str] | No
         odd = ", ".join(sorted(set(classes) - set(names))[:5])
         raise RefusedError(f"{folder}: sub-folders {odd} are not among the network's {len(names)} labels; rename them")
     return {name: index for index, name in enumerate(classes)}
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
 def _npz(path: Path, shape: tuple[int, ...], array: str | None = None, wanted: str = "float32") -> Source:

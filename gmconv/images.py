@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -77,6 +78,22 @@ def _same(mine: Any, its: Any) -> bool:
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else ", ".join(f"{one:.6g}" for one in np.ravel(value))
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """The sub-folders of a folder of images, one per class, by name. Raises OSError."""
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Every image in a folder or below it, by name. Raises OSError, also for a folder below that may not be read."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    files = (Path(root, name) for root, _, names in os.walk(folder, onerror=refuse) for name in names)
+    return sorted(file for file in files if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
 def load_image(source: bytes | Path, preprocessing: Preprocessing) -> Floats:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gmconv.data import array_entries, file_entries, load_samples
 from gmconv.errors import DataError
-from gmconv.images import SUFFIXES, Preprocessing, load_image, read_preprocessing
+from gmconv.images import SUFFIXES, Preprocessing, class_folders, image_files, load_image, read_preprocessing
 from gmconv.packages import require
 from gmconv.splits import split_indices, split_record
 
@@ -170,7 +170,7 @@ def image_folder(folder: Path, input_shape: tuple[int, int, int], test_size: flo
     }
     ready = read_preprocessing(preprocessing)
     assert ready is not None
-    parts = {entry.name: entry for entry in _folders(folder)}
+    parts = {entry.name: entry for entry in class_folders(folder)}
     record = None
     other = next((name for name in ("val", "test") if set(parts) == {"train", name}), None)
     if other:
@@ -190,20 +190,16 @@ def image_folder(folder: Path, input_shape: tuple[int, int, int], test_size: flo
     return Dataset(folder.name, train, held_out, labels, preprocessing, record)
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
 def _scan(folder: Path) -> tuple[list[Path], Indices, tuple[str, ...]]:
     files: list[Path] = []
     targets: list[int] = []
-    classes = _folders(folder)
+    classes = class_folders(folder)
     if [entry.name for entry in classes] == ["images", "masks"]:
         raise DataError(f"{folder}: holds masks, a class per pixel, and training here knows one class per image")
     if len(classes) < 2:
         raise DataError(f"{folder}: needs at least two sub-folders, one per class; found {len(classes)}")
     for index, entry in enumerate(classes):
-        found = sorted(f for f in entry.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+        found = image_files(entry)
         if not found:
             raise DataError(f"{entry}: holds no images ({', '.join(sorted(SUFFIXES))})")
         files += found

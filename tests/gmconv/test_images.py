@@ -1,6 +1,8 @@
 """Bytes of an image become the network's input exactly as the manifest says, or are refused."""
 
+import errno
 import io
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from PIL import Image
 
 from gmconv import images
 from gmconv.errors import RefusedError
-from gmconv.images import Preprocessing, differences, load_image
+from gmconv.images import Preprocessing, differences, image_files, load_image
 
 RGB = Preprocessing(size=(8, 12), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 GREY = Preprocessing(size=(8, 8), mean=(0.0,), std=(1.0,), channel_order="L")
@@ -179,3 +181,25 @@ def test_preprocessing_for_other_channels_is_refused() -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="no such file"):
         load_image(tmp_path / "none.png", RGB)
+
+
+def test_the_images_of_a_folder_are_those_below_it_by_name(tmp_path: Path) -> None:
+    for name in ("b/x.png", "a/deep/y.JPG", "a/notes.txt", "z.webp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [str(file.relative_to(tmp_path)) for file in image_files(tmp_path)] == ["a/deep/y.JPG", "b/x.png", "z.webp"]
+    assert image_files(tmp_path / "none") == []
+
+
+def test_a_class_that_may_not_be_read_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shut").mkdir()
+    listed = os.scandir
+
+    def scandir(path: Path) -> Any:
+        if Path(path).name == "shut":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="shut"):
+        image_files(tmp_path)
