@@ -164,7 +164,7 @@ def _write_fp32(
     exported = written.model
     require_stored_kernels(written.program, kept)
     notes = [*said, *[what_was_merged(merged)] * options.fuse]
-    notes += [f"{layer_words(name)} keeps computing its kernel: {reason}" for name, reason in kept.items()]
+    notes += [f"{layer_words(name)} is exported as it is: {reason}" for name, reason in kept.items()]
     unused = capture.unused_layers(written, model, baked)
     if unused:
         notes.append(f"not in the graph, as no output needs them: {', '.join(unused)}")

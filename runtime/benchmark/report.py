@@ -61,7 +61,7 @@ def write_run(
 def write_comparison(path: Path, prepared: Sequence[Prepared], result: Comparison) -> None:
     """Write the report of an interleaved comparison. Raises RefusedError when the file cannot be written."""
     sections = [*result.sections(), *_artefact_sections(prepared)]
-    write_report(path, f"Comparison of {len(result.rows)} artefacts", sections)
+    write_report(path, f"Latency of {', '.join(dict.fromkeys(each.artefact.name for each in prepared))}", sections)
 
 
 def _artefact_sections(prepared: Sequence[Prepared]) -> list[Section]:

@@ -74,7 +74,8 @@ def main(
     DIR with a sub-folder per class, FILE.npz with integer labels (N,): top-1
       and top-5.
     DIR with images/ and masks/ (PNG, a class index per pixel, 255 is ignored),
-      FILE.npz with integer masks (N, H, W): mIoU and pixel accuracy.
+      FILE.npz with integer masks (N, H, W): mIoU and pixel accuracy, at the
+      size that the network's input has (masks of DIR are cut as the images).
     Anything with --metric: outputs and targets are dicts of numpy arrays, a
       row per sample; targets are labels or masks, or every array of FILE.npz
       but the images. Example, in metrics.py (--metric metrics:hits):

@@ -146,24 +146,24 @@ TOLERANCES: dict[str, Tolerance] = {
     tolerance.precision: tolerance
     for tolerance in (
         # u = 2^-24 = 6e-8. 336 u = 12.3 * sqrt(740) u: unblocked sums of 740 terms (3 x 3 x 64 is 576).
-        _tolerance("fp32", 2e-5, 1.0, 0.9999, "336 u, u = 2^-24: dimensioned for 152 layers and sums of 740 terms"),
+        _tolerance("fp32", 2e-5, 1.0, 0.9999, "336 u, u = 2^-24: enough for 152 layers and sums of 740 terms"),
         # u = 2^-11 = 4.9e-4 (10 stored bits, rounded). Operands rounded, sums and results not: c = 0.8.
-        _tolerance("tf32", 5e-3, 0.999, 0.99, "10 u, u = 2^-11: both operands rounded; dimensioned for 152 layers"),
+        _tolerance("tf32", 5e-3, 0.999, 0.99, "10 u, u = 2^-11: both operands rounded; enough for 152 layers"),
         # u = 2^-11. Results are rounded too, and masked taps below 6e-5 lose bits as subnormals: twice tf32.
         _tolerance(
-            "fp16", 1e-2, 0.999, 0.99, "20 u, u = 2^-11: operands, results, subnormal taps; dimensioned for 152 layers"
+            "fp16", 1e-2, 0.999, 0.99, "20 u, u = 2^-11: operands, results, subnormal taps; enough for 152 layers"
         ),
         # u = 2^-8 = 3.9e-3, the same model as fp16; no subnormals in reach.
         _tolerance(
-            "bf16", 8e-2, 0.995, 0.97, "20 u, u = 2^-8: operands and results rounded; dimensioned for 152 layers"
+            "bf16", 8e-2, 0.995, 0.97, "20 u, u = 2^-8: operands and results rounded; enough for 152 layers"
         ),
         # 8-bit steps over 12 standard deviations: 0.0136 per operand, 0.019 per layer; 0.2 = 0.019 * sqrt(110).
         _tolerance(
-            "int8", 2e-1, 0.99, 0.9, "uniform step of 12 sigma / 255 per operand; dimensioned for 110 quantized layers"
+            "int8", 2e-1, 0.99, 0.9, "uniform step of 12 sigma / 255 per operand; enough for 110 quantized layers"
         ),
         # u = 2^-4 (E4M3): RMS rounding error 0.026 per operand, 0.037 per layer; 0.35 = 0.037 * sqrt(90).
         _tolerance(
-            "fp8", 3.5e-1, 0.985, 0.85, "E4M3, u = 2^-4: 0.026 RMS per operand; dimensioned for 90 quantized layers"
+            "fp8", 3.5e-1, 0.985, 0.85, "E4M3, u = 2^-4: 0.026 RMS per operand; enough for 90 quantized layers"
         ),
     )
 }

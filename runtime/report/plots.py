@@ -178,7 +178,9 @@ def parity(rows: Sequence[ParityRow]) -> str:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
         axes.minorticks_off()
-        _rows(axes, [f"{row.case} {row.shape}".strip() for row in rows], narrow)
+        several = len({row.output for row in rows}) > 1
+        names = ((row.case, row.shape, row.output * several) for row in rows)
+        _rows(axes, [" ".join(filter(None, parts)) for parts in names], narrow)
         axes.set_xlabel("error / RMS")
 
     return both(draw, 60 + 19 * len(rows), "Error found against tolerance")

@@ -140,8 +140,8 @@ def test_no_other_precision_and_no_number_of_the_user_has_that_floor() -> None:
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)
-def test_a_tolerance_says_for_which_networks_it_was_dimensioned(precision: str) -> None:
+def test_a_tolerance_says_for_which_networks_it_is_enough(precision: str) -> None:
     """It is printed beside networks of three layers: no depth is named as if it were theirs."""
-    said, _, layers = TOLERANCES[precision].source.partition("dimensioned for ")
+    said, _, layers = TOLERANCES[precision].source.partition("enough for ")
     assert "layers" in layers
     assert "layers" not in said
