@@ -20,10 +20,11 @@ from gmconv.files import sha256_file
 from gmconv.foreign import NOTHING, Foreign
 from runtime.artefact import artefact_kind
 from runtime.manifest import Manifest, find_manifest
-from runtime.parity.bisect_quantized import allowed, judge_quantized, of_a_crop
+from runtime.parity.bisect_quantized import allowed, judge_quantized
 from runtime.parity.bisection import Bisection, LayerError, words
 from runtime.parity.cases import Case, Feeds
 from runtime.parity.layers import Graph, Match
+from runtime.parity.tolerances import of_a_crop
 from runtime.records import Hop, Tolerance
 from runtime.runners.base import Array, Runner, as_inputs
 

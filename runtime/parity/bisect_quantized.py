@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from runtime.parity.bisection import Bisection, LayerError, words
-from runtime.parity.tolerances import PEAK_FACTOR, TOLERANCES
+from runtime.parity.tolerances import PEAK_FACTOR, TOLERANCES, of_a_crop
 from runtime.records import Tolerance
 
 #: A layer is out of line when it is this many times off what its type costs and what the others of its type are off.
@@ -72,11 +72,6 @@ def _typical(layers: Sequence[LayerError], measure: _Measure) -> Callable[[Layer
         return float(np.median(like)) if like else 0.0
 
     return median
-
-
-def of_a_crop(tolerance: Tolerance) -> float:
-    """The part of a tolerance that is there for cropped kernels."""
-    return 0.0 if tolerance.overridden else max(0.0, tolerance.rel_rms - TOLERANCES[tolerance.precision].rel_rms)
 
 
 def allowed(layer: LayerError, tolerance: Tolerance) -> Tolerance:

@@ -14,6 +14,7 @@ import msgspec
 from gmconv.foreign import NOTHING, Foreign
 from runtime.artefact import artefact_kind
 from runtime.manifest import find_manifest
+from runtime.parity.tolerances import of_a_crop
 from runtime.parity.unrounded import LIMIT, UNROUNDED
 from runtime.parity.verdict import Verdict
 from runtime.records import Parity as ParityRecord
@@ -286,5 +287,7 @@ def _verdict(candidate: CandidateReport) -> str:
         found = [output.margin for hop in candidate.verdict.hops for output in hop.outputs]
         margins = [margin for margin in found if margin is not None]
         close = "equal" if min(margins, default=math.inf) == math.inf else f"smallest margin {min(margins):.3g}x"
-        return f"PASSED  {candidate.path}  {candidate.precision}, {close}"
+        wide = of_a_crop(candidate.tolerance)
+        crop = f", {wide:.1e} allowed for the crop" if wide else ""
+        return f"PASSED  {candidate.path}  {candidate.precision}, {close}{crop}"
     return f"FAILED  {candidate.path}  {candidate.verdict.summary()}"

@@ -14,10 +14,10 @@ from gmconv.files import each_path
 from gmconv.foreign import NOTHING, Foreign
 from gmconv.images import differences
 from runtime.artefact import Artefact, artefact_kind, open_artefact
-from runtime.manifest import Manifest
 from runtime.parity.beside import MOST_NUMBERS, Beside, Memory
 from runtime.parity.cases import Case, Feeds, Wanted, make_cases
 from runtime.parity.compare import Comparator
+from runtime.parity.layers import graph_precision, same_kernels
 from runtime.parity.report import CandidateReport, ParityReport
 from runtime.parity.tables import table_ends
 from runtime.parity.tolerances import MAX_CROP_COST, crop_cost, for_engine, judged_as, override, tolerance_for, widen
@@ -122,7 +122,7 @@ def _compare(
     artefact.require_agreement(options.foreign.preprocessing)
     manifest = artefact.manifest
     precision = options.precision or _precision(artefact, notes)
-    tolerance = _tolerance(precision, artefact, source, options, notes)
+    tolerance = _tolerance(precision, artefact, reference.artefact, options, notes)
     with open_candidate(artefact, options, precision, notes) as candidate:
         facts = candidate.artefact.facts | reference.artefact.facts
         _check_source(reference.artefact, candidate.artefact, notes)
@@ -322,9 +322,12 @@ def _device(path: Path, device: str) -> str:
 
 
 def _tolerance(
-    precision: str, artefact: Artefact, source: Manifest | None, options: ParityOptions, notes: list[str]
+    precision: str, artefact: Artefact, reference: Artefact, options: ParityOptions, notes: list[str]
 ) -> Tolerance:
-    """The table's row or the user's number, wider where one side is cropped, or both are, each in its own way."""
+    """The table's row or the user's number, wider where one side is cropped, or both are, each in its own way.
+
+    A file without a manifest whose kernels are as large as a cropped reference's has the reference's crop.
+    """
     tolerance = tolerance_for(precision)
     manifest = artefact.manifest
     if artefact.kind == "engine":
@@ -332,7 +335,9 @@ def _tolerance(
     if options.tolerance is not None:
         notes.append(f"tolerance {options.tolerance:g} was given; the table says {tolerance.rel_rms:g} for {precision}")
         return override(tolerance, options.tolerance)
-    crop, reference_crop = manifest.crop if manifest else None, source.crop if source else None
+    crop, reference_crop = (each.crop if each else None for each in (manifest, reference.manifest))
+    if reference_crop and not manifest and artefact.kind == reference.kind == "onnx":
+        crop = reference_crop if same_kernels(artefact.path, reference.path) else None
     own, other = crop_cost(crop), crop_cost(reference_crop)
     cost = 0.0 if crop == reference_crop else min(MAX_CROP_COST, own + other)
     if cost:
@@ -346,8 +351,6 @@ def _precision(artefact: Artefact, notes: list[str]) -> str:
 
     Raises RefusedError where the manifest claims a lower precision, and its tolerance, than the graph has.
     """
-    from runtime.parity.layers import graph_precision
-
     said = artefact.manifest.precision if artefact.manifest is not None else None
     found = graph_precision(artefact.path) if artefact.kind == "onnx" and said != "fp32" else None
     if artefact.manifest is not None:

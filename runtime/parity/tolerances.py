@@ -154,17 +154,13 @@ TOLERANCES: dict[str, Tolerance] = {
             "fp16", 1e-2, 0.999, 0.99, "20 u, u = 2^-11: operands, results, subnormal taps; enough for 152 layers"
         ),
         # u = 2^-8 = 3.9e-3, the same model as fp16; no subnormals in reach.
-        _tolerance(
-            "bf16", 8e-2, 0.995, 0.97, "20 u, u = 2^-8: operands and results rounded; enough for 152 layers"
-        ),
+        _tolerance("bf16", 8e-2, 0.995, 0.97, "20 u, u = 2^-8: operands and results rounded; enough for 152 layers"),
         # 8-bit steps over 12 standard deviations: 0.0136 per operand, 0.019 per layer; 0.2 = 0.019 * sqrt(110).
         _tolerance(
             "int8", 2e-1, 0.99, 0.9, "uniform step of 12 sigma / 255 per operand; enough for 110 quantized layers"
         ),
         # u = 2^-4 (E4M3): RMS rounding error 0.026 per operand, 0.037 per layer; 0.35 = 0.037 * sqrt(90).
-        _tolerance(
-            "fp8", 3.5e-1, 0.985, 0.85, "E4M3, u = 2^-4: 0.026 RMS per operand; enough for 90 quantized layers"
-        ),
+        _tolerance("fp8", 3.5e-1, 0.985, 0.85, "E4M3, u = 2^-4: 0.026 RMS per operand; enough for 90 quantized layers"),
     )
 }
 
@@ -197,6 +193,11 @@ def judged_as(manifest: Manifest) -> str:
     """The precision whose row an artefact is judged by: its own, or tf32 where an fp32 engine may use it."""
     tf32 = manifest.build is not None and manifest.build.tf32
     return "tf32" if tf32 and manifest.precision == "fp32" else manifest.precision
+
+
+def of_a_crop(tolerance: Tolerance) -> float:
+    """The part of a tolerance that is there for cropped kernels."""
+    return 0.0 if tolerance.overridden else max(0.0, tolerance.rel_rms - TOLERANCES[tolerance.precision].rel_rms)
 
 
 def crop_cost(crop: Crop | None) -> float:

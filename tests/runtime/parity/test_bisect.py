@@ -128,6 +128,16 @@ def test_a_planted_error_is_found_in_every_layer(small: tuple[Path, Path], tmp_p
     assert (found.culprit.sigma == "1.200") == (layer != "head")
 
 
+@pytest.mark.parametrize("row", range(5))
+def test_the_last_layer_is_named_whatever_the_sign_of_what_is_wrong(
+    small: tuple[Path, Path], tmp_path: Path, row: int
+) -> None:
+    bad = plant_in(small[1], tmp_path)("head.weight", lambda weight: weight * 1.1, slice(row, row + 1))
+    culprit = found_in(small[0], bad, SMALL).culprit
+    assert culprit is not None
+    assert culprit.name == "head"
+
+
 def test_twenty_of_twenty_in_resnet20(resnet: tuple[Path, Path], tmp_path: Path) -> None:
     plant = plant_in(resnet[1], tmp_path)
     graph = onnx.load(resnet[1]).graph

@@ -19,10 +19,10 @@ from export.precision.convert import convert_precision
 from export.precision.converter import PrecisionOptions
 from gmconv.data import load_samples
 from runtime.parity.bisect import bisect
-from runtime.parity.bisect_quantized import allowed, judge_quantized, of_a_crop
+from runtime.parity.bisect_quantized import allowed, judge_quantized
 from runtime.parity.bisection import Bisection, LayerError
 from runtime.parity.run import ParityOptions, compare_artefacts
-from runtime.parity.tolerances import TOLERANCES, widen
+from runtime.parity.tolerances import TOLERANCES, of_a_crop, widen
 from runtime.runners import open_runner
 from tests.runtime.parity.test_bisect import randomize_norms, save
 
