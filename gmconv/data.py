@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gmconv.classes import positions
 from gmconv.errors import RefusedError
 from gmconv.images import SUFFIXES, Preprocessing, class_folders, image_files, load_image, load_mask, prepare_grey
 from gmconv.npz import LABEL_NAMES, image_array, npz_array, npz_header, npz_layout, npz_names, npz_rows
@@ -41,7 +42,7 @@ class Source:
     """All samples of one place, in order; `chosen` of them where `part` is not all.
 
     `targets`: further arrays of one row per sample; `entries` say of each sample which it is (`gmconv.splits`);
-    `unfit`: why labels or masks that lie there are none.
+    `unfit`: why labels or masks that lie there are none. `nameless`: see `Samples`.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Source:
     chosen: Labels | None = None
     entries: Callable[[], list[str]] | None = None
     unfit: str = ""
+    nameless: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,11 @@ class Samples:
     part: Part | Literal["changed"]
     _indices: Labels
     _source: Source
+
+    @property
+    def nameless(self) -> tuple[str, ...]:
+        """The sub-folders, where those in alphabetical order are the classes of a network that names none."""
+        return self._source.nameless
 
     def judged(self) -> Samples:
         """These, to be judged by their labels. Raises RefusedError where some lie there that do not fit."""
@@ -298,15 +305,16 @@ def _folder(
     elif names and all(file.parent != root for root, file in held):
         held = [(root, file) for root in roots for name in names for file in image_files(root / name)]
         try:
-            positions = _positions(folder, tuple(names), class_names)
-            labels = np.asarray([positions[file.relative_to(root).parts[0]] for root, file in held], np.int64)
+            place = positions(folder, tuple(names), class_names)
+            labels = np.asarray([place[file.relative_to(root).parts[0]] for root, file in held], np.int64)
             classes = tuple(names)
         except RefusedError as error:
             unfit = error.message
         entries = functools.partial(file_entries, folder, [file for _, file in held])
     images = _files_reader([file for _, file in held], lambda file: load_image(file, preprocessing))
     found: Part = "all" if roots == [folder] else part
-    return Source(folder.name, len(held), images, labels, classes, masks, part=found, entries=entries, unfit=unfit)
+    made = Source(folder.name, len(held), images, labels, classes, masks, part=found, entries=entries, unfit=unfit)
+    return replace(made, nameless=() if class_names else classes or ())
 
 
 def _roots(folder: Path, part: Part) -> list[Path]:
@@ -332,20 +340,6 @@ def _files_reader(files: Sequence[Path], load: Callable[[Path], Array]) -> Reade
             yield load(files[index])
 
     return read
-
-
-def _positions(folder: Path, classes: tuple[str, ...], names: Sequence[str] | None) -> dict[str, int]:
-    """Each sub-folder's class index: by name where the network knows names, else by alphabetical order.
-
-    Raises RefusedError where the names that it does know contradict that order, or the number is another.
-    """
-    if names and set(classes) <= set(names):
-        return {name: list(names).index(name) for name in classes}
-    moved = names and any(name in names and names[index] != name for index, name in enumerate(classes[: len(names)]))
-    if names and (moved or len(classes) != len(names)):
-        odd = ", ".join(sorted(set(classes) - set(names))[:5])
-        raise RefusedError(f"{folder}: sub-folders {odd} are not among the network's {len(names)} labels; rename them")
-    return {name: index for index, name in enumerate(classes)}
 
 
 def _npz(path: Path, shape: tuple[int, ...], array: str | None = None, wanted: str = "float32") -> Source:

@@ -25,6 +25,7 @@ GROUND = {
     "gmconv." + name
     for name in (
         "asking",
+        "classes",
         "errors",
         "cli",
         "files",

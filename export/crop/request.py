@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,7 @@ from export.crop.latency import Latencies, measure_latencies
 from export.crop.sum_order import hold_sum_order
 from export.graph.read import selects
 from export.precision.quantize import FP8_MAX_TAPS
+from gmconv.classes import in_order, require_all
 from gmconv.cropping.certificate import CropCertificate, certify, whole_again
 from gmconv.cropping.check import layers_used_elsewhere
 from gmconv.cropping.choose import M, Tolerance, choose_windows, crop_to, croppable
@@ -25,6 +26,7 @@ from runtime.parity.pool import FAINT, UNTRAINED
 
 if TYPE_CHECKING:
     from export.precision.converter import PrecisionOptions
+    from gmconv.data import Samples
     from gmconv.images import Preprocessing
 
 _BATCH = 16
@@ -39,7 +41,8 @@ class CropRequest:
 
     `images` is calibration data (a folder, an .npz file, "digits", "noise"); None: the checkpoint's own data set where
     it is known, else noise. Of data that is split, the part that was trained on: accuracy is measured on the other.
-    `gain` is what a budget buys: multiply-accumulates, or time measured in ONNX Runtime.
+    `gain` is what a budget buys: multiply-accumulates, or time measured in ONNX Runtime. `names`: of the network's
+    classes, by which sub-folders are known.
     """
 
     tolerance: Tolerance | None = None
@@ -48,6 +51,7 @@ class CropRequest:
     images: Path | str | None = None
     samples: int | None = None
     seed: int = 0
+    names: tuple[str, ...] | None = None
 
     @property
     def limit(self) -> int:
@@ -237,6 +241,7 @@ def calibration_data(
         input_shape=input_shape,
         preprocessing=preprocessing,
         dataset=dataset,
+        class_names=request.names,
         limit=min(request.limit, _NOISE) if source == "noise" else request.limit,
         seed=request.seed,
         part="train",
@@ -245,6 +250,28 @@ def calibration_data(
         samples.judged()
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
     batches = [torch.from_numpy(batch.images).to(like.device, like.dtype) for batch in samples.batches(_BATCH)]
-    known = samples.labels is not None and bool((samples.labels >= 0).all())
-    labels = torch.from_numpy(samples.labels) if known else None
-    return CalibrationData(batches, labels, f"{samples.count} of {samples.name}, seed {request.seed}")
+    labels = None if samples.labels is None else _labels(samples, run(model, batches[0][:1])[0].shape, request)
+    origin = f"{samples.count} of {samples.name}, seed {request.seed}"
+    if samples.nameless and labels is not None:
+        origin += f" ({in_order(samples.nameless)})"
+    return CalibrationData(batches, labels, origin)
+
+
+def _labels(samples: Samples, output: Sequence[int], request: CropRequest) -> Tensor | None:
+    """Labels for outputs of that shape; None where they fit none. Raises RefusedError where a top-1 budget needs them.
+
+    A negative one is not known, and then none is.
+    """
+    labels = samples.labels
+    if labels is None or len(output) != 2 or output[1] < 2 or (labels < 0).any():
+        return None
+    try:
+        if samples.nameless:
+            require_all(samples.nameless, output[1])
+        if (most := int(labels.max())) >= output[1]:
+            raise RefusedError(f"labels go up to {most}, the network has {output[1]} classes")
+    except RefusedError as error:
+        if request.budget is None or request.budget.kind != "top1":
+            return None
+        raise RefusedError(f"{samples.name}: {error.message}") from error
+    return torch.from_numpy(labels)

@@ -64,7 +64,12 @@ def crop_kernels(
     except ValueError as error:
         raise RefusedError(f"--crop-budget: {error}") from error
     request = CropRequest(
-        tolerance=options.crop, budget=budget, gain=options.crop_gain, images=options.images, seed=options.seed
+        tolerance=options.crop,
+        budget=budget,
+        gain=options.crop_gain,
+        images=options.images,
+        seed=options.seed,
+        names=loaded.labels,
     )
     precision, fp32_layers = stored_as(model, options.precisions, options.precision)
     return crop_for_export(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gmconv.classes import require_all
 from gmconv.data import Batch
 from gmconv.errors import RefusedError
 
@@ -220,9 +221,13 @@ def _confusions(
 
 @dataclass(slots=True)
 class ClassJudge:
-    """Collects logits batch by batch, of the reference (first) and of each artefact."""
+    """Collects logits batch by batch, of the reference (first) and of each artefact.
+
+    `folders`: one per class, where a network that names none is judged by folders.
+    """
 
     output: str
+    folders: Sequence[str] = ()
     _logits: list[list[NDArray[Any]]] = field(default_factory=list)
     _labels: list[NDArray[np.int64]] = field(default_factory=list)
 
@@ -234,6 +239,8 @@ class ClassJudge:
                 f"output {self.output!r} has shape {shape}, and labels judge logits (N, classes): choose another by "
                 f"--output, judge what answers per pixel by masks in --data, anything else by --metric"
             )
+        if self.folders:
+            require_all(self.folders, shape[1])
         self._logits.append([found[self.output].astype(np.float32) for found in outputs])
         if batch.labels is not None:
             self._labels.append(batch.labels)

@@ -193,8 +193,12 @@ def _unlabelled(samples: Samples, options: EvaluateOptions) -> bool:
 
 def _doubt(samples: Samples, known: Facts, options: EvaluateOptions) -> str | None:
     """What makes the scores say less than they seem to."""
+    from gmconv.classes import in_order
+
     if _unlabelled(samples, options):
         return f"{samples.name} has no labels: only agreement with the reference is measured"
+    if samples.nameless:
+        return f"{samples.name}: the network names no classes; {in_order(samples.nameless)}"
     if options.part == "train" and samples.part == "all":
         return f"nothing says which part of {samples.name} was trained on: all of it was taken"
     if samples.classes and known.labels and not set(samples.classes) <= set(known.labels):
@@ -229,7 +233,8 @@ def _judge(
         return MetricJudge(options.metric, getattr(options.metric, "__name__", "metric"), samples.targets())
     if options.output is not None and options.output not in names:
         raise RefusedError(f"there is no output {options.output!r} (--output); there are {', '.join(names)}")
-    return (PixelJudge if samples.masked else ClassJudge)(options.output or names[0])
+    output = options.output or names[0]
+    return PixelJudge(output) if samples.masked else ClassJudge(output, samples.nameless)
 
 
 def _output_names(runners: Sequence[Runner], found: Sequence[Artefact]) -> tuple[str, ...]:

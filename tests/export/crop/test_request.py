@@ -1,11 +1,13 @@
 """The crop of an export: its data, its refusals, and what parity may expect of it."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from export.crop.budget import Budget
@@ -16,6 +18,7 @@ from gmconv.cropping.layers import CroppedConv2d
 from gmconv.cropping.measure import output_error, run
 from gmconv.cropping.window import Precision, Window
 from gmconv.errors import RefusedError
+from gmconv.images import Preprocessing
 from gmconv.surgery import bake, convert
 
 SHAPE = (1, 16, 16)
@@ -261,3 +264,21 @@ def test_crops_choose_on_training_images_not_on_held_out_ones(model: nn.Module) 
     shared = sum(image.tobytes() in seen for batch in held_out for image in batch.images)
     assert len(torch.cat(batches)) == 1437
     assert shared == 0
+
+
+def test_folders_judge_a_crop_by_their_names_or_all_of_them_in_order(model: nn.Module, tmp_path: Path) -> None:
+    names = tuple("abcdefghij")
+    for name in names[1:]:
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / "0.png")
+    plain = Preprocessing(size=SHAPE[1:], mean=(0.0,), std=(1.0,), channel_order="L")
+    request = CropRequest(images=tmp_path, budget=Budget("top1", 1.0))
+    data = calibration_data(model, replace(request, names=names), SHAPE, None, plain)
+    assert data.labels is not None
+    assert data.labels.tolist() == list(range(1, 10))
+    with pytest.raises(RefusedError, match=r"names no classes and has 10 outputs, and there are 9 sub-folders"):
+        calibration_data(model, request, SHAPE, None, plain)
+    assert calibration_data(model, replace(request, budget=None), SHAPE, None, plain).labels is None
+    (tmp_path / "a").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "a" / "0.png")
+    assert "alphabetical order" in calibration_data(model, request, SHAPE, None, plain).origin

@@ -12,10 +12,12 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 import export
 from export.precision.__main__ import main
 from export.precision.converter import PrecisionConverter, PrecisionOptions
+from export.precision.judging import Judge, read_evaluation_images
 from export.precision.plan import PrecisionPlan, read_plan, write_plan
 from export.precision.search import (
     Budget,
@@ -27,6 +29,8 @@ from export.precision.search import (
     search_precision,
 )
 from gmconv.errors import ParityError, RefusedError
+from gmconv.images import Preprocessing
+from runtime.artefact import Facts
 from runtime.report import Search
 from runtime.report.render import render
 
@@ -245,3 +249,27 @@ def test_a_budget_of_top_1_needs_scores_of_classes(dense: Path, tmp_path: Path) 
     found = search_precision(dense, "int8", min_snr=0, images=tmp_path / "bare.npz")
     assert "SNR alone on 6 images" in repr(found)
     assert found.chosen.top1 is None
+
+
+def test_classes_are_those_of_the_network(images: NDArray[np.float32]) -> None:
+    """Of a nameless one its folders in order, where there is one for each output, and never a class that it has not."""
+    classes = np.arange(len(images)) % 3
+    logits = np.eye(4, dtype=np.float32)[classes]
+    with pytest.raises(RefusedError, match=r"val: the network names no classes and has 4 outputs, .* 3 sub-folders"):
+        Judge(logits, EvaluationImages("val", (images,), classes, ("a", "b", "c")))
+    judge = Judge(logits, EvaluationImages("val", (images,), classes, ("a", "b", "c", "d")))
+    assert judge.title.endswith("val (its sub-folders in alphabetical order are taken as classes 0..3)")
+    with pytest.raises(RefusedError, match=r"val: labels go from 0 to 2, the network has 2 classes"):
+        Judge(logits[:, :2], EvaluationImages("val", (images,), classes))
+
+
+def test_folders_of_a_search_are_known_by_the_networks_names(network: Network, tmp_path: Path) -> None:
+    for name in ("cat", "fish"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / name / "0.png")
+    plain = Preprocessing(size=(16, 16), mean=(0.0,) * 3, std=(1.0,) * 3)
+    facts = Facts(preprocessing=plain, labels=("bird", "cat", "dog", "fish"))
+    found = read_evaluation_images(tmp_path, PrecisionConverter(network(), PrecisionOptions(), facts=facts), 8)
+    assert found.classes is not None
+    assert found.classes.tolist() == [1, 3]
+    assert not found.folders

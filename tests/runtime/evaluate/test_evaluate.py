@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from gmconv.errors import RefusedError
 from gmconv.splits import split_record
 from runtime.artefact import open_artefact
 from runtime.evaluate.__main__ import _told, main
-from runtime.evaluate.score import EvaluateOptions, evaluate
+from runtime.evaluate.score import EvaluateOptions, evaluate, score_artefacts
 from runtime.manifest import Manifest, TensorSpec, digest, read_manifest, sidecar
 
 CLASSES = 8
@@ -426,3 +427,33 @@ def test_in_a_narrow_terminal_the_drop_is_the_last_number_to_go(tmp_path: Path, 
         with (console := Console(width=width, file=io.StringIO())).capture() as shown:
             done.show(console)
         assert "25.00" in shown.get(), f"points at {width} columns"
+
+
+def folders(root: Path, names: Sequence[str]) -> Path:
+    """A grey image in a folder for each name."""
+    for name in names:
+        (root / name).mkdir(parents=True)
+        Image.new("L", (4, 2)).save(root / name / "0.png")
+    return root
+
+
+@pytest.mark.parametrize("count", [CLASSES - 1, CLASSES + 1])
+def test_folders_of_a_nameless_network_are_taken_in_order_where_there_is_one_for_each_class(
+    count: int, tmp_path: Path
+) -> None:
+    path, named = save(tmp_path / "a.onnx"), save(tmp_path / "named.onnx", labels=tuple("abcdefgh"))
+    for file in (path, named):
+        manifest = json.loads(sidecar(file).read_text())
+        preprocessing = {"size": [2, 4], "mean": [0.0], "std": [1.0], "channel_order": "L"}
+        sidecar(file).write_text(json.dumps(manifest | {"preprocessing": preprocessing}))
+    data = folders(tmp_path / "data", "abcdefghi"[:count])
+    said = invoke(path, "--data", data, code=3).stderr
+    assert f"data: the network names no classes and has 8 outputs, and there are {count} sub-folders" in said
+    assert "export it with --labels FILE" in said
+    with pytest.raises(RefusedError, match=r"export it with labels=FILE"):
+        score_artefacts(path, data=data)
+    if count < CLASSES:  # by name, also where only the reference has names
+        assert "names no classes" not in invoke(path, "--reference", named, "--data", data).stderr
+    whole = folders(tmp_path / "whole", "abcdefgh")
+    warned = invoke(path, "--data", whole).stderr
+    assert warned.count("sub-folders in alphabetical order are taken as classes 0..7") == 1
