@@ -40,7 +40,7 @@ install-gpu: $(GPU)/bin/.installed  ## make the virtual environment of the tests
 .PHONY: install-gpu
 
 # One thread: networks so small gain little by two, which on a busy machine wait for each other by spinning.
-TRAIN = OMP_NUM_THREADS=1 $(BIN)/python -m gmconv.train --arch resnet8
+TRAIN = OMP_NUM_THREADS=1 $(BIN)/python -m gmconv.train --arch resnet8 --force
 $(DEMO)/digits.pt: $(BIN)/.demo
 	@mkdir -p $(DEMO)
 	$(TRAIN) --epochs 6 -o $@

@@ -16,7 +16,7 @@ from gmconv.cli import SEED, Command, Finite, Whole, echo, progress_console, war
 from gmconv.errors import CheckpointError, Interrupted, RefusedError, printable
 from gmconv.files import require_writable, write_text
 from gmconv.foreign import parse_shape
-from gmconv.train.options import is_own, state_path
+from gmconv.train.options import is_own, output_path, state_path
 from gmconv.written import Written
 
 if TYPE_CHECKING:
@@ -73,7 +73,15 @@ _NOT_NEGATIVE = Finite(0, 1e9)
 )
 @click.option("--plain", is_flag=True, help="Put no masks on it: the plain twin, or your network as it is.")
 @click.option("--seed", default=1, show_default=True, type=SEED)
-@click.option("-o", "--output", default="ckpt.pt", show_default=True, type=Written())
+@click.option(
+    "-o",
+    "--output",
+    default="ckpt.pt",
+    show_default=True,
+    type=Written(),
+    help="Replaces what gmconv train wrote there; under the default name, of the same --arch and --data alone.",
+)
+@click.option("--force", is_flag=True, help="Replace any file there, and a run that was stopped.")
 @click.option("--epochs", default=8, show_default=True, type=Whole(min=1))
 @click.option("--batch-size", default=32, show_default=True, type=Whole(min=2))
 @click.option("--lr", default=3e-3, show_default=True, type=_POSITIVE, help="Peak learning rate.")
@@ -123,48 +131,76 @@ def main(context: click.Context, /, output: Path, plain: bool, as_json: bool, qu
     """
     started = time.perf_counter()
     values["arch"] = values["arch"].removeprefix("gmconv.models:")
-    resume, log = values.pop("resume"), values.pop("log")
+    resume, log, force = values.pop("resume"), values.pop("log"), values.pop("force")
     if values["crop_tolerance"] >= 1:
         raise click.BadParameter("it is a share of a kernel, below 1", param_hint="--crop-tolerance")
     if plain and values["sigma_penalty"]:
         raise click.UsageError("a plain network has no sigma to penalize: drop --plain or --sigma-penalty")
     if values["kernel_size"] == 1 and not plain:
         raise click.UsageError("kernels of one tap have nothing to mask: give --kernel-size 3 or more, or --plain")
+    if resume is not None:
+        if force:
+            raise click.UsageError("--force begins again, and --resume goes on: leave one out")
+        output = output_path(resume)
+    require_writable(output)
     if log is not None:
         require_writable(log, output, resume)
-    state = None
+    state, before = None, _stamp(resume or state_path(output))
     try:
         _require_device(values["device"])
         from gmconv.train.options import TrainOptions
 
         values["gmconv"] = not plain
         if resume is not None:
-            state, output = _resumed(context, resume, output, values)
+            state = _resumed(context, resume, values)
         options = TrainOptions(**values)
-        result = _train_with_progress(options, output, quiet, log, state)
+        if not force:
+            from gmconv.train.refusals import refuse_replacing
+
+            named = resume is not None or _said(context, "output")
+            refuse_replacing(output, options, named=named, resumed=resume is not None)
+        result = _train_with_progress(options, output, quiet, log, state, force)
     except KeyboardInterrupt as error:
         exec("")  # else CPython exits by SIGINT where the interrupt left an exec of a string
-        raise Interrupted(_interrupted(output, values["arch"])) from error
+        words = _goes_on(output, values, log, anew=resume is None, before=before)
+        raise Interrupted(f"interrupted{words}") from error
     _report(options, output, result, time.perf_counter() - started, as_json)
 
 
-def _interrupted(output: Path, arch: str) -> str:
-    if not (state := state_path(output)).is_file():  # it is written with each epoch
-        return "interrupted before an epoch finished; nothing was written"
-    again = f" --arch {shlex.quote(arch)}" * is_own(arch)
-    return f"interrupted; the best epoch that finished is in {output}; go on with --resume {state}{again}"
+def _said(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
 
 
-def _resumed(context: click.Context, file: Path, output: Path, values: dict[str, Any]) -> tuple[RunState, Path]:
-    """The state in `file` and the checkpoint of its run; `values` become the options of that run.
+def _stamp(state: Path) -> int | None:
+    return state.stat().st_mtime_ns if state.is_file() else None
+
+
+def _goes_on(output: Path, values: dict[str, Any], log: Path | None, *, anew: bool, before: int | None) -> str:
+    """What a run that was stopped leaves; `before`: the stamp of the state when it began, maybe of another run."""
+    found = _stamp(state := state_path(output))  # it is written with each epoch
+    if found is None or (anew and found == before):
+        return " before an epoch finished; nothing was written"
+    command = ["gmconv", "train", "--resume", str(state)]
+    for flag, value, needed in (
+        ("--data", values["dataset"], values["dataset"] != "digits"),
+        ("--arch", values["arch"], is_own(values["arch"])),
+        ("--device", values["device"], values["device"] != "cpu"),
+        ("--log", str(log), log is not None),
+    ):
+        command += [flag, value] * needed
+    return f"; the best epoch that finished is in {output}; go on with: {shlex.join(command)}"
+
+
+def _resumed(context: click.Context, file: Path, values: dict[str, Any]) -> RunState:
+    """The state in `file`; `values` become the options of its run.
 
     Raises CheckpointError, also for a factory of the user's that only the file names, and UsageError for an option that
     says something else than the run.
     """
-    from gmconv.train.resume import output_path, read_state
+    from gmconv.train.resume import read_state
 
     state = read_state(file)
-    said = {name for name in values if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE}
+    said = {name for name in values if _said(context, name)}
     if not isinstance(arch := state.options.get("arch"), str):
         raise CheckpointError(f"{file}: is no state of a training run of this version; begin again")
     shown = printable(shlex.quote(arch))
@@ -185,7 +221,7 @@ def _resumed(context: click.Context, file: Path, output: Path, values: dict[str,
     if set(state.options) != set(values) - {"dataset"} | {"test_size", "split_seed"}:
         raise RefusedError(f"{file}: is the state of a run of another version; begin again")
     values |= {name: value for name, value in state.options.items() if name != "device"}
-    return state, output_path(file)
+    return state
 
 
 def _require_device(device: str) -> None:
@@ -196,7 +232,7 @@ def _require_device(device: str) -> None:
 
 
 def _train_with_progress(
-    options: TrainOptions, output: Path, quiet: bool, log: Path | None, resume: RunState | None
+    options: TrainOptions, output: Path, quiet: bool, log: Path | None, resume: RunState | None, force: bool
 ) -> TrainResult:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -228,7 +264,7 @@ def _train_with_progress(
                 highlight=False,
             )
 
-        return train(options, output, on_step, resume)
+        return train(options, output, on_step, resume, force=force)
 
 
 def _report(options: TrainOptions, output: Path, result: TrainResult, seconds: float, as_json: bool) -> None:

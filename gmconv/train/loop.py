@@ -26,6 +26,7 @@ from gmconv.train.data import Dataset, Samples, batches, load_dataset
 from gmconv.train.network import Network, make_network
 from gmconv.train.options import TrainOptions, state_path
 from gmconv.train.penalty import LayerReach, reach, sigma_penalty
+from gmconv.train.refusals import refuse_replacing
 from gmconv.train.resume import RunState, data_identity, random_state, restore_random, write_state
 
 
@@ -82,6 +83,8 @@ def train(
     output: Path,
     on_step: Callable[[Epoch | None], None] = lambda epoch: None,
     resume: RunState | None = None,
+    *,
+    force: bool = False,
 ) -> TrainResult:
     """Train and write the best epoch's checkpoint to `output` (atomically, each time it improves).
 
@@ -90,11 +93,14 @@ def train(
     called with None after each optimizer step and with the `Epoch` after each epoch.
 
     Raises:
+        RefusedError: unless `force`: `output` is there and no checkpoint of `train`, or a run that stopped is.
         DataError: the data was refused.
         CheckpointError: the network is unknown, does not fit the input, or the checkpoint cannot be written.
         TrainingError: the loss became NaN or infinite.
     """
     _require_writable(output)
+    if resume is not None or not force:
+        refuse_replacing(output, options, named=True, resumed=resume is not None)
     torch.manual_seed(options.seed)
     data = load_dataset(options.dataset, options.input_shape, options.test_size, options.split_seed)
     network = make_network(options, len(data.labels))
@@ -105,13 +111,16 @@ def train(
     try:
         while len(run.history) < options.epochs:
             epoch = run.epoch(len(run.history) + 1)
+            if not run.history:
+                state_path(output).unlink(missing_ok=True)  # by force: its best epoch is replaced next
             run.history.append(epoch)
             if run.best is epoch:
                 run.layers = _save(output, run)
             write_state(state_path(output), run.state())
             on_step(epoch)
     except TrainingError:
-        state_path(output).unlink(missing_ok=True)  # what is resumed would diverge again
+        if run.history:
+            state_path(output).unlink(missing_ok=True)  # what is resumed would diverge again
         raise
     if run.best is not run.history[-1]:  # the best weights once more, now with the whole history beside them
         model.load_state_dict(read_file(output)["state_dict"])

@@ -12,7 +12,7 @@ from gmconv.architecture import build, factory_keywords
 from gmconv.errors import CheckpointError
 from gmconv.layer import GMConv2d
 from gmconv.surgery import convert, masked_layers
-from gmconv.train.options import TrainOptions, is_own
+from gmconv.train.options import TrainOptions, is_own, qualified
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def make_network(options: TrainOptions, num_classes: int) -> Network:
         ArchitectureUnavailableError: its package is not installed.
         SurgeryError: a layer cannot be masked.
     """
-    arch = options.arch if ":" in options.arch else f"gmconv.models:{options.arch}"
+    arch = qualified(options.arch)
     where, zoo = f"--arch {options.arch}", arch.startswith("gmconv.models:")
     kwargs = _arguments(arch, options, num_classes, where)
     model = build(arch, kwargs, where, trusted=True).train()

@@ -7,10 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gmconv.errors import CheckpointError
+
 
 def state_path(output: Path) -> Path:
     """Where the state of the run that writes `output` lies: `ckpt.last.pt` for `ckpt.pt`."""
     return output.with_name(f"{output.stem}.last{output.suffix}")
+
+
+def qualified(arch: str) -> str:
+    """An architecture as checkpoints name it."""
+    return arch if ":" in arch else f"gmconv.models:{arch}"
+
+
+def output_path(state: Path) -> Path:
+    """The checkpoint that the run of a state writes. Raises CheckpointError where the name does not say."""
+    if not state.stem.endswith(".last"):
+        beside = state_path(state)
+        advice = f"resume from {beside}" if beside.is_file() else "the state of a run is NAME.last.pt, until it is done"
+        raise CheckpointError(f"{state}: is no state of a training run: {advice}")
+    return state.with_name(state.stem.removesuffix(".last") + state.suffix)
 
 
 def is_own(arch: str) -> bool:

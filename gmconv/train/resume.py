@@ -13,7 +13,7 @@ import torch
 from gmconv.checkpoint.file import read_file
 from gmconv.errors import CheckpointError, RefusedError
 from gmconv.files import replacing, unwritable
-from gmconv.train.options import state_path
+from gmconv.train.options import output_path
 
 if TYPE_CHECKING:
     from gmconv.train.data import Dataset
@@ -35,15 +35,6 @@ class RunState:
     model: dict[str, Any]
     optimizer: dict[str, Any]
     random: dict[str, Any]
-
-
-def output_path(state: Path) -> Path:
-    """The checkpoint that the run of a state writes. Raises CheckpointError where the name does not say."""
-    if not state.stem.endswith(".last"):
-        beside = state_path(state)
-        advice = f"resume from {beside}" if beside.is_file() else "the state of a run is NAME.last.pt, until it is done"
-        raise CheckpointError(f"{state}: is no state of a training run: {advice}")
-    return state.with_name(state.stem.removesuffix(".last") + state.suffix)
 
 
 def random_state(device: str) -> dict[str, Any]:

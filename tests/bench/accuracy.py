@@ -128,7 +128,7 @@ def train(settings: Settings, images: Path, seed: int, kind: str) -> dict[str, A
         if known["options"] == asked:
             return known
     began = time.perf_counter()
-    done = run(options, checkpoint)
+    done = run(options, checkpoint, force=True)
     found = {
         "options": asked,
         "checkpoint": str(checkpoint),

@@ -36,7 +36,7 @@ CROPS = {
 def train(path: Path, options: dict[str, object], *flags: str) -> None:
     if not path.exists():
         values = [text for name, value in {**COMMON, **options}.items() for text in (f"--{name}", str(value))]
-        subprocess.run([sys.executable, "-m", "gmconv.train", *values, *flags, "-o", str(path)], check=True)
+        subprocess.run([sys.executable, "-m", "gmconv.train", *values, *flags, "--force", "-o", str(path)], check=True)
 
 
 def accuracy(session: Any, checkpoint: Any) -> float:

@@ -60,7 +60,7 @@ def checkpoint(name: str, folder: Path, given: dict[str, str]) -> Path:
     if name in given:
         path.write_bytes(Path(given[name]).read_bytes())
     elif name in TRAINED:
-        run("gmconv.train", "--dataset", "digits", "--arch", name, "--seed", 1, "-o", path)
+        run("gmconv.train", "--dataset", "digits", "--arch", name, "--seed", 1, "--force", "-o", path)
     else:
         import torch
 

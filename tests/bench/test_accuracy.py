@@ -66,7 +66,7 @@ def test_an_interrupted_run_is_resumed_and_another_setting_is_not_mixed_in(
     assert [line.split("|")[1].strip() for line in lines if line.startswith("| ")] == ["seed", "1", "2"]
     assert math.isfinite(found.low)
     trained: list[str] = []
-    monkeypatch.setattr("gmconv.train.loop.train", lambda options, path: trained.append(path.name) or 1 / 0)
+    monkeypatch.setattr("gmconv.train.loop.train", lambda options, path, force: trained.append(path.name) or 1 / 0)
     assert measure(settings) == (lines, found), "nothing is trained again"
     (tmp_path / "kept" / "resnet20-plain-2.json").unlink()
     for changed in (settings, dataclasses.replace(settings, epochs=2)):

@@ -24,7 +24,7 @@ from PIL import Image
 
 import gmconv
 from gmconv.errors import RefusedError
-from gmconv.train.__main__ import main
+from gmconv.train.__main__ import _goes_on, main
 from gmconv.train.data import digits
 from gmconv.train.loop import Epoch, TrainingError, TrainResult, augment, parameter_groups, schedule, train
 from gmconv.train.options import TrainOptions
@@ -234,7 +234,7 @@ def test_ctrl_c_exits_130_and_keeps_the_best_finished_epoch(tmp_path: Path) -> N
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert gmconv.load_checkpoint(output).labels == tuple("0123456789")
-    assert f"go on with --resume {state}" in errors
+    assert f"go on with: gmconv train --resume {state}" in errors
     assert set(tmp_path.iterdir()) == {output, state}
 
 
@@ -251,13 +251,35 @@ def test_help_does_not_wait_for_torch() -> None:
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("values", "log", "again"),
+    [
+        ({}, None, ""),
+        ({"dataset": "my photos", "arch": "nets:make"}, None, " --data 'my photos' --arch nets:make"),
+        ({"device": "cuda", "arch": "timm:resnet18"}, Path("log.csv"), " --device cuda --log log.csv"),
+    ],
+)
+def test_who_is_interrupted_reads_the_whole_command_that_goes_on(
+    tmp_path: Path, values: dict[str, str], log: Path | None, again: str
+) -> None:
+    values = {"dataset": "digits", "arch": "resnet8", "device": "cpu", **values}
+    state = tmp_path / "c.last.pt"
+    state.touch()
+    said = _goes_on(tmp_path / "c.pt", values, log, anew=True, before=None)
+    assert said.endswith(f"go on with: gmconv train --resume {state}{again}")
+    left = state.stat().st_mtime_ns  # by an earlier run
+    assert "nothing was written" in _goes_on(tmp_path / "c.pt", values, log, anew=True, before=left)
+    assert _goes_on(tmp_path / "c.pt", values, log, anew=False, before=left) == said
+
+
 def test_what_an_interrupt_says_imports_nothing() -> None:
     """A Ctrl-C may fall into torch's own import, and importing it a second time ends the process."""
     said = (
-        "import sys, pathlib, gmconv.train.__main__ as m; print(m._interrupted(pathlib.Path('gone/c.pt'), 'resnet8'))"
+        "import sys, pathlib, gmconv.train.__main__ as m; "
+        "print(m._goes_on(pathlib.Path('gone/c.pt'), {}, None, anew=True, before=None))"
     )
     done = subprocess.run(
         [sys.executable, "-c", f"{said}; assert 'torch' not in sys.modules"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "interrupted before an epoch finished; nothing was written\n"
+    assert done.stdout == " before an epoch finished; nothing was written\n"
