@@ -136,7 +136,7 @@ class Comparison(Shown):
                 Column("to", 0 if several else 4, name=True),
                 *[Column("to live", 2)] * with_live,
             ],
-            "ratio: the median of each round's own, with its 95 % interval; steadier than the medians of all queries",
+            "ratio: the median of each round's own, with its 95 % interval, 1 % between runs included",
         )
         for row in self.rows:
             median, tail = (f"{row.latency[k]:.4g}" if row.latency else "-" for k in ("median", "p99"))

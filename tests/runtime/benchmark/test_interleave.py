@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from runtime.benchmark.interleave import Ratio, bootstrap_ratio, interleave, orders
+from runtime.benchmark.interleave import SESSION, Ratio, bootstrap_ratio, interleave, orders
 from runtime.benchmark.timing import Lane, LoopOptions, Progress, Trace
 
 
@@ -66,6 +66,12 @@ def test_the_interval_holds_a_known_ratio_about_as_often_as_it_says(true: float)
         hits += ratio.low <= true <= ratio.high
         assert ratio.value == pytest.approx(true, rel=0.05)
     assert hits >= 50
+
+
+def test_steady_rounds_do_not_hide_what_differs_between_runs() -> None:
+    lanes = [Scripted(name, [], lambda _, value=value: value) for name, value in (("A", 1.0), ("B", 2.0))]
+    ratio = interleave(lanes, warm_up=0, seconds=0, minimum=20).ratio(1)
+    assert (ratio.low, ratio.value, ratio.high) == pytest.approx((2 - 2 * SESSION, 2, 2 + 2 * SESSION))
 
 
 @settings(max_examples=30)
