@@ -259,7 +259,7 @@ def version_option() -> click.Option:
     )
 
 
-class _Terminated(SystemExit):
+class Sigterm(SystemExit):
     """SIGTERM came."""
 
 
@@ -272,7 +272,7 @@ def _terminable() -> Iterator[None]:
         return
 
     def leave(*_: object) -> NoReturn:
-        raise _Terminated(143)
+        raise Sigterm(143)
 
     signal.signal(signal.SIGTERM, leave)
     try:
@@ -295,7 +295,7 @@ def _exit_if_stopped(error: BaseException | None) -> None:
     while error is not None and id(error) not in met:  # a user's code may close the chain to a circle
         if isinstance(error, KeyboardInterrupt):
             exit_interrupted()
-        if isinstance(error, _Terminated):
+        if isinstance(error, Sigterm):
             sys.exit(143)
         met.add(id(error))
         error = error.__cause__ or error.__context__

@@ -69,6 +69,12 @@ class Interrupted(click.ClickException):
     exit_code = 130
 
 
+class Terminated(Interrupted):
+    """Exit 143: SIGTERM came, and there is more to say of it."""
+
+    exit_code = 143
+
+
 class CheckpointError(click.ClickException):
     """Exit 3: a checkpoint was refused; the message names the file and what to do."""
 

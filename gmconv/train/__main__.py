@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gmconv.cli import SEED, Command, Finite, Whole, echo, progress_console, warn
-from gmconv.errors import CheckpointError, Interrupted, RefusedError, printable
+from gmconv.cli import SEED, Command, Finite, Sigterm, Whole, echo, progress_console, warn
+from gmconv.errors import CheckpointError, Interrupted, RefusedError, Terminated, printable
 from gmconv.files import require_writable, write_text
 from gmconv.foreign import parse_shape
 from gmconv.train.options import is_own, output_path, state_path
@@ -128,6 +128,9 @@ def main(context: click.Context, /, output: Path, plain: bool, as_json: bool, qu
     Of a network that is not of the zoo each plain nn.Conv2d larger than 1x1 becomes a GMConv2d, unless it has GMConv2d
     layers already. The epoch is chosen by the held-out images, so the printed accuracy is the best of that many looks
     at them. Until a run is done, all that --resume needs lies beside the checkpoint, as NAME.last.pt.
+
+    Images of a folder are turned as their EXIF says, scaled by their shortest side, cropped at the centre, and
+    normalized by ImageNet's mean and std (grey ones by 0.5 and 0.25); the manifest says so to all that read it.
     """
     started = time.perf_counter()
     values["arch"] = values["arch"].removeprefix("gmconv.models:")
@@ -160,9 +163,11 @@ def main(context: click.Context, /, output: Path, plain: bool, as_json: bool, qu
             named = resume is not None or _said(context, "output")
             refuse_replacing(output, options, named=named, resumed=resume is not None)
         result = _train_with_progress(options, output, quiet, log, state, force)
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, Sigterm) as error:
         exec("")  # else CPython exits by SIGINT where the interrupt left an exec of a string
         words = _goes_on(output, values, log, anew=resume is None, before=before)
+        if isinstance(error, Sigterm):
+            raise Terminated(f"terminated{words}") from error
         raise Interrupted(f"interrupted{words}") from error
     _report(options, output, result, time.perf_counter() - started, as_json)
 
@@ -294,8 +299,9 @@ def _report(options: TrainOptions, output: Path, result: TrainResult, seconds: f
         f"{result.held_out_images} images (epoch {result.best.epoch} of {options.epochs}), {seconds:.0f} s"
     )
     if not result.learned:
-        most = result.commonest / result.held_out_images
-        warn([f"nothing was learned: always naming the commonest class would be right for {most:.2%}"])
+        most = f"always naming the commonest class would be right for {result.commonest / result.held_out_images:.2%}"
+        unclear = f"{result.held_out_images} held-out images cannot tell whether anything was learned"
+        warn([f"{unclear if result.learned is None else 'nothing was learned'}: {most}"])
     if result.network.note:
         echo(result.network.note)
     if sigmas := [layer.sigma for layer in result.layers if layer.sigma is not None]:

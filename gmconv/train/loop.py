@@ -66,10 +66,16 @@ class TrainResult:
     network: Network
 
     @property
-    def learned(self) -> bool:
-        """Whether its accuracy is above always naming that class, by two standard deviations of such a guess."""
+    def learned(self) -> bool | None:
+        """Whether its accuracy is above always naming that class, by two standard deviations of such a guess.
+
+        None: above by less, or there are too few images for any accuracy to be.
+        """
         share = self.commonest / self.held_out_images
-        return self.best.held_out_accuracy > share + 2 * math.sqrt(share * (1 - share) / self.held_out_images)
+        needed = share + 2 * math.sqrt(share * (1 - share) / self.held_out_images)
+        if self.best.held_out_accuracy > needed:
+            return True
+        return False if self.best.held_out_accuracy <= share and needed < 1 else None
 
     @property
     def macs_kept(self) -> float:

@@ -99,10 +99,32 @@ def test_sigmas_move_and_the_twin_has_none(tmp_path: Path, trained: tuple[Path, 
     assert set(plain.state_dict()) == {k for k in layers.state_dict() if not k.endswith("sigma")}
 
 
-@pytest.mark.parametrize(("accuracy", "learned"), [(0.34, False), (0.36, False), (0.5, True), (1.0, True)])
-def test_what_always_naming_one_class_would_reach_was_not_learned(accuracy: float, learned: bool) -> None:
-    best = Epoch(1, 1.0, 1.1, accuracy)
-    assert TrainResult(best, (best,), (), 300, 100, cast("Any", None)).learned is learned
+@pytest.mark.parametrize(
+    ("right", "images", "commonest", "learned"),
+    [
+        (100, 300, 100, False),
+        (90, 300, 100, False),
+        (102, 300, 100, None),
+        (150, 300, 100, True),
+        (300, 300, 100, True),
+        (18, 48, 12, None),
+        (4, 4, 3, None),
+        (2, 4, 2, None),
+        (0, 4, 2, None),
+    ],
+)
+def test_what_always_naming_one_class_would_reach_was_not_learned_where_that_can_be_told(
+    right: int, images: int, commonest: int, learned: bool | None
+) -> None:
+    best = Epoch(1, 1.0, 1.1, right / images)
+    assert TrainResult(best, (best,), (), images, commonest, cast("Any", None)).learned is learned
+
+
+def test_few_images_are_said_to_tell_nothing(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).normal(size=(20, 1, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "few.npz", input=images, labels=np.arange(20) % 2)
+    done = CliRunner().invoke(main, [*TINY_ARGS, "--data", str(tmp_path / "few.npz"), "-o", str(tmp_path / "c.pt")])
+    assert "4 held-out images cannot tell whether anything was learned: always naming" in done.stderr
 
 
 def test_an_epoch_is_better_by_accuracy_then_loss() -> None:
@@ -220,7 +242,12 @@ def test_an_output_whose_folder_is_gone_is_refused_before_training(tmp_path: Pat
         train(TINY, tmp_path / "gone" / "c.pt")
 
 
-def test_ctrl_c_exits_130_and_keeps_the_best_finished_epoch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_who_stops_it_keeps_the_best_finished_epoch_and_reads_how_to_go_on(
+    tmp_path: Path, number: signal.Signals, code: int, word: str
+) -> None:
     output, state = tmp_path / "c.pt", tmp_path / "c.last.pt"
     command = [sys.executable, "-m", "gmconv.train", "--epochs", "500", *TINY_ARGS[2:], "-o", str(output)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -228,10 +255,10 @@ def test_ctrl_c_exits_130_and_keeps_the_best_finished_epoch(tmp_path: Path) -> N
     while not state.exists() and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted" in errors
+    assert process.returncode == code
+    assert f"Error: {word}; the best epoch" in errors
     assert "Traceback" not in errors
     assert gmconv.load_checkpoint(output).labels == tuple("0123456789")
     assert f"go on with: gmconv train --resume {state}" in errors
