@@ -103,7 +103,7 @@ def deploy(
     """Bake, export and prove a live network, of any class, also one defined in a notebook; it stays as it is.
 
     Args:
-        model: the network as your program has it.
+        model: the network as your program has it, also in `torch.compile`, data parallelism or an average of weights.
         examples: one batch of what its forward takes: a tensor, a tuple of tensors, or a dict by argument. The proof
             runs on them too, so real data says more than noise.
         output: the ONNX file; with the suffix .plan or .engine an engine, and the ONNX file beside it.
@@ -129,7 +129,7 @@ def deploy(
     """
     from export.onnx.pipeline import export_onnx
     from export.onnx.trained import Live
-    from gmconv.surgery import require_module
+    from gmconv.surgery import network_within, require_module
     from runtime.manifest import read_manifest, refuse_other_artefact, refuse_unnamed
 
     require_module(model, "deploy")
@@ -144,7 +144,7 @@ def deploy(
         raise RefusedError(f"flavor={flavor!r}: it takes {', '.join(get_args(Flavor))}")
     if flavor != "auto" and not engine:
         raise RefusedError(f"flavor={flavor!r} is of an engine: output={output.with_suffix('.plan').name!r} builds one")
-    live = Live(model, examples, Foreign(preprocessing=said or None, labels=labels_of(labels)))
+    live = Live(network_within(model), examples, Foreign(preprocessing=said or None, labels=labels_of(labels)))
     written = output.with_suffix(".onnx") if engine else output
     if engine:
         from export.tensorrt import BuildOptions, build_engine

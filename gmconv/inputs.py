@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gmconv.errors import RefusedError, printable
+from gmconv.surgery import network_within
 
 Array = NDArray[Any]
 Sides = Literal["own", "larger", "odd", "smaller"]
@@ -55,6 +56,11 @@ def arguments_of(model: nn.Module, examples: Any) -> Arguments:
     Raises RefusedError when they are no tensors, have no batch axis, differ in it, or are no arguments of the forward.
     """
     if isinstance(examples, Mapping):
+        if len(examples) > 1 and not _positional(model):
+            raise RefusedError(
+                "the network's forward takes *args, so which argument is called what is not known: give a tuple of "
+                "examples in its order, or the network within it"
+            )
         named = {str(name): value for name, value in examples.items()}
     else:
         given: Sequence[Any] = examples if isinstance(examples, list | tuple) else [examples]
@@ -95,7 +101,7 @@ def in_order(model: nn.Module, inputs: Sequence[Input]) -> tuple[Input, ...]:
 
 def left_out(model: nn.Module, inputs: Sequence[Input]) -> tuple[str, ...]:
     """A note on what `model`'s forward takes too and has a default for, where there is any."""
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = _parameters(model)
     known = [parameter for parameter in parameters if parameter.kind in _POSITIONAL][len(inputs) :]
     known += [parameter for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
     defaults = [(one.name, printable(repr(one.default), 40)) for one in known if one.default is not one.empty]
@@ -134,8 +140,12 @@ def tensors_of(
 
 
 def _positional(model: nn.Module) -> list[str]:
-    parameters = inspect.signature(model.forward).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind in _POSITIONAL]
+    return [parameter.name for parameter in _parameters(model) if parameter.kind in _POSITIONAL]
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    """What the forward takes, also that of a network in wrappers, which take anything."""
+    return list(inspect.signature(network_within(model).forward).parameters.values())
 
 
 def _described(name: str, tensor: Tensor) -> Input:

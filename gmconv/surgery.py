@@ -23,6 +23,9 @@ Subclasses = Literal["refuse", "skip", "replace"]
 
 _CONV_BEHAVIOUR = ("forward", "_conv_forward", "__call__", "_call_impl")
 _GMCONV_BEHAVIOUR = (*_CONV_BEHAVIOUR, "mask", "baked_weight")
+#: Wrappers of torch and timm that hand on what they are given, and how each calls the network within.
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+_WRAPPERS |= dict.fromkeys(("AveragedModel", "ModelEmaV2", "ModelEmaV3"), "module")
 
 
 def convert(
@@ -132,6 +135,14 @@ def require_module(model: object, function: str) -> None:
             f"{function} takes the network itself, a torch.nn.Module, and got {given}; "
             f"gmconv.load_checkpoint(FILE, arch=...).model is the one in a file"
         )
+
+
+def network_within(model: nn.Module) -> nn.Module:
+    """The network in the wrappers of `torch.compile`, data parallelism and weight averaging, nested or none."""
+    kind = type(model)
+    name = _WRAPPERS.get(kind.__name__) if kind.__module__.startswith(("torch.", "timm.")) else None
+    inner = model._modules.get(name) if name else None
+    return model if inner is None else network_within(inner)
 
 
 def copied(model: M, memo: dict[int, Any] | None = None) -> M:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import itertools
 import logging
 import os
@@ -92,7 +93,7 @@ def to_onnx(
                 opset_version=opset,
                 input_names=list(examples),
                 output_names=list(output_names),
-                dynamic_shapes=tuple(free) if any(free) else None,
+                dynamic_shapes=_placed(model, free) if any(free) else None,
             )
     except Exception as error:  # the exporter raises its own types, torch.export's and plain ones
         raise RefusedError(why_not(error, model, hw=axes.hw)) from error
@@ -114,6 +115,15 @@ def to_onnx(
     require_convolutions(graph_model, _kernels(program.exported_program, needed, parameters))
     ranges = _ranges(program.exported_program, graph_model)
     return Exported(graph_model, frozenset(parameters.values()), program.exported_program, ranges)
+
+
+def _placed(model: nn.Module, free: Sequence[Any]) -> tuple[Any, ...]:
+    """What is said of each argument of the forward, in its order: a `*args` is one, and holds the rest."""
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(free)
+    before = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*free[:before], tuple(free[before:])) if len(free) > before else tuple(free)
 
 
 def _ranges(program: torch.export.ExportedProgram, model: ir.Model) -> dict[str, AxisRange]:

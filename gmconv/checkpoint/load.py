@@ -28,7 +28,7 @@ from gmconv.files import replacing, unwritable
 from gmconv.foreign import DTYPES, OTHERWISE, labels_of, preprocessing_of
 from gmconv.images import Preprocessing, differences, read_preprocessing
 from gmconv.inputs import Input, in_order
-from gmconv.surgery import masked_layers, require_module
+from gmconv.surgery import masked_layers, network_within, require_module
 
 SCHEMA = "gmconv-deploy.checkpoint/v1"
 _LARGEST_INPUT = 2**28  # elements of one sample: a gigabyte
@@ -89,7 +89,7 @@ def save_checkpoint(
 
     Args:
         path: of the file, usually `*.pt`.
-        model: live (its GMConv2d layers are recorded by name) or plain.
+        model: live (its GMConv2d layers are recorded by name) or plain; out of `torch.compile` and the like.
         arch: `"gmconv.models:resnet20"`, `"torchvision:NAME"`, `"timm:NAME"`, or
             `"package.module:factory"`, which `load_checkpoint` accepts only with `arch=` (`--arch`) said again: a file
             may not choose code to run.
@@ -106,6 +106,7 @@ def save_checkpoint(
     if unknown := sorted(facts.keys() - Facts.__annotations__.keys()):
         raise TypeError(f"save_checkpoint takes no {unknown[0]!r}; it takes {', '.join(Facts.__annotations__)}")
     require_module(model, "save_checkpoint")
+    model = network_within(model)
     path = Path(path)
     kwargs = plain_kwargs(arch_kwargs or {}, str(path))
     masked: dict[str, str] = {name: layer.sigma_per for name, layer in masked_layers(model).items()}

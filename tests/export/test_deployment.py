@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 import gmconv
 from export.deployment import Deployed
@@ -401,3 +403,43 @@ def test_golden_pairs_of_pixels_or_of_labels_are_refused_in_one_sentence(net: nn
         np.savez(tmp_path / "golden.npz", **given)
         with pytest.raises(RefusedError, match=words):
             gmconv.deploy(net, example, tmp_path / "net.onnx", golden=tmp_path / "golden.npz")
+
+
+class Handing(nn.Module):
+    """A wrapper of a user's own, which takes anything."""
+
+    def __init__(self, within: nn.Module) -> None:
+        super().__init__()
+        self.within = within
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> object:
+        return self.within(*args, **kwargs)
+
+
+class Scaled(Net):
+    def forward(self, image: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(image) * scale
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, lambda net: torch.compile(nn.DataParallel(net))])
+def test_a_network_in_wrappers_is_the_network(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    net, scale = Scaled().eval(), torch.tensor([[1.0], [2.0], [3.0]])
+    image = torch.randn(3, 3, 8, 8)
+    wrapped = wrap(net)
+    done = gmconv.deploy(wrapped, {"scale": scale, "image": image}, tmp_path / "net.onnx")
+    assert [spec.name for spec in done.manifests[0].inputs] == ["image", "scale"]
+    assert done.manifests[0].arch is not None
+    assert "Scaled, in memory" in done.manifests[0].arch
+    with open_runner(done.path) as runner, torch.no_grad():
+        found = runner.run({"image": image.numpy(), "scale": scale.numpy()})["logits"]
+        assert np.allclose(found, net(image, scale).numpy(), atol=1e-5)
+    assert isinstance(wrapped, nn.Module)
+
+
+def test_a_wrapper_that_takes_anything_takes_its_examples_in_order(tmp_path: Path) -> None:
+    net, scale, image = Handing(Scaled()), torch.tensor([[1.0], [2.0], [3.0]]), torch.randn(3, 3, 8, 8)
+    done = gmconv.deploy(net, (image, scale), tmp_path / "net.onnx")
+    assert [spec.shape for spec in done.manifests[0].inputs] == [("batch", 3, 8, 8), ("batch", 1)]
+    assert gmconv.deploy(Handing(Net()), image, tmp_path / "one.onnx").passed
+    with pytest.raises(RefusedError, match=r"takes \*args, .* give a tuple of examples in its order, or the network"):
+        gmconv.deploy(net, {"scale": scale, "image": image}, tmp_path / "named.onnx")

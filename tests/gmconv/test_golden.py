@@ -175,3 +175,15 @@ def test_a_full_disk_leaves_no_half_of_the_pairs(tmp_path: Path, monkeypatch: py
     with pytest.raises(UnavailableError, match=r"pairs\.npz: cannot be written \(No space left"):
         gmconv.save_golden(nn.Tanh(), torch.ones(2, 3), tmp_path / "pairs")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_in_wrappers_is_recorded_by_its_own_names(tmp_path: Path) -> None:
+    class Less(nn.Module):
+        def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            return left - right
+
+    given = {"right": torch.ones(2, 3), "left": torch.full((2, 3), 3.0)}
+    gmconv.save_golden(nn.DataParallel(Less()), given, tmp_path / "pairs")
+    with np.load(tmp_path / "pairs.npz") as pairs:
+        assert (pairs["input.right"] == 1).all()
+        assert (pairs["output"] == 2).all()

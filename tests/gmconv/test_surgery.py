@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.optim.swa_utils import AveragedModel
 
 import gmconv
 from gmconv import GMConv2d
 from gmconv.errors import BakeError, SurgeryError
-from gmconv.surgery import masked_layers
+from gmconv.surgery import masked_layers, network_within
 
 
 @pytest.mark.parametrize("given", ["net.pth", {}, nn.ReLU, None], ids=lambda given: type(given).__name__)
@@ -248,3 +249,16 @@ def test_a_refused_conversion_changes_nothing() -> None:
         gmconv.convert(model, inplace=True)
     assert type(model[0]) is nn.Conv2d
     assert list(model.state_dict()) == list(before)
+
+
+def test_the_network_within_is_that_of_wrappers_that_hand_on_what_they_are_given() -> None:
+    class DataParallel(nn.Module):  # a user's own, which may do anything
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Identity()
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    assert network_within(torch.compile(nn.DataParallel(torch.compile(net)))) is net
+    assert isinstance(network_within(AveragedModel(nn.DataParallel(net))), nn.Sequential)
+    own = DataParallel()
+    assert network_within(own) is own

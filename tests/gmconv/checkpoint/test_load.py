@@ -394,3 +394,17 @@ def test_a_foreign_file_must_be_told_its_architecture_and_input(model: nn.Module
 def test_saving_where_one_may_not_write_is_one_sentence(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be written"):
         gmconv.save_checkpoint(tmp_path / "nowhere" / "net.pt", model, ARCH, SHAPE)
+
+
+def test_a_network_in_wrappers_is_saved_and_built_without_them(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gmconv.save_checkpoint(tmp_path / "net.pt", nn.DataParallel(model), ARCH, SHAPE)
+    assert same_outputs(gmconv.load_checkpoint(tmp_path / "net.pt").model, model)
+    (tmp_path / "wrapping_nets.py").write_text(
+        "from gmconv.models import resnet20\nimport torch\ndef make(): return torch.nn.DataParallel(resnet20())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    loaded = gmconv.load_checkpoint(tmp_path / "net.pt", arch="wrapping_nets:make")
+    assert not isinstance(loaded.model, nn.DataParallel)
+    assert same_outputs(loaded.model, model)
