@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 
 from gmconv.classes import positions
 from gmconv.errors import RefusedError
-from gmconv.images import SUFFIXES, Preprocessing, class_folders, image_files, load_image, load_mask, prepare_grey
+from gmconv.images import (
+    SUFFIXES,
+    TAKEN,
+    Preprocessing,
+    class_folders,
+    image_files,
+    load_image,
+    load_mask,
+    prepare_grey,
+)
 from gmconv.npz import LABEL_NAMES, image_array, npz_array, npz_header, npz_layout, npz_names, npz_rows
 from gmconv.packages import require
 from gmconv.splits import Labels, Part, recognize, split_indices
@@ -239,7 +248,7 @@ def refuse_missing(spec: str | Path) -> None:
         return
     if path.is_dir():
         if not any(file.suffix.lower() in SUFFIXES for file in path.rglob("*")):  # which ends at the first
-            raise RefusedError(f"{spec}: holds no images ({', '.join(sorted(SUFFIXES))})")
+            raise RefusedError(f"{spec}: holds no images ({', '.join(TAKEN)})")
     elif path.suffix == ".npz":
         if (image := image_array(npz_names(path))) is not None:
             npz_header(path, image)

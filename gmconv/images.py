@@ -25,8 +25,10 @@ T = TypeVar("T")
 
 #: Decoders that a stranger's bytes may reach; the others of PIL stay shut.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
+#: Their files.
+TAKEN = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".webp")
 #: Files that count as images in a folder. One of another format is refused by name rather than skipped.
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+SUFFIXES = frozenset({*TAKEN, ".gif", ".tif", ".tiff"})
 #: Largest image in pixels (100 MB decoded), read from its header before anything is decoded.
 MAX_PIXELS = 2**25
 MAX_SIDE = 30_000
@@ -144,12 +146,16 @@ def _decoded(source: bytes | Path, use: Callable[[Image], T]) -> T:
     except FileNotFoundError as error:
         raise RefusedError(f"{name}: no such file") from error
     except pil.UnidentifiedImageError as error:
+        if not (source.stat().st_size if isinstance(source, Path) else source):
+            raise RefusedError(f"{name}: is empty; copy the image again") from error
         raise RefusedError(f"{name}: not a JPEG, PNG, WebP, BMP or PPM image; convert it") from error
     except pil.DecompressionBombError as error:
         raise RefusedError(f"{name}: too many pixels; at most {MAX_PIXELS:,} are decoded") from error
     except RefusedError:
         raise
     except Exception as error:  # a hostile file can make a decoder raise anything
+        if isinstance(error, OSError) and error.errno:  # the system's, not a decoder's
+            raise RefusedError(f"{name}: cannot be read ({error.strerror})") from error
         why = str(error) or type(error).__name__
         raise RefusedError(f"{name}: cannot be decoded ({why[:120]}); save the image again") from error
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gmconv.data import array_entries, file_entries, load_samples
 from gmconv.errors import DataError
-from gmconv.images import SUFFIXES, Preprocessing, class_folders, image_files, load_image, read_preprocessing
+from gmconv.images import TAKEN, Preprocessing, class_folders, image_files, load_image, read_preprocessing
 from gmconv.packages import require
 from gmconv.splits import split_indices, split_record
 
@@ -201,7 +201,7 @@ def _scan(folder: Path) -> tuple[list[Path], Indices, tuple[str, ...]]:
     for index, entry in enumerate(classes):
         found = image_files(entry)
         if not found:
-            raise DataError(f"{entry}: holds no images ({', '.join(sorted(SUFFIXES))})")
+            raise DataError(f"{entry}: holds no images ({', '.join(TAKEN)})")
         files += found
         targets += [index] * len(found)
     return files, np.asarray(targets, np.int64), tuple(entry.name for entry in classes)

@@ -115,7 +115,11 @@ def test_one_flag_says_where_images_are_and_the_older_ones_say_it_of_one_use(
 def test_data_that_is_not_there_is_refused_before_the_command_begins(tmp_path: Path) -> None:
     command = click.command()(data_options(lambda **_: pytest.fail("it began")))
     (tmp_path / "empty").mkdir()
-    for name, words in (("empty", "holds no images"), ("no.npz", "no such file"), ("none", "no such data")):
+    for name, words in (
+        ("empty", "holds no images (.bmp, .jpeg, .jpg, .pgm, .png, .ppm, .webp)"),
+        ("no.npz", "no such file"),
+        ("none", "no such data"),
+    ):
         done = CliRunner().invoke(command, ["--data", str(tmp_path / name)])
         assert done.exit_code == 3
         assert words in done.output

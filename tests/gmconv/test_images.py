@@ -152,6 +152,15 @@ def test_other_files_are_refused(content: bytes, tmp_path: Path) -> None:
             load_image(source, RGB)
 
 
+def test_what_the_system_refuses_is_no_damaged_image(tmp_path: Path) -> None:
+    (loop := tmp_path / "loop.png").symlink_to("loop.png")
+    with pytest.raises(RefusedError, match=r"loop.png: cannot be read \(Too many levels of symbolic links\)$"):
+        load_image(loop, RGB)
+    (empty := tmp_path / "empty.png").touch()
+    with pytest.raises(RefusedError, match="empty.png: is empty"):
+        load_image(empty, RGB)
+
+
 def test_formats_with_large_decoders_stay_shut() -> None:
     for form in ("GIF", "TIFF", "ICO"):
         with pytest.raises(RefusedError, match="not a JPEG, PNG"):
