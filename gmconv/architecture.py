@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -118,6 +119,8 @@ def _make(namespace: str, name: str, kwargs: dict[str, Any], where: str, arch: s
     if namespace == "gmconv.models":
         from gmconv import models
 
+        if trusted and name not in models.list():
+            _refuse_module(name, where)
         masks = ("gmconv", "sigma", "sigma_per")  # what create() was told about masks is in the list of masked layers
         return models.create(name, gmconv=False, **{k: v for k, v in kwargs.items() if k not in masks})
     if namespace == "torchvision.models":
@@ -142,6 +145,16 @@ def _make(namespace: str, name: str, kwargs: dict[str, Any], where: str, arch: s
     factory = _own_factory(namespace, name, where, arch)
     with contextlib.chdir("."):  # as hydra does it, a factory may leave another one behind
         return factory(**kwargs)
+
+
+def _refuse_module(name: str, where: str) -> None:
+    """Where a name without a colon is no network of the zoo, and is a module that can be imported."""
+    find_own(name, "make", where)
+    with contextlib.suppress(ImportError, ValueError):
+        if "." not in name and importlib.util.find_spec(name):
+            raise CheckpointError(
+                f"{where}: gmconv.models has no network {name!r}; did you mean a factory of your own, {name}:make?"
+            )
 
 
 def _own_factory(namespace: str, name: str, where: str, arch: str) -> Callable[..., object]:

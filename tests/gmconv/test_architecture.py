@@ -46,6 +46,18 @@ def test_a_module_that_is_misspelt_or_lies_in_src_is_named(tmp_path: Path, monke
     assert "set PYTHONPATH=src" in message
 
 
+def test_a_module_without_its_factory_is_no_network_of_the_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_nets_alone.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    assert "did you mean a factory of your own, own_nets_alone:make?" in refused("own_nets_alone")
+    assert "did you mean own_nets_alone:make?" in refused("own_nets_alone.make")
+    assert "is a file; name the module: own_nets_alone:make" in refused("own_nets_alone.py")
+    assert "did you mean resnet32 or resnet20" in refused("resnet21")
+    with pytest.raises(CheckpointError, match="known: "):  # a file's word leads to nobody's module
+        build("own_nets_alone", {}, "net.pt", trusted=False)
+
+
 def test_what_a_module_of_the_users_lacks_is_not_called_the_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
