@@ -23,9 +23,11 @@ async def classify_image(service: Service, request: Request) -> dict[str, Any]:
     assert model.manifest is not None
     assert model.manifest.preprocessing is not None
     k = _count(parse_qs(request.query).get("k", ["5"])[-1])
+    if not (image := bytes(request.body())):
+        raise RequestError("the body is empty; send the image file: curl --data-binary @image.png")
     began = monotonic_ns()
     try:
-        pixels = await service.decoders.decode(bytes(request.body()), model.manifest.preprocessing)
+        pixels = await service.decoders.decode(image, model.manifest.preprocessing)
     except RequestError as error:
         kind = request.headers.get(b"content-type", b"")
         if error.code is Code.INVALID and kind.startswith(b"multipart/"):

@@ -14,7 +14,9 @@ from struct import pack
 import pytest
 from PIL import Image
 
+from gmconv.images import FORMATS
 from runtime.serve.errors import RequestError
+from runtime.serve.http.app import PAGE
 from runtime.serve.http.images import Decoders
 
 from ..conftest import IMAGE, Server, classifier
@@ -48,7 +50,11 @@ def png(width: int, height: int) -> bytes:
 
 def test_scans_sides_and_memory_have_limits_and_the_next_image_is_read(start: Start, tmp_path: Path) -> None:
     server = start(classifier(tmp_path / "m.onnx"))
-    for body, why in ((scans(600), b"more than 500 scans"), (png(1, 30_001), b"no side may be longer")):
+    for body, why in (
+        (scans(600), b"more than 500 scans"),
+        (png(1, 30_001), b"no side may be longer"),
+        (b"", b"the body is empty; send the image file"),
+    ):
         status, _, answer = server.request("POST", CLASSIFY, body)
         assert status == 400
         assert why in answer
@@ -72,6 +78,12 @@ def test_packages_of_our_names_in_the_working_directory_are_nobodys_code_here(
         await process.wait()
 
     asyncio.run(run())
+
+
+def test_the_page_names_the_formats_that_are_decoded() -> None:
+    page = (PAGE / "index.html").read_text()
+    assert "JPEG, PNG, WebP, BMP or PPM." in page
+    assert FORMATS == ("JPEG", "PNG", "WEBP", "BMP", "PPM")
 
 
 def test_an_image_that_is_none_costs_no_process() -> None:
