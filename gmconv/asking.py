@@ -21,8 +21,9 @@ from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import click
 
-from gmconv.errors import RefusedError
+from gmconv.errors import RefusedError, UnavailableError
 from gmconv.foreign import labels_of, preprocessing_fields
+from gmconv.packages import missing
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -63,7 +64,7 @@ class Asked(Generic[T]):
         self._renamed, self._phrases = dict(renamed or {}), dict(phrases or {})
         self._places = {name: f"{group}.{name}" for group, part in self._groups.items() for name in _names(part)}
         self._places |= {name: name for name in _names(kind)}
-        for name in (*without, "labels_file", "usual_inputs"):
+        for name in (*without, "labels_file", "usual_inputs", "beside"):
             self._places.pop(name, None)
         self._places |= {name: where for name, where in self._renamed.items() if where not in self._places}
         self._known = {*self._places, *self._renamed, *(("mean", "std") if "foreign" in self._groups else ())}
@@ -150,7 +151,8 @@ class Asked(Generic[T]):
 
     @contextmanager
     def _words(self) -> Iterator[None]:
-        """Have whatever is refused meanwhile say parameters in place of flags, unless a command is at work."""
+        """Have whatever is refused meanwhile say parameters in place of flags, and what is not installed how to install
+        it, unless a command is at work."""
         if _OUTER.get() or click.get_current_context(silent=True) is not None:
             yield
             return
@@ -160,6 +162,10 @@ class Asked(Generic[T]):
         except click.ClickException as error:
             said = type(error)(self.in_python(error.message))
             raise said.with_traceback(error.__traceback__) from None  # the exporter's chain is hundreds of lines
+        except ModuleNotFoundError as error:
+            if sentence := missing(error):
+                raise UnavailableError(sentence) from error
+            raise
         finally:
             _OUTER.reset(token)
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -35,7 +35,8 @@ class Foreign:
     `input_shape` is `(C, H, W)` of one image; a network of several inputs, or of none that is an image, has `inputs`
     instead, `(name, shape of one sample, dtype)` of each. `preprocessing` has fields of `gmconv.images.Preprocessing`.
     `labels_file` is where `labels` were read. `weights` is where in the file the weights are, `"state_dict_ema"` or
-    `"ema.module"`. `usual_inputs` are what other files of the network say, for a checkpoint of which nothing else does.
+    `"ema.module"`. `usual_inputs` are what other files of the network say, for a checkpoint of which nothing else does;
+    `beside` are those files.
     """
 
     arch: str | None = None
@@ -47,6 +48,7 @@ class Foreign:
     labels_file: Path | None = None
     weights: str | None = None
     usual_inputs: tuple[tuple[str, tuple[int, ...], str], ...] | None = None
+    beside: tuple[Path, ...] = field(default=(), compare=False)
 
     def given(self) -> dict[str, Any]:
         """Those that are not None."""
@@ -64,7 +66,7 @@ class Foreign:
             raise RefusedError(f"{idle[0]} describes a checkpoint, and none is read here ({files}): leave it out")
 
 
-_ASKED = [field.name for field in fields(Foreign) if field.name not in ("labels_file", "usual_inputs")]
+_ASKED = [one.name for one in fields(Foreign) if one.name not in ("labels_file", "usual_inputs", "beside")]
 NOTHING = Foreign()
 
 
@@ -198,7 +200,7 @@ def preprocessing_fields(given: Mapping[str, Any] | str | os.PathLike[str] | Non
     found: Any = read_preprocessing_file(Path(given)) if isinstance(given, str | os.PathLike) else given
     if found is None or (isinstance(found, Mapping) and not found):
         return None
-    names = [field.name for field in fields(Preprocessing)]
+    names = [one.name for one in fields(Preprocessing)]
     takes = f"it takes a dict, or a JSON file, with {', '.join(names)}"
     if not isinstance(found, Mapping):
         raise RefusedError(f"preprocessing is a {type(found).__name__}; {takes}")

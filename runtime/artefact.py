@@ -107,11 +107,11 @@ def open_artefact(path: str | Path, *, require_manifest: bool = False) -> Artefa
     return Artefact(path=path, kind=kind, manifest=manifest, facts=facts_of(manifest), sha256=sha256_of(manifest))
 
 
-def exported_as(checkpoint: Path) -> str:
-    """How an artefact beside `checkpoint` was exported from it, as the end of a sentence; "" where none says so."""
+def exported_as(checkpoint: Path, first: Sequence[Path] = ()) -> str:
+    """How one of the `first` artefacts, else one beside `checkpoint`, was exported from it, as the end of a sentence;
+    "" where none says so."""
     own = sha256_file(checkpoint)
-    for path in sorted(checkpoint.parent.glob("*.json")):
-        artefact = path.with_suffix("")
+    for artefact in (*first, *(path.with_suffix("") for path in sorted(checkpoint.parent.glob("*.json")))):
         try:
             manifest = read_manifest(artefact, verify=False)
         except RefusedError:  # another file's business

@@ -15,11 +15,12 @@ from runtime.runners import open_runner
 
 
 def with_neighbours(foreign: Foreign, paths: Iterable[Path]) -> Foreign:
-    """`foreign` with the inputs that the first ONNX file or engine among `paths` has, unless it says them itself.
+    """`foreign` with `paths` beside it, and the inputs of the first ONNX file or engine of them, unless it says them.
 
     Of an engine without a manifest nothing is known before it runs.
     """
     paths = list(paths)
+    foreign = replace(foreign, beside=tuple(paths))
     if foreign.inputs or foreign.input_shape:
         return foreign
     kinds = [artefact_kind(path) for path in paths]

@@ -361,7 +361,7 @@ def load(checkpoint: Path, foreign: Foreign) -> Checkpoint:
     except (ArchitectureUnsaidError, InputsUnsaidError) as error:
         if foreign.usual_inputs and not foreign.inputs:
             return load(checkpoint, replace(foreign, inputs=foreign.usual_inputs))
-        raise type(error)(error.message + exported_as(Path(checkpoint))) from None
+        raise type(error)(error.message + exported_as(Path(checkpoint), foreign.beside)) from None
 
 
 def rounding(precision: str, **options: Any) -> Rounding:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import gmconv
 from export import export_onnx
-from gmconv.errors import ArchitectureUnsaidError, InputsUnsaidError
+from gmconv.errors import ArchitectureUnsaidError, CheckpointError, InputsUnsaidError
 from gmconv.foreign import NOTHING, Foreign
 from runtime import compare_artefacts, score_artefacts, time_artefacts
 from runtime.artefact import Facts, usual_inputs
@@ -97,3 +97,15 @@ def test_alone_it_is_refused_with_all_that_it_needs(
         load(folder / "net.pth", Foreign(**said))
     with pytest.raises(ArchitectureUnsaidError, match="give --arch NAME and --input-shape C,H,W of one image"):
         load(folder / "net.pth", NOTHING)
+
+
+def test_the_architecture_is_that_of_the_file_at_hand_before_those_beside_the_checkpoint(
+    folder: Path, tmp_path: Path
+) -> None:
+    for name in ("net.pth", "net.onnx", "net.onnx.json"):
+        shutil.copy(folder / name, tmp_path / name)
+    for name in ("net.onnx", "net.onnx.json"):  # a sibling, the first by name
+        shutil.copy(folder / name, tmp_path / name.replace("net", "a"))
+    given = with_neighbours(Foreign(), [tmp_path / "net.pth", tmp_path / "net.onnx"])
+    with pytest.raises(CheckpointError, match=rf"; net\.onnx was exported from it with --arch {ARCH}"):
+        load(tmp_path / "net.pth", given)
