@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -167,3 +169,9 @@ def test_a_refusal_keeps_its_class_and_code_and_names_parameters_unless_a_comman
     assert refusal.value.exit_code == 3
     with click.Context(command), pytest.raises(RefusedError, match="leave --force out"):
         function(force=True)
+
+
+def test_what_is_not_installed_is_said_with_the_line_that_installs_it() -> None:
+    code = "import sys; sys.modules['torch'] = None; import gmconv; gmconv.deploy(None, None)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "UnavailableError: torch is not installed: " in done.stderr.splitlines()[-1]
