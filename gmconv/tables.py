@@ -21,7 +21,8 @@ FAILED = Text("FAILED", style="red")
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A heading with its unit. The largest `spare` is left out first; 0 stays for as long as there is room at all.
+    """A heading with its unit. The largest `spare` is left out first; 0 stays for as long as there is room at all, and
+    for 1 and 2 names are folded at every space.
 
     0 is what tells rows apart, and what they are about; of the spare ones, those that say nothing of any row go first.
     `name`: text on the left that may be folded; every other cell is a number, on the right, in one piece.
@@ -78,7 +79,8 @@ class Table:
             return shown, widths
         spares = set(range(len(self.columns))) - set(shown)
         for spare in sorted(spares, key=lambda index: (self._says_nothing(index), self.columns[index].spare)):
-            if self._taken(found := self._least(wider := sorted([*shown, spare]))) <= width:
+            folded = 0 if self.columns[spare].spare <= 2 else _FOLDED
+            if self._taken(found := self._least(wider := sorted([*shown, spare]), folded=folded)) <= width:
                 shown, widths = wider, found
         return shown, widths
 
@@ -95,13 +97,13 @@ class Table:
     def _word(self, index: int) -> int:
         return max((cell_len(word) for row in self.rows for word in row[index].plain.split()), default=0)
 
-    def _least(self, shown: Sequence[int], broken: int = 0) -> list[int]:
+    def _least(self, shown: Sequence[int], broken: int = 0, folded: int = _FOLDED) -> list[int]:
         widths = []
         for index in shown:
             column = self.columns[index]
             longest = self._cells(index)
             if column.name:
-                longest = min(longest, broken or min(_NAME, max(_FOLDED, self._word(index))))
+                longest = min(longest, broken or min(_NAME, max(folded, self._word(index))))
             widths.append(max(longest, *map(len, column.title.split()), 0))
         return widths
 

@@ -104,7 +104,7 @@ def parity_table(parity: Parity, *, baking: bool = True) -> Table:
 
     several = len({output.output for hop in parity.hops for output in hop.outputs}) > 1
     columns = (
-        *(("max abs", 3), ("mean abs", 5), ("err/RMS", 0), ("1-cosine", 4), ("top-1", 1), ("tolerance", 2)),
+        *(("max abs", 3), ("mean abs", 5), ("err/RMS", 0), ("1-cosine", 4), ("top-1", 2), ("tolerance", 1)),
         *(("margin", 0), ("", 0)),
     )
     table = Table(

@@ -129,12 +129,12 @@ class Comparison(Shown):
             f"Interleaved, {self.interleaved.rounds} rounds",
             [
                 Column("artefact", name=True),
-                Column("runs in", 3, name=True),
+                Column("runs in", 5, name=True),
                 Column("median [ms]"),
-                Column("p99 [ms]", 1),
+                Column("p99 [ms]", 3),
                 Column("latency ratio"),
-                Column("to", 0 if several else 4, name=True),
-                *[Column("to live", 2)] * with_live,
+                Column("to", 0 if several else 6, name=True),
+                *[Column("to live", 4)] * with_live,
             ],
             "ratio: the median of each round's own, with its 95 % interval, 1 % between runs included",
         )

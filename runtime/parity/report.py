@@ -216,7 +216,7 @@ def _table(report: ParityReport, candidate: CandidateReport) -> Table:
     several = len({output.output for hop in candidate.verdict.hops for output in hop.outputs}) > 1
     columns = (
         *(("samples", 7), ("max abs", 3), ("mean abs", 6), ("err/RMS", 0), ("SNR [dB]", 4), ("1-cosine", 5)),
-        *(("top-1", 1), ("top-5", 8), ("tolerance", 2), ("margin", 0), ("", 0)),
+        *(("top-1", 2), ("top-5", 8), ("tolerance", 1), ("margin", 0), ("", 0)),
     )
     table = Table(
         f"{candidate.path.name} ({candidate.engine}) against {report.reference.name} ({report.engine})",
