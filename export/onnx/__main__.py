@@ -51,7 +51,7 @@ def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Prec
 @click.option("--force", is_flag=True, help="Overwrite a file of another precision or target, or that says more.")
 @report_option
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON; a list of several precisions.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no table.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no tables: the closing lines alone.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what the exporter prints.")
 def main(
     checkpoint: Path,
@@ -63,7 +63,7 @@ def main(
     **flags: Any,
 ) -> None:
     """Bake the masks of CHECKPOINT, export it to ONNX, and prove that ONNX Runtime computes the same."""
-    from export.onnx.tables import print_export
+    from export.onnx.tables import print_export, print_passed
     from gmconv.cli import print_json, progress_console, warn
     from runtime.manifest import read_manifest, refuse_unnamed
 
@@ -89,9 +89,12 @@ def main(
         if as_json:
             found = [manifest.to_dict() for manifest in manifests]
             print_json(found if len(found) > 1 else found[0])
-        return
+            return
     for index, written in enumerate(files):
-        print_export(written, first=index == 0)
+        if quiet:
+            print_passed(written)
+        else:
+            print_export(written, first=index == 0)
 
 
 if __name__ == "__main__":

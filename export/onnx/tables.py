@@ -64,8 +64,17 @@ def print_export(
     for text in manifest.warnings:
         if text not in shown_before or text == FP8_ELSEWHERE:
             console.print(f"[yellow]warning:[/yellow] {escape(say(text))}", highlight=False, soft_wrap=True)
+    print_passed(output, console=console, manifest=manifest)
+
+
+def print_passed(output: Path, *, console: Console | None = None, manifest: Manifest | None = None) -> None:
+    """Print the closing line of `print_export` alone."""
+    from gmconv.cli import result_console
+    from runtime.manifest import read_manifest
+
+    manifest = manifest or read_manifest(output, verify=False)
     size = manifest.artefact.bytes + sum(entry.bytes for entry in manifest.external)
-    console.print(
+    (console or result_console()).print(
         f"[bold green]PASSED[/bold green] {output}: {manifest.precision}{_meant_for(manifest)}, {size:,} bytes, "
         f"sha256 {manifest.artefact.sha256[:16]}…, manifest {output.name}.json",
         soft_wrap=True,

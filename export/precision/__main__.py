@@ -123,7 +123,7 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
 )
 @report_option
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON on stdout.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no tables: the closing lines alone.")
 def main(model: Path, precision: Precision | None, output: Path | None, **flags: Any) -> None:
     """Convert the fp32 graph MODEL (ONNX) to fp16, bf16, int8 or fp8."""
     from gmconv.progress import progress_bar
@@ -168,7 +168,7 @@ def main(model: Path, precision: Precision | None, output: Path | None, **flags:
     if flags["as_json"]:
         print_json(manifest.to_dict())
         return
-    _print_result(manifest)
+    _print_result(manifest, tables=not flags["quiet"])
     result_console().print(_parity_line(manifest, model, output), soft_wrap=True, highlight=False, markup=False)
 
 
@@ -204,22 +204,25 @@ def _search_plan(
             note=lambda what, done, total: progress(done, total),
         )
     write_plan(plan_path, found.plan)
-    tables = progress_console(flags["quiet"]) if flags["as_json"] else result_console()
+    lines = progress_console(flags["quiet"]) if flags["as_json"] else result_console()
     alone, front, images = found.tables()
-    tables.print(alone)
-    tables.print(front)
-    tables.print(f"{images}; plan: {plan_path.name}")
+    for table in () if flags["quiet"] else (alone, front):
+        lines.print(table)
+    lines.print(f"{images}; plan: {plan_path.name}")
     return found
 
 
-def _print_result(manifest: Manifest) -> None:
+def _print_result(manifest: Manifest, *, tables: bool) -> None:
     from export.precision.audit import LayerAudit, audit_table, kept_notes
 
     done = (manifest.certificate or {})["precision"]
     found = ", ".join(f"{count} {kind}" for kind, count in manifest.precision_found.items())
     ratio = done["weight_bytes"] / done["weight_bytes_fp32"]
     console = result_console()
-    console.print(audit_table([LayerAudit(**layer) for layer in done["layers"]], f"tail audit: {manifest.precision}"))
+    if tables:
+        console.print(
+            audit_table([LayerAudit(**layer) for layer in done["layers"]], f"tail audit: {manifest.precision}")
+        )
     for text in kept_notes(manifest.certificate):
         console.print(f"note: {text}", markup=False, highlight=False)
     console.print(f"{manifest.artefact.file}: {found}; weights {ratio:.3f}x of fp32, {manifest.artefact.bytes:,} bytes")

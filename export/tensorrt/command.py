@@ -126,6 +126,16 @@ def progress_bar(quiet: bool) -> Iterator[Progress | None]:
         yield show
 
 
+def _tell_export(onnx_path: Path, *, quiet: bool, as_json: bool) -> None:
+    """Print what the ONNX file of a checkpoint is, as `export.onnx` does."""
+    from export.onnx.tables import print_export, print_passed
+
+    if quiet or as_json:
+        warn(read_manifest(onnx_path, verify=False).warnings)
+    if not as_json:
+        (print_passed if quiet else print_export)(onnx_path)
+
+
 def _profiles(flags: dict[str, Any]) -> tuple[ProfileRequest, ...]:
     """What the flags ask for, which are taken out of `flags`."""
     from export.tensorrt.profiles import SIDES, requests
@@ -149,7 +159,13 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> t
 
 @click.command(cls=Command, example="gmconv tensorrt net.pth --arch mypackage.nets:make --input-shape 3,64,64 --max 32")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=Written(), help="Default: MODEL with the suffix .plan.")
+@click.option(
+    "-o",
+    "--output",
+    type=Written(),
+    help="Default: MODEL with the suffix .plan. The ONNX files made on the way, of a checkpoint and by --precision, "
+    "stay beside it.",
+)
 @click.option("--flavor", type=click.Choice(["auto", "tensorrt", "rtx"]), default="auto", show_default=True)
 @click.option(
     "--precision",
@@ -198,7 +214,7 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> t
 @click.option("--log", type=Written(aside=True), help="Write TensorRT's whole log there.")
 @report_option
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no tables: the closing lines alone.")
 @click.option("-v", "--verbose", is_flag=True, help="Show TensorRT's log on stderr.")
 @click.pass_obj
 def main(
@@ -246,12 +262,8 @@ def main(
     refuse_options(flavor, options)
     note(f"flavor {flavor} ({trt.TITLES[flavor]}), as {why}")
     onnx_path = prepare(model, output, precision, note, asked)
-    if options.checkpoint and as_json:
-        warn(read_manifest(onnx_path, verify=False).warnings)
-    elif options.checkpoint:
-        from export.onnx.tables import print_export
-
-        print_export(onnx_path)
+    if options.checkpoint:
+        _tell_export(onnx_path, quiet=quiet, as_json=as_json)
     with progress_bar(quiet=quiet or as_json or options.verbose) as progress:
         manifest = build_engine(onnx_path, output, options, progress=progress, process=process)
     if report is not None:

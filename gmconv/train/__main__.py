@@ -120,7 +120,7 @@ _NOT_NEGATIVE = Finite(0, 1e9)
     "--log", type=Written(aside=True), metavar="FILE.csv", help="Loss and accuracy of each epoch, as they come."
 )
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no tables: the closing lines alone.")
 @click.pass_context
 def main(context: click.Context, /, output: Path, plain: bool, as_json: bool, quiet: bool, **values: Any) -> None:
     """Train a network and keep its best epoch as a checkpoint.

@@ -46,7 +46,7 @@ _PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")
 @foreign_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
 @report_option
-@click.option("-q", "--quiet", is_flag=True, help="Print the verdict lines alone.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no tables: the closing lines alone.")
 def main(
     reference: Path,
     candidates: tuple[Path, ...],

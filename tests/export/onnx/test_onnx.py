@@ -157,9 +157,12 @@ def test_a_network_never_seen_before(tmp_path: Path, cli: Run, monkeypatch: pyte
     assert manifest["export"]["notes"][-1] == "not in the graph, as no output needs them: in_training"
 
 
-def test_dynamic_height_and_width_are_compared_at_another_size(tmp_path: Path) -> None:
+def test_dynamic_height_and_width_are_compared_at_another_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = random_checkpoint(tmp_path / "net.pt", "resnet8", (3, 16, 16))
     assert export(path, "--dynamic-hw", "-q") == 0
+    assert [line[:7] for line in capsys.readouterr().out.splitlines()] == ["PASSED "], "the closing line alone"
     manifest = read_manifest(tmp_path / "net.onnx")
     assert manifest.inputs[0].shape == ("batch", 3, "height", "width")
     assert manifest.parity is not None

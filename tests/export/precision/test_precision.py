@@ -193,6 +193,8 @@ def test_the_command_prints_the_audit_and_json(fp32: Path, npz: Path) -> None:
     assert done.stdout.splitlines()[-1].startswith(
         f"parity: passed, {fp32.with_name('model.int8.onnx')} against {fp32} on images.npz, smallest margin "
     )
+    quiet = invoke(fp32, "--to", "int8", "--calibration-npz", npz, "-q").stdout
+    assert quiet.splitlines() == done.stdout.splitlines()[-2:], "the closing lines alone"
     found = read_manifest(fp32.with_name("model.int8.onnx")).parity
     assert found is not None
     assert found.passed

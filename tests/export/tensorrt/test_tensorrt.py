@@ -22,6 +22,7 @@ from onnx import helper
 import gmconv
 from export.graph.check import bare_manifest
 from export.tensorrt.build import BuildOptions, build_engine
+from export.tensorrt.command import _tell_export
 from export.tensorrt.layers import EngineLayer
 from export.tensorrt.process import BuilderFailedError, BuilderProcess
 from export.tensorrt.profiles import batch_request, shapes_request
@@ -425,7 +426,7 @@ def test_the_digits_network_of_the_demo_becomes_an_engine(digits_onnx: Path, tmp
 
 
 def test_a_checkpoint_leaves_both_artefacts_and_both_manifests(
-    cli: Cli, digits_checkpoint: Path, tmp_path: Path
+    cli: Cli, digits_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = Path(shutil.copy(digits_checkpoint, tmp_path / "digits.pt"))
     loaded = gmconv.load_checkpoint(checkpoint)
@@ -445,3 +446,5 @@ def test_a_checkpoint_leaves_both_artefacts_and_both_manifests(
     assert engine.golden is not None, "the server asks for those pairs again at its first start"
     assert engine.export is not None
     assert engine.export.opset == 21
+    _tell_export(tmp_path / "digits.fp16.onnx", quiet=True, as_json=False)
+    assert capsys.readouterr().out.startswith("PASSED "), "with -q, which leaves no table"
