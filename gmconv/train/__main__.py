@@ -144,6 +144,8 @@ def main(context: click.Context, /, output: Path, plain: bool, as_json: bool, qu
     if resume is not None:
         if force:
             raise click.UsageError("--force begins again, and --resume goes on: leave one out")
+        if _said(context, "output") and output.resolve() != output_path(resume).resolve():
+            raise click.UsageError(f"--output: the run of {resume} writes {output_path(resume)}: leave it out")
         output = output_path(resume)
     require_writable(output)
     if log is not None:

@@ -103,6 +103,7 @@ def test_what_does_not_go_with_the_run_is_refused_in_one_sentence(tmp_path: Path
         (["--resume", state, "--data", str(tmp_path / "other.npz")], 3, "is not the data"),
         (["--resume", state, "--data", str(data), "--lr", "0.1"], 2, "--lr: the run of"),
         (["--resume", state, "--data", str(data), "--plain"], 2, "--plain: the run of"),
+        (["--resume", state, "-o", str(tmp_path / "other.pt")], 2, f"writes {output}: leave it out"),
         (["--resume", str(output), "--data", str(data)], 3, f"resume from {state}"),
         (["--resume", str(whole), "--data", str(data)], 3, "is no state of a training run"),
         (["--resume", str(tmp_path / "no.last.pt")], 3, "no such file"),
