@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -13,9 +13,6 @@ from gmconv.errors import ParityError
 from gmconv.foreign import foreign_options
 from gmconv.kinds import artefact_kind
 from runtime.report.artefacts import report_option, require_report
-
-if TYPE_CHECKING:
-    from runtime.evaluate.report import ArtefactScore, Evaluation
 
 
 @click.command(cls=Command, example="gmconv evaluate net.pth net.int8.onnx --arch mypackage.nets:make --data val/")
@@ -82,6 +79,7 @@ def main(
         def hits(outputs, targets):
             return outputs["logits"].argmax(1) == targets["labels"]
     """
+    from runtime.evaluate.gate import Limits
     from runtime.evaluate.score import EvaluateOptions, evaluate
 
     if flags["metric"] is not None and (flags["output"] is not None or min_agreement is not None):
@@ -98,6 +96,7 @@ def main(
     require_report(report, *artefacts)
     gated = max_drop is not None or min_agreement is not None
     done = evaluate(artefacts, EvaluateOptions(**flags, labelled=max_drop is not None, compared=gated))
+    done = done.held_to(Limits(max_drop=max_drop, min_agreement=min_agreement))
     warn(done.warnings)
     if as_json:
         print_json(done.to_dict())
@@ -107,37 +106,12 @@ def main(
         from runtime.report import write_report
 
         write_report(report, f"Accuracy of {', '.join(row.artefact for row in done.rows)}", done.sections())
-    for row in (row for row in done.rows if not row.is_reference):
-        if (held := _gate(row, done, min_agreement, max_drop)) and not as_json:
-            result_console().print(held, highlight=False, markup=False)
-
-
-def _gate(row: ArtefactScore, done: Evaluation, min_agreement: float | None, max_drop: float | None) -> str:
-    """By how much a row holds what was asked for. Raises ParityError where it does not."""
-    name, agreement, lost = f"{row.artefact} {row.mode}".strip(), row.score.agreement, row.score.lost
-    gates = []  # whether it holds, what is said where all do, what where it does not
-    if max_drop is not None and lost is not None:
-        what, unit = row.score.cells()[0].heading.split()[:2]
-        drop = _told(lost, max_drop, ".2f" if unit == "%" else ".4g")
-        below = f"{what} is {drop}{' points' * (unit == '%')} below {done.reference}, {max_drop:g} were allowed"
-        gates.append((lost <= max_drop, f"drop {drop}, at most {max_drop:g}", below))
-    if min_agreement is not None and agreement is not None:
-        share = f"{_told(100 * agreement.value, min_agreement, '.2f')} %"
-        low = f"agrees with {done.reference} on {share} of {done.samples} images, {min_agreement:g} % were asked for"
-        gates.append((100 * agreement.value >= min_agreement, f"agreement {share}, at least {min_agreement:g}", low))
-    if broken := [said for holds, _, said in gates if not holds]:
-        raise ParityError(f"{name}: {'; '.join(broken)}")
-    return f"PASSED {name}: {'; '.join(said for _, said, _ in gates)}" if gates else ""
-
-
-def _told(value: float, limit: float, form: str) -> str:
-    """`value` in `form`, or in as many digits as tell on which side of `limit` it lies."""
-    shown = (f"{value:{digits}}" for digits in (form, ".6g"))
-    return next((text for text in shown if _side(float(text), limit) == _side(value, limit)), repr(float(value)))
-
-
-def _side(value: float, limit: float) -> int:
-    return (value > limit) - (value < limit)
+    judged = [(row.title, row.verdict) for row in done.rows if row.verdict]
+    for name, verdict in judged:
+        if verdict.passed and not as_json:
+            result_console().print(f"PASSED {name}: {verdict.said}", highlight=False, markup=False)
+    if broken := [f"{name}: {verdict.said}" for name, verdict in judged if not verdict.passed]:
+        raise ParityError("; ".join(broken))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from runtime.report import Facts, Rows, Section, Text
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from gmconv.tables import Table
     from runtime.evaluate.accuracy import Score
+    from runtime.evaluate.gate import Limits, Verdict
     from runtime.evaluate.metric import MetricScore
     from runtime.evaluate.pixels import PixelScore
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class ArtefactScore:
     """One row: `mode` is "as written" for a Q/DQ graph that ONNX Runtime may not rewrite, else "".
 
-    `is_reference`: it is what the others are compared with.
+    `is_reference`: it is what the others are compared with; `verdict`: None where it is held to nothing.
     """
 
     artefact: str
@@ -30,11 +31,17 @@ class ArtefactScore:
     mode: str
     score: Score | PixelScore | MetricScore
     is_reference: bool = False
+    verdict: Verdict | None = None
+
+    @property
+    def title(self) -> str:
+        """Its name and mode."""
+        return f"{self.artefact} {self.mode}".strip()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         named = {"artefact": self.artefact, "precision": self.precision, "runner": self.runner, "mode": self.mode}
-        return named | self.score.to_dict()
+        return named | self.score.to_dict() | {"verdict": self.verdict and self.verdict.to_dict()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -70,19 +77,28 @@ class Evaluation(Shown):
             "warnings": list(self.warnings),
         }
 
+    def held_to(self, limits: Limits) -> Evaluation:
+        """The same with the verdict on each row but the reference's."""
+        rows = [
+            row if row.is_reference else replace(row, verdict=limits.judge(row.score, self.reference))
+            for row in self.rows
+        ]
+        return replace(self, rows=tuple(rows))
+
     def show(self, console: Console) -> None:
         """Print the table, and what is to be said of each row."""
         console.print(_table(self))
         for row in self.rows:
             for line in row.score.remarks(self.labels or ()):
-                console.print(f"  {f'{row.artefact} {row.mode}'.strip()}: {line}", highlight=False, markup=False)
+                console.print(f"  {row.title}: {line}", highlight=False, markup=False)
 
     def sections(self) -> list[Section]:
-        """The table, and what is to be said of each row."""
+        """The verdicts, the table, and what is to be said of each row."""
         facts = {"Images": _images(self), "Reference": self.reference}
         facts["Runs in"] = ", ".join(dict.fromkeys(row.runner for row in self.rows))
         details = ((f"{row.artefact}: in detail", row.score.remarks(self.labels or ())) for row in self.rows)
         return [
+            *(_verdict(row.title, row.verdict) for row in self.rows if row.verdict),
             Facts(rows=facts, warnings=self.warnings),
             Rows(table=_table(self), title="Accuracy"),
             *(Text(title=title, paragraphs=lines) for title, lines in details if lines),
@@ -90,6 +106,11 @@ class Evaluation(Shown):
 
 
 _BESIDE = ("agreement", "drop", "SNR")  # what compares with the reference, and says nothing of that itself
+
+
+def _verdict(name: str, found: Verdict) -> Facts:
+    rows, said = {"Limits": str(found.limits)}, f"{name}: {found.said}"
+    return Facts(rows=rows, title=f"{name}: verdict", passed=found.passed, said=said)
 
 
 def _images(done: Evaluation) -> str:
@@ -113,5 +134,5 @@ def _table(done: Evaluation) -> Table:
     )
     for row, found in zip(done.rows, cells, strict=True):
         told = ("-" if row.is_reference and cell.heading.startswith(_BESIDE) else cell.text for cell in found)
-        table.add(f"{row.artefact} {row.mode}".strip(), row.precision, *told)
+        table.add(row.title, row.precision, *told)
     return table

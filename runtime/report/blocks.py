@@ -54,7 +54,12 @@ def _(section: Facts) -> Block:
     return Block(
         "facts",
         section.title,
-        {"rows": dict(section.rows), "passed": section.passed, "warnings": list(section.warnings)},
+        {
+            "rows": dict(section.rows),
+            "passed": section.passed,
+            "said": section.said,
+            "warnings": list(section.warnings),
+        },
     )
 
 

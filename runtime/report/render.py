@@ -54,10 +54,14 @@ def _head(file: Path) -> tuple[str, str] | None:
 
 
 def _headline(sections: Sequence[Section]) -> str:
-    """What a report comes to: its verdict, a latency or the smallest ratio of several, the first row of a table."""
+    """What a report comes to: its verdict and why, a latency or the smallest of several ratios, a table's first row."""
     said = []
-    if verdicts := [s.passed for s in sections if isinstance(s, Facts) and s.passed is not None]:
-        said.append("PASSED" if all(verdicts) else "FAILED")
+    if verdicts := [s for s in sections if isinstance(s, Facts) and s.passed is not None]:
+        passed = all(verdict.passed for verdict in verdicts)
+        said.append("PASSED" if passed else "FAILED")
+        first = next(verdict for verdict in verdicts if verdict.passed == passed)
+        if first.said:
+            return f"{said[0]} {first.said}"
     timed = [s for s in sections if isinstance(s, Latency) and s.runs]
     if timed and not timed[0].ratios:
         said.append(f"median {np.median(timed[0].runs[0].latencies):.3g} ms")

@@ -17,11 +17,12 @@ Values = NDArray[Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """Names and values at the top of a report. `passed` draws a verdict; `warnings` are one sentence each."""
+    """Names and values at the top of a report. `passed` draws a verdict, `said` is why; `warnings`: a sentence each."""
 
     rows: Mapping[str, str]
     title: str = "Summary"
     passed: bool | None = None
+    said: str = ""
     warnings: Sequence[str] = ()
 
 

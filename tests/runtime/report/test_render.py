@@ -273,12 +273,15 @@ def test_several_reports_in_a_folder_have_an_index_and_one_has_none(tmp_path: Pa
     runs = [LatencyRun(name="b", runner="cpu", latencies=np.array([1.0, 2.0, 4.0]))]
     write_report(tmp_path / "b c.html", "Second", [Facts(rows={}), Latency(runs=runs, ratios=ratios)])
     write_report(tmp_path / "d.html", "Third", [Latency(runs=runs)])
+    judged = [Facts(rows={}, passed=True, said="x holds"), Facts(rows={}, passed=False, said="y is <far>")]
+    write_report(tmp_path / "e.html", "Fourth", [*judged, Latency(runs=runs)])
     index = (tmp_path / "index.html").read_text()
     assert '<a href="a.html">First &lt;b&gt;</a>' in index
     assert '<a href="b%20c.html">Second</a>' in index
     assert f"<p>FAILED, {utc_now()[:4]}-" in index
     assert "<p>&lt;0.25&gt;: 0.25 [0.15, 0.35] times the latency of b, " in index
     assert "<p>median 2 ms, " in index
+    assert "<p>FAILED y is &lt;far&gt;, 2" in index
     for other in ("somebody else's", (tmp_path / "a.html").read_text()):
         (tmp_path / "index.html").write_text(other)
         write_report(tmp_path / "a.html", "First", [Facts(rows={})])
