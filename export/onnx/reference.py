@@ -330,7 +330,7 @@ def _rounded(
     kept = {key for key, name in names.items() if any(selects(pattern, name) for pattern in work.kept)}
     rounded, weights, eight = {}, {}, {}
     for precision in work.precisions:
-        with Rounding(precision):
+        with Rounding(precision, reduced=work.reduced):
             rounded[precision] = run_all()
         alone = Rounding(precision, weights_only=True, reduced=work.reduced, kept=kept)
         with alone as mode, model.register_forward_pre_hook(mode.follow):

@@ -34,6 +34,8 @@ QuantTarget = Literal["tensorrt", "cpu"]
 FP8_MAX = 448.0  # largest finite E4M3FN value
 FP8_MAX_TAPS = 32
 _MIN_OPSET = {"int8": 13, "fp8": 19}
+#: What ONNX Runtime could compute in 8 bits, and loses more by than it gains: tables of embeddings, by one scale each.
+_LEFT_OUT = {"Softmax", "Gather", "EmbedLayerNormalization"}
 _MERGES = ("Concat", "Where", "Pad")
 _ALIKE = 0.25  # a tensor of a smaller share of the common range would keep less than 6 of its 8 bits
 
@@ -202,7 +204,7 @@ def _quantizer(
         "OpTypesToExcludeOutputQuantization": [] if cpu else list(WEIGHTED_OPS),
         "TensorQuantOverrides": _per_tensor_weights(model),
     }
-    op_types = sorted({*QLinearOpsRegistry, *QDQRegistry} - {"Softmax"}) if cpu else list(WEIGHTED_OPS)
+    op_types = sorted({*QLinearOpsRegistry, *QDQRegistry} - _LEFT_OUT) if cpu else list(WEIGHTED_OPS)
     inferred = shape_inference.infer_shapes(model)
     root = logging.getLogger()
     level = root.level

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gmconv.errors import RefusedError
+from runtime.manifest import Manifest
 from runtime.records import Tolerance
 from runtime.runners import open_runner
 from runtime.runners.base import Array, Runner
@@ -65,10 +66,12 @@ class Beside:
             return open_runner(self._checkpoint, **self._options)
 
     @contextmanager
-    def rounding(self, tolerance: Tolerance) -> Iterator[Runner]:
-        """`baked`, which rounds as the tolerance's precision does while this is entered."""
+    def rounding(self, tolerance: Tolerance, manifest: Manifest | None) -> Iterator[Runner]:
+        """`baked`, which rounds as the tolerance's precision does, in the layout that a candidate's manifest tells,
+        while this is entered."""
         from runtime.runners.torch import rounding
 
         runner = self.baked  # opened before: what builds and bakes it does not round
-        with rounding(tolerance.precision):
+        layout = manifest.quantization if manifest else None
+        with rounding(tolerance.precision, reduced=layout is not None and layout.reduced_range):
             yield runner

@@ -224,7 +224,7 @@ def _run_case(
         asked = tolerance.noise is not None and (case.real or not tolerance.calibrated)
         beside, few = beyond.beside, numbers <= MOST_NUMBERS
         if beside is not None and asked and few:
-            with beside.rounding(tolerance) as runner:
+            with beside.rounding(tolerance, pair.candidate.artefact.manifest) as runner:
                 rounded = pair.run_reference(feeds, tolerance.precision, runner)
             if beyond.unrounded is not None:
                 beyond.unrounded.add(feeds, expected, rounded, number, pair.run_reference, real=case.real)
