@@ -22,7 +22,7 @@ FAILED = Text("FAILED", style="red")
 @dataclass(frozen=True, slots=True)
 class Column:
     """A heading with its unit. The largest `spare` is left out first; 0 stays for as long as there is room at all, and
-    for 1 and 2 names are folded at every space.
+    for 1 names are folded at every space.
 
     0 is what tells rows apart, and what they are about; of the spare ones, those that say nothing of any row go first.
     `name`: text on the left that may be folded; every other cell is a number, on the right, in one piece.
@@ -79,7 +79,7 @@ class Table:
             return shown, widths
         spares = set(range(len(self.columns))) - set(shown)
         for spare in sorted(spares, key=lambda index: (self._says_nothing(index), self.columns[index].spare)):
-            folded = 0 if self.columns[spare].spare <= 2 else _FOLDED
+            folded = 0 if self.columns[spare].spare == 1 else _FOLDED
             if self._taken(found := self._least(wider := sorted([*shown, spare]), folded=folded)) <= width:
                 shown, widths = wider, found
         return shown, widths
