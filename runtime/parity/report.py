@@ -14,6 +14,7 @@ import msgspec
 from gmconv.foreign import NOTHING, Foreign
 from runtime.artefact import artefact_kind
 from runtime.manifest import find_manifest
+from runtime.parity.cases import NOISE_ALONE
 from runtime.parity.tolerances import of_a_crop
 from runtime.parity.unrounded import LIMIT, UNROUNDED
 from runtime.parity.verdict import Verdict
@@ -289,5 +290,6 @@ def _verdict(candidate: CandidateReport) -> str:
         close = "equal" if min(margins, default=math.inf) == math.inf else f"smallest margin {min(margins):.3g}x"
         wide = of_a_crop(candidate.tolerance)
         crop = f", {wide:.1e} allowed for the crop" if wide else ""
-        return f"PASSED  {candidate.path}  {candidate.precision}, {close}{crop}"
+        alone = ", on noise alone" if NOISE_ALONE in candidate.verdict.notes else ""
+        return f"PASSED  {candidate.path}  {candidate.precision}, {close}{crop}{alone}"
     return f"FAILED  {candidate.path}  {candidate.verdict.summary()}"
