@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, bfloat16, nn
 from torch.utils import _pytree as pytree
 
 from gmconv.errors import RefusedError, printable
@@ -42,6 +42,16 @@ def named_outputs(value: Any, names: Sequence[str] = ()) -> dict[str, Tensor]:
     if names and not keyed:
         own = list(names)
     return dict(zip(own, found.values(), strict=True))
+
+
+def refuse_bfloat16(named: Mapping[str, Tensor]) -> None:
+    """Raise RefusedError for an output that neither numpy nor ONNX Runtime could give back."""
+    for name, tensor in named.items():
+        if tensor.dtype == bfloat16:
+            raise RefusedError(
+                f"output {printable(name)!r} is in bfloat16 (autocast in the forward?), which numpy and ONNX Runtime "
+                f"have not: let the forward return it as float32 (.float())"
+            )
 
 
 def output_tensors(value: Any) -> list[Tensor]:

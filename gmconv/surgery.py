@@ -7,6 +7,7 @@ parent, a second parent that shares it, hooks, a plain Python list) goes on poin
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar, cast
@@ -155,7 +156,12 @@ def copied(model: M, memo: dict[int, Any] | None = None) -> M:
         for value in tree_leaves(module.__dict__):
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
+    made = copy.deepcopy(model, memo)
+    for module in made.modules():  # model.forward = torch.compile(model.forward) would go on running the original
+        forward = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
+        if inspect.ismethod(forward) and forward.__func__ is type(module).forward:
+            del vars(module)["forward"]
+    return made
 
 
 def has_static_mask(module: nn.Module) -> bool:

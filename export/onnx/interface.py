@@ -38,7 +38,7 @@ def output_specs(
     import torch
 
     from gmconv.checkpoint.unsaved import saved_alone
-    from gmconv.outputs import left_out, named_outputs
+    from gmconv.outputs import left_out, named_outputs, refuse_bfloat16
 
     given = examples(loaded, options)
     checked = contextlib.nullcontext() if in_memory else saved_alone(loaded.model)
@@ -57,6 +57,7 @@ def output_specs(
             f"--input-shape, or give each input as --input NAME:SHAPE[:DTYPE]"
         ) from error
     named = named_outputs(outputs, options.output_names)
+    refuse_bfloat16(named)
     refuse_labels(loaded.labels, [tuple(tensor.shape) for tensor in named.values()], foreign)
     others = left_out(outputs)
     specs = []

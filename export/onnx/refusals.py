@@ -139,9 +139,9 @@ def refuse_two_answers(here: Mapping[str, Array], there: Mapping[str, Array]) ->
         if off > SAME * scale > 0:
             raise RefusedError(
                 f"loaded twice, the network gives two answers (output {name!r} differs by {off / scale:.1e} of its RMS)"
-                f": it holds random values that are no parameters or buffers, so that no checkpoint has them, or its "
-                f"forward draws random numbers; register them (self.register_buffer), or hand the network itself to "
-                f"gmconv.deploy"
+                f": its forward changes a buffer with each call, or draws random numbers, which it should not in eval "
+                f"mode; or it holds random values that are no parameters or buffers, so that no checkpoint has them: "
+                f"register them (self.register_buffer), or hand the network itself to gmconv.deploy"
             )
 
 

@@ -269,11 +269,11 @@ class TorchRunner(Runner):
         return (given.shape[0], *(side if alone else f"{given.name}_{side}" for side in ("height", "width")))
 
     def _learn_outputs(self) -> tuple[TensorSpec, ...]:
-        """Output names and shapes, from one run at batch 2."""
-        noise = require("gmconv.inputs", "export").noise
-        saved_alone = require("gmconv.checkpoint.unsaved", "export").saved_alone
-        with saved_alone(self.model), self.mode(), self._words():
-            named = self.named(self.model(*self.tensors(noise(self.checkpoint.inputs, 2))))
+        """Output names and shapes, from one run at batch 2. Raises RefusedError for one in bfloat16."""
+        feeds = require("gmconv.inputs", "export").noise(self.checkpoint.inputs, 2)
+        with require("gmconv.checkpoint.unsaved", "export").saved_alone(self.model), self.mode(), self._words():
+            named = self.named(self.model(*self.tensors(feeds)))
+        require("gmconv.outputs", "export").refuse_bfloat16(named)
         free = any(isinstance(side, str) for spec in self.inputs for side in spec.shape[1:])
         return tuple(
             TensorSpec(

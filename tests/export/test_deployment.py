@@ -20,6 +20,7 @@ from export.precision import PrecisionOptions
 from gmconv.errors import BakeError, ParityError, RefusedError, UnavailableError
 from runtime.parity.unrounded import UNROUNDED
 from runtime.runners import open_runner
+from tests.gmconv.constants import calls, layers
 
 
 class Soft(nn.Module):
@@ -434,6 +435,21 @@ def test_a_network_in_wrappers_is_the_network(wrap: Callable[[nn.Module], nn.Mod
         found = runner.run({"image": image.numpy(), "scale": scale.numpy()})["logits"]
         assert np.allclose(found, net(image, scale).numpy(), atol=1e-5)
     assert isinstance(wrapped, nn.Module)
+
+
+def test_a_forward_that_was_compiled_in_place_is_taken_as_written(tmp_path: Path) -> None:
+    net, image = layers.Net(calls.InPlace).eval(), torch.randn(3, 3, 16, 16)
+    net.forward = torch.compile(net.forward, backend="eager")  # type: ignore[method-assign]
+    assert gmconv.deploy(net, image, tmp_path / "net.onnx").passed
+    assert "forward" in vars(net), "the user's own stays compiled"
+
+
+def test_an_output_in_bfloat16_is_refused(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).eval()
+    net.register_forward_hook(lambda *given: given[2].bfloat16())
+    with pytest.raises(RefusedError, match=r"^output 'logits' is in bfloat16 .* \(\.float\(\)\)$"):
+        gmconv.deploy(net, torch.randn(2, 3, 8, 8), tmp_path / "net.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_wrapper_that_takes_anything_takes_its_examples_in_order(tmp_path: Path) -> None:

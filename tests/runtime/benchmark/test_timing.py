@@ -34,7 +34,7 @@ def test_warm_up_queries_run_but_are_not_in_the_trace() -> None:
 
 def test_a_latency_is_the_time_of_the_call_and_nothing_else() -> None:
     trace = HostLane(lambda: time.sleep(0.005)).run(LoopOptions(warm_up=0, duration=0, iterations=20, idle=10))
-    assert 5 <= np.median(trace.latency) < 8
+    assert 5 <= np.min(trace.latency) < 8
     assert trace.wall_time > 19 * 15, "idle time counts as wall time, not as latency"
     assert (trace.h2d == 0).all()
     assert (trace.d2h == 0).all()
