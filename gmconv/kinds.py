@@ -45,6 +45,8 @@ def require_ending(path: Path, *kinds: Kind) -> Kind:
 
     One without any ending is taken where there is one kind.
     """
+    if not path.name:
+        raise RefusedError(f"{path}: is a directory; give a file name")
     kind = ARTEFACT_SUFFIXES.get(path.suffix.lower(), kinds[0] if not path.suffix and len(kinds) == 1 else None)
     if kind in kinds:
         return kind

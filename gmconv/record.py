@@ -33,6 +33,8 @@ def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLik
     """
     require_module(model, "save_golden")
     path = Path(path)
+    if not path.name:
+        raise RefusedError(f"{path}: is a directory; give a file name")
     path = path if str(path).endswith(".npz") else Path(f"{path}.npz")  # as numpy names it
     require_writable(path)
     parted = isinstance(batches, tuple) and all(hasattr(part, "__array__") for part in batches)

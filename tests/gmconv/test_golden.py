@@ -187,3 +187,11 @@ def test_a_network_in_wrappers_is_recorded_by_its_own_names(tmp_path: Path) -> N
     with np.load(tmp_path / "pairs.npz") as pairs:
         assert (pairs["input.right"] == 1).all()
         assert (pairs["output"] == 2).all()
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_folder_is_no_name_of_pairs(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RefusedError, match="is a directory; give a file name"):
+        gmconv.save_golden(torch.nn.Identity(), torch.zeros(1, 2), path)
+    assert list(tmp_path.iterdir()) == []

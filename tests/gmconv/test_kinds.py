@@ -42,6 +42,7 @@ def test_what_is_not_known_or_not_there_is_left_to_who_opens_it(tmp_path: Path) 
         ("net.plan", ("onnx",), "did you mean net.onnx?"),
         ("a b/net.onnx", ("engine",), "ends in .plan or .engine or .trt; did you mean a b/net.plan?"),
         ("net", ("onnx", "engine"), "did you mean net.onnx?"),
+        (".", ("onnx", "engine"), ".: is a directory; give a file name"),
     ],
 )
 def test_an_output_that_ends_as_something_else_is_refused(name: str, kinds: tuple[Kind, ...], advice: str) -> None:

@@ -273,3 +273,14 @@ def test_folders_of_a_search_are_known_by_the_networks_names(network: Network, t
     assert found.classes is not None
     assert found.classes.tolist() == [1, 3]
     assert not found.folders
+
+
+def test_a_budget_would_judge_one_of_several_outputs(dense: Path, tmp_path: Path) -> None:
+    model = onnx.load(dense)
+    model.graph.output.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", None, 8, 8]))
+    onnx.save(model, dense)
+    np.savez(tmp_path / "bare.npz", images=np.zeros((6, 3, 8, 8), np.float32))
+    with pytest.raises(
+        RefusedError, match=r"^the graph has 2 outputs \(y, x\); a budget is judged on networks with one"
+    ):
+        search_precision(dense, "int8", min_snr=0, images=tmp_path / "bare.npz")
