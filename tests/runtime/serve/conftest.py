@@ -123,11 +123,9 @@ def adder(path: Path) -> Path:
 def heavy(path: Path, size: int = 400, layers: int = 12) -> Path:
     """A network that takes tens of milliseconds per row on one core, for queues to build up."""
     rng = np.random.default_rng(0)
-    weights = [
-        numpy_helper.from_array((rng.standard_normal((size, size)) / size).astype("f4"), f"w{i}") for i in range(layers)
-    ]
+    weights = [numpy_helper.from_array((rng.standard_normal((size, size)) / size).astype("f4"), "w")]
     nodes = [
-        helper.make_node("MatMul", [f"h{i}" if i else "x", f"w{i}"], [f"h{i + 1}" if i + 1 < layers else "y"])
+        helper.make_node("MatMul", [f"h{i}" if i else "x", "w"], [f"h{i + 1}" if i + 1 < layers else "y"])
         for i in range(layers)
     ]
     info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", size, size]) for n in "xy"]

@@ -431,7 +431,7 @@ def test_words_that_are_no_numbers_are_refused_by_their_length(start: Start, tmp
 
 def test_queue_limits_timeouts_and_cancelled_requests(start: Start, tmp_path: Path) -> None:
     """Behind one long execution: the queue refuses, a timeout expires, a hang-up never reaches the engine."""
-    server = start(heavy(tmp_path / "m.onnx", size=600, layers=64), "--max-batch", "1", "--queue-size", "4")
+    server = start(heavy(tmp_path / "m.onnx", size=600, layers=400), "--max-batch", "1", "--queue-size", "4")
     x = np.ones((1, 600, 600), np.float32)
     text = {
         "inputs": [
