@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from torch import nn
 
 from gmconv.errors import ArchitectureUnavailableError, CheckpointError
 from gmconv.packages import find_own, pip
-from gmconv.surgery import network_within
+from gmconv.surgery import SCRIPT, network_within
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*")  # no ':' or '/': timm would fetch "hf-hub:..." from the network
 _PUBLISHED = ("timm", "torchvision")  # zoos that pip can install; of any other name it might install a stranger's
@@ -98,7 +99,10 @@ def build(arch: str, kwargs: Mapping[str, Any], where: str, *, trusted: bool) ->
             raise CheckpointError(f"{where}: {arch} cannot be built with {dict(kwargs)} ({reason})") from error
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"{where}: {arch} returned a {type(model).__name__}, not a torch.nn.Module")
-    return network_within(model)
+    model = network_within(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CheckpointError(f"{where}: what {arch} returned {SCRIPT}")
+    return model
 
 
 def factory_keywords(arch: str, where: str) -> set[str]:

@@ -101,11 +101,23 @@ def in_order(model: nn.Module, inputs: Sequence[Input]) -> tuple[Input, ...]:
 
 def left_out(model: nn.Module, inputs: Sequence[Input]) -> tuple[str, ...]:
     """A note on what `model`'s forward takes too and has a default for, where there is any."""
-    parameters = _parameters(model)
+    parameters = forward_parameters(model)
     known = [parameter for parameter in parameters if parameter.kind in _POSITIONAL][len(inputs) :]
     known += [parameter for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
     defaults = [(one.name, printable(repr(one.default), 40)) for one in known if one.default is not one.empty]
     return tuple(f"{name} is not given: exported as its default, {default}" for name, default in defaults)
+
+
+def forward_parameters(model: nn.Module) -> list[inspect.Parameter]:
+    """What the forward takes, also that of a network in wrappers, which take anything, and a traced one."""
+    forward = network_within(model).forward
+    try:
+        return list(inspect.signature(forward).parameters.values())
+    except ValueError:  # of code that is not Python
+        schema = getattr(forward, "schema", None)
+        names = [argument.name for argument in schema.arguments[1:]] if schema else []
+        known = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names]
+        return known or [inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)]
 
 
 def noise(
@@ -140,12 +152,7 @@ def tensors_of(
 
 
 def _positional(model: nn.Module) -> list[str]:
-    return [parameter.name for parameter in _parameters(model) if parameter.kind in _POSITIONAL]
-
-
-def _parameters(model: nn.Module) -> list[inspect.Parameter]:
-    """What the forward takes, also that of a network in wrappers, which take anything."""
-    return list(inspect.signature(network_within(model).forward).parameters.values())
+    return [parameter.name for parameter in forward_parameters(model) if parameter.kind in _POSITIONAL]
 
 
 def _described(name: str, tensor: Tensor) -> Input:

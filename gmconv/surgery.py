@@ -24,6 +24,8 @@ Subclasses = Literal["refuse", "skip", "replace"]
 
 _CONV_BEHAVIOUR = ("forward", "_conv_forward", "__call__", "_call_impl")
 _GMCONV_BEHAVIOUR = (*_CONV_BEHAVIOUR, "mask", "baked_weight")
+#: What is said of TorchScript.
+SCRIPT = "is TorchScript, whose layers can be neither watched nor changed: start from the Python model"
 #: Wrappers of torch and timm that hand on what they are given, and how each calls the network within.
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 _WRAPPERS |= dict.fromkeys(("AveragedModel", "ModelEmaV2", "ModelEmaV3"), "module")
@@ -57,6 +59,7 @@ def convert(
         SurgeryError: a layer cannot be converted (named), or a weight is computed (weight norm, parametrization).
     """
     require_module(model, "convert")
+    refuse_script(model)
     chosen: dict[str, nn.Conv2d] = {}
     for name, conv in _named_convs(model):
         wanted = where(name, conv) if where else tuple(conv.kernel_size) != (1, 1)
@@ -138,6 +141,13 @@ def require_module(model: object, function: str) -> None:
         )
 
 
+def refuse_script(model: nn.Module, error: type[SurgeryError] = SurgeryError) -> None:
+    """Raise `error` where the network or a part of it (named) is TorchScript, traced or scripted."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise error(f"{layer_words(name)} {SCRIPT}")
+
+
 def network_within(model: nn.Module) -> nn.Module:
     """The network in the wrappers of `torch.compile`, data parallelism and weight averaging, nested or none."""
     kind = type(model)
@@ -177,10 +187,6 @@ def masked_layers(model: nn.Module) -> dict[str, GMConv2d]:
 
 def _named_convs(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise SurgeryError(
-                f"module {name!r} is TorchScript, whose layers cannot be changed: start from the Python model"
-            )
         if isinstance(module, nn.Conv2d):
             yield name, module
 
@@ -200,6 +206,8 @@ def _require_plain_weight(name: str, conv: nn.Conv2d, error: type[SurgeryError])
 
 
 def _require_bakeable(name: str, module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule) and (not name or "sigma" in dict(module.named_parameters())):
+        raise BakeError(f"{layer_words(name)} {SCRIPT}")
     if not isinstance(module, GMConv2d):
         if "sigma" in module._parameters and (isinstance(module, nn.Conv2d) or "gm" in type(module).__name__.lower()):
             raise BakeError(

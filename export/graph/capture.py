@@ -119,7 +119,9 @@ def to_onnx(
 
 def _placed(model: nn.Module, free: Sequence[Any]) -> tuple[Any, ...]:
     """What is said of each argument of the forward, in its order: a `*args` is one, and holds the rest."""
-    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    from gmconv.inputs import forward_parameters
+
+    kinds = [parameter.kind for parameter in forward_parameters(model)]
     if inspect.Parameter.VAR_POSITIONAL not in kinds:
         return tuple(free)
     before = kinds.index(inspect.Parameter.VAR_POSITIONAL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from typing import TYPE_CHECKING
 
 from export.onnx.options import ExportOptions
@@ -38,6 +37,7 @@ def output_specs(
     import torch
 
     from gmconv.checkpoint.unsaved import saved_alone
+    from gmconv.inputs import forward_parameters
     from gmconv.outputs import left_out, named_outputs, refuse_bfloat16
 
     given = examples(loaded, options)
@@ -51,7 +51,7 @@ def output_specs(
         reason = printable(" ".join(str(error).split()) or type(error).__name__, 300)
         shapes = ", ".join("x".join(map(str, example.shape[1:])) or "one number" for example in given)
         shapes += f" in a batch of {options.batch}" if options.batch else ""
-        takes = ", ".join(inspect.signature(loaded.model.forward).parameters)
+        takes = ", ".join(one.name for one in forward_parameters(loaded.model))
         raise RefusedError(
             f"the network, whose forward takes ({takes}), does not run on samples of {shapes} ({reason}); check "
             f"--input-shape, or give each input as --input NAME:SHAPE[:DTYPE]"

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from export.onnx.options import Note
-from gmconv.errors import RefusedError
+from gmconv.errors import BakeError, RefusedError
 from gmconv.foreign import Foreign, preprocessing_of
 from runtime.manifest import FileDigest
 
@@ -89,8 +89,9 @@ class InMemory:
     def __init__(self, live: Live) -> None:
         from gmconv import Checkpoint
         from gmconv.inputs import arguments_of, left_out
-        from gmconv.surgery import masked_layers
+        from gmconv.surgery import masked_layers, refuse_script
 
+        refuse_script(live.model, BakeError)
         arguments = arguments_of(live.model, live.examples)
         _refuse_dtypes(live.model, arguments.tensors)
         self._model, given = _copied(live.model), live.foreign

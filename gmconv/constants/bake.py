@@ -20,7 +20,7 @@ from gmconv.constants.origins import INPUT, RANDOM
 from gmconv.constants.rewrite import become, plain_layer, redirect
 from gmconv.errors import BakeError, layer_words
 from gmconv.records import KernelCertificate
-from gmconv.surgery import copied, require_module
+from gmconv.surgery import copied, refuse_script, require_module
 
 Dynamic = Literal["refuse", "keep"]
 
@@ -118,9 +118,7 @@ def _require_watchable(model: nn.Module) -> None:
     require_module(model, "bake_constants")
     if model.training:
         raise BakeError("the network is in training mode, where kernels may change from call to call: model.eval()")
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise BakeError(f"module {name!r} is TorchScript, whose kernels cannot be watched: use the Python model")
+    refuse_script(model, BakeError)
 
 
 def _watch_twice(

@@ -25,7 +25,7 @@ from gmconv.cropping.layers import CroppedConv2d, crop_conv
 from gmconv.cropping.window import PRECISIONS, Precision, Window, smallest_lossless_window, smallest_window
 from gmconv.errors import SurgeryError, layer_words
 from gmconv.layer import GMConv2d
-from gmconv.surgery import require_module
+from gmconv.surgery import refuse_script, require_module
 
 M = TypeVar("M", bound=nn.Module)
 Tolerance = float | Literal["lossless"]
@@ -116,12 +116,9 @@ def crop_to(model: M, windows: Mapping[str, Window], *, inplace: bool = False) -
 
 def croppable(model: nn.Module, where: Where | None = None) -> dict[str, nn.Conv2d]:
     """The convolutions that may be cropped, by name: plain `nn.Conv2d` with a kernel over 1x1 and its own weight."""
+    refuse_script(model)
     found: dict[str, nn.Conv2d] = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise SurgeryError(
-                f"module {name!r} is TorchScript, whose layers cannot be changed: start from the Python model"
-            )
         if isinstance(module, GMConv2d):
             raise SurgeryError(f"{layer_words(name)} still computes its mask: bake the model first, gmconv.bake(model)")
         if type(module) not in (nn.Conv2d, CroppedConv2d) or "forward" in module.__dict__:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -442,6 +443,15 @@ def test_a_forward_that_was_compiled_in_place_is_taken_as_written(tmp_path: Path
     net.forward = torch.compile(net.forward, backend="eager")  # type: ignore[method-assign]
     assert gmconv.deploy(net, image, tmp_path / "net.onnx").passed
     assert "forward" in vars(net), "the user's own stays compiled"
+
+
+def test_torchscript_is_refused_in_a_sentence(net: nn.Module, tmp_path: Path) -> None:
+    examples = torch.randn(2, 3, 16, 16)
+    traced: Any = torch.jit.trace(net, examples)
+    for model in (traced, nn.DataParallel(traced), nn.Sequential(traced)):
+        with pytest.raises(BakeError, match="is TorchScript, .*: start from the Python model"):
+            gmconv.deploy(model, examples, tmp_path / "net.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_in_bfloat16_is_refused(tmp_path: Path) -> None:

@@ -77,6 +77,13 @@ def test_a_program_that_ends_itself_is_no_success(source: str, tmp_path: Path, m
     assert "ends the program when it is imported" in message or "SystemExit" in message
 
 
+def test_a_factory_of_torchscript_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "import torch\ndef make():\n    return torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2))\n"
+    (tmp_path / "own_nets_traced.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert refused("own_nets_traced:make").startswith("net.pt: what own_nets_traced:make returned is TorchScript")
+
+
 def test_an_exception_that_is_none_of_pythons_is_a_refusal_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = "class Odd(BaseException): ...\ndef make(): raise Odd('no')\ndef stop(): raise KeyboardInterrupt\n"
     (tmp_path / "own_nets_that_are_odd.py").write_text(source)

@@ -94,6 +94,21 @@ def test_bfloat16_is_refused_in_a_sentence(tmp_path: Path) -> None:
         gmconv.save_golden(nn.Tanh().bfloat16(), torch.ones(2, 3).bfloat16(), tmp_path / "golden.npz")
 
 
+def test_a_traced_network_is_recorded_by_the_names_of_its_arguments(tmp_path: Path) -> None:
+    x, mask = torch.randn(2, 3), torch.randn(2, 3)
+    traced = torch.jit.trace(Two().eval(), (x, mask), strict=False)
+    gmconv.save_golden(traced, {"mask": mask, "image": x}, tmp_path / "golden.npz")
+    golden = read_golden(tmp_path / "golden.npz", TWO, [spec("sum", 3), spec("mask", 3)])
+    assert np.array_equal(golden.outputs["sum"], (x + mask).numpy())
+
+
+def test_a_forward_that_is_no_python_takes_anything(tmp_path: Path) -> None:
+    model = nn.Identity()
+    model.forward = torch.relu  # type: ignore[assignment]
+    gmconv.save_golden(model, torch.full((2, 3), -1.0), tmp_path / "golden.npz")
+    assert not read_golden(tmp_path / "golden.npz", [spec("input", 3)], [spec("logits", 3)]).outputs["logits"].any()
+
+
 def test_no_batches_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="no batches"):
         gmconv.save_golden(nn.Identity(), [], tmp_path / "golden.npz")

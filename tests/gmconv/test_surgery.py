@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -206,10 +207,20 @@ def test_a_lazy_layer_is_refused() -> None:
         gmconv.convert(nn.Sequential(nn.LazyConv2d(4, 3)))
 
 
-def test_torchscript_is_refused() -> None:
-    scripted: Any = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 6, 6))
-    with pytest.raises(SurgeryError, match="is TorchScript"):
-        gmconv.convert(scripted)
+@pytest.mark.parametrize("step", [gmconv.convert, gmconv.bake, lambda model: gmconv.crop(model, 1e-3)])
+def test_torchscript_is_refused(step: Callable[[Any], object]) -> None:
+    masked = gmconv.convert(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    traced: Any = torch.jit.trace(masked, torch.randn(1, 3, 6, 6))
+    with pytest.raises(SurgeryError, match="the network itself is TorchScript"):
+        step(traced)
+    with pytest.raises(SurgeryError, match=r"layer '0(\.0)?' is TorchScript"):
+        step(nn.Sequential(traced))
+
+
+def test_masks_beside_a_part_in_torchscript_are_baked() -> None:
+    live = nn.Sequential(gmconv.convert(nn.Conv2d(3, 4, 3)), torch.jit.script(nn.ReLU6())).eval()
+    x = torch.randn(2, 3, 6, 6)
+    assert torch.equal(gmconv.bake(live)(x), live(x))
 
 
 def test_a_mask_that_depends_on_the_input_is_refused_by_name() -> None:

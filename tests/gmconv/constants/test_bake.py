@@ -185,7 +185,7 @@ def test_large_batches_are_shown_only_to_a_network_that_computes_kernels() -> No
 def test_training_mode_scripts_and_threads_are_refused() -> None:
     with pytest.raises(BakeError, match="training mode"):
         bake_constants(net(Base).train(), image())
-    with pytest.raises(BakeError, match="module 'a' is TorchScript"):
+    with pytest.raises(BakeError, match="layer 'a' is TorchScript"):
         bake_constants(net(lambda i, o: torch.jit.script(nn.Conv2d(i, o, 3, padding=1))), image())
 
     class Started(Base):
