@@ -19,7 +19,7 @@ import click
 import torch
 from torch import nn
 
-from gmconv.errors import ArchitectureUnavailableError, CheckpointError
+from gmconv.errors import ArchitectureUnavailableError, CheckpointError, type_words
 from gmconv.packages import find_own, pip
 from gmconv.surgery import SCRIPT, network_within
 
@@ -52,7 +52,7 @@ def plain_kwargs(kwargs: Any, where: str) -> dict[str, Any]:
             )
         if not _plain(value):
             raise CheckpointError(
-                f"{where}: arch_kwargs[{key!r}] is a {type(value).__name__}; use numbers, strings and lists"
+                f"{where}: arch_kwargs[{key!r}] is {type_words(value)}; use numbers, strings and lists"
             )
     return dict(kwargs)
 
@@ -98,7 +98,7 @@ def build(arch: str, kwargs: Mapping[str, Any], where: str, *, trusted: bool) ->
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise CheckpointError(f"{where}: {arch} cannot be built with {dict(kwargs)} ({reason})") from error
     if not isinstance(model, nn.Module):
-        raise CheckpointError(f"{where}: {arch} returned a {type(model).__name__}, not a torch.nn.Module")
+        raise CheckpointError(f"{where}: {arch} returned {type_words(model)}, not a torch.nn.Module")
     model = network_within(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise CheckpointError(f"{where}: what {arch} returned {SCRIPT}")

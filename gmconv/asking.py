@@ -21,7 +21,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import click
 
-from gmconv.errors import RefusedError, UnavailableError
+from gmconv.errors import RefusedError, UnavailableError, type_words
 from gmconv.foreign import labels_of, preprocessing_fields
 from gmconv.packages import missing
 
@@ -95,7 +95,7 @@ class Asked(Generic[T]):
         """
         if base is not None and not isinstance(base, self.kind):
             kinds = f"{self.kind.__name__}, or its fields by name ({', '.join(list(self._places)[:3])}, ...)"
-            raise TypeError(f"{self.function}: options is a {type(base).__name__}; it takes {kinds}")
+            raise TypeError(f"{self.function}: options is {type_words(base)}; it takes {kinds}")
         if unknown := sorted(given.keys() - self._known):
             close = difflib.get_close_matches(unknown[0], self._known, n=1)
             advice = f"did you mean {close[0]}?" if close else f"it takes {', '.join(sorted(self._known))}"
@@ -129,13 +129,13 @@ class Asked(Generic[T]):
             if isinstance(group, type) and field == name:
                 if not isinstance(value, group):
                     also = "'fp16,int8', or " if name in self._renamed else ""
-                    raise RefusedError(f"{name} is a {type(value).__name__}; it takes {also}{group.__name__}")
+                    raise RefusedError(f"{name} is {type_words(value)}; it takes {also}{group.__name__}")
             elif flag is not None and not (field in self._objects and not isinstance(value, str)):
                 for one in (value, *(value if isinstance(value, tuple | list) else ())):
                     if not isinstance(one, _PLAIN) and getattr(one, "ndim", None) != 0:
                         takes = getattr(flag, "metavar", None) or "a plain value"
                         holds = "" if one is value else f" of {type(one).__name__}"
-                        raise RefusedError(f"{name} is a {type(value).__name__}{holds}; it takes {takes}")
+                        raise RefusedError(f"{name} is {type_words(value)}{holds}; it takes {takes}")
                 value = _parsed(flag, context, name, value)
             values[field] = value
         return values

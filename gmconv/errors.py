@@ -29,6 +29,12 @@ def layer_words(name: str) -> str:
     return f"layer {name!r}" if name else ROOT
 
 
+def type_words(value: object) -> str:
+    """What a value is, in words: "an int", "a list"."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
+
+
 def raised_words(error: BaseException) -> str:
     """An error of somebody's own code, with the line it comes from."""
     root = Path(__file__).parents[1]

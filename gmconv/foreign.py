@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import click
 
 from gmconv.cli import Whole
-from gmconv.errors import RefusedError, printable
+from gmconv.errors import RefusedError, printable, type_words
 from gmconv.kinds import artefact_kind
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def preprocessing_fields(given: Mapping[str, Any] | str | os.PathLike[str] | Non
     names = [one.name for one in fields(Preprocessing)]
     takes = f"it takes a dict, or a JSON file, with {', '.join(names)}"
     if not isinstance(found, Mapping):
-        raise RefusedError(f"preprocessing is a {type(found).__name__}; {takes}")
+        raise RefusedError(f"preprocessing is {type_words(found)}; {takes}")
     if unknown := [str(name) for name in found if name not in names]:
         where = printable(f"{given}: the preprocessing" if isinstance(given, str | os.PathLike) else "preprocessing")
         raise RefusedError(f"{where} has a field {printable(unknown[0])!r}; {takes}")
@@ -262,7 +262,7 @@ def preprocessing_of(
 def _text(file: Path) -> str:
     try:
         if not file.is_file():
-            raise RefusedError(f"{file}: no such file")
+            raise RefusedError(f"{file}: {'is a directory; give a file' if file.is_dir() else 'no such file'}")
         if file.stat().st_size > _LARGEST:
             raise RefusedError(f"{file}: has more than {_LARGEST:,} bytes")
         return file.read_text()

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, bfloat16, nn
 from torch.utils import _pytree as pytree
 
-from gmconv.errors import RefusedError, printable
+from gmconv.errors import RefusedError, printable, type_words
 
 _PLAIN = (bool, int, float, str, bytes)
 
@@ -27,7 +27,7 @@ def named_outputs(value: Any, names: Sequence[str] = ()) -> dict[str, Tensor]:
     """
     found = {path: leaf for path, leaf in _leaves(value) if isinstance(leaf, Tensor)}
     if not found:
-        raise RefusedError(f"the network returns a {type(value).__name__} without tensors; nothing to export")
+        raise RefusedError(f"the network returns {type_words(value)} without tensors; nothing to export")
     keyed = any(not isinstance(part, pytree.SequenceKey) for path in found for part in path)
     own = [_name(path) for path in found]
     if len(own) == 1 and not keyed:
@@ -62,7 +62,7 @@ def output_tensors(value: Any) -> list[Tensor]:
 def left_out(value: Any) -> list[str]:
     """What else is in a return value, in words: "stride (8)", "boxes (a Boxes)"; None is nothing."""
     return [
-        f"{_name(path)} ({printable(repr(leaf), 40) if isinstance(leaf, _PLAIN) else f'a {type(leaf).__name__}'})"
+        f"{_name(path)} ({printable(repr(leaf), 40) if isinstance(leaf, _PLAIN) else type_words(leaf)})"
         for path, leaf in _leaves(value)
         if leaf is not None and not isinstance(leaf, Tensor)
     ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gmconv.errors import BakeError, SurgeryError, layer_words
+from gmconv.errors import BakeError, SurgeryError, layer_words, type_words
 from gmconv.layer import GMConv2d, SigmaPer
 
 M = TypeVar("M", bound=nn.Module)
@@ -72,7 +72,7 @@ def convert(
                 continue
             if subclasses == "refuse":
                 raise SurgeryError(
-                    f"{layer_words(name)} is a {type(conv).__name__}, a Conv2d with a forward of its own that a mask "
+                    f"{layer_words(name)} is {type_words(conv)}, a Conv2d with a forward of its own that a mask "
                     f"would replace: pass where= to leave it out, or subclasses='skip' or 'replace'"
                 )
         _require_plain_weight(name, conv, SurgeryError)
@@ -134,7 +134,7 @@ def bake(model: M, inplace: bool = False, *, others: Literal["refuse", "leave"] 
 def require_module(model: object, function: str) -> None:
     """Raise TypeError where what `function` was given is no network."""
     if not isinstance(model, nn.Module):
-        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        given = f"the class {model.__name__}" if isinstance(model, type) else type_words(model)
         raise TypeError(
             f"{function} takes the network itself, a torch.nn.Module, and got {given}; "
             f"gmconv.load_checkpoint(FILE, arch=...).model is the one in a file"
@@ -211,7 +211,7 @@ def _require_bakeable(name: str, module: nn.Module) -> None:
     if not isinstance(module, GMConv2d):
         if "sigma" in module._parameters and (isinstance(module, nn.Conv2d) or "gm" in type(module).__name__.lower()):
             raise BakeError(
-                f"{layer_words(name)} is a {type(module).__name__} with a sigma, but not a gmconv.GMConv2d: its mask "
+                f"{layer_words(name)} is {type_words(module)} with a sigma, but not a gmconv.GMConv2d: its mask "
                 f"is unknown here; gmconv.bake_constants(model, *examples) and gmconv.deploy(model, examples) bake "
                 f"layers of any class by watching them run"
             )
@@ -219,7 +219,7 @@ def _require_bakeable(name: str, module: nn.Module) -> None:
     _require_plain_weight(name, module, BakeError)
     if _changes(module, GMConv2d, _GMCONV_BEHAVIOUR):
         raise BakeError(
-            f"{layer_words(name)} is a {type(module).__name__}, which computes its mask or output in its own way "
+            f"{layer_words(name)} is {type_words(module)}, which computes its mask or output in its own way "
             f"(perhaps from the input); gmconv.bake_constants(model, *examples) watches it run and bakes it if it "
             f"is constant"
         )

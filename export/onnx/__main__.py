@@ -65,8 +65,10 @@ def main(
     """Bake the masks of CHECKPOINT, export it to ONNX, and prove that ONNX Runtime computes the same."""
     from export.onnx.tables import print_export, print_passed
     from gmconv.cli import print_json, progress_console, warn
+    from gmconv.kinds import refuse_other_kinds
     from runtime.manifest import read_manifest, refuse_unnamed
 
+    refuse_other_kinds(checkpoint, "checkpoint")
     options = replace(asked, precisions=flags["precisions"], force=flags["force"])
     alone = options.precisions[0] if len(options.precisions) == 1 else "fp32"
     named, output = output, output or checkpoint.with_suffix(".onnx" if alone == "fp32" else f".{alone}.onnx")

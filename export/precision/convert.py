@@ -19,7 +19,7 @@ from export.precision.converter import (
 )
 from gmconv.errors import ParityError
 from gmconv.files import require_writable, staged
-from gmconv.kinds import require_ending
+from gmconv.kinds import refuse_other_kinds, require_ending
 from runtime.artefact import facts_of
 from runtime.manifest import Manifest, digest, find_manifest, refuse_other_artefact, refuse_unnamed, sidecar
 
@@ -105,7 +105,8 @@ def require_replaceable(
 
 
 def default_output(onnx_path: Path, precision: str, *, force: bool = False) -> Path:
-    """`model.onnx` -> `model.int8.onnx`. Raises RefusedError where that is something else's."""
+    """`model.onnx` -> `model.int8.onnx`. Raises RefusedError where that is something else's, or no ONNX file."""
+    refuse_other_kinds(onnx_path, "onnx")
     output = onnx_path.with_name(f"{onnx_path.stem}.{precision}.onnx")
     refuse_unnamed(output, force=force)
     return output

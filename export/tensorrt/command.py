@@ -252,11 +252,11 @@ def main(
         golden=asked.golden,
         **flags,
     )
+    refuse_other_kinds(model, "onnx", "checkpoint")
     output = output or _beside(model, precision, force=flags["force"])
     require_writable(output, model)
     require_ending(output, "engine")
     require_report(report, model, output)
-    refuse_other_kinds(model, "onnx", "checkpoint")
     if precision or checkpoint:
         refuse_other_artefact(output, precision or "fp32", force=flags["force"])
     refuse_options(flavor, options)

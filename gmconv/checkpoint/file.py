@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gmconv.errors import CheckpointError, RefusedError
+from gmconv.errors import CheckpointError, RefusedError, type_words
 from gmconv.kinds import refuse_other_kinds
 from gmconv.packages import install
 
@@ -61,7 +61,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except Exception as error:  # a hostile file can make the unpickler raise anything
         raise CheckpointError(f"{path}: {_why_unreadable(error)}") from error
     if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not a state_dict; save model.state_dict()")
+        raise CheckpointError(f"{path}: holds {type_words(loaded)}, not a state_dict; save model.state_dict()")
     found: dict[str, Any] = OrderedDict((str(key), value) for key, value in loaded.items())
     if hasattr(loaded, "_metadata"):
         found._metadata = loaded._metadata  # type: ignore[attr-defined]

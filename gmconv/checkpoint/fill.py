@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from gmconv.checkpoint.file import NumpyArray
 from gmconv.checkpoint.names import find_state, first
-from gmconv.errors import CheckpointError, printable
+from gmconv.errors import CheckpointError, printable, type_words
 from gmconv.layer import GMConv2d
 from gmconv.surgery import convert
 
@@ -153,7 +153,7 @@ def _readable(name: str, value: Any, target: Tensor, path: Path, notes: list[str
         except ValueError as error:
             raise CheckpointError(f"{where} {error}; save tensors") from error
     if not isinstance(value, Tensor):
-        raise CheckpointError(f"{where} is a {type(value).__name__}, not a tensor; save a plain state_dict")
+        raise CheckpointError(f"{where} is {type_words(value)}, not a tensor; save a plain state_dict")
     if value.is_meta:
         raise CheckpointError(f"{where} has no values (a meta tensor); save the state_dict of a network on a device")
     if name.endswith("sigma") and not isinstance(target, _LAZY) and _sides(value) == _sides(target):

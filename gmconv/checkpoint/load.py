@@ -23,7 +23,14 @@ from gmconv.architecture import build, plain_kwargs
 from gmconv.checkpoint.file import read_file
 from gmconv.checkpoint.fill import fill, put_masks, require_same_keys
 from gmconv.checkpoint.names import plain_values
-from gmconv.errors import ArchitectureUnsaidError, CheckpointError, InputsUnsaidError, RefusedError, printable
+from gmconv.errors import (
+    ArchitectureUnsaidError,
+    CheckpointError,
+    InputsUnsaidError,
+    RefusedError,
+    printable,
+    type_words,
+)
 from gmconv.files import replacing, unwritable
 from gmconv.foreign import DTYPES, OTHERWISE, labels_of, preprocessing_of
 from gmconv.images import Preprocessing, differences, read_preprocessing
@@ -253,7 +260,7 @@ def _facts(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: holds more than a description of a network; save it again")
     for key in ("preprocessing", "dataset", "training"):
         if facts[key] is not None and not isinstance(facts[key], dict):
-            raise CheckpointError(f"{path}: its {key} is a {type(facts[key]).__name__}, not a dict; save it again")
+            raise CheckpointError(f"{path}: its {key} is {type_words(facts[key])}, not a dict; save it again")
     labels = facts["labels"]
     if labels is not None and not (
         isinstance(labels, list | tuple) and all(isinstance(item, str) and item.isprintable() for item in labels)

@@ -22,7 +22,7 @@ from gmconv.certificate import tensor_sha256
 from gmconv.constants.operators import Call, Product, kernel_call, product_operands
 from gmconv.constants.origins import INPUT, Origin, Origins, unwrapped
 from gmconv.eager import as_written
-from gmconv.errors import BakeError, layer_words
+from gmconv.errors import BakeError, layer_words, type_words
 from gmconv.outputs import output_tensors
 
 #: What `tensor.data = other` calls.
@@ -234,7 +234,7 @@ class _Kernels(TorchFunctionMode):
     def enter(self, module: nn.Module, args: Any) -> None:
         """A global hook: a module's forward begins."""
         if threading.get_ident() != self.thread:
-            raise BakeError(_THREAD.format(f"a {type(module).__name__}"))
+            raise BakeError(_THREAD.format(type_words(module)))
         if module not in self.names:  # in a plain list, which the module tree does not show
             self.origins.busy = True
             kind = type(module).__name__

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gmconv.architecture import build, factory_keywords
-from gmconv.errors import CheckpointError
+from gmconv.errors import CheckpointError, type_words
 from gmconv.layer import GMConv2d
 from gmconv.surgery import convert, masked_layers
 from gmconv.train.options import TrainOptions, is_own, qualified
@@ -113,7 +113,7 @@ def _require_fit(model: nn.Module, options: TrainOptions, num_classes: int, wher
         ) from error
     if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, num_classes):
         wrong = isinstance(logits, Tensor) and logits.shape[:1] != (2,)
-        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type_words(logits)
         raise CheckpointError(
             f"{where}: gives {found} for two images; training needs logits, one per class: (2, {num_classes}) for the "
             f"{num_classes} classes of the data{f'; is {shape} the --input-shape it takes?' if wrong else ''}"

@@ -60,8 +60,8 @@ def write_run(
 
 def write_comparison(path: Path, prepared: Sequence[Prepared], result: Comparison) -> None:
     """Write the report of an interleaved comparison. Raises RefusedError when the file cannot be written."""
-    sections = [*result.sections(), *_artefact_sections(prepared)]
-    write_report(path, f"Latency of {', '.join(dict.fromkeys(each.artefact.name for each in prepared))}", sections)
+    files = dict.fromkeys(each.artefact.path.name for each in prepared if not each.artefact.generated)
+    write_report(path, f"Latency of {', '.join(files)}", [*result.sections(), *_artefact_sections(prepared)])
 
 
 def _artefact_sections(prepared: Sequence[Prepared]) -> list[Section]:

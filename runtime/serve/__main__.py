@@ -45,7 +45,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command(cls=Command, example="gmconv serve net.onnx --model-name net")
-@click.argument("source", metavar="ARTEFACT", type=click.Path(path_type=Path))
+@click.argument("source", metavar="ARTEFACT|DIR", type=click.Path(path_type=Path))
 @_options
 @click.option("--json", "as_json", is_flag=True, help="Print the listening and ready lines as JSON.")
 def main(as_json: bool, **options: Any) -> None:

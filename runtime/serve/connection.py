@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import logging
 import math
 import socket
@@ -269,6 +270,8 @@ def bind(host: str, port: int, option: str) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            option = "--host"
         raise UnavailableError(
             f"{host}:{port} cannot be listened on ({error.strerror or error}); choose with {option}"
         ) from error

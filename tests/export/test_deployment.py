@@ -257,7 +257,7 @@ def test_an_option_that_there_is_not_is_named(net: nn.Module, tmp_path: Path) ->
         ({"flavor": "rtxx"}, "^flavor='rtxx': it takes auto, tensorrt, rtx$"),
         ({"flavor": "rtx"}, "^flavor='rtx' is of an engine: output='net.plan' builds one$"),
         ({"target": "gpu"}, "target='gpu': 'gpu' is not one of 'tensorrt', 'cpu'"),
-        ({"precision": 16}, "precision is a int; it takes 'fp16,int8', or PrecisionOptions"),
+        ({"precision": 16}, "precision is an int; it takes 'fp16,int8', or PrecisionOptions"),
         ({"precision": "bf16", "io_dtype": "fp16"}, r"io_dtype=?.* does not go with bf16"),
     ],
 )

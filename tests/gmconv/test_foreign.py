@@ -92,6 +92,11 @@ def test_labels_that_are_none_are_refused(text: str, tmp_path: Path) -> None:
         read_labels(tmp_path / "labels")
 
 
+def test_a_folder_is_no_file_of_labels(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="is a directory; give a file"):
+        read_labels(tmp_path)
+
+
 def test_preprocessing_may_come_from_a_manifest(tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text(json.dumps({"schema": "x", "preprocessing": {"scale": 1}}))
     assert read_preprocessing_file(tmp_path / "m.json") == {"scale": 1}

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from gmconv.__main__ import main
 from gmconv.errors import RefusedError
 from gmconv.kinds import Kind, artefact_kind, refuse_other_kinds, require_ending
 
@@ -67,3 +69,21 @@ def test_the_ending_says_the_kind_in_either_case() -> None:
 def test_a_file_that_cannot_be_read_is_refused() -> None:
     with pytest.raises(RefusedError, match=r"^/proc/self/mem: cannot be read \(Input/output error\)$"):
         artefact_kind(Path("/proc/self/mem"))
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "default"),
+    [
+        (["onnx"], "net.onnx", "net.onnx"),
+        (["precision", "--to=fp16"], "net.pt", "net.fp16.onnx"),
+        (["tensorrt", "--flavor=rtx"], "net.plan", "net.plan"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_before_the_file_in_the_way(
+    command: list[str], name: str, default: str, tmp_path: Path
+) -> None:
+    for file in (name, default):
+        (tmp_path / file).write_bytes({".onnx": ONNX, ".pt": b"PK\x03\x04", ".plan": b"ftrt...."}[Path(file).suffix])
+    done = CliRunner().invoke(main, [*command, str(tmp_path / name)])
+    assert done.exit_code == 3
+    assert "is needed here" in done.output

@@ -166,7 +166,7 @@ def test_works_on_a_bare_convolution() -> None:
 
 def test_a_subclass_with_its_own_forward_is_refused_by_name() -> None:
     model = nn.Sequential(nn.ReLU(), Odd(3, 4, 3))
-    with pytest.raises(SurgeryError, match=r"layer '1' is a Odd, a Conv2d with a forward of its own"):
+    with pytest.raises(SurgeryError, match=r"layer '1' is an Odd, a Conv2d with a forward of its own"):
         gmconv.convert(model)
 
 
@@ -225,7 +225,7 @@ def test_masks_beside_a_part_in_torchscript_are_baked() -> None:
 
 def test_a_mask_that_depends_on_the_input_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Sequential(InputDependent(3, 4, 3)))
-    with pytest.raises(BakeError, match=r"layer '0\.0' is a InputDependent"):
+    with pytest.raises(BakeError, match=r"layer '0\.0' is an InputDependent"):
         gmconv.bake(model)
 
 

@@ -363,7 +363,7 @@ def test_nan_and_inf_are_refused_by_key(key: str, value: float, saved: Path, mod
         ({"masked": {"conv1": "tap"}}, "list of masked layers is damaged"),
         ({"masked": {"nowhere": "layer"}}, "no convolution named 'nowhere'"),
         ({"labels": [1, 2]}, "labels are not a list of strings"),
-        ({"preprocessing": 7}, "its preprocessing is a int"),
+        ({"preprocessing": 7}, "its preprocessing is an int"),
     ],
 )
 def test_bad_metadata_is_refused(changes: dict[str, Any], message: str, saved: Path, tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def test_twin_and_report_from_the_command_line(
     ]
     assert all(row["ratio"]["low"] <= row["ratio"]["value"] <= row["ratio"]["high"] for row in rows if row["ratio"])
     text = report.read_text()
+    assert f"<title>Latency of {digits_checkpoint.name}, digits.onnx</title>" in text
     for words in ("Effective receptive field", "torch live", "Masks", "layer3.0.conv2", "twin of digits.onnx"):
         assert words in text
 

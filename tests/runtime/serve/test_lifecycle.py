@@ -440,6 +440,13 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("host", ["256.1.1.1", "192.0.2.1", "::2"])
+def test_a_host_that_is_not_this_machine_is_named(host: str, tmp_path: Path) -> None:
+    done = run(str(classifier(tmp_path / "m.onnx")), "--host", host, "--http-port", "0")
+    assert done.returncode == 6
+    assert done.stderr.endswith("choose with --host\n")
+
+
 def test_no_torch_and_a_quick_help() -> None:
     code = (
         "import sys, runtime.serve.server, runtime.serve.grpc.methods, runtime.runners.onnxruntime, onnxruntime;"
