@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 from gmconv.errors import RefusedError
 
 
-def positions(folder: Path, classes: tuple[str, ...], names: Sequence[str] | None) -> dict[str, int]:
-    """Each sub-folder's class index: by name where the network knows names, else by alphabetical order.
+def composed(name: str) -> str:
+    """A name as it is compared: in NFC, as the same letters may be written in two ways (a Mac's archives hold NFD)."""
+    return unicodedata.normalize("NFC", name)
 
-    Raises RefusedError where the names that it does know contradict that order, or the number is another.
+
+def class_folders(folder: Path) -> dict[str, Path]:
+    """The sub-folders of a folder of images, one per class, by their `composed` names, in the order of those.
+
+    Raises OSError, and RefusedError where two have one name.
     """
+    found: dict[str, Path] = {}
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.name.startswith("."):
+            name = composed(entry.name)
+            if found.setdefault(name, entry) != entry:
+                raise RefusedError(
+                    f"{folder}: two sub-folders are called {name}, in two ways of writing it: merge them"
+                )
+    return dict(sorted(found.items()))
+
+
+def positions(folder: Path, classes: tuple[str, ...], names: Sequence[str] | None) -> dict[str, int]:
+    """Each sub-folder's class index: by name where the network knows names, else by the order of `classes`.
+
+    `classes`: the names of the sub-folders, `composed`. Raises RefusedError where the names that it does know
+    contradict that order, or the number is another.
+    """
+    names = [composed(name) for name in names or ()]
     if names and set(classes) <= set(names):
-        return {name: list(names).index(name) for name in classes}
+        return {name: names.index(name) for name in classes}
     moved = names and any(name in names and names[index] != name for index, name in enumerate(classes[: len(names)]))
     if names and (moved or len(classes) != len(names)):
         odd = ", ".join(sorted(set(classes) - set(names))[:5])

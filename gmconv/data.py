@@ -12,13 +12,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gmconv.classes import positions
+from gmconv.classes import class_folders, composed, positions
 from gmconv.errors import RefusedError
 from gmconv.images import (
     SUFFIXES,
     TAKEN,
     Preprocessing,
-    class_folders,
     image_files,
     load_image,
     load_mask,
@@ -216,7 +215,7 @@ def _as_trained(source: Source, entries: list[str], dataset: Mapping[str, Any], 
 
 def file_entries(folder: Path, files: Sequence[Path]) -> list[str]:
     """What tells the files of a data set apart: their names in its folder, and their sizes."""
-    return [f"{file.relative_to(folder).as_posix()}\t{file.stat().st_size}" for file in files]
+    return [f"{composed(file.relative_to(folder).as_posix())}\t{file.stat().st_size}" for file in files]
 
 
 def array_entries(images: Iterable[Array]) -> list[str]:
@@ -299,23 +298,24 @@ def _folder(
     if prepared != tuple(shape):
         raise RefusedError(f"{folder}: the preprocessing makes {prepared} images, the network takes {tuple(shape)}")
     roots = _roots(folder, part)
-    names = sorted({entry.name for root in roots for entry in class_folders(root)})
+    inside = [(root, *entry) for root in roots for entry in class_folders(root).items()]
+    names = list(dict.fromkeys(name for _, name, _ in sorted(inside, key=lambda entry: entry[2].name)))
     held = [(root, file) for root in roots for file in image_files(root)]
     labels, classes, masks, entries, unfit = None, None, None, None, ""
     if names == ["images", "masks"]:
-        inner = [(root, inside) for root in roots for inside in _roots(root / "images", part)]
-        held = [(root, file) for root, inside in inner for file in image_files(inside)]
+        inner = [(root, below) for root in roots for below in _roots(root / "images", part)]
+        held = [(root, file) for root, below in inner for file in image_files(below)]
         try:
             drawn = [_mask_of(root, file) for root, file in held]
             masks = _files_reader(drawn, lambda file: load_mask(file, preprocessing))
         except RefusedError as error:
             unfit = error.message
-        roots = [inside for _, inside in inner if inside.name != "images"] or roots
+        roots = [below for _, below in inner if below.name != "images"] or roots
     elif names and all(file.parent != root for root, file in held):
-        held = [(root, file) for root in roots for name in names for file in image_files(root / name)]
+        held = [(entry, file) for _, _, entry in inside for file in image_files(entry)]
         try:
             place = positions(folder, tuple(names), class_names)
-            labels = np.asarray([place[file.relative_to(root).parts[0]] for root, file in held], np.int64)
+            labels = np.asarray([place[composed(entry.name)] for entry, _ in held], np.int64)
             classes = tuple(names)
         except RefusedError as error:
             unfit = error.message
@@ -328,7 +328,7 @@ def _folder(
 
 def _roots(folder: Path, part: Part) -> list[Path]:
     """The folder; of one that holds just `train` and `val` or `test`, the sub-folders that hold `part`."""
-    parts = {entry.name: entry for entry in class_folders(folder)}
+    parts = class_folders(folder)
     other = next((name for name in ("val", "test") if set(parts) == {"train", name}), None)
     if other is None:
         return [folder]

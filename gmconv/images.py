@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from gmconv.classes import composed
 from gmconv.errors import RefusedError
 from gmconv.packages import require
 
@@ -82,11 +83,6 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else ", ".join(f"{one:.6g}" for one in np.ravel(value))
 
 
-def class_folders(folder: Path) -> list[Path]:
-    """The sub-folders of a folder of images, one per class, by name. Raises OSError."""
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
 def image_files(folder: Path) -> list[Path]:
     """Every image in a folder or below it, by name. Raises OSError, also for a folder below that may not be read."""
 
@@ -95,7 +91,8 @@ def image_files(folder: Path) -> list[Path]:
             raise error
 
     files = (Path(root, name) for root, _, names in os.walk(folder, onerror=refuse) for name in names)
-    return sorted(file for file in files if file.suffix.lower() in SUFFIXES and file.is_file())
+    found = (file for file in files if file.suffix.lower() in SUFFIXES and file.is_file())
+    return sorted(found, key=lambda file: Path(composed(str(file))))
 
 
 def load_image(source: bytes | Path, preprocessing: Preprocessing) -> Floats:

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gmconv.classes import class_folders
 from gmconv.data import array_entries, file_entries, load_samples
 from gmconv.errors import DataError
-from gmconv.images import TAKEN, Preprocessing, class_folders, image_files, load_image, read_preprocessing
+from gmconv.images import TAKEN, Preprocessing, image_files, load_image, read_preprocessing
 from gmconv.packages import require
 from gmconv.splits import split_indices, split_record
 
@@ -170,7 +171,7 @@ def image_folder(folder: Path, input_shape: tuple[int, int, int], test_size: flo
     }
     ready = read_preprocessing(preprocessing)
     assert ready is not None
-    parts = {entry.name: entry for entry in class_folders(folder)}
+    parts = class_folders(folder)
     record = None
     other = next((name for name in ("val", "test") if set(parts) == {"train", name}), None)
     if other:
@@ -194,17 +195,17 @@ def _scan(folder: Path) -> tuple[list[Path], Indices, tuple[str, ...]]:
     files: list[Path] = []
     targets: list[int] = []
     classes = class_folders(folder)
-    if [entry.name for entry in classes] == ["images", "masks"]:
+    if list(classes) == ["images", "masks"]:
         raise DataError(f"{folder}: holds masks, a class per pixel, and training here knows one class per image")
     if len(classes) < 2:
         raise DataError(f"{folder}: needs at least two sub-folders, one per class; found {len(classes)}")
-    for index, entry in enumerate(classes):
+    for index, entry in enumerate(classes.values()):
         found = image_files(entry)
         if not found:
             raise DataError(f"{entry}: holds no images ({', '.join(TAKEN)})")
         files += found
         targets += [index] * len(found)
-    return files, np.asarray(targets, np.int64), tuple(entry.name for entry in classes)
+    return files, np.asarray(targets, np.int64), tuple(classes)
 
 
 def batches(count: int, batch_size: int, order: Sequence[int] | Indices | None = None) -> list[Indices]:

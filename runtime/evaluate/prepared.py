@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
+from gmconv.classes import composed
 from gmconv.data import Batch, Floats, Samples
 from gmconv.errors import RefusedError
 from gmconv.images import Preprocessing, differences
@@ -86,7 +87,7 @@ def _refuse_other_names(runners: Sequence[Runner]) -> None:
     named = [one.artefact for one in runners if one.artefact.facts.labels]
     for usual, other in pairwise(named):
         pairs = enumerate(zip_longest(usual.facts.labels or (), other.facts.labels or ()))
-        if unlike := [(index, *pair) for index, pair in pairs if pair[0] != pair[1]]:
+        if unlike := [(index, *pair) for index, pair in pairs if composed(pair[0] or "") != composed(pair[1] or "")]:
             index, name, own = unlike[0]
             raise RefusedError(
                 f"{other.path.name} calls class {index} {own!r}, and {usual.path.name} {name!r}: images in folders of "

@@ -193,7 +193,7 @@ def _unlabelled(samples: Samples, options: EvaluateOptions) -> bool:
 
 def _doubt(samples: Samples, known: Facts, options: EvaluateOptions) -> str | None:
     """What makes the scores say less than they seem to."""
-    from gmconv.classes import in_order
+    from gmconv.classes import composed, in_order
 
     if _unlabelled(samples, options):
         return f"{samples.name} has no labels: only agreement with the reference is measured"
@@ -201,10 +201,11 @@ def _doubt(samples: Samples, known: Facts, options: EvaluateOptions) -> str | No
         return f"{samples.name}: the network names no classes; {in_order(samples.nameless)}"
     if options.part == "train" and samples.part == "all":
         return f"nothing says which part of {samples.name} was trained on: all of it was taken"
-    if samples.classes and known.labels and not set(samples.classes) <= set(known.labels):
-        shown = ", ".join(f"{name} is {label}" for name, label in zip(samples.classes[:3], known.labels, strict=False))
+    labels = [composed(label) for label in known.labels or ()]
+    if samples.classes and labels and not set(samples.classes) <= set(labels):
+        shown = ", ".join(f"{name} is {label}" for name, label in zip(samples.classes[:3], labels, strict=False))
         more = ", …" if len(samples.classes) > 3 else ""
-        odd = ", ".join([name for name in samples.classes if name not in known.labels][:5])
+        odd = ", ".join([name for name in samples.classes if name not in labels][:5])
         return (
             f"{samples.name}: sub-folders {odd} are no labels of the network; all taken in their order: {shown}{more}"
         )

@@ -2,6 +2,7 @@
 
 import shutil
 import tracemalloc
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -326,6 +327,26 @@ def test_folders_of_which_one_is_misnamed_are_taken_in_their_order_only_where_th
     moved = load_samples(classes, input_shape=SHAPE, preprocessing=PLAIN, class_names=["dog", "kitten"])
     with pytest.raises(RefusedError, match="sub-folders cat are not among the network's 2 labels; rename them"):
         moved.judged()
+
+
+def test_a_copy_whose_names_are_decomposed_is_the_same_data(classes: Path) -> None:
+    (classes / "cat").rename(classes / "\u00c4ffin")
+    (classes / "dog" / "60.png").rename(classes / "dog" / "\u00e9.png")
+    copy = classes.with_name("copy")
+    for file in classes.rglob("*.png"):
+        target = copy / unicodedata.normalize("NFD", file.relative_to(classes).as_posix())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    (classes / "notes.txt").unlink()
+    files = sorted(classes.rglob("*.png"))
+    record = split_record("folder", file_entries(classes, files), 0.4, 0)
+    here, there = (
+        load_samples(folder, input_shape=SHAPE, preprocessing=PLAIN, dataset=record, class_names=["\u00c4ffin", "dog"])
+        for folder in (classes, copy)
+    )
+    assert here.part == there.part == "held-out"
+    np.testing.assert_array_equal(stack(here), stack(there))
+    np.testing.assert_array_equal(here.judged().labels, there.judged().labels)
 
 
 def test_masks_are_not_read_for_the_images_alone(tmp_path: Path) -> None:

@@ -95,6 +95,10 @@ def test_a_folder_with_train_and_val_is_taken_as_split(folder: Path, tmp_path: P
     assert (len(data.train.targets), len(data.held_out.targets)) == (6, 4)
     assert data.record is None, "the parts lie in folders of their own"
     assert data.train.batch(np.array([5])).shape == (1, 1, 8, 8)
+    (root / "train" / "dog").rename(root / "train" / "\u00e9")
+    (root / "val" / "dog").rename(root / "val" / "e\u0301")  # the same letter, as a Mac's archive has it
+    assert image_folder(root, (1, 8, 8), 0.2, 0).labels == ("cat", "\u00e9")
+    (root / "val" / "e\u0301").rename(root / "val" / "dog")
     (root / "val" / "dog").rename(root / "val" / "wolf")
     with pytest.raises(DataError, match="same classes"):
         image_folder(root, (1, 8, 8), 0.2, 0)

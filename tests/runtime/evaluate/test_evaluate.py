@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -404,6 +405,18 @@ def test_folders_named_unlike_the_networks_classes_are_said(tmp_path: Path) -> N
         Image.new("L", (4, 2)).save(tmp_path / "data" / f"class{index}" / "0.png")
     done = invoke(path, "--data", tmp_path / "data")
     assert "sub-folders class0, class1, class2, class3, class4 are no labels of the network; all" in done.stderr
+
+
+def test_folders_in_decomposed_letters_are_the_networks_classes(tmp_path: Path) -> None:
+    names = tuple("\u00e4\u00e9\u00f1\u00f6\u00fc\u00e5\u00e7\u00f4")
+    path = save(tmp_path / "a.onnx", labels=names)
+    other = save(tmp_path / "b.onnx", labels=tuple(unicodedata.normalize("NFD", name) for name in names))
+    for file in (path, other):
+        manifest = json.loads(sidecar(file).read_text())
+        preprocessing = {"size": [2, 4], "mean": [0.0], "std": [1.0], "channel_order": "L"}
+        sidecar(file).write_text(json.dumps(manifest | {"preprocessing": preprocessing}))
+    data = folders(tmp_path / "data", [unicodedata.normalize("NFD", name) for name in names])
+    assert "no labels of the network" not in invoke(path, other, "--data", data).stderr
 
 
 def test_classes_without_images_are_named(tmp_path: Path, images: Path) -> None:
