@@ -69,7 +69,7 @@ def test_names_of_outputs_with_keys_stay_on_their_tensors_in_whatever_order_they
     [
         ({"boxes": A, "scores": B}, ["a", "b"], "names its outputs itself: boxes, scores"),
         ((A, B), ["a"], "has 2 outputs, --output-names gives 1"),
-        (7, [], "returns a int without tensors"),
+        (7, [], "returns an int without tensors"),
         ({}, [], "without tensors"),
     ],
 )
