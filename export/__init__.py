@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from export.onnx.pipeline import export_onnx as export_onnx
     from export.precision.convert import convert_precision as convert_precision
     from export.precision.converter import PrecisionOptions as PrecisionOptions
-    from export.precision.search import Budget as Budget
+    from export.precision.judging import Budget as Budget
     from export.precision.search import search_precision as search_precision
     from export.tensorrt.build import BuildOptions as BuildOptions
     from export.tensorrt.build import build_engine as build_engine
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = attach(
     __name__,
     {
-        "Budget": ".precision.search",
+        "Budget": ".precision.judging",
         "BuildOptions": ".tensorrt.build",
         "Deployed": ".deployment",
         "ExportOptions": ".onnx.options",

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from export.precision.converter import PrecisionAudit as PrecisionAudit
     from export.precision.converter import PrecisionConverter as PrecisionConverter
     from export.precision.converter import PrecisionOptions as PrecisionOptions
-    from export.precision.search import Budget as Budget
+    from export.precision.judging import Budget as Budget
     from export.precision.search import search_precision as search_precision
 
 __getattr__, __dir__ = attach(
     __name__,
     {
-        "Budget": ".search",
+        "Budget": ".judging",
         "PRECISIONS": ".converter",
         "PrecisionAudit": ".converter",
         "PrecisionConverter": ".converter",

@@ -105,6 +105,11 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
     "--max-top1-drop", "--max-drop", type=Finite(0, 100), help="Budget: points of top-1 or of pixel accuracy."
 )
 @click.option("--min-snr", type=Finite(-1000, 1000), help="Budget: least output signal-to-noise ratio, dB.")
+@click.option(
+    "--judge-output",
+    metavar="NAME",
+    help="Of several outputs, the only one that a budget judges. [accuracy: the first; SNR: the least of all]",
+)
 @click.option("--images-limit", type=Whole(2), default=512, show_default=True, help="Most to judge on.")
 @click.option(
     "--keep-as",
@@ -133,8 +138,8 @@ def main(model: Path, precision: Precision | None, output: Path | None, **flags:
     if (precision is None) == (automatic is None):
         raise click.UsageError("give one of --to and --auto-precision")
     budgets = (flags["max_top1_drop"], flags["min_snr"])
-    if automatic is None and any(budget is not None for budget in budgets):
-        raise click.UsageError("--max-top1-drop and --min-snr go with --auto-precision")
+    if automatic is None and any(given is not None for given in (*budgets, flags["judge_output"])):
+        raise click.UsageError("--max-top1-drop, --min-snr and --judge-output go with --auto-precision")
     if automatic and all(budget is None for budget in budgets):
         raise click.UsageError("--auto-precision needs a budget: --max-top1-drop POINTS or --min-snr DB")
     if precision is not None and (clash := options.io_clash(precision)):
@@ -187,11 +192,12 @@ def _search_plan(
     path: Path, precision: Any, options: PrecisionOptions, flags: dict[str, Any], plan_path: Path, console: Console
 ) -> Searched:
     """Search for the fewest kept layers, show and save the plan."""
+    from export.precision.judging import Budget
     from export.precision.plan import write_plan
-    from export.precision.search import Budget, search_precision
+    from export.precision.search import search_precision
     from gmconv.progress import progress_bar
 
-    budget = Budget(max_top1_drop=flags["max_top1_drop"], min_snr=flags["min_snr"])
+    budget = Budget(**{name: flags[name] for name in ("max_top1_drop", "min_snr", "judge_output")})
     with progress_bar(console, "searching") as progress:
         found = search_precision(
             path,

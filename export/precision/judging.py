@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +14,12 @@ from numpy.typing import NDArray
 from export.precision.converter import PrecisionConverter
 from gmconv.classes import in_order, require_all
 from gmconv.errors import RefusedError
+from runtime.evaluate.accuracy import Noise
 from runtime.evaluate.pixels import IGNORED
 
 #: What is counted: classes of samples, of pixels, or, where an output is no scores of classes, nothing.
 What = Literal["top-1", "pixel accuracy", ""]
+Outputs = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +39,72 @@ class EvaluationImages:
         return sum(len(batch) for batch in self.batches)
 
 
-class Judge:
-    """How often outputs (N, classes), or (N, classes, H, W), are right: by the classes of the images where those are
-    known and fit, else by what the fp32 graph found. `what` is empty for any other output: its SNR is all there is."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What may be lost: points (percent) of top-1 or pixel accuracy of one output, and the least signal-to-noise ratio
+    of any in dB; `judge_output`: the only one judged."""
 
-    def __init__(self, reference: NDArray[Any], images: EvaluationImages) -> None:
-        self.reference = reference
-        scores = reference.ndim in (2, 4) and reference.shape[1] > 1
+    max_top1_drop: float | None = None
+    min_snr: float | None = None
+    judge_output: str | None = None
+
+    def holds(self, found: Measurement) -> bool:
+        """Whether `found` is within the budget."""
+        drop_fits = self.max_top1_drop is None or found.top1_drop <= self.max_top1_drop + 1e-9
+        return drop_fits and (self.min_snr is None or found.snr_db >= self.min_snr)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """One graph on the evaluation images.
+
+    `top1` is the share of samples, or of pixels, that is right, `top1_drop` the points lost against the fp32 graph: of
+    accuracy where classes are known, else of agreement; None and 0 where an output is no scores of classes. `snr_db`
+    is that of `output`, the worst that is judged, `ratios` those of all; infinite when they are equal. `latency_ms`:
+    ONNX Runtime CPU, batch 1, median.
+    """
+
+    kept: tuple[str, ...]
+    top1: float | None
+    top1_drop: float
+    snr_db: float
+    output: str
+    ratios: dict[str, float]
+    size_ratio: float
+    latency_ms: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; an infinite ratio becomes None."""
+        plain = asdict(self) | {"kept": list(self.kept)}
+        return _finite(plain) | {"ratios": _finite(self.ratios)}
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in values.items()}
+
+
+class Judge:
+    """How often one output (N, classes), or (N, classes, H, W), is right: by the classes of the images where those are
+    known and fit, else by what the fp32 graph found. `what` is empty for any other output: its SNR is all there is.
+
+    `output` names it, and is then the only one whose SNR counts; None: the first, and the least SNR of all."""
+
+    def __init__(self, outputs: Outputs, images: EvaluationImages, output: str | None = None) -> None:
+        if output is not None and output not in outputs:
+            raise RefusedError(f"there is no output {output!r} (--judge-output); there are {', '.join(outputs)}")
+        if lost := [name for name, array in outputs.items() if not np.isfinite(array).all()]:
+            raise RefusedError(f"output {lost[0]!r} of the fp32 graph is NaN or infinite on {images.name}")
+        self.outputs, self.output = outputs, output or next(iter(outputs))
+        self.counted = tuple(outputs) if output is None else (output,)
+        reference = outputs[self.output]
+        scores = reference.ndim in (2, 4) and reference.shape[1] > 1 and reference.dtype.kind == "f"
         self.what: What = "" if not scores else "top-1" if reference.ndim == 2 else "pixel accuracy"
         own = reference.argmax(1) if scores else np.zeros(0, np.int64)
         known = images.classes is not None and images.classes.shape == own.shape
         self._truth = images.classes if known and images.classes is not None else own
         self._counted = self._truth != IGNORED if self._truth.ndim > 1 else np.ones(self._truth.shape, bool)
-        alike = f"agreement {'of pixels ' * (own.ndim > 1)}with fp32 (no classes known)"
+        shapes = "" if images.classes is None else f"classes {images.classes.shape} do not fit its {reference.shape}"
+        alike = f"agreement {'of pixels ' * (own.ndim > 1)}with fp32 ({shapes or 'no classes known'})"
         said = "SNR alone" if not scores else self.what if known else alike
         self.title = f"{said} on {images.count} images of {images.name}"
         if known and self.what == "top-1":
@@ -55,11 +112,24 @@ class Judge:
             self.title += f" ({in_order(images.folders)})" if images.folders else ""
         self.before = self.right(reference)
 
-    def right(self, outputs: NDArray[Any]) -> float | None:
+    def right(self, output: NDArray[Any]) -> float | None:
         """The share that is right, of samples or pixels; None where there are no classes."""
         if not self.what or not self._counted.any():
             return None
-        return float((outputs.argmax(1) == self._truth)[self._counted].mean())
+        if output.shape != self.outputs[self.output].shape:
+            return 0.0
+        return float((output.argmax(1) == self._truth)[self._counted].mean())
+
+    def ratios(self, outputs: Outputs) -> dict[str, float]:
+        """Signal to noise of each output in dB; minus infinity where its shape is another or it is not finite."""
+        found = {}
+        for name, reference in self.outputs.items():
+            noise = Noise()
+            alike = outputs[name].shape == reference.shape
+            if alike:
+                noise.add(reference, outputs[name])
+            found[name] = noise.snr_db if alike else -math.inf
+        return found
 
 
 def _require_fit(images: EvaluationImages, outputs: int) -> None:

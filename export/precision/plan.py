@@ -25,7 +25,7 @@ class PrecisionPlan:
     schema: str = SCHEMA
     target: Literal["tensorrt", "cpu"] = "tensorrt"
     source_sha256: str = ""
-    budget: dict[str, float] = field(default_factory=dict)
+    budget: dict[str, float | str] = field(default_factory=dict)
     calibration: Calibration | None = None
     measured: list[dict[str, Any]] = field(default_factory=list)
 

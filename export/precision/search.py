@@ -9,7 +9,6 @@ Every graph on the way is built, run on the same images and recorded; the result
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -18,10 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from export.precision.converter import PrecisionConverter, PrecisionOptions, asked_precision
-from export.precision.judging import EvaluationImages, Judge, What, read_evaluation_images
+from export.precision.judging import (
+    Budget,
+    EvaluationImages,
+    Judge,
+    Measurement,
+    Outputs,
+    What,
+    read_evaluation_images,
+)
 from gmconv.asking import silent
 from gmconv.errors import ParityError, RefusedError
 from runtime.records import Quantization
@@ -39,42 +45,6 @@ if TYPE_CHECKING:
 _TIMED_RUNS = 5
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """What may be lost: points (percent) of top-1 or pixel accuracy, and the least signal-to-noise ratio of the outputs
-    in dB."""
-
-    max_top1_drop: float | None = None
-    min_snr: float | None = None
-
-    def holds(self, found: Measurement) -> bool:
-        """Whether `found` is within the budget."""
-        drop_fits = self.max_top1_drop is None or found.top1_drop <= self.max_top1_drop + 1e-9
-        return drop_fits and (self.min_snr is None or found.snr_db >= self.min_snr)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
-    """One graph on the evaluation images.
-
-    `top1` is the share of samples, or of pixels, that is right, `top1_drop` the points lost against the fp32 graph: of
-    accuracy where classes are known, else of agreement; None and 0 where an output is no scores of classes. `snr_db`
-    compares the outputs; infinite when they are equal. `latency_ms`: ONNX Runtime CPU, batch 1, median.
-    """
-
-    kept: tuple[str, ...]
-    top1: float | None
-    top1_drop: float
-    snr_db: float
-    size_ratio: float
-    latency_ms: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values; an infinite ratio becomes None."""
-        plain = {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in asdict(self).items()}
-        return plain | {"kept": list(self.kept)}
-
-
 class SensitivitySearch:
     """The search over one graph, one precision and one set of images."""
 
@@ -85,6 +55,7 @@ class SensitivitySearch:
         images: EvaluationImages,
         *,
         keep_as: Literal["fp16", "fp32"] = "fp16",
+        judge_output: str | None = None,
         note: Callable[[str, int, int], None] | None = None,
     ) -> None:
         """Layers that the converter's `keep_fp32` names, or that have no 8-bit kernel, are no part of the search."""
@@ -98,7 +69,7 @@ class SensitivitySearch:
         lacking = without_kernel(converter.model, precision) if converter.options.target == "tensorrt" else {}
         aside = {*self.always, *lacking}
         self.nodes = {layer.name: layer.node for layer in layers(converter.model) if layer.node not in aside}
-        self.judge = Judge(self._outputs(converter.model, "fp32")[0], images)
+        self.judge = Judge(self._outputs(converter.model, "fp32")[0], images, judge_output)
         self.tried: dict[frozenset[str], Measurement] = {}
 
     def sensitivities(self, budget: Budget) -> dict[str, Measurement]:
@@ -125,12 +96,13 @@ class SensitivitySearch:
         if found is None:
             best = min(self.tried.values(), key=lambda m: (max(m.top1_drop, 0.0), -m.snr_db))
             drop, ratio = budget.max_top1_drop, budget.min_snr
+            whose = f" (output {best.output!r})" if len(best.ratios) > 1 else ""
             asked = [f"a top-1 drop of {drop:g} points"] if drop is not None else []
             asked += [f"{ratio:g} dB"] if ratio is not None else []
             raise ParityError(
                 f"no mix of {self.precision} and {self.keep_as} layers reaches {' and '.join(asked)}: the best keeps "
                 f"{len(best.kept)} of {len(self.nodes)} layers and loses {best.top1_drop:.2f} points at "
-                f"{best.snr_db:.1f} dB; ask for less, or take --to fp16"
+                f"{best.snr_db:.1f} dB{whose}; ask for less, or take --to fp16"
             )
         kept = [name for name in ranking if name in found.kept]
         for name in kept[::-1]:
@@ -156,25 +128,29 @@ class SensitivitySearch:
         half = nodes if self.keep_as == "fp16" else set()
         graph, audit = self.converter.quantize(self.precision, self.always | (nodes - half), half)
         outputs, latency = self._outputs(graph, self.precision, audit.quantization)
-        right, before, reference = self.judge.right(outputs), self.judge.before, self.judge.reference
-        noise = float(np.square(outputs.astype(np.float64) - reference).sum())
-        signal = float(np.square(reference, dtype=np.float64).sum())
+        judge, ratios = self.judge, self.judge.ratios(outputs)
+        right, before = judge.right(outputs[judge.output]), judge.before
+        worst = min(judge.counted, key=ratios.__getitem__)
         return Measurement(
             kept=tuple(name for name in self.nodes if name in kept),
             top1=right,
             top1_drop=0.0 if right is None or before is None else 100 * (before - right),
-            snr_db=10 * math.log10(signal / noise) if noise else math.inf,
+            snr_db=ratios[worst],
+            output=worst,
+            ratios=ratios,
             size_ratio=audit.size_ratio,
             latency_ms=latency,
         )
 
     def _outputs(
         self, graph: ModelProto, precision: str, quantization: Quantization | None = None
-    ) -> tuple[NDArray[np.float32], float]:
-        """First output on all images, and the batch-1 latency, of the graph as it would be served."""
+    ) -> tuple[Outputs, float]:
+        """All outputs on all images, and the batch-1 latency, of the graph as it would be served."""
         served = _session(graph, precision, quantization)
         name, size = served.get_inputs()[0].name, served.get_inputs()[0].shape[0]
-        outputs = np.concatenate([served.run(None, {name: batch})[0] for batch in self.images.batches])
+        parts = zip(*(served.run(None, {name: batch}) for batch in self.images.batches), strict=True)
+        joined = [np.concatenate([np.atleast_1d(part) for part in found]) for found in parts]
+        outputs = {spec.name: found for spec, found in zip(served.get_outputs(), joined, strict=True)}
         one = self.images.batches[0][: size if isinstance(size, int) else 1]
         times = []
         for _ in range(_TIMED_RUNS + 1):
@@ -201,7 +177,20 @@ class Searched(Shown):
     def tables(self) -> tuple[Table, Table, str]:
         """Each layer alone, the Pareto front, and what was judged on what."""
         front = pareto_table(self.tried, self.chosen, len(self.alone), self.judge.what)
-        return sensitivity_table(self.alone), front, self.judge.title
+        return sensitivity_table(self.alone), front, self.judge.title + self._deciding()
+
+    def _deciding(self) -> str:
+        """Of several outputs, whose accuracy and whose SNR the budget is held to, and the SNR of each."""
+        judge, ratios = self.judge, self.chosen.ratios
+        if len(ratios) == 1:
+            return ""
+        of = f"of output {judge.output!r}"
+        accuracy = [] if self.budget.max_top1_drop is None else [f"accuracy {of}"]
+        noise = f"SNR {of}" if len(judge.counted) == 1 else f"the least SNR of {len(ratios)} outputs"
+        decides = [*accuracy, *([] if self.budget.min_snr is None else [noise])]
+        verb = "alone decides" if len(decides) == 1 else "decide"
+        listed = ", ".join(f"{name} {ratio:.1f}" for name, ratio in ratios.items())
+        return f"; {' and '.join(decides)} {verb}; SNR by output, dB: {listed}"
 
     def show(self, console: Console) -> None:
         """Print the tables."""
@@ -230,7 +219,7 @@ class Searched(Shown):
         return [points, Rows(table=front), Rows(table=alone)]
 
 
-_ASKED = asked_precision("max_top1_drop", "min_snr")
+_ASKED = asked_precision("max_top1_drop", "min_snr", "judge_output")
 
 
 @_ASKED.of
@@ -251,7 +240,7 @@ def search_precision(
     Args:
         onnx_path: the fp32 file.
         precision: of the layers that are quantized.
-        budget: what may be lost; or max_top1_drop and min_snr by name.
+        budget: what may be lost; or max_top1_drop, min_snr and judge_output by name.
         options: of the conversion; `dataclasses.replace(options, plan=found.plan)` converts by what was found.
         images: a folder, an .npz file or "digits" to judge on, `limit` of them at most; None: what it was trained on.
             They calibrate too, unless `options` names others.
@@ -261,7 +250,7 @@ def search_precision(
             data="images/" is for calibration and judging.
 
     Raises:
-        RefusedError: a file that is no fp32 graph, or no images.
+        RefusedError: a file that is no fp32 graph, no such output, or no images.
         ParityError: no set of kept layers holds the budget.
         TypeError: an option that there is not, or no budget.
     """
@@ -272,11 +261,11 @@ def search_precision(
     from runtime.manifest import find_manifest
 
     path, tell, images = Path(onnx_path), note or silent, images or choices.get("data")
-    lost = {name: choices.pop(name) for name in ("max_top1_drop", "min_snr") if name in choices}
+    lost = {name: choices.pop(name) for name in ("max_top1_drop", "min_snr", "judge_output") if name in choices}
     options = _ASKED(options, choices)
-    if budget is None and not lost:
-        raise TypeError("search_precision needs a budget: max_top1_drop=POINTS, min_snr=DB, or both")
     budget = replace(budget or Budget(), **lost)
+    if budget.max_top1_drop is None and budget.min_snr is None:
+        raise TypeError("search_precision needs a budget: max_top1_drop=POINTS, min_snr=DB, or both")
     model = load_fp32(path)
     source = find_manifest(path) or bare_manifest(path, model)
     converter = PrecisionConverter(
@@ -286,12 +275,14 @@ def search_precision(
         progress=lambda done, total: tell("calibrating", done, total),
     )
     given = read_evaluation_images(images, converter, limit)
-    search = SensitivitySearch(converter, precision, given, keep_as=keep_as, note=tell)
+    search = SensitivitySearch(
+        converter, precision, given, keep_as=keep_as, judge_output=budget.judge_output, note=tell
+    )
     if budget.max_top1_drop is not None and not search.judge.what:
-        shape = ", ".join(map(str, search.judge.reference.shape))
+        shape = ", ".join(map(str, search.judge.outputs[search.judge.output].shape))
         raise RefusedError(
-            f"{path}: a top-1 budget needs scores, (samples, classes) or (samples, classes, H, W), and its first "
-            f"output is ({shape}); --min-snr DB judges any"
+            f"{path}: a top-1 budget needs scores, (samples, classes) or (samples, classes, H, W), and output "
+            f"{search.judge.output!r} is ({shape}); --min-snr DB judges any"
         )
     converter.calibrate()
     chosen = search.fewest_kept(budget, list(alone := search.sensitivities(budget)))
@@ -350,7 +341,7 @@ def pareto_table(tried: Sequence[Measurement], chosen: Measurement, total: int, 
             f"{len(found.kept)}/{total}",
             "-" if found.top1 is None else f"{100 * found.top1:.2f}",
             "-" if found.top1 is None else f"{found.top1_drop:+.2f}",
-            f"{found.snr_db:.1f}",
+            _worst(found),
             f"{found.size_ratio:.3f}x",
             f"{found.latency_ms:.2f}",
             "chosen" if found == chosen else "",
@@ -365,8 +356,13 @@ def sensitivity_table(found: dict[str, Measurement]) -> Table:
     columns = [Column("layer", name=True), Column("drop [points]"), Column("SNR [dB]")]
     table = Table("each layer quantized alone", columns)
     for name, measured in found.items():
-        table.add(name, "-" if measured.top1 is None else f"{measured.top1_drop:+.2f}", f"{measured.snr_db:.1f}")
+        table.add(name, "-" if measured.top1 is None else f"{measured.top1_drop:+.2f}", _worst(measured))
     return table
+
+
+def _worst(found: Measurement) -> str:
+    """The SNR that counts, with the output's name where there are several."""
+    return f"{found.snr_db:.1f}" + (f" {found.output}" if len(found.ratios) > 1 else "")
 
 
 def _session(graph: ModelProto, precision: str, quantization: Quantization | None) -> Any:

@@ -51,10 +51,11 @@ class Noise:
 
     @property
     def snr_db(self) -> float:
-        """Signal to noise; infinite where they are equal."""
+        """Signal to noise; infinite where they are equal, minus infinity where one is NaN or infinite."""
         if self.noise == 0:
             return math.inf
-        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+        ratio = self.signal / self.noise
+        return 10 * math.log10(ratio) if ratio > 0 else -math.inf
 
 
 @dataclass(frozen=True, slots=True)

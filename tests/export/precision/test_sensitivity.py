@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,12 +18,9 @@ from PIL import Image
 import export
 from export.precision.__main__ import main
 from export.precision.converter import PrecisionConverter, PrecisionOptions
-from export.precision.judging import Judge, read_evaluation_images
+from export.precision.judging import Budget, EvaluationImages, Judge, Measurement, read_evaluation_images
 from export.precision.plan import PrecisionPlan, read_plan, write_plan
 from export.precision.search import (
-    Budget,
-    EvaluationImages,
-    Measurement,
     SensitivitySearch,
     make_plan,
     pareto,
@@ -197,7 +195,16 @@ def test_a_plan_of_another_schema_is_refused(tmp_path: Path) -> None:
 def test_the_pareto_front_drops_what_is_worse_in_everything() -> None:
     def found(kept: int, drop: float, snr: float) -> Measurement:
         names = tuple(str(k) for k in range(kept))
-        return Measurement(kept=names, top1=1 - drop / 100, top1_drop=drop, snr_db=snr, size_ratio=1, latency_ms=1)
+        return Measurement(
+            kept=names,
+            top1=1 - drop / 100,
+            top1_drop=drop,
+            snr_db=snr,
+            output="y",
+            ratios={},
+            size_ratio=1,
+            latency_ms=1,
+        )
 
     front = pareto([found(0, 2, 20), found(1, 3, 15), found(2, 1, 18), found(3, 1, 30)])
     assert [(len(m.kept), m.top1_drop) for m in front] == [(0, 2), (2, 1), (3, 1)]
@@ -244,7 +251,7 @@ def test_a_budget_of_top_1_needs_scores_of_classes(dense: Path, tmp_path: Path) 
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("z", TensorProto.FLOAT, ["n", 1, 8, 8]))
     onnx.save(model, dense)
     np.savez(tmp_path / "bare.npz", images=np.random.default_rng(1).standard_normal((6, 3, 8, 8)).astype(np.float32))
-    with pytest.raises(RefusedError, match=r"first output is \(6, 1, 8, 8\); min_snr=DB judges any"):
+    with pytest.raises(RefusedError, match=r"output 'z' is \(6, 1, 8, 8\); min_snr=DB judges any"):
         search_precision(dense, "int8", max_top1_drop=1, images=tmp_path / "bare.npz")
     found = search_precision(dense, "int8", min_snr=0, images=tmp_path / "bare.npz")
     assert "SNR alone on 6 images" in repr(found)
@@ -256,11 +263,11 @@ def test_classes_are_those_of_the_network(images: NDArray[np.float32]) -> None:
     classes = np.arange(len(images)) % 3
     logits = np.eye(4, dtype=np.float32)[classes]
     with pytest.raises(RefusedError, match=r"val: the network names no classes and has 4 outputs, .* 3 sub-folders"):
-        Judge(logits, EvaluationImages("val", (images,), classes, ("a", "b", "c")))
-    judge = Judge(logits, EvaluationImages("val", (images,), classes, ("a", "b", "c", "d")))
+        Judge({"y": logits}, EvaluationImages("val", (images,), classes, ("a", "b", "c")))
+    judge = Judge({"y": logits}, EvaluationImages("val", (images,), classes, ("a", "b", "c", "d")))
     assert judge.title.endswith("val (its sub-folders in alphabetical order are taken as classes 0..3)")
     with pytest.raises(RefusedError, match=r"val: labels go from 0 to 2, the network has 2 classes"):
-        Judge(logits[:, :2], EvaluationImages("val", (images,), classes))
+        Judge({"y": logits[:, :2]}, EvaluationImages("val", (images,), classes))
 
 
 def test_folders_of_a_search_are_known_by_the_networks_names(network: Network, tmp_path: Path) -> None:
@@ -275,12 +282,71 @@ def test_folders_of_a_search_are_known_by_the_networks_names(network: Network, t
     assert not found.folders
 
 
-def test_a_budget_would_judge_one_of_several_outputs(dense: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def two(dense: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """`dense` with a second output, where one weight hides another in 8 bits, and images for it."""
     model = onnx.load(dense)
-    model.graph.output.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", None, 8, 8]))
+    kernel = np.zeros((1, 3, 1, 1), np.float32)
+    kernel[0, :2, 0, 0] = 100, 0.3
+    model.graph.initializer.append(numpy_helper.from_array(kernel, "fine.weight"))
+    model.graph.node.append(helper.make_node("Conv", ["input", "fine.weight"], ["fine"], name="fine"))
+    model.graph.output.append(helper.make_tensor_value_info("fine", TensorProto.FLOAT, ["n", 1, 8, 8]))
     onnx.save(model, dense)
-    np.savez(tmp_path / "bare.npz", images=np.zeros((6, 3, 8, 8), np.float32))
-    with pytest.raises(
-        RefusedError, match=r"^the graph has 2 outputs \(y, x\); a budget is judged on networks with one"
+    images = np.random.default_rng(1).standard_normal((6, 3, 8, 8)).astype(np.float32)
+    images[:, 0] = 0
+    np.savez(tmp_path / "bare.npz", images=images)
+    return dense, tmp_path / "bare.npz"
+
+
+def test_of_several_outputs_the_worst_snr_counts(two: tuple[Path, Path], tmp_path: Path) -> None:
+    model, images = two
+    found = search_precision(model, "int8", min_snr=20, images=images)
+    everything = next(one for one in found.tried if not one.kept)
+    assert everything.output == "fine"
+    assert everything.snr_db == everything.ratios["fine"] < 20 < everything.ratios["y"]
+    assert found.chosen.kept == ("fine",)
+    assert "; the least SNR of 2 outputs alone decides; SNR by output, dB: y " in " ".join(repr(found).split())
+    assert re.search(r"\d fine ", repr(found)), "tables name the worst output"
+    assert everything.to_dict()["ratios"].keys() == {"y", "fine"}
+    with pytest.raises(ParityError, match=r"dB \(output '(fine|y)'\); ask for less"):
+        search_precision(model, "int8", min_snr=300, images=images)
+
+
+def test_the_output_that_decides_is_named(two: tuple[Path, Path]) -> None:
+    model, images = two
+    for asked, said in (
+        ({"max_top1_drop": 50}, "accuracy of output 'y' alone decides"),
+        ({"max_top1_drop": 50, "min_snr": -50}, "accuracy of output 'y' and the least SNR of 2 outputs decide"),
+        ({"min_snr": 20, "judge_output": "y"}, "SNR of output 'y' alone decides"),
     ):
-        search_precision(dense, "int8", min_snr=0, images=tmp_path / "bare.npz")
+        found = search_precision(model, "int8", images=images, **asked)
+        assert found.chosen.kept == ()
+        assert f"; {said}; SNR by output, dB: y " in " ".join(repr(found).split())
+    with pytest.raises(RefusedError, match=r"no output 'z' \(judge_output\); there are y, fine"):
+        search_precision(model, "int8", min_snr=0, images=images, judge_output="z")
+    with pytest.raises(RefusedError, match=r"output 'fine' is \(6, 1, 8, 8\)"):
+        search_precision(model, "int8", max_top1_drop=1, images=images, judge_output="fine")
+
+
+def test_outputs_that_are_constant_or_not_finite(images: NDArray[np.float32]) -> None:
+    given = EvaluationImages("val", (images,), None)
+    judge = Judge({"zero": np.zeros(2, np.float32), "class": np.array([3, 4])}, given)
+    worse = {"zero": np.ones(2, np.float32), "class": np.array([3, 4, 5])}
+    assert judge.ratios(worse) == {"zero": -np.inf, "class": -np.inf}
+    assert judge.ratios({"zero": np.array([np.nan, 0]), "class": np.array([3, 4])}) == {
+        "zero": -np.inf,
+        "class": np.inf,
+    }
+    with pytest.raises(RefusedError, match="output 'y' of the fp32 graph is NaN or infinite on val"):
+        Judge({"y": np.array([np.nan])}, given)
+
+
+def test_the_command_names_the_output_that_decides(two: tuple[Path, Path]) -> None:
+    model, images = two
+    asked = [str(model), "--auto-precision", "int8", "--min-snr", "20", "--data", str(images), "-q", "--no-verify"]
+    done = CliRunner().invoke(main, [*asked, "--judge-output", "y"])
+    assert done.exit_code == 0, done.output
+    assert "SNR of output 'y' alone decides; SNR by output, dB: y " in " ".join(done.output.split())
+    done = CliRunner().invoke(main, [str(model), "--to", "int8", "--judge-output", "y"])
+    assert done.exit_code == 2
+    assert "go with --auto-precision" in done.output

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmconv.errors import RefusedError
-from runtime.evaluate.accuracy import Confusion, score, wilson
+from runtime.evaluate.accuracy import Confusion, Noise, decibels, score, wilson
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,13 @@ def test_top5_counts_the_five_best() -> None:
     assert result.to_dict()["snr_db"] is None
     few = np.eye(4, dtype=np.float32)
     assert score(few, few, np.arange(4)).top5 is None, "of four classes every one is among the five best"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_noise_that_is_not_finite_is_no_exact_answer(value: float) -> None:
+    noise = Noise()
+    noise.add(np.ones(2), np.array([1, value]))
+    assert decibels(noise.snr_db) == "-inf"
 
 
 def test_without_labels_only_agreement_is_known() -> None:
