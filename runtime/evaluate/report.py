@@ -124,15 +124,19 @@ def _table(done: Evaluation) -> Table:
     from gmconv.tables import Column, Table
 
     cells = [row.score.cells() for row in done.rows]
+    told = [
+        ["-" if row.is_reference and cell.heading.startswith(_BESIDE) else cell.text for cell in found]
+        for row, found in zip(done.rows, cells, strict=True)
+    ]
+    kept = [i for i in range(len(cells[0])) if any(texts[i] != "-" for texts in told)]  # top-5 of four classes
     table = Table(
         f"{_images(done)}; reference: {done.reference}",
         [
             Column("artefact", name=True),
             Column("precision", 2),
-            *(Column(cell.heading, cell.spare) for cell in cells[0]),
+            *(Column(cells[0][i].heading, cells[0][i].spare) for i in kept),
         ],
     )
-    for row, found in zip(done.rows, cells, strict=True):
-        told = ("-" if row.is_reference and cell.heading.startswith(_BESIDE) else cell.text for cell in found)
-        table.add(row.title, row.precision, *told)
+    for row, texts in zip(done.rows, told, strict=True):
+        table.add(row.title, row.precision, *(texts[i] for i in kept))
     return table

@@ -393,6 +393,8 @@ def test_without_labels_artefacts_are_compared_and_one_alone_is_refused(tmp_path
     assert "a.onnx would be compared with itself" in invoke(good, "--data", bare, code=3).stderr
     done = invoke(good, bad, "--data", bare)
     assert "only agreement with the reference is measured" in done.stderr
+    assert "agreement" in done.stdout
+    assert "top-" not in done.stdout  # no column without a number
 
 
 def test_folders_named_unlike_the_networks_classes_are_said(tmp_path: Path) -> None:
