@@ -11,6 +11,7 @@ from export.onnx.interface import examples, input_names, output_specs
 from export.onnx.options import ASKED, ExportOptions, Note
 from export.onnx.refusals import (
     advice_on_parity,
+    all_or_none,
     doubts,
     last_words,
     refuse_early,
@@ -359,7 +360,8 @@ def _write_variants(
         if precision == "fp32":
             continue
         note(f"converting to {precision} and comparing")
-        graph, audit = converter.convert(precision)
+        with all_or_none(precision, options):
+            graph, audit = converter.convert(precision)
         chain = (*manifest.chain, replace(manifest.artefact, file=manifest.artefact.file.removeprefix(".fp32.")))
         described = replace(with_precision(manifest, graph, audit), chain=chain)
         written = save_graph(graph, folder / name, described, external=bool(manifest.external))

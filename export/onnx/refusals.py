@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,8 +155,23 @@ def refuse_two_kernels(baked_here: Mapping[str, str], baked_there: Mapping[str, 
 
 def advice_on_parity(precision: str, options: ExportOptions) -> str:
     """What to do where the file of one of several precisions is not near enough to the network."""
-    others = f"leave {precision} out of --precision to have the others, or " if len(options.precisions) > 1 else ""
+    others = f"{_without(precision)}, or " if len(options.precisions) > 1 else ""
     return f"{others}keep the layers that cost it in fp32 (--keep-fp32 LAYER)"
+
+
+@contextmanager
+def all_or_none(precision: str, options: ExportOptions) -> Iterator[None]:
+    """What one of several precisions is refused for is told with what became of the others."""
+    try:
+        yield
+    except RefusedError as error:
+        if len(options.precisions) == 1:
+            raise
+        raise RefusedError(f"{error.message}; nothing was written: {_without(precision)}") from error
+
+
+def _without(precision: str) -> str:
+    return f"leave {precision} out of --precision to have the others"
 
 
 def last_words(chatter: str) -> str:

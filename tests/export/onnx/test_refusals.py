@@ -86,6 +86,20 @@ def test_the_advice_about_parity_is_what_there_is_left_to_do() -> None:
     assert advice_on_parity("fp16", several).startswith("leave fp16 out of --precision to have the others, or keep the")
 
 
+def test_of_several_precisions_one_that_is_refused_says_what_became_of_the_others(tmp_path: Path) -> None:
+    network = nn.Conv2d(3, 4, 3)
+    nn.init.constant_(network.weight, 1e6)
+    live = Live(network.eval(), torch.randn(2, 3, 8, 8), NOTHING)
+    with pytest.raises(
+        RefusedError, match="fp16.*; nothing was written: leave fp16 out of --precision to have the oth"
+    ):
+        export_onnx(live, tmp_path / "net.onnx", ExportOptions(precisions=("fp32", "fp16")))
+    with pytest.raises(RefusedError) as refused:
+        export_onnx(live, tmp_path / "net.onnx", ExportOptions(precisions=("fp16",)))
+    assert "nothing was written" not in refused.value.message
+    assert not list(tmp_path.iterdir())
+
+
 def test_of_what_the_exporter_printed_the_end_is_shown() -> None:
     noise = "W1 _registration.py:107] torchvision is not installed. Skipping torchvision::nms\n"
     printed = noise * 4 + "".join(f"line {n} {'x' * 999}\n\n" for n in range(80)) + noise
