@@ -51,7 +51,7 @@ def require_ending(path: Path, *kinds: Kind) -> Kind:
     if kind in kinds:
         return kind
     endings = [suffix for suffix, kind in ARTEFACT_SUFFIXES.items() if kind in kinds]
-    meant = difflib.get_close_matches(path.suffix.lower(), endings, n=1) or endings[:1]
+    meant = difflib.get_close_matches(path.suffix.lower(), endings, n=1, cutoff=0.8) or endings[:1]
     name = path.with_suffix(meant[0])
     wanted = " or ".join(_NAMES[kind] for kind in kinds)
     raise RefusedError(

@@ -40,6 +40,7 @@ def test_what_is_not_known_or_not_there_is_left_to_who_opens_it(tmp_path: Path) 
     ("name", "kinds", "advice"),
     [
         ("nb.plann", ("onnx", "engine"), "did you mean nb.plan?"),
+        ("net.txt", ("onnx", "engine"), "did you mean net.onnx?"),
         ("net.onxx", ("onnx",), "an ONNX file is written there, whose name ends in .onnx; did you mean net.onnx?"),
         ("net.plan", ("onnx",), "did you mean net.onnx?"),
         ("a b/net.onnx", ("engine",), "ends in .plan or .engine or .trt; did you mean a b/net.plan?"),
