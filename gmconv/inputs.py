@@ -46,8 +46,8 @@ class Arguments:
     tensors: dict[str, Tensor]
 
     def call(self, model: nn.Module, device: torch.device) -> Any:
-        """What `model` returns for them."""
-        return model(*(self.tensors[given.name].to(device) for given in self.inputs))
+        """What `model` returns for them; a forward may write into its copies."""
+        return model(*(self.tensors[given.name].to(device, copy=True) for given in self.inputs))
 
 
 def arguments_of(model: nn.Module, examples: Any) -> Arguments:

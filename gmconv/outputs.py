@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from numpy.typing import NDArray
 from torch import Tensor, bfloat16, nn
 from torch.utils import _pytree as pytree
 
 from gmconv.errors import RefusedError, printable, type_words
 
+_SAME = 1e-3  # of the RMS: far beyond what another number of threads changes
 _PLAIN = (bool, int, float, str, bytes)
 
 
@@ -57,6 +59,18 @@ def refuse_bfloat16(named: Mapping[str, Tensor]) -> None:
 def output_tensors(value: Any) -> list[Tensor]:
     """The tensors in a return value of any nesting, in the order of `named_outputs`."""
     return [leaf for _, leaf in _leaves(value) if isinstance(leaf, Tensor)]
+
+
+def unlike(here: Mapping[str, NDArray[Any]], there: Mapping[str, NDArray[Any]]) -> tuple[str, float] | None:
+    """Of two runs on one batch: an output that differs by more than threads explain, and by what share of its RMS."""
+    for name in here.keys() & there.keys():
+        left, right = (side[name].astype("float64") for side in (here, there))
+        if left.shape != right.shape or here[name].dtype.kind != "f":  # a class may flip where two are as good
+            continue
+        scale, off = (float((values**2).mean()) ** 0.5 for values in (right, left - right))
+        if off > _SAME * scale > 0:
+            return name, off / scale
+    return None
 
 
 def left_out(value: Any) -> list[str]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from gmconv.errors import RefusedError
 from gmconv.files import replacing, require_writable, unwritable
-from gmconv.inputs import arguments_of
-from gmconv.outputs import named_outputs
+from gmconv.inputs import Arguments, arguments_of
+from gmconv.outputs import named_outputs, unlike
 from gmconv.surgery import require_module
 
 
@@ -23,12 +24,13 @@ def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLik
     """Record what `model` computes, as it is: its own code, on its own device, in eval mode, without TF32.
 
     Args:
-        model: any module; its mode is put back.
+        model: any module; the mode of each part is put back.
         batches: one batch (a tensor or array, a tuple of them, or a dict by argument), or a list of such.
         path: the .npz file to write.
 
     Raises:
-        RefusedError: no batches, bfloat16, shapes that differ beyond axis 0, or a path that cannot be written.
+        RefusedError: no batches, bfloat16, outputs that are NaN or infinite, or others when the first batch is run
+            again, shapes that differ beyond axis 0, or a path that cannot be written.
         UnavailableError: the disk is full.
     """
     require_module(model, "save_golden")
@@ -41,25 +43,15 @@ def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLik
     alone = parted or isinstance(batches, Mapping) or hasattr(batches, "__array__")
     parts: dict[str, list[NDArray[Any]]] = {}
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    training, tf32 = model.training, (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
-    try:
-        model.eval()
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    with _answering(model):
         for batch in [batches] if alone else batches:
             given = arguments_of(model, batch)
-            with torch.no_grad():
-                returned = named_outputs(given.call(model, device))
-            for side, tensors in (("input", given.tensors), ("output", returned)):
-                for name, tensor in tensors.items():
-                    if tensor.dtype == torch.bfloat16:
-                        raise RefusedError(
-                            f"{side} {name!r} is in bfloat16, which numpy has not: record copy.deepcopy(model).float()"
-                        )
-                    key = side if len(tensors) == 1 else f"{side}.{name}"
-                    parts.setdefault(key, []).append(tensor.detach().cpu().numpy())
-    finally:
-        model.train(training)
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
+            taken, returned = _arrays("input", given.tensors), _returned(model, given, device)
+            if not parts:
+                _refuse_two_answers(returned, _returned(model, given, device))
+            for side, arrays in (("input", taken), ("output", returned)):
+                for name, array in arrays.items():
+                    parts.setdefault(side if len(arrays) == 1 else f"{side}.{name}", []).append(array)
     if not parts:
         raise RefusedError(f"{path}: no batches were given; record at least one")
     try:
@@ -71,3 +63,44 @@ def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLik
             np.savez(stream, **whole)  # type: ignore[arg-type]
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+@contextmanager
+def _answering(model: nn.Module) -> Iterator[None]:
+    """In eval mode and without TF32, both put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        model.eval()
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def _returned(model: nn.Module, given: Arguments, device: torch.device) -> dict[str, NDArray[Any]]:
+    found = _arrays("output", named_outputs(given.call(model, device)))
+    if damaged := [name for name, array in found.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]:
+        raise RefusedError(f"output {damaged[0]!r} is NaN or infinite, which nothing can be compared with: mend that")
+    return found
+
+
+def _arrays(side: str, tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    if dim := [name for name, tensor in tensors.items() if tensor.dtype == torch.bfloat16]:
+        raise RefusedError(
+            f"{side} {dim[0]!r} is in bfloat16, which numpy has not: record copy.deepcopy(model).float()"
+        )
+    # Copied, as a forward may return a buffer that its next call overwrites.
+    return {name: np.array(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()}
+
+
+def _refuse_two_answers(once: Mapping[str, NDArray[Any]], again: Mapping[str, NDArray[Any]]) -> None:
+    if (found := unlike(once, again)) is not None:
+        raise RefusedError(
+            f"run twice on one batch, the network gives two answers (output {found[0]!r} differs by {found[1]:.1e} of "
+            f"its RMS), and nothing can be held against them: its forward draws random numbers, or changes a buffer "
+            f"with each call, which it should not in eval mode"
+        )

@@ -29,7 +29,6 @@ NOTHING_BAKED = (
     "was trained with Gaussian masks, this checkpoint lacks them, or --arch builds another network"
 )
 _LAST = 15  # lines of what the exporter printed
-SAME = 1e-3  # of the RMS: far beyond what another number of threads changes
 
 
 def doubts(baked: bool, apart: float) -> tuple[str, ...]:
@@ -132,18 +131,15 @@ def refuse_precisions(loaded: Checkpoint, options: ExportOptions) -> None:
 
 def refuse_two_answers(here: Mapping[str, Array], there: Mapping[str, Array]) -> None:
     """Where two processes loaded one checkpoint: their outputs for one batch. Raises RefusedError."""
-    for name in here.keys() & there.keys():
-        left, right = (side[name].astype("float64") for side in (here, there))
-        if left.shape != right.shape or here[name].dtype.kind != "f":  # a class may flip where two are as good
-            continue
-        scale, off = (float((values**2).mean()) ** 0.5 for values in (right, left - right))
-        if off > SAME * scale > 0:
-            raise RefusedError(
-                f"loaded twice, the network gives two answers (output {name!r} differs by {off / scale:.1e} of its RMS)"
-                f": its forward changes a buffer with each call, or draws random numbers, which it should not in eval "
-                f"mode; or it holds random values that are no parameters or buffers, so that no checkpoint has them: "
-                f"register them (self.register_buffer), or hand the network itself to gmconv.deploy"
-            )
+    from gmconv.outputs import unlike
+
+    if (found := unlike(here, there)) is not None:
+        raise RefusedError(
+            f"loaded twice, the network gives two answers (output {found[0]!r} differs by {found[1]:.1e} of its RMS)"
+            f": its forward changes a buffer with each call, or draws random numbers, which it should not in eval "
+            f"mode; or it holds random values that are no parameters or buffers, so that no checkpoint has them: "
+            f"register them (self.register_buffer), or hand the network itself to gmconv.deploy"
+        )
 
 
 def refuse_two_kernels(baked_here: Mapping[str, str], baked_there: Mapping[str, str]) -> None:

@@ -109,6 +109,60 @@ def test_a_forward_that_is_no_python_takes_anything(tmp_path: Path) -> None:
     assert not read_golden(tmp_path / "golden.npz", [spec("input", 3)], [spec("logits", 3)]).outputs["logits"].any()
 
 
+class Stuttering(nn.Module):
+    """Draws random numbers in eval mode too, or counts its calls."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.counts = counts
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + (self.calls if self.counts else torch.randn_like(x))
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_network_that_answers_twice_in_two_ways_is_refused(counts: bool, tmp_path: Path) -> None:
+    words = r"run twice .* two answers \(output 'logits' differs by .* draws random numbers, or changes a buffer"
+    with pytest.raises(RefusedError, match=words):
+        gmconv.save_golden(Stuttering(counts), torch.ones(2, 3), tmp_path / "golden.npz")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_that_nothing_can_be_compared_with_are_refused(tmp_path: Path) -> None:
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sqrt(x)
+
+    with pytest.raises(RefusedError, match="output 'logits' is NaN or infinite"):
+        gmconv.save_golden(Root(), torch.full((2, 3), -1.0), tmp_path / "golden.npz")
+
+
+def test_what_a_forward_writes_in_place_is_not_recorded(tmp_path: Path) -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("held", torch.zeros(1, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.held.copy_(x.mul_(2))
+
+    x = torch.arange(6.0).reshape(2, 3)
+    gmconv.save_golden(InPlace(), [x[:1], x[1:]], tmp_path / "golden.npz")
+    golden = read_golden(tmp_path / "golden.npz", [spec("input", 3)], [spec("logits", 3)])
+    assert np.array_equal(golden.inputs["input"], x.numpy())
+    assert np.array_equal(golden.outputs["logits"], 2 * x.numpy())
+    assert x.flatten().tolist() == list(range(6)), "the user's own tensor stays as it is"
+
+
+def test_each_part_has_its_own_mode_again(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).train()
+    model[1].eval()
+    gmconv.save_golden(model, torch.ones(2, 3), tmp_path / "golden.npz")
+    assert [module.training for module in model.modules()] == [True, True, False]
+
+
 def test_no_batches_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="no batches"):
         gmconv.save_golden(nn.Identity(), [], tmp_path / "golden.npz")
