@@ -177,14 +177,12 @@ class Comparator:
 def _constant(pool: Pool) -> str:
     if pool.elements <= 1:
         return "one number was compared, which cannot tell a network from a constant; give more samples"
-    said = f"the network is constant on these inputs{UNTRAINED}"
-    if pool.scale == 0:
-        return f"the reference is zero everywhere: {said}"
-    if pool.variation is None:
-        return f"the reference gives one value everywhere: {said}"
-    return (
-        f"the reference gives the same output for every sample (it varies by {pool.variation:.0e} of its RMS): {said}"
-    )
+    if pool.variation:
+        varies = f"it varies by {pool.variation:.0e} of its RMS"
+        return f"the reference gives all but the same output for every sample ({varies}){UNTRAINED}"
+    seen = "is zero" if pool.scale == 0 else "has one value" if pool.variation is None else "is the same"
+    where = "for every sample" if pool.scale and pool.variation is not None else "everywhere"
+    return f"the reference {seen} {where}, and a constant proves nothing: it takes inputs that the network tells apart"
 
 
 @dataclass(slots=True)

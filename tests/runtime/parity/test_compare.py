@@ -124,9 +124,13 @@ def test_outputs_that_are_not_logits_are_not_ranked() -> None:
         (LOGITS, LOGITS[:1], "nothing is broadcast"),
         (LOGITS, LOGITS[:, :1], "nothing is broadcast"),
         (LOGITS, LOGITS[None], "nothing is broadcast"),
-        (np.zeros((4, 10)), np.zeros((4, 10)), "zero everywhere: the network is constant"),
-        (np.tile(LOGITS[:1], (4, 1)), np.tile(LOGITS[:1], (4, 1)), "same output for every sample"),
-        (np.full((1, 10), 0.1), np.full((1, 10), 0.1), "one value everywhere: the network is constant"),
+        (np.zeros((4, 10)), np.zeros((4, 10)), "is zero everywhere, and a constant proves nothing: it takes inputs"),
+        (
+            np.tile(LOGITS[:1], (4, 1)),
+            np.tile(LOGITS[:1], (4, 1)),
+            "is the same for every sample, and a constant proves nothing",
+        ),
+        (np.full((1, 10), 0.1), np.full((1, 10), 0.1), "has one value everywhere, and a constant"),
         (np.ones((1, 1)), np.ones((1, 1)), "cannot tell a network from a constant"),
     ],
 )
@@ -134,11 +138,14 @@ def test_nothing_never_passes(reference: Array, candidate: Array, words: str) ->
     found = one(reference, candidate)
     assert not found.passed
     assert words in found.reason
+    assert "untrained" not in found.reason, "what was seen, no guess at its cause"
 
 
 def test_a_constant_network_is_refused_even_with_rounding_noise() -> None:
     rows = np.tile(LOGITS[:1], (64, 1)) * (1 + 2.0**-24 * RNG.uniform(-1, 1, (64, 10)))
-    assert "constant" in one(rows, rows).reason
+    reason = one(rows, rows).reason
+    assert "all but the same output for every sample (it varies by" in reason
+    assert "untrained weights" in reason
 
 
 def test_constant_batches_that_differ_from_each_other_are_not_constant() -> None:
