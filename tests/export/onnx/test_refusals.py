@@ -90,9 +90,7 @@ def test_of_several_precisions_one_that_is_refused_says_what_became_of_the_other
     network = nn.Conv2d(3, 4, 3)
     nn.init.constant_(network.weight, 1e6)
     live = Live(network.eval(), torch.randn(2, 3, 8, 8), NOTHING)
-    with pytest.raises(
-        RefusedError, match="fp16.*; nothing was written: leave fp16 out of --precision to have the oth"
-    ):
+    with pytest.raises(RefusedError, match="fp16.*; nothing was written: leave fp16 out of precision to have the oth"):
         export_onnx(live, tmp_path / "net.onnx", ExportOptions(precisions=("fp32", "fp16")))
     with pytest.raises(RefusedError) as refused:
         export_onnx(live, tmp_path / "net.onnx", ExportOptions(precisions=("fp16",)))
