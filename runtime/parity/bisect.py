@@ -195,14 +195,16 @@ def _judge(
         tensors = [name for name in tensors if name not in wrong]
     local = graph.run(tensors, feeds, given=values)
     exact = graph.run(tensors, feeds, given=values, exact_activations=True) if tolerance.calibrated else None
-    layers = []
+    layers: list[LayerError] = []
     for name in tensors:
-        nodes, _ = segments[name]
+        nodes, reached = segments[name]
         title = _title(graph, nodes, names.get(name, name), sigmas)
+        before = [layer.name for layer in layers if layer.tensor in reached]
+        after = (", ".join(dict.fromkeys(before)) or "the input") if graph.leads_to(title, nodes) else ""
         own = error(name, local)
         layer = _layer(title, graph.ops(nodes), name, _sigma_of(title, sigmas), own, accumulated[name])
         weights = error(name, exact)[0] if exact is not None else math.nan
-        layers.append(replace(layer, precision=graph.weight_precision(nodes), own_weights=weights))
+        layers.append(replace(layer, precision=graph.weight_precision(nodes), own_weights=weights, after=after))
     if exact is not None:
         return judge_quantized(layers, of_a_crop(tolerance)) or judge_accumulated(layers, tolerance)
     return judge_layers(layers, tolerance)
@@ -211,14 +213,15 @@ def _judge(
 def judge_layers(layers: Sequence[LayerError], tolerance: Tolerance) -> Bisection:
     """The first layer out of tolerance by its own error; else one that stands out; else where the errors add up."""
     own = [layer.own for layer in layers]
-    fails = [_fails(layer.own, layer.own_max, allowed(layer, tolerance)) for layer in layers]
+    limits = [allowed(layer, tolerance) for layer in layers]
+    fails = [_fails(layer.own, layer.own_max, limit) for layer, limit in zip(layers, limits, strict=True)]
     for index, layer in enumerate(layers):
         if fails[index]:
             before = max((layer.own for layer in layers[:index] if layer.own == layer.own), default=0.0)
             count = f"the {index} layers before it agree" if index > 1 else "the layer before it agrees"
             agree = f"{count} (at most {before:.1e})" if index else "there is none before it"
             more = sum(fails[index + 1 :])
-            limit = allowed(layer, tolerance)
+            limit = limits[index]
             kept = "" if limit is tolerance else " where a layer is kept in fp32"
             also = f"; {more} later {'layers are' if more > 1 else 'layer is'} out of tolerance too" if more else ""
             return Bisection(

@@ -12,7 +12,8 @@ class LayerError:
     """One layer: `own` is its relative RMS error from the reference's inputs (NaN where that cannot be run),
     `accumulated` the one in the candidate's own run. `name` is the user's module, `sigma` its mask's, in taps.
     `precision` is the type that a graph stores the layer's weight in ("" without one). In a quantized graph
-    `own_weights` is its own error with its inputs left unquantized."""
+    `own_weights` is its own error with its inputs left unquantized. `after`: the layers from which operators that are
+    no layer lead to it, where some do: they are compared with it, as one."""
 
     name: str
     ops: str
@@ -24,6 +25,7 @@ class LayerError:
     accumulated_max: float
     precision: str = ""
     own_weights: float = math.nan
+    after: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,4 +47,5 @@ class Bisection:
 
 def words(layer: LayerError) -> str:
     """A layer in the words of the user's model, with its operators and its mask's sigma."""
-    return f"{layer.name} ({layer.ops}{f', sigma {layer.sigma}' if layer.sigma else ''})"
+    or_before = f", or an operator between {layer.after} and it" if layer.after else ""
+    return f"{layer.name} ({layer.ops}{f', sigma {layer.sigma}' if layer.sigma else ''}){or_before}"

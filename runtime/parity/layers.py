@@ -195,6 +195,15 @@ class Graph:
                 found[name] = self.weight_precision([index])
         return found
 
+    def leads_to(self, layer: str, nodes: Sequence[int]) -> bool:
+        """Whether some of the nodes that compute what `layer` returns are no part of it: those of functions, say."""
+        inside = [(name, f"{name}.") for name in layer.split(" or ")]
+        return len(nodes) > 1 and any(
+            self.nodes[index].op_type not in _WEIGHTED | _CONVERTING | _UNWRAPPED
+            and not any(scope == name or scope.startswith(dot) for scope in self.scopes[index] for name, dot in inside)
+            for index in nodes
+        )
+
     def ops(self, nodes: Sequence[int]) -> str:
         """Operator names, for a table: "Conv", "Add, Relu"."""
         return ", ".join(dict.fromkeys(self.nodes[index].op_type for index in nodes))

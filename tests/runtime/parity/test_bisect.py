@@ -138,6 +138,24 @@ def test_the_last_layer_is_named_whatever_the_sign_of_what_is_wrong(
     assert culprit.name == "head"
 
 
+@pytest.mark.parametrize(
+    ("op", "other", "said"),
+    [
+        ("Add", "Sub", "relu (Sub, Relu), or an operator between left, right.0 and it."),
+        ("ReduceMean", "ReduceMax", "head (ReduceMax, Gemm), or an operator between relu and it."),
+        ("Relu", "LeakyRelu", "relu (LeakyRelu)."),
+    ],
+)
+def test_an_operator_that_is_no_layer_is_not_blamed_on_the_one_behind(
+    small: tuple[Path, Path], tmp_path: Path, op: str, other: str, said: str
+) -> None:
+    model = onnx.load(small[1])
+    next(node for node in model.graph.node if node.op_type == op).op_type = other
+    onnx.save(model, tmp_path / "bad.onnx")
+    found = found_in(small[0], tmp_path / "bad.onnx", SMALL)
+    assert found.sentence.startswith(f"first layer out of tolerance: {said} From")
+
+
 def test_twenty_of_twenty_in_resnet20(resnet: tuple[Path, Path], tmp_path: Path) -> None:
     plant = plant_in(resnet[1], tmp_path)
     graph = onnx.load(resnet[1]).graph
