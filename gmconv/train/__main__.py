@@ -159,12 +159,8 @@ def main(context: click.Context, /, output: Path, plain: bool, as_json: bool, qu
         if resume is not None:
             state = _resumed(context, resume, values)
         options = TrainOptions(**values)
-        if not force:
-            from gmconv.train.refusals import refuse_replacing
-
-            named = resume is not None or _said(context, "output")
-            refuse_replacing(output, options, named=named, resumed=resume is not None)
-        result = _train_with_progress(options, output, quiet, log, state, force)
+        named = resume is not None or _said(context, "output")
+        result = _train_with_progress(options, output, quiet, log, state, force=force, named=named)
     except (KeyboardInterrupt, Sigterm) as error:
         exec("")  # else CPython exits by SIGINT where the interrupt left an exec of a string
         words = _goes_on(output, values, log, anew=resume is None, before=before)
@@ -239,7 +235,14 @@ def _require_device(device: str) -> None:
 
 
 def _train_with_progress(
-    options: TrainOptions, output: Path, quiet: bool, log: Path | None, resume: RunState | None, force: bool
+    options: TrainOptions,
+    output: Path,
+    quiet: bool,
+    log: Path | None,
+    resume: RunState | None,
+    *,
+    force: bool,
+    named: bool,
 ) -> TrainResult:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -271,7 +274,7 @@ def _train_with_progress(
                 highlight=False,
             )
 
-        return train(options, output, on_step, resume, force=force)
+        return train(options, output, on_step, resume, force=force, named=named)
 
 
 def _report(options: TrainOptions, output: Path, result: TrainResult, seconds: float, as_json: bool) -> None:

@@ -91,12 +91,14 @@ def train(
     resume: RunState | None = None,
     *,
     force: bool = False,
+    named: bool = True,
 ) -> TrainResult:
     """Train and write the best epoch's checkpoint to `output` (atomically, each time it improves).
 
     The same options on the same machine and thread count give the same file, also where `resume` goes on with a run
     that stopped: until it is done its state lies beside `output` (`gmconv.train.options.state_path`). `on_step` is
-    called with None after each optimizer step and with the `Epoch` after each epoch.
+    called with None after each optimizer step and with the `Epoch` after each epoch. `named`: whether anybody chose
+    `output`; under a name that nobody chose only a network of the same architecture and data is replaced.
 
     Raises:
         RefusedError: unless `force`: `output` is there and no checkpoint of `train`, or a run that stopped is.
@@ -106,7 +108,7 @@ def train(
     """
     _require_writable(output)
     if resume is not None or not force:
-        refuse_replacing(output, options, named=True, resumed=resume is not None)
+        refuse_replacing(output, options, named=named, resumed=resume is not None)
     torch.manual_seed(options.seed)
     data = load_dataset(options.dataset, options.input_shape, options.test_size, options.split_seed)
     network = make_network(options, len(data.labels))
