@@ -310,6 +310,12 @@ def _forget_interrupt() -> None:
     exec("")
 
 
+def quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `-q` to a click command."""
+    text = "No progress, no tables: the closing lines alone."
+    return click.option("-q", "--quiet", is_flag=True, help=text)(command)
+
+
 def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--data`, and what says it of one use alone; the function gets `images` and `calibration`, str or None.
 

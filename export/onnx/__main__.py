@@ -17,7 +17,7 @@ from export.onnx.options import ExportOptions
 from export.onnx.pipeline import export_onnx
 from export.precision.__main__ import target_flag
 from export.precision.converter import PRECISIONS, Precision
-from gmconv.cli import Command
+from gmconv.cli import Command, quiet_option
 from gmconv.written import Written
 from runtime.report.artefacts import report_option, require_report, write_artefact_report
 
@@ -51,7 +51,7 @@ def _precisions(_: click.Context, __: click.Parameter, value: str) -> tuple[Prec
 @click.option("--force", is_flag=True, help="Overwrite a file of another precision or target, or that says more.")
 @report_option
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON; a list of several precisions.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no tables: the closing lines alone.")
+@quiet_option
 @click.option("-v", "--verbose", is_flag=True, help="Show what the exporter prints.")
 def main(
     checkpoint: Path,

@@ -21,7 +21,18 @@ from export.precision.converter import (
     Precision,
     PrecisionOptions,
 )
-from gmconv.cli import SEED, Command, Finite, Whole, data_options, print_json, progress_console, result_console, warn
+from gmconv.cli import (
+    SEED,
+    Command,
+    Finite,
+    Whole,
+    data_options,
+    print_json,
+    progress_console,
+    quiet_option,
+    result_console,
+    warn,
+)
 from gmconv.files import require_writable
 from gmconv.written import Written
 from runtime.report.artefacts import report_option, require_report, write_artefact_report
@@ -128,7 +139,7 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
 )
 @report_option
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON on stdout.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no tables: the closing lines alone.")
+@quiet_option
 def main(model: Path, precision: Precision | None, output: Path | None, **flags: Any) -> None:
     """Convert the fp32 graph MODEL (ONNX) to fp16, bf16, int8 or fp8."""
     from gmconv.progress import progress_bar

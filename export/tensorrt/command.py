@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from export.onnx.flags import export_flags, only_of_an_export
-from gmconv.cli import Command, Finite, Whole, echo, print_json, warn
+from gmconv.cli import Command, Finite, Whole, echo, print_json, quiet_option, warn
 from gmconv.files import require_writable
 from gmconv.kinds import artefact_kind, refuse_other_kinds, require_ending
 from gmconv.written import Written
@@ -214,7 +214,7 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> t
 @click.option("--log", type=Written(aside=True), help="Write TensorRT's whole log there.")
 @report_option
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no tables: the closing lines alone.")
+@quiet_option
 @click.option("-v", "--verbose", is_flag=True, help="Show TensorRT's log on stderr.")
 @click.pass_obj
 def main(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gmconv.cli import SEED, Command, Finite, Sigterm, Whole, echo, progress_console, warn
+from gmconv.cli import SEED, Command, Finite, Sigterm, Whole, echo, progress_console, quiet_option, warn
 from gmconv.errors import CheckpointError, Interrupted, RefusedError, Terminated, printable
 from gmconv.files import require_writable, write_text
 from gmconv.foreign import parse_shape
@@ -120,7 +120,7 @@ _NOT_NEGATIVE = Finite(0, 1e9)
     "--log", type=Written(aside=True), metavar="FILE.csv", help="Loss and accuracy of each epoch, as they come."
 )
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no tables: the closing lines alone.")
+@quiet_option
 @click.pass_context
 def main(context: click.Context, /, output: Path, plain: bool, as_json: bool, quiet: bool, **values: Any) -> None:
     """Train a network and keep its best epoch as a checkpoint.

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from gmconv.cli import SEED, Command, Finite, Whole
+from gmconv.cli import SEED, Command, Finite, Whole, quiet_option
 from gmconv.data import refuse_missing
 from gmconv.errors import ParityError, UnavailableError
 from gmconv.foreign import foreign_options
@@ -46,7 +46,7 @@ _PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")
 @foreign_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
 @report_option
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no tables: the closing lines alone.")
+@quiet_option
 def main(
     reference: Path,
     candidates: tuple[Path, ...],
