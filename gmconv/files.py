@@ -148,6 +148,12 @@ def refuse_inputs(path: Path, *inputs: Path | None) -> None:
         raise RefusedError(f"{path}: is an input of this command, which it would overwrite; give another name")
 
 
+def refuse_folder(path: Path) -> None:
+    """Raise RefusedError where an output is a folder, as "", "." and "/" are."""
+    if path.is_dir():
+        raise RefusedError(f"{path}: is a directory; give a file name")
+
+
 def _special(path: Path) -> bool:
     """Whether a path leads to a device, a pipe or a folder; /dev/stdout does, wherever the shell has sent it."""
     system = path.is_symlink() and path.absolute().parts[1] in ("dev", "proc")
@@ -155,8 +161,7 @@ def _special(path: Path) -> bool:
 
 
 def _refuse_special(path: Path) -> None:
-    if path.is_dir():
-        raise RefusedError(f"{path}: is a directory; give -o a file name")
+    refuse_folder(path)
     if _special(path):
         raise RefusedError(f"{path}: is a device, a pipe or another special file; give -o the name of a plain one")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from gmconv.errors import RefusedError
+from gmconv.files import refuse_folder
 
 Kind = Literal["checkpoint", "onnx", "engine"]
 
@@ -45,8 +46,7 @@ def require_ending(path: Path, *kinds: Kind) -> Kind:
 
     One without any ending is taken where there is one kind.
     """
-    if not path.name:
-        raise RefusedError(f"{path}: is a directory; give a file name")
+    refuse_folder(path)
     kind = ARTEFACT_SUFFIXES.get(path.suffix.lower(), kinds[0] if not path.suffix and len(kinds) == 1 else None)
     if kind in kinds:
         return kind

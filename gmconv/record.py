@@ -35,9 +35,7 @@ def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLik
     """
     require_module(model, "save_golden")
     path = Path(path)
-    if not path.name:
-        raise RefusedError(f"{path}: is a directory; give a file name")
-    path = path if str(path).endswith(".npz") else Path(f"{path}.npz")  # as numpy names it
+    path = path if str(path).endswith(".npz") or not path.name else Path(f"{path}.npz")  # as numpy names it
     require_writable(path)
     parted = isinstance(batches, tuple) and all(hasattr(part, "__array__") for part in batches)
     alone = parted or isinstance(batches, Mapping) or hasattr(batches, "__array__")

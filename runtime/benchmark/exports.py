@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gmconv.errors import RefusedError
+from gmconv.files import refuse_folder
 from runtime.benchmark.timing import Trace
 from runtime.runners.base import Array, LayerTime
 
@@ -72,8 +73,7 @@ def layer_info(info: Mapping[str, Any]) -> str:
 
 def check_writable(path: Path) -> None:
     """Raise RefusedError before the run, not after it, when `path` cannot be written."""
-    if path.is_dir():
-        raise RefusedError(f"{path}: is a directory; give a file name")
+    refuse_folder(path)
     folder = path.parent
     if not folder.is_dir():
         raise RefusedError(f"{path}: the folder {folder} does not exist; create it first")
