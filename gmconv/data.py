@@ -298,10 +298,10 @@ def _folder(
     if prepared != tuple(shape):
         raise RefusedError(f"{folder}: the preprocessing makes {prepared} images, the network takes {tuple(shape)}")
     roots = _roots(folder, part)
-    inside = [(root, *entry) for root in roots for entry in class_folders(root).items()]
-    names = list(dict.fromkeys(name for _, name, _ in sorted(inside, key=lambda entry: entry[2].name)))
+    inside = [entry for entries in roots.values() for entry in entries.items()]
+    names = list(dict.fromkeys(name for name, _ in sorted(inside, key=lambda entry: entry[1].name)))
     held = [(root, file) for root in roots for file in image_files(root)]
-    labels, classes, masks, entries, unfit = None, None, None, None, ""
+    labels, classes, masks, entries, unfit, split = None, None, None, None, "", folder not in roots
     if names == ["images", "masks"]:
         inner = [(root, below) for root in roots for below in _roots(root / "images", part)]
         held = [(root, file) for root, below in inner for file in image_files(below)]
@@ -310,9 +310,9 @@ def _folder(
             masks = _files_reader(drawn, lambda file: load_mask(file, preprocessing))
         except RefusedError as error:
             unfit = error.message
-        roots = [below for _, below in inner if below.name != "images"] or roots
+        split = split or any(below.name != "images" for _, below in inner)
     elif names and all(file.parent != root for root, file in held):
-        held = [(entry, file) for _, _, entry in inside for file in image_files(entry)]
+        held = [(entry, file) for _, entry in inside for file in image_files(entry)]
         try:
             place = positions(folder, tuple(names), class_names)
             labels = np.asarray([place[composed(entry.name)] for entry, _ in held], np.int64)
@@ -321,18 +321,20 @@ def _folder(
             unfit = error.message
         entries = functools.partial(file_entries, folder, [file for _, file in held])
     images = _files_reader([file for _, file in held], lambda file: load_image(file, preprocessing))
-    found: Part = "all" if roots == [folder] else part
-    made = Source(folder.name, len(held), images, labels, classes, masks, part=found, entries=entries, unfit=unfit)
-    return replace(made, nameless=() if class_names else classes or ())
+    count, own, bare = len(held), part if split else "all", () if class_names else classes or ()
+    return Source(
+        folder.name, count, images, labels, classes, masks, part=own, entries=entries, unfit=unfit, nameless=bare
+    )
 
 
-def _roots(folder: Path, part: Part) -> list[Path]:
-    """The folder; of one that holds just `train` and `val` or `test`, the sub-folders that hold `part`."""
+def _roots(folder: Path, part: Part) -> dict[Path, dict[str, Path]]:
+    """The folder; of one with just `train` and `val` or `test`, those that hold `part`; each with its class folders."""
     parts = class_folders(folder)
     other = next((name for name in ("val", "test") if set(parts) == {"train", name}), None)
     if other is None:
-        return [folder]
-    return {"train": [parts["train"]], "held-out": [parts[other]], "all": [parts["train"], parts[other]]}[part]
+        return {folder: parts}
+    chosen = {"train": ["train"], "held-out": [other], "all": ["train", other]}[part]
+    return {parts[name]: class_folders(parts[name]) for name in chosen}
 
 
 def _mask_of(root: Path, file: Path) -> Path:
