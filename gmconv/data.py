@@ -307,7 +307,8 @@ def _folder(
         held = [(root, file) for root, below in inner for file in image_files(below)]
         try:
             drawn = [_mask_of(root, file) for root, file in held]
-            masks = _files_reader(drawn, lambda file: load_mask(file, preprocessing))
+            photos = {mask: photo for mask, (_, photo) in zip(drawn, held, strict=True)}
+            masks = _files_reader(drawn, lambda file: load_mask(file, preprocessing, photos[file]))
         except RefusedError as error:
             unfit = error.message
         split = split or any(below.name != "images" for _, below in inner)

@@ -107,22 +107,34 @@ def load_image(source: bytes | Path, preprocessing: Preprocessing) -> Floats:
     return _decoded(source, lambda image: preprocess(image, preprocessing))
 
 
-def load_mask(source: Path, preprocessing: Preprocessing) -> NDArray[Any]:
+def load_mask(source: Path, preprocessing: Preprocessing, photo: Path) -> NDArray[Any]:
     """Decode a mask, one class index per pixel, and cut and size it as its image: integers `(H, W)`, nearest neighbour.
 
-    An indexed or a greyscale PNG of 8 or 16 bit. Raises as `load_image`, and RefusedError for one in colours.
+    An indexed or a greyscale PNG of 8 or 16 bit. Raises as `load_image`, and RefusedError for one in colours, or of
+    other proportions than the image in `photo`, which it then does not cover.
     """
+    wide, tall = _decoded(photo, _shown_size)
 
     def prepared(image: Image) -> NDArray[Any]:
         from PIL.Image import fromarray
 
         if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
             raise RefusedError(f"{source}: a mask of mode {image.mode}; one class index per pixel is needed (L or P)")
+        if abs(image.height - image.width * tall / wide) > 1:
+            raise RefusedError(
+                f"{source}: {image.width} x {image.height} pixels, its image {wide} x {tall}; a mask covers its image"
+            )
         values = np.asarray(image)
         cut = _sized(fromarray(values.astype(np.int32)), preprocessing, "nearest")
         return np.asarray(cut).astype(np.uint8 if values.dtype.itemsize == 1 else np.int32)
 
     return _decoded(source, prepared)
+
+
+def _shown_size(image: Image) -> tuple[int, int]:
+    """Width and height, turned upright by EXIF."""
+    turned = image.getexif().get(0x0112, 1) >= 5
+    return (image.height, image.width) if turned else image.size
 
 
 def _decoded(source: bytes | Path, use: Callable[[Image], T]) -> T:

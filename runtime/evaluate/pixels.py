@@ -73,6 +73,7 @@ class PixelJudge:
     """Counts pixels batch by batch, of the reference (first) and of each artefact; memory is one row per image."""
 
     output: str
+    resized: str = ""  # a warning, where the output has another size than the masks
     _kept: list[list[Counts]] = field(default_factory=list)
     _pixels: list[int] = field(default_factory=list)
     _agreed: list[list[int]] = field(default_factory=list)
@@ -82,7 +83,12 @@ class PixelJudge:
         """One batch: each runner's outputs, the reference's first."""
         assert batch.masks is not None
         masks = batch.masks
-        maps = [_class_maps(found[self.output], self.output, masks.shape[1:]) for found in outputs]
+        size, own = masks.shape[1:], outputs[0][self.output].shape[-2:]
+        if size != own:
+            self.resized = (
+                f"output {self.output!r} is {_by(own)}, the masks {_by(size)} (height x width): it was resized to them"
+            )
+        maps = [_class_maps(found[self.output], self.output, size) for found in outputs]
         if not self._kept:
             self._kept, self._agreed = [[] for _ in outputs], [[] for _ in outputs]
             self._noise = [Noise() for _ in outputs]
@@ -133,6 +139,10 @@ class PixelJudge:
             snr_db=self._noise[index].snr_db,
             class_iou=_listed(_ious(own.sum(0))),
         )
+
+
+def _by(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size))
 
 
 def _counts(predicted: Array, target: Array, classes: int) -> Counts:

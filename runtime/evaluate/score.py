@@ -123,6 +123,7 @@ def score_artefacts(
             for artefact, opened, score in zip(found, runners[1:], scores, strict=True)
         ]
     assumed = dict.fromkeys(text for one in runners for text in one.artefact.assumed)
+    doubts = (_doubt(samples, known, options), getattr(judge, "resized", None))
     layouts = (layout_warning(artefact.manifest, options.device) for artefact in found)
     return Evaluation(
         reference=_title(reference),
@@ -133,9 +134,7 @@ def score_artefacts(
         labels=known.labels or samples.classes,
         output=getattr(judge, "output", None) if len(names) > 1 else None,
         outputs=names,
-        warnings=tuple(
-            filter(None, (*prepared.warnings, *assumed, *layouts, passed_over, _doubt(samples, known, options)))
-        ),
+        warnings=tuple(filter(None, (*prepared.warnings, *assumed, *layouts, passed_over, *doubts))),
     )
 
 

@@ -228,11 +228,20 @@ def test_masks_of_train_and_val_are_found_either_way_round(tmp_path: Path, outer
     }
 
 
-def test_masks_that_are_missing_or_in_colour_are_refused_by_name(tmp_path: Path) -> None:
+def test_masks_that_are_missing_in_colour_or_of_another_view_are_refused_by_name(tmp_path: Path) -> None:
     masked_folder(tmp_path)
     Image.new("RGB", (12, 8)).save(tmp_path / "masks" / "b.png")
     with pytest.raises(RefusedError, match=r"b\.png: a mask of mode RGB"):
         list(load_samples(tmp_path, input_shape=SHAPE, preprocessing=PLAIN))
+    Image.new("L", (8, 12)).save(tmp_path / "masks" / "b.png")
+    with pytest.raises(RefusedError, match=r"b\.png: 8 x 12 pixels, its image 12 x 8; a mask covers its image"):
+        list(load_samples(tmp_path, input_shape=SHAPE, preprocessing=PLAIN))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (12, 8)).save(tmp_path / "images" / "b.jpg", exif=turned)
+    assert len(list(load_samples(tmp_path, input_shape=SHAPE, preprocessing=PLAIN).batches(1))) == 2
+    Image.new("L", (16, 24)).save(tmp_path / "masks" / "b.png")  # of the same view, finer
+    assert len(list(load_samples(tmp_path, input_shape=SHAPE, preprocessing=PLAIN).batches(1))) == 2
     (tmp_path / "masks" / "b.png").unlink()
     with pytest.raises(RefusedError, match=r"b\.jpg: its mask .*b\.png is missing"):
         load_samples(tmp_path, input_shape=SHAPE, preprocessing=PLAIN).judged()

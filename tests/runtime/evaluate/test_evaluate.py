@@ -284,6 +284,8 @@ def test_masks_judge_the_output_that_is_named(tmp_path: Path, masks: Path) -> No
     good, bad = save_pixels(tmp_path / "a.onnx"), save_pixels(tmp_path / "b.onnx", gain=-1)
     table = invoke(good, bad, "--data", masks, "--output", "map").stdout
     assert "output 'map' of mean, map;" in table
+    (warned,) = json.loads(invoke(good, bad, "--data", masks, "--output", "map", "--json").stdout)["warnings"]
+    assert warned == "output 'map' is 4 x 4, the masks 8 x 8 (height x width): it was resized to them"
     assert "mIoU % [95%]" in table
     parsed = json.loads(invoke(good, bad, "--data", masks, "--output", "map", "--json").stdout)
     first, second = parsed["rows"]
