@@ -18,7 +18,8 @@ _PRODUCTS = {
     *("linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm"),
 }
 _E4M3_MAX = 448.0
-_FP8_MAX_TAPS = 32  # as `export.precision.quantize` has it
+#: Of a convolution that runs in fp8: TensorRT has no kernel for more.
+FP8_MAX_TAPS = 32
 _CLIPPED = 1e-4  # the share of values beyond the 99.99th percentile
 
 
@@ -42,7 +43,7 @@ class Rounding(TorchFunctionMode):
         self._kept = kept
         self._everything, self._operands = _EVERYTHING.get(precision), _OPERANDS.get(precision)
         self._weights_only, self._all = weights_only, reduced
-        self._most_taps = _FP8_MAX_TAPS if precision == "fp8" else None
+        self._most_taps = FP8_MAX_TAPS if precision == "fp8" else None
         if reduced and precision == "int8":
             self._operands = lambda x, axis: _int8(x, axis, 127 if axis is None else 64)
         if self._everything is None and self._operands is None:

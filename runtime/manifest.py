@@ -111,6 +111,11 @@ class Manifest:
         return "fp32" if self.artefact.kind == "onnx" and set(self.precision_found) == {"fp32"} else ""
 
     @property
+    def reduced_range(self) -> bool:
+        """Whether its int8 weights use 7 of their 8 bits, as in the layout for a CPU."""
+        return self.quantization is not None and self.quantization.reduced_range
+
+    @property
     def rows_meet(self) -> bool:
         """Whether a sample's outputs depend on the others of its batch, so that batches may not be merged."""
         return self.export is not None and self.export.rows_meet

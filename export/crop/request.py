@@ -14,7 +14,6 @@ from export.crop.budget import Budget, spend, windows_to_try
 from export.crop.latency import Latencies, measure_latencies
 from export.crop.sum_order import hold_sum_order
 from export.graph.read import selects
-from export.precision.quantize import FP8_MAX_TAPS
 from gmconv.classes import in_order, require_all
 from gmconv.cropping.certificate import CropCertificate, certify, whole_again
 from gmconv.cropping.check import layers_used_elsewhere
@@ -22,6 +21,7 @@ from gmconv.cropping.choose import M, Tolerance, choose_windows, crop_to, croppa
 from gmconv.cropping.measure import output_variation, run
 from gmconv.cropping.window import Precision, Window
 from gmconv.errors import RefusedError
+from gmconv.rounding import FP8_MAX_TAPS
 from runtime.parity.pool import FAINT, UNTRAINED
 
 if TYPE_CHECKING:

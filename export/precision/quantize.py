@@ -10,6 +10,7 @@ is the most that fits. Any session on any x86 is right, whatever its options.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 QuantType = Literal["int8", "fp8"]
 QuantTarget = Literal["tensorrt", "cpu"]
 FP8_MAX = 448.0  # largest finite E4M3FN value
-FP8_MAX_TAPS = 32
 _MIN_OPSET = {"int8": 13, "fp8": 19}
 #: What ONNX Runtime could compute in 8 bits, and loses more by than it gains: tables of embeddings, by one scale each.
 _LEFT_OUT = {"Softmax", "Gather", "EmbedLayerNormalization"}
@@ -109,6 +109,11 @@ def without_kernel(model: ModelProto, precision: Literal["bf16", "int8", "fp8"])
     In 8 bits it would run them in fp32; in bf16 (RTX 1.7) it builds no engine. In fp8 those of over 32 taps, such as
     7x7 (TensorRT has none either: its release notes advise against Q/DQ before them); in each all that are transposed.
     """
+    most = math.inf
+    if precision == "fp8":
+        from gmconv.rounding import FP8_MAX_TAPS  # with torch
+
+        most = FP8_MAX_TAPS
     taps = {tensor.name: int(np.prod(tensor.dims[2:])) for tensor in model.graph.initializer}
     sources = weight_sources(model)
     found = {}
@@ -116,8 +121,8 @@ def without_kernel(model: ModelProto, precision: Literal["bf16", "int8", "fp8"])
         if layer.op_type == "ConvTranspose":
             bits, stays = ("bf16", "fp32") if precision == "bf16" else ("8-bit", "fp16")
             found[layer.node] = f"no {bits} kernel of transposed convolutions ({stays})"
-        elif precision == "fp8" and layer.op_type == "Conv" and taps[sources[layer.weight]] > FP8_MAX_TAPS:
-            found[layer.node] = "no fp8 kernel beyond 32 taps (fp16)"
+        elif layer.op_type == "Conv" and taps[sources[layer.weight]] > most:
+            found[layer.node] = f"no fp8 kernel beyond {most} taps (fp16)"
     return found
 
 

@@ -72,6 +72,5 @@ class Beside:
         from runtime.runners.torch import rounding
 
         runner = self.baked  # opened before: what builds and bakes it does not round
-        layout = manifest.quantization if manifest else None
-        with rounding(tolerance.precision, reduced=layout is not None and layout.reduced_range):
+        with rounding(tolerance.precision, reduced=manifest is not None and manifest.reduced_range):
             yield runner

@@ -219,7 +219,7 @@ def unrounded(
     except (UnavailableError, RefusedError) as error:  # no onnx package, a layout of its own
         notes.append(not_unrounded(error.message))
         return None
-    return Beyond(graph, beside, tolerance, quantization is not None and quantization.reduced_range, notes)
+    return Beyond(graph, beside, tolerance, manifest.reduced_range, notes)
 
 
 def _moved(weights: Array, expected: Array, rounded: Array) -> Array:
