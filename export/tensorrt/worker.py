@@ -218,12 +218,14 @@ def describe(api: ModuleType, network: trt.INetworkDefinition) -> dict[str, Any]
     producers: dict[str, trt.ILayer] = {}
     for index in range(network.num_layers):
         layer: trt.ILayer = network.get_layer(index)
-        result: trt.ITensor = layer.get_output(0)
-        producers[result.name] = layer
+        results: list[trt.ITensor] = [
+            layer.get_output(i) for i in range(layer.num_outputs)
+        ]  # none: a loop's trip limit
+        producers |= {result.name: layer for result in results}
         if layer.type not in (api.LayerType.CONVOLUTION, api.LayerType.DECONVOLUTION):
             continue
         convolutions.append(layer.name)
-        kind = trt.dtype_name(result.dtype)
+        kind = trt.dtype_name(results[0].dtype)
         weight: trt.ITensor | None = layer.get_input(1) if layer.num_inputs > 1 else None
         while weight is not None and weight.name in producers:
             step: trt.ILayer = producers[weight.name]

@@ -29,6 +29,18 @@ def describe(path: Path) -> dict[str, Any]:
     return worker.describe(tensorrt_rtx, network)
 
 
+def save(path: Path, nodes: list[Any], weights: dict[str, Any], given: list[Any], result: list[Any]) -> Path:
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, given)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, result)],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
 def test_convolutions_and_masks_keep_their_onnx_names(classifier: Make, tmp_path: Path) -> None:
     assert describe(classifier(tmp_path / "m.onnx", masked=True)) == {
         "convolutions": ["conv1", "conv2"],
@@ -58,15 +70,7 @@ def test_weights_are_followed_through_quantizers(tmp_path: Path) -> None:
         helper.make_node("Conv", ["input", "float"], ["c"], name="plain"),
         helper.make_node("Sum", ["a", "b", "c"], ["logits"], name="sum"),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 8, 8])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4, 8, 8])],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )
-    path = tmp_path / "m.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    path = save(tmp_path / "m.onnx", nodes, weights, ["batch", 3, 8, 8], ["batch", 4, 8, 8])
     assert describe(path)["precisions"] == {"int8": 2, "fp32": 1}
 
 
@@ -86,6 +90,24 @@ REQUEST: dict[str, Any] = {
     "log": None,
     "verbose": False,
 }
+
+
+def test_layers_without_a_result_are_passed_over(tmp_path: Path) -> None:
+    """An LSTM becomes a loop, whose trip limit gives nothing."""
+    random = np.random.default_rng(0)
+    weights = {
+        "w": random.normal(size=(8, 3, 1, 1)).astype(np.float32),
+        "wx": random.normal(size=(1, 16, 8)).astype(np.float32),
+        "wh": random.normal(size=(1, 16, 4)).astype(np.float32),
+        "shape": np.array([4, 1, 8]),
+    }
+    nodes = [
+        helper.make_node("Conv", ["input", "w"], ["a"], name="conv"),
+        helper.make_node("Reshape", ["a", "shape"], ["sequence"]),
+        helper.make_node("LSTM", ["sequence", "wx", "wh"], ["logits", "", ""], hidden_size=4),
+    ]
+    path = save(tmp_path / "lstm.onnx", nodes, weights, [1, 3, 2, 2], [4, 1, 1, 4])
+    assert describe(path)["convolutions"] == ["conv"]
 
 
 def module(**changes: Any) -> Any:
