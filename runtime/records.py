@@ -77,7 +77,7 @@ class CropTrial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CropBudget:
-    """What was asked for (`kind` "error": a relative error; "top1": points of accuracy) and what it bought."""
+    """What was asked for (`kind` "error": relative; "top1": points, of the first of `outputs`) and what it bought."""
 
     asked: str = ""
     kind: str = ""
@@ -86,6 +86,7 @@ class CropBudget:
     gain_by: str = ""
     gain: float | None = None
     labels: bool = False
+    outputs: int = 1
     options: tuple[CropChoice, ...] = ()
     trials: tuple[CropTrial, ...] = ()
 

@@ -36,7 +36,8 @@ class Budget:
     """What cropping may cost, end to end, on the calibration data.
 
     "error": largest output error over the output's RMS. "top1": points of the samples that the uncropped network had
-    right by their labels and the cropped one has wrong, or of agreement with it where there are no labels.
+    right by their labels and the cropped one has wrong, or of agreement with it where there are no labels; of several
+    outputs by the first.
     """
 
     kind: Literal["error", "top1"]
@@ -124,6 +125,7 @@ def spend(
         "gain_by": "macs" if latencies is None else "latency_ms",
         "gain": sum(o.gain for o in options if chosen.get(o.layer) == o.window),
         "labels": labels is not None,
+        "outputs": len(spending.reference[0]),
         "options": listed,
         "trials": list(spending.trials.values()),
     }

@@ -58,7 +58,10 @@ def crop_summary(certificate: dict[str, Any]) -> str:
     count = sum(layer["kernel"] != layer["kept"] for layer in layers)
     how = "lossless" if asked == "lossless" else f"tolerance {asked:g}" if asked is not None else "budget"
     if certificate["budget"] is not None:
-        how = f"budget {certificate['budget'].get('asked', '')}".strip()
+        budget = certificate["budget"]
+        several = budget.get("kind") == "top1" and budget.get("outputs", 1) > 1
+        first = f" of the first of {budget['outputs']} outputs" if several else ""
+        how = f"budget {budget.get('asked', '')}{first}".strip()
     parts = [f"{count} of {len(layers)} kernels cropped ({how}, {certificate['precision']})"]
     before, after, order = certificate["macs_before"], certificate["macs_after"], certificate.get("sum_order") or {}
     if before and after and count:

@@ -1,6 +1,7 @@
 """`--crop-budget`: what may be spent is spent where it buys most, and never more than that."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 from export.crop.budget import Budget, Option, _best_within, parse_budget, spend
 from export.crop.latency import measure_latencies
+from gmconv.cropping.certificate import certify
 from gmconv.cropping.choose import choose_windows, crop_to
 from gmconv.cropping.macs import count_macs
 from gmconv.cropping.measure import output_error, run
+from gmconv.cropping.table import crop_summary
 from gmconv.cropping.window import Window, nested_windows
 from gmconv.surgery import bake, convert
 
@@ -240,3 +243,24 @@ def test_budgets_are_parsed(text: str, expected: Budget) -> None:
 def test_other_budgets_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="budget"):
         parse_budget(text)
+
+
+class Two(nn.Module):
+    """The same scores twice, the second a thousand times as large and once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.inner(x)
+        return scores, 1000 * scores.square()
+
+
+def test_a_budget_of_top_1_says_which_of_several_outputs_it_is_of(batches: list[Tensor]) -> None:
+    model = Two().eval()
+    _, windows, account = buy(model, batches, Budget("top1", 50))
+    assert account["outputs"] == 2
+    certificate = replace(certify(model, crop_to(model, windows), windows, batches, tolerance=None), budget=account)
+    assert "cropped (budget top1:50 of the first of 2 outputs, fp32)" in crop_summary(certificate.to_dict())
+    assert "(budget top1:50, fp32)" in crop_summary(replace(certificate, budget=account | {"outputs": 1}).to_dict())
