@@ -73,10 +73,11 @@ def print_passed(output: Path, *, console: Console | None = None, manifest: Mani
     from runtime.manifest import read_manifest
 
     manifest = manifest or read_manifest(output, verify=False)
+    whole = manifest.crop is not None and all(layer.kept == layer.kernel for layer in manifest.crop.layers)
     size = manifest.artefact.bytes + sum(entry.bytes for entry in manifest.external)
     (console or result_console()).print(
         f"[bold green]PASSED[/bold green] {output}: {manifest.precision}{_meant_for(manifest)}, {size:,} bytes, "
-        f"sha256 {manifest.artefact.sha256[:16]}…, manifest {output.name}.json",
+        f"sha256 {manifest.artefact.sha256[:16]}…, manifest {output.name}.json{'; nothing was cropped' * whole}",
         soft_wrap=True,
     )
 

@@ -118,7 +118,9 @@ def test_what_stays_in_fp32_keeps_the_taps_that_only_fp16_loses(tmp_path: Path) 
     assert layers["layer1.0.conv1"].kept == (5, 5)
 
 
-def test_what_a_budget_chose_on_images_is_judged_on_images(tmp_path: Path, two_kernels: TwoKernels) -> None:
+def test_what_a_budget_chose_on_images_is_judged_on_images(
+    tmp_path: Path, two_kernels: TwoKernels, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Noise is none of what the budget was spent on, and may lose more."""
     assert export(*two_kernels(0.6), "--crop-budget", "0.05") == 0
     manifest = read_manifest(tmp_path / "net.onnx")
@@ -126,6 +128,7 @@ def test_what_a_budget_chose_on_images_is_judged_on_images(tmp_path: Path, two_k
     assert manifest.crop is not None
     assert manifest.crop.budget.gain_by == "macs"
     assert max(kernel_sizes(tmp_path / "net.onnx")) < 7
+    assert "nothing was cropped" not in capsys.readouterr().out
     seen: dict[str, set[str]] = {}
     for hop in manifest.parity.hops:
         seen.setdefault(hop.name, set()).add(hop.inputs)
@@ -147,8 +150,11 @@ def test_taps_that_fp16_stores_as_zero_go_with_a_crop_of_zeros(tmp_path: Path) -
     assert max(kernel_sizes(tmp_path / "net.onnx")) < 7
 
 
-def test_a_budget_that_bought_nothing_is_judged_on_noise_too(tmp_path: Path, two_kernels: TwoKernels) -> None:
+def test_a_budget_that_bought_nothing_is_judged_on_noise_too(
+    tmp_path: Path, two_kernels: TwoKernels, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert export(*two_kernels(2.0), "--crop-budget", "1e-9", "--dynamic-hw") == 0
+    assert capsys.readouterr().out.endswith("; nothing was cropped\n"), "the closing line, which -q leaves"
     manifest = read_manifest(tmp_path / "net.onnx")
     assert manifest.parity is not None
     shapes = {hop.shapes["input"] for hop in manifest.parity.hops if hop.name == "baked -> ORT"}
