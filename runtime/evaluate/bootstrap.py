@@ -16,7 +16,7 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A value and its 95 % interval; None where nothing can be resampled."""
+    """A value and its 95 % interval; None where nothing can be resampled, or where every draw gives the same."""
 
     value: float
     interval: tuple[float, float] | None = None
@@ -37,7 +37,8 @@ def bootstrap(count: int, statistics: Callable[[Weights], NDArray[np.float64]], 
     """Percentile bootstrap of several statistics of `count` samples, on the same draws.
 
     `statistics` maps how often each sample counts (count,) to the values; ones give the estimates themselves. One
-    sample has no interval. Source: Efron & Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13.
+    sample has no interval, nor have samples that are all alike. Source: Efron & Tibshirani, "An Introduction to the
+    Bootstrap" (1993), chapter 13.
     """
     values = statistics(np.ones(count))
     if count < 2:
@@ -50,4 +51,6 @@ def bootstrap(count: int, statistics: Callable[[Weights], NDArray[np.float64]], 
         ]
     )
     low, high = np.percentile(draws, (2.5, 97.5), axis=0)
-    return [Estimate(float(value), (float(a), float(b))) for value, a, b in zip(values, low, high, strict=True)]
+    alike = np.isclose(low, high, rtol=1e-9, atol=1e-12)  # to the rounding of sums
+    ends = [None if same else (float(a), float(b)) for a, b, same in zip(low, high, alike, strict=True)]
+    return [Estimate(float(value), interval) for value, interval in zip(values, ends, strict=True)]

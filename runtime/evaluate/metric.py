@@ -6,8 +6,8 @@
 is called once per artefact, and once for a reference that is none of them. `outputs` are all outputs of the network by
 name, `targets` what is known of the samples by name: `labels` (N,) of a folder with a sub-folder per class, `masks`
 (N, H, W) of one with images and masks, and of an .npz file every array but the images. All are numpy arrays with one
-row per sample. It returns one number per sample, shape (N,), whose mean is shown with a bootstrap interval, or one
-number for all of them, shown without. Larger is better.
+row per sample. It returns one number per sample, shape (N,), whose mean is shown with a bootstrap interval (Wilson's
+where all are 0 or 1), or one number for all of them, shown without. Larger is better.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from gmconv.data import Batch
 from gmconv.errors import RefusedError, printable, raised_words
 from gmconv.packages import find_own
-from runtime.evaluate.accuracy import Cell, Noise, decibels
+from runtime.evaluate.accuracy import Cell, Noise, decibels, wilson
 from runtime.evaluate.bootstrap import Estimate, bootstrap
 
 Array = NDArray[Any]
@@ -56,13 +56,17 @@ def load_metric(spec: str) -> Metric:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricScore:
-    """One artefact by a user's metric: its value, and how much less than the reference's it is (paired)."""
+    """One artefact by a user's metric: its value, and how much less than the reference's it is (paired).
+
+    `snr_db` is the least of all outputs, `output` whose it is; "" of one output.
+    """
 
     samples: int
     metric: str
     value: Estimate
     drop: Estimate
     snr_db: float
+    output: str = ""
     agreement: None = None
 
     @property
@@ -76,7 +80,7 @@ class MetricScore:
         return [
             Cell(f"{self.metric} (metric){interval}", 0, self.value.shown(1, ".4g")),
             Cell(f"drop{interval}", 1, self.drop.shown(1, ".3g")),
-            Cell("SNR [dB]", 2, decibels(self.snr_db)),
+            Cell("SNR [dB]", 2, f"{decibels(self.snr_db)} {self.output}".rstrip()),
         ]
 
     def remarks(self, labels: Sequence[str]) -> list[str]:
@@ -86,7 +90,7 @@ class MetricScore:
     def to_dict(self) -> dict[str, Any]:
         """Plain values; an infinite ratio becomes None."""
         snr = self.snr_db if np.isfinite(self.snr_db) else None
-        found = {"samples": self.samples, "metric": self.metric, "snr_db": snr}
+        found = {"samples": self.samples, "metric": self.metric, "snr_db": snr, "snr_output": self.output}
         return found | {"value": self.value.to_dict(), "drop": self.drop.to_dict()}
 
 
@@ -108,13 +112,14 @@ class MetricJudge:
         runs = [(id(parts[0]), parts) for parts in zip(*self._outputs, strict=True)]
         found = {key: {n: np.concatenate([part[n] for part in parts]) for n in parts[0]} for key, parts in runs}
         reference = found[runs[0][0]]
-        noise = {key: Noise() for key in found}
+        ratios: dict[int, dict[str, float]] = {key: {} for key in found}
         for key, outputs in found.items():  # before the metric, which may write into what it is given
             for name, array in reference.items():
-                noise[key].add(array, outputs[name])
+                (noise := Noise()).add(array, outputs[name])
+                ratios[key][name] = noise.snr_db
         values = {key: self._values(outputs) for key, outputs in found.items()}
         before = values[runs[0][0]]
-        return [self._score(values[key], before, noise[key].snr_db) for key, _ in runs]
+        return [self._score(values[key], before, ratios[key]) for key, _ in runs]
 
     def _values(self, outputs: dict[str, Array]) -> NDArray[np.float64]:
         """One value, or one per sample."""
@@ -140,17 +145,27 @@ class MetricJudge:
             raise RefusedError(f"--metric {self.name} returned NaN or infinity{where}; return a number")
         return found
 
-    def _score(self, own: NDArray[np.float64], before: NDArray[np.float64], snr_db: float) -> MetricScore:
+    def _score(self, own: NDArray[np.float64], before: NDArray[np.float64], ratios: dict[str, float]) -> MetricScore:
         if own.ndim:
 
             def statistics(weights: NDArray[np.float64]) -> NDArray[np.float64]:
                 return np.array([weights @ own, weights @ (before - own)]) / float(weights.sum())
 
             value, drop = bootstrap(len(own), statistics)
+            if np.isin(own, (0, 1)).all():
+                value = replace(value, interval=wilson(int(own.sum()), len(own)))
         else:
             value, drop = Estimate(float(own)), Estimate(float(before - own))
         samples = sum(len(next(iter(parts[0].values()))) for parts in self._outputs)
-        return MetricScore(samples=samples, metric=self.name, value=value, drop=drop, snr_db=snr_db)
+        worst = min(ratios, key=ratios.__getitem__)
+        return MetricScore(
+            samples=samples,
+            metric=self.name,
+            value=value,
+            drop=drop,
+            snr_db=ratios[worst],
+            output=worst if len(ratios) > 1 else "",
+        )
 
 
 def _numbers(given: Any) -> NDArray[np.float64] | None:

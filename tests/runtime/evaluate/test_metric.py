@@ -11,6 +11,7 @@ import pytest
 
 from gmconv.data import Batch
 from gmconv.errors import RefusedError
+from runtime.evaluate.accuracy import wilson
 from runtime.evaluate.metric import MetricJudge, MetricScore, load_metric
 
 TARGETS = {"boxes": np.arange(6.0).reshape(3, 2)}
@@ -38,6 +39,25 @@ def test_it_sees_all_samples_once_and_gives_one_value_for_each() -> None:
     assert second.drop.interval is not None
     assert second.cells()[0].heading == "near (metric) [95%]"
     assert second.to_dict()["value"]["value"] == -1
+
+
+@pytest.mark.parametrize("hits", [[1, 1, 1], [0, 0, 0], [1, 0, 1]])
+def test_hits_have_the_interval_that_accuracy_has(hits: list[int]) -> None:
+    (found,) = scores(lambda *_: np.array(hits), [np.ones((3, 2))])
+    assert found.value.interval == wilson(sum(hits), 3)
+    assert found.drop.interval is None, "of itself"
+    (alike,) = scores(lambda *_: np.full(3, 0.5), [np.ones((3, 2))])
+    assert alike.cells()[0].text == "0.5"
+
+
+def test_of_several_outputs_the_least_snr_is_told_with_its_name() -> None:
+    judge = MetricJudge(lambda *_: 1.0, "one", {})
+    large, small = np.full((3, 1), 1e6, np.float32), np.ones((3, 1), np.float32)
+    judge.add([{"a": large, "b": small}, {"a": large, "b": small * 2}], Batch(np.zeros(0, np.float32), None))
+    _, second = judge.scores()
+    assert (second.snr_db, second.output) == (0, "b")
+    assert second.cells()[2].text == "0.0 b"
+    assert second.to_dict()["snr_output"] == "b"
 
 
 def test_one_number_for_all_has_no_interval() -> None:
