@@ -105,7 +105,7 @@ _NO_MEMORY = re.compile("array is too big|Maximum allowed dimension exceeded|Def
 _OF_PATHS = {errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG}
 
 
-def _of_the_machine(error: Exception) -> tuple[str, int] | None:
+def of_the_machine(error: Exception) -> tuple[str, int] | None:
     """The sentence and exit code of an error that is no bug: a package or memory that lacks, a path not to be used."""
     if isinstance(error, ModuleNotFoundError):
         sentence = missing(error)
@@ -152,7 +152,7 @@ class _Documented:
                 exit_interrupted()
             except Exception as error:
                 _exit_if_stopped(error)
-                if (found := _of_the_machine(error)) is None:
+                if (found := of_the_machine(error)) is None:
                     raise
                 sentence, code = found
                 click.echo(f"Error: {sentence}", err=True)

@@ -70,6 +70,8 @@ def arguments_of(model: nn.Module, examples: Any) -> Arguments:
     if not named:
         raise RefusedError("no example was given; pass a tensor, or a tuple with one for each argument")
     tensors = {name: _tensor(name, value) for name, value in named.items()}
+    if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise RefusedError(f"the example {empty[0]!r} is on the meta device and has no values")
     if damaged := [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.isnan().any()]:
         raise RefusedError(f"the example {damaged[0]!r} holds NaN")
     if len({len(tensor) for tensor in tensors.values()}) > 1:
@@ -106,6 +108,19 @@ def left_out(model: nn.Module, inputs: Sequence[Input]) -> tuple[str, ...]:
     known += [parameter for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
     defaults = [(one.name, printable(repr(one.default), 40)) for one in known if one.default is not one.empty]
     return tuple(f"{name} is not given: exported as its default, {default}" for name, default in defaults)
+
+
+def does_not_run(
+    model: nn.Module, inputs: Sequence[Input], error: Exception, batch: int | None, advice: str
+) -> RefusedError:
+    """What is said where a forward, which is somebody's own code, raised `error` on such inputs."""
+    reason = printable(" ".join(str(error).split()) or type(error).__name__, 300)
+    shapes = ", ".join("x".join(map(str, given.shape)) or "one number" for given in inputs)
+    shapes += f" in a batch of {batch}" if batch else ""
+    takes = ", ".join(parameter.name for parameter in forward_parameters(model))
+    return RefusedError(
+        f"the network, whose forward takes ({takes}), does not run on samples of {shapes} ({reason}); {advice}"
+    )
 
 
 def forward_parameters(model: nn.Module) -> list[inspect.Parameter]:

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from numpy.typing import NDArray
-from torch import Tensor, bfloat16, nn
+from torch import Tensor, bfloat16, nn, strided
 from torch.utils import _pytree as pytree
 
 from gmconv.errors import RefusedError, printable, type_words
@@ -46,9 +46,12 @@ def named_outputs(value: Any, names: Sequence[str] = ()) -> dict[str, Tensor]:
     return dict(zip(own, found.values(), strict=True))
 
 
-def refuse_bfloat16(named: Mapping[str, Tensor]) -> None:
+def refuse_unshippable(named: Mapping[str, Tensor]) -> None:
     """Raise RefusedError for an output that neither numpy nor ONNX Runtime could give back."""
     for name, tensor in named.items():
+        if tensor.is_complex() or tensor.layout != strided:
+            kind, way = ("complex", "torch.view_as_real(y)") if tensor.is_complex() else ("sparse", "y.to_dense()")
+            raise RefusedError(f"output {printable(name)!r} is {kind}, which no artefact gives back: return {way}")
         if tensor.dtype == bfloat16:
             raise RefusedError(
                 f"output {printable(name)!r} is in bfloat16 (autocast in the forward?), which numpy and ONNX Runtime "

@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gmconv.cli import of_the_machine
 from gmconv.errors import RefusedError
 from gmconv.files import replacing, require_writable, unwritable
-from gmconv.inputs import Arguments, arguments_of
-from gmconv.outputs import named_outputs, unlike
-from gmconv.surgery import require_module
+from gmconv.inputs import Arguments, arguments_of, does_not_run
+from gmconv.outputs import named_outputs, refuse_unshippable, unlike
+from gmconv.surgery import refuse_valueless, require_module
 
 
 def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLike[str]) -> None:
@@ -29,14 +30,16 @@ def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLik
         path: the .npz file to write.
 
     Raises:
-        RefusedError: no batches, bfloat16, outputs that are NaN or infinite, or others when the first batch is run
-            again, shapes that differ beyond axis 0, or a path that cannot be written.
+        RefusedError: no batches, or one that the network does not run on; outputs that are NaN or infinite, others
+            when the first batch is run again, not a row for each sample, or bfloat16; shapes that differ beyond
+            axis 0, or a path that cannot be written.
         UnavailableError: the disk is full.
     """
     require_module(model, "save_golden")
     path = Path(path)
     path = path if str(path).endswith(".npz") or not path.name else Path(f"{path}.npz")  # as numpy names it
     require_writable(path)
+    refuse_valueless(model)
     parted = isinstance(batches, tuple) and all(hasattr(part, "__array__") for part in batches)
     alone = parted or isinstance(batches, Mapping) or hasattr(batches, "__array__")
     parts: dict[str, list[NDArray[Any]]] = {}
@@ -69,7 +72,10 @@ def _answering(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:
-        model.eval()
+        try:
+            model.eval()
+        except Exception as error:  # of a program of torch.export
+            raise RefusedError(f"the network cannot be put into eval mode ({error})") from error
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         with torch.no_grad():
             yield
@@ -80,7 +86,22 @@ def _answering(model: nn.Module) -> Iterator[None]:
 
 
 def _returned(model: nn.Module, given: Arguments, device: torch.device) -> dict[str, NDArray[Any]]:
-    found = _arrays("output", named_outputs(given.call(model, device)))
+    samples = len(next(iter(given.tensors.values())))
+    try:
+        returned = given.call(model, device)
+    except Exception as error:
+        if of_the_machine(error):
+            raise
+        advice = "a batch is a tensor, a tuple of tensors, or a dict with one for each argument"
+        raise does_not_run(model, given.inputs, error, samples, advice) from error
+    named = named_outputs(returned)
+    refuse_unshippable(named)
+    if other := [name for name, tensor in named.items() if tensor.shape[:1] != (samples,)]:
+        raise RefusedError(
+            f"output {other[0]!r} has shape {tuple(named[other[0]].shape)} for {samples} samples, and pairs hold a row "
+            f"for each: record a network that returns one"
+        )
+    found = _arrays("output", named)
     if damaged := [name for name, array in found.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]:
         raise RefusedError(f"output {damaged[0]!r} is NaN or infinite, which nothing can be compared with: mend that")
     return found

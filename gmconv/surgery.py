@@ -14,9 +14,10 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from gmconv.errors import BakeError, SurgeryError, layer_words, type_words
+from gmconv.errors import BakeError, RefusedError, SurgeryError, layer_words, type_words
 from gmconv.layer import GMConv2d, SigmaPer
 
 M = TypeVar("M", bound=nn.Module)
@@ -148,6 +149,15 @@ def refuse_script(model: nn.Module, error: type[SurgeryError] = SurgeryError) ->
             raise error(f"{layer_words(name)} {SCRIPT}")
 
 
+def refuse_valueless(model: nn.Module) -> None:
+    """Raise RefusedError where a parameter or a buffer (named) is lazy or on the meta device."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise RefusedError(f"{name!r} is lazy and has no values yet: run the network once, and load its weights")
+        if tensor.is_meta:
+            raise RefusedError(f"{name!r} is on the meta device and has no values: load the network's weights first")
+
+
 def network_within(model: nn.Module) -> nn.Module:
     """The network in the wrappers of `torch.compile`, data parallelism and weight averaging, nested or none."""
     kind = type(model)
@@ -160,13 +170,27 @@ def copied(model: M, memo: dict[int, Any] | None = None) -> M:
     """A deep copy, also of a network that keeps tensors with a history (the kernel of its last forward, say).
 
     `copy.deepcopy` refuses those; here they are copied without it. `memo` takes the copy of each object by id.
+
+    Raises SurgeryError where the network, or a part of it, cannot be copied.
     """
     memo = {} if memo is None else memo
     for module in model.modules():
         for value in tree_leaves(module.__dict__):
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    made = copy.deepcopy(model, memo)
+    try:
+        made = copy.deepcopy(model, memo)
+    except Exception as error:  # a lock, a handle
+        raise SurgeryError(
+            f"the network cannot be copied ({' '.join(str(error).split())[:200]}), and this would change it: give one "
+            f"that copy.deepcopy takes"
+        ) from error
+    own = set(model.modules())
+    if shared := [name for name, module in made.named_modules() if module in own]:
+        raise SurgeryError(
+            f"{layer_words(shared[0])} is its own copy (its __deepcopy__?), and this would change it: give one that "
+            f"copy.deepcopy copies"
+        )
     for module in made.modules():  # model.forward = torch.compile(model.forward) would go on running the original
         forward = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
         if inspect.ismethod(forward) and forward.__func__ is type(module).forward:
@@ -224,5 +248,7 @@ def _require_bakeable(name: str, module: nn.Module) -> None:
             f"is constant"
         )
     for part in ("sigma", "weight"):
+        if getattr(module, part).is_meta:
+            raise BakeError(f"{layer_words(name)}: its {part} is on the meta device and has no values")
         if not torch.isfinite(getattr(module, part)).all():
             raise BakeError(f"{layer_words(name)}: its {part} holds NaN or Inf; this checkpoint cannot be deployed")

@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from export.onnx.options import ExportOptions
-from gmconv.errors import RefusedError, printable
+from gmconv.errors import RefusedError
 from gmconv.foreign import Foreign, refuse_labels
 from runtime.manifest import TensorSpec
 
@@ -37,8 +37,8 @@ def output_specs(
     import torch
 
     from gmconv.checkpoint.unsaved import saved_alone
-    from gmconv.inputs import forward_parameters
-    from gmconv.outputs import left_out, named_outputs, refuse_bfloat16
+    from gmconv.inputs import does_not_run
+    from gmconv.outputs import left_out, named_outputs, refuse_unshippable
 
     given = examples(loaded, options)
     checked = contextlib.nullcontext() if in_memory else saved_alone(loaded.model)
@@ -47,17 +47,11 @@ def output_specs(
             outputs = loaded.model(*(example[:1] if options.batch is None else example for example in given))
     except RefusedError:
         raise
-    except Exception as error:  # a forward is somebody's own code: an assertion, a shape, an argument that is missing
-        reason = printable(" ".join(str(error).split()) or type(error).__name__, 300)
-        shapes = ", ".join("x".join(map(str, example.shape[1:])) or "one number" for example in given)
-        shapes += f" in a batch of {options.batch}" if options.batch else ""
-        takes = ", ".join(one.name for one in forward_parameters(loaded.model))
-        raise RefusedError(
-            f"the network, whose forward takes ({takes}), does not run on samples of {shapes} ({reason}); check "
-            f"--input-shape, or give each input as --input NAME:SHAPE[:DTYPE]"
-        ) from error
+    except Exception as error:  # an assertion, a shape, an argument that is missing
+        advice = "check --input-shape, or give each input as --input NAME:SHAPE[:DTYPE]"
+        raise does_not_run(loaded.model, loaded.inputs, error, options.batch, advice) from error
     named = named_outputs(outputs, options.output_names)
-    refuse_bfloat16(named)
+    refuse_unshippable(named)
     refuse_labels(loaded.labels, [tuple(tensor.shape) for tensor in named.values()], foreign)
     others = left_out(outputs)
     specs = []

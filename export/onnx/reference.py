@@ -177,17 +177,23 @@ def bitwise(left: Outputs, right: Outputs) -> bool:
 
 def run_torch(model: nn.Module, inputs: Sequence[Input], cases: Sequence[Case], names: Sequence[str]) -> list[Outputs]:
     """Every case through a torch network, in its own precision."""
-    return [_attempt(lambda: _run(model, inputs, c.feeds, names), probe=c.probe) for c in cases]  # noqa: B023 (at once)
+    return [_attempt(model, inputs, case.feeds, names, probe=case.probe) for case in cases]
 
 
-def _attempt(run: Callable[[], Outputs], *, probe: bool) -> Outputs:
-    """What `run` returns; of a probe that the network does not take, nothing."""
+def _attempt(model: nn.Module, inputs: Sequence[Input], feeds: Feeds, names: Sequence[str], *, probe: bool) -> Outputs:
+    """What the network returns; of a probe that it does not take, nothing."""
+    from gmconv.cli import of_the_machine
+    from gmconv.inputs import does_not_run
+
     try:
-        return run()
-    except Exception:  # whatever a forward raises at a size that it was not made for
-        if not probe:
+        return _run(model, inputs, feeds, names)
+    except Exception as error:  # whatever a forward raises at a size that it was not made for
+        if probe:
+            return {}
+        if isinstance(error, RefusedError) or of_the_machine(error):
             raise
-        return {}
+        batch = len(next(iter(feeds.values())))
+        raise does_not_run(model, inputs, error, batch, "give --batch N where it takes one size alone") from error
 
 
 def _run(
@@ -201,7 +207,7 @@ def _run(
 
     with torch.no_grad(), as_written():
         outputs = model(*tensors_of(model, inputs, feeds, dtype))
-    return {name: tensor.numpy() for name, tensor in named_outputs(outputs, names).items()}
+    return {name: tensor.detach().numpy() for name, tensor in named_outputs(outputs, names).items()}
 
 
 def _run_double(model: nn.Module, inputs: Sequence[Input], feeds: Feeds, names: Sequence[str]) -> Outputs:
@@ -260,7 +266,7 @@ def compute_reference(model: nn.Module, inputs: Sequence[Input], work: Work) -> 
 
     def run(network: nn.Module, index: int, threads: int) -> Outputs:
         torch.set_num_threads(threads)
-        return _attempt(lambda: _run(network, inputs, work.feeds[index], work.names), probe=index in work.probes)
+        return _attempt(network, inputs, work.feeds[index], work.names, probe=index in work.probes)
 
     def threads(index: int) -> int:
         # Noise is few samples, done while the exporter needs the other half; the images are what the export waits for.

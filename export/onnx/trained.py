@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from export.onnx.options import Note
-from gmconv.errors import BakeError, RefusedError
+from gmconv.errors import BakeError, RefusedError, SurgeryError
 from gmconv.foreign import Foreign, preprocessing_of
 from runtime.manifest import FileDigest
 
@@ -89,9 +89,10 @@ class InMemory:
     def __init__(self, live: Live) -> None:
         from gmconv import Checkpoint
         from gmconv.inputs import arguments_of, left_out
-        from gmconv.surgery import masked_layers, refuse_script
+        from gmconv.surgery import masked_layers, refuse_script, refuse_valueless
 
         refuse_script(live.model, BakeError)
+        refuse_valueless(live.model)
         arguments = arguments_of(live.model, live.examples)
         _refuse_dtypes(live.model, arguments.tensors)
         self._model, given = _copied(live.model), live.foreign
@@ -163,11 +164,15 @@ def _copied(model: nn.Module) -> nn.Module:
     from gmconv.surgery import copied
 
     try:
-        copy = copied(model).cpu().eval()
-    except Exception as error:  # a lock, a handle, a tensor with a history
+        copy = copied(model)
+    except SurgeryError as error:
+        raise RefusedError(error.message) from error
+    try:
+        copy.cpu()
+        copy.eval()  # an override may return nothing
+    except Exception as error:
         raise RefusedError(
-            f"the network cannot be copied ({' '.join(str(error).split())[:200]}), and deploying it would change it; "
-            f"pass one that copy.deepcopy takes"
+            f"the network cannot be brought to the CPU and into eval mode ({' '.join(str(error).split())[:200]})"
         ) from error
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in copy.parameters()):
         copy.float()

@@ -12,7 +12,6 @@ assumed: `crop_model` returns it in a `CropCertificate`.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Literal, TypeVar, cast
@@ -25,7 +24,7 @@ from gmconv.cropping.layers import CroppedConv2d, crop_conv
 from gmconv.cropping.window import PRECISIONS, Precision, Window, smallest_lossless_window, smallest_window
 from gmconv.errors import SurgeryError, layer_words
 from gmconv.layer import GMConv2d
-from gmconv.surgery import refuse_script, require_module
+from gmconv.surgery import copied, refuse_script, require_module
 
 M = TypeVar("M", bound=nn.Module)
 Tolerance = float | Literal["lossless"]
@@ -99,7 +98,7 @@ def crop_to(model: M, windows: Mapping[str, Window], *, inplace: bool = False) -
     """
     if missing := set(windows) - set(croppable(model)):
         raise SurgeryError(f"{layer_words(min(missing))} cannot be cropped: no plain nn.Conv2d of that name")
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copied(model)
     layers = dict(model.named_modules())
     kernels: dict[tuple[int, Window], nn.Parameter] = {}  # layers that share a weight go on sharing it
     originals: list[Tensor] = []  # keeps the ids above from being reused

@@ -273,7 +273,7 @@ class TorchRunner(Runner):
         feeds = require("gmconv.inputs", "export").noise(self.checkpoint.inputs, 2)
         with require("gmconv.checkpoint.unsaved", "export").saved_alone(self.model), self.mode(), self._words():
             named = self.named(self.model(*self.tensors(feeds)))
-        require("gmconv.outputs", "export").refuse_bfloat16(named)
+        require("gmconv.outputs", "export").refuse_unshippable(named)
         free = any(isinstance(side, str) for spec in self.inputs for side in spec.shape[1:])
         return tuple(
             TensorSpec(

@@ -454,6 +454,43 @@ def test_torchscript_is_refused_in_a_sentence(net: nn.Module, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+class Odd(Net):
+    """Its train returns nothing, and it returns a parameter beside its logits."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), self.head.weight
+
+
+def test_a_train_that_returns_nothing_and_an_output_that_is_a_parameter_are_borne(tmp_path: Path) -> None:
+    assert gmconv.deploy(Odd(), torch.randn(3, 3, 16, 16), tmp_path / "net.onnx").passed
+
+
+class Single(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) != 1:
+            raise ValueError("one at a time")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (Single, r"in a batch of 2 \(one at a time\); give batch=N where it takes one size alone"),
+        (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), r"'0\.weight' is lazy and has no values yet"),
+        (lambda: Net().to("meta"), "'soft.weight' is on the meta device and has no values"),
+    ],
+)
+def test_a_network_that_cannot_run_is_refused_in_a_sentence(
+    make: Callable[[], nn.Module], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RefusedError, match=words):
+        gmconv.deploy(make(), torch.randn(3, 3, 16, 16), tmp_path / "net.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_output_in_bfloat16_is_refused(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).eval()
     net.register_forward_hook(lambda *given: given[2].bfloat16())

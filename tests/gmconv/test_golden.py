@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,47 @@ def test_what_a_forward_writes_in_place_is_not_recorded(tmp_path: Path) -> None:
     assert np.array_equal(golden.inputs["input"], x.numpy())
     assert np.array_equal(golden.outputs["logits"], 2 * x.numpy())
     assert x.flatten().tolist() == list(range(6)), "the user's own tensor stays as it is"
+
+
+class Says(nn.Module):
+    """What is said of it instead of a recording: its forward is `way`."""
+
+    def __init__(self, way: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.way, self.head = way, nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.way(self.head(x))
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        (lambda y: y[:, 7], r"whose forward takes \(x\), does not run on samples of 3 in a batch of 2 \(index 7"),
+        (lambda y: y.mean(), r"output 'logits' has shape \(\) for 2 samples, and pairs hold a row for each"),
+        (lambda y: y[:1], r"output 'logits' has shape \(1, 3\) for 2 samples"),
+        (lambda y: torch.fft.fft(y), "output 'logits' is complex, .* return torch.view_as_real"),
+        (lambda y: y.to_sparse(), "output 'logits' is sparse, .* return y.to_dense"),
+        (lambda y: y.bfloat16(), "output 'logits' is in bfloat16"),
+    ],
+)
+def test_outputs_that_are_no_pairs_are_refused(way: Callable[[Tensor], Tensor], words: str, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=words):
+        gmconv.save_golden(Says(way), torch.randn(2, 3), tmp_path / "golden.npz")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_without_values_or_without_an_eval_mode_is_refused(tmp_path: Path) -> None:
+    program: Any = torch.export.export(nn.Linear(3, 3), (torch.ones(2, 3),)).module()
+    for model, words in (
+        (nn.Linear(3, 3, device="meta"), "'weight' is on the meta device and has no values"),
+        (nn.LazyLinear(3), "'weight' is lazy and has no values yet"),
+        (program, "cannot be put into eval mode"),
+    ):
+        with pytest.raises(RefusedError, match=words):
+            gmconv.save_golden(model, torch.randn(2, 3), tmp_path / "golden.npz")
+    with pytest.raises(RefusedError, match="the example 'input' is on the meta device"):
+        gmconv.save_golden(nn.Tanh(), torch.ones(2, 3, device="meta"), tmp_path / "golden.npz")
 
 
 def test_each_part_has_its_own_mode_again(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -215,6 +216,23 @@ def test_torchscript_is_refused(step: Callable[[Any], object]) -> None:
         step(traced)
     with pytest.raises(SurgeryError, match=r"layer '0(\.0)?' is TorchScript"):
         step(nn.Sequential(traced))
+
+
+class Teacher(nn.Conv2d):
+    def __deepcopy__(self, memo: object) -> Teacher:
+        return self
+
+
+@pytest.mark.parametrize("step", [gmconv.convert, lambda model: gmconv.crop(model, 1e-3)])
+def test_what_cannot_be_copied_is_refused_before_it_is_changed(step: Callable[[Any], object]) -> None:
+    held = nn.Sequential(nn.Conv2d(3, 4, 3))
+    held.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(SurgeryError, match=r"cannot be copied \(cannot pickle '_thread.lock' object\)"):
+        step(held)
+    with pytest.raises(SurgeryError, match="layer '1' is its own copy"):
+        step(nn.Sequential(nn.Conv2d(3, 4, 3), Teacher(4, 4, 3)))
+    with torch.device("meta"), pytest.raises(BakeError, match="its sigma is on the meta device and has no values"):
+        gmconv.bake(gmconv.convert(nn.Sequential(nn.Conv2d(3, 4, 3))))
 
 
 def test_masks_beside_a_part_in_torchscript_are_baked() -> None:
