@@ -147,7 +147,7 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 origin = Origin(origin.sources | {RANDOM}, origin.operators)
             if operator.computes:
                 origin = Origin(origin.sources, origin.operators | {operator.name})
-        lost = operator.selects or not (made or operator.written)
+        lost = (operator.selects and not _by_position(operator.name, args)) or not (made or operator.written)
         if lost and origin.varies and not operator.name.startswith(_NOT_READ):
             self._escape(operator.name)
         for index in operator.written:
@@ -179,6 +179,11 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors_in(value.values())
         elif isinstance(value, list | tuple):
             yield from tensors_in(value)
+
+
+def _by_position(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether an index holds positions alone: what is selected by truth is as long as that has it."""
+    return name == "index" and not any(i.dtype in (torch.bool, torch.uint8) for i in tensors_in(args[1:2]))
 
 
 def _union(origins: Iterable[Origin]) -> Origin:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -107,6 +109,11 @@ def redirect(
         with _Redirect(self, names, values, frozen=frozen):
             return kept(*args, **kwargs) if original is not None else kept(self, *args, **kwargs)
 
+    if original is not None:  # it takes no self, and torch.export reads what a forward takes
+        with contextlib.suppress(ValueError):  # of a forward that is no Python
+            own = inspect.signature(original)
+            first = inspect.Parameter("_", inspect.Parameter.POSITIONAL_ONLY)
+            forward.__signature__ = own.replace(parameters=[first, *own.parameters.values()])  # type: ignore[attr-defined]
     body = {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     module.__class__ = type(cls.__name__, (cls,), body)
     return names

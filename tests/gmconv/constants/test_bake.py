@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,32 @@ def test_a_module_that_is_one_call_becomes_the_plain_layer_in_place() -> None:
     calls.clear()
     model(image())
     assert calls == [1], "hooks stay"
+
+
+def test_a_forward_put_on_the_object_goes_on_saying_what_it_takes() -> None:
+    model = net(Base)
+    inner = model.forward
+    model.forward = lambda image: inner(image) * 2
+    baked, certificates = bake_constants(model, image())
+    assert len(certificates) == 2
+    assert list(inspect.signature(baked.forward).parameters) == ["image"]
+    assert torch.equal(baked(image(3)), model(image(3)))
+
+
+def test_an_index_by_position_decides_nothing_and_one_by_truth_does() -> None:
+    class Picks(nn.Module):
+        def __init__(self, by: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.first, self.a, self.by = nn.Conv2d(3, 3, 3), Base(3, 4), by
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x).mean((0, 2, 3))
+            return self.a(x) * y[self.by(y)].sum()
+
+    _, certificates = bake_constants(Picks(lambda y: torch.tensor([2, 0])).eval(), image())
+    assert [c.kind for c in certificates] == ["mask"]
+    with pytest.raises(BakeError, match=r"values of the input reach Python in the network itself \(index\)"):
+        bake_constants(Picks(lambda y: y > 0).eval(), image())
 
 
 def test_any_other_keeps_its_forward_and_gets_a_child() -> None:
