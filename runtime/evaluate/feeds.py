@@ -96,10 +96,12 @@ def outputs_of(runner: Runner, names: Sequence[str], feeds: Mapping[str, Array])
         if missing:
             part = {n: np.concatenate([a, np.repeat(a[-1:], missing, axis=0)]) for n, a in part.items()}
         found = runner.run({name: np.ascontiguousarray(array) for name, array in part.items()})
-        parts.append({name: _plain(found[ours])[: count - start] for name, ours in zip(names, own, strict=True)})
+        rows = len(next(iter(part.values())))
+        parts.append({name: _rows(found[ours], rows)[: count - start] for name, ours in zip(names, own, strict=True)})
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
 
-def _plain(output: Array) -> Array:
-    """Floating point of any precision as float32; whole numbers as they are."""
-    return output if output.dtype.kind in "iub" else output.astype("float32")
+def _rows(output: Array, count: int) -> Array:
+    """Floating point of any precision as float32; whole numbers as they are. One number is that of each sample."""
+    plain = output if output.dtype.kind in "iub" else output.astype("float32")
+    return plain if plain.ndim else np.full(count, plain)

@@ -159,7 +159,7 @@ def _scores(
             feeds = {s.name: own if s.name == image else beside[s.name] for s in runners[0].inputs}
             given[id(one)] = outputs_of(one, names, feeds)
         for one in runners if options.metric is None else ():
-            _require_finite(one, judge.output, given[id(one)], data)  # type: ignore[union-attr]
+            _require_sound(one, given[id(one)][judge.output], len(batch.images), judge.output, data)  # type: ignore[union-attr]
         with _about(data, options):
             judge.add([given[id(one)] for one in runners], batch)
     with _about(data, options):
@@ -177,13 +177,15 @@ def _about(images: str, options: EvaluateOptions) -> Iterator[None]:
         raise RefusedError(f"{images}: {error.message}") from error
 
 
-def _require_finite(runner: Runner, output: str, outputs: Mapping[str, NDArray[Any]], images: str) -> None:
+def _require_sound(runner: Runner, found: NDArray[Any], count: int, output: str, images: str) -> None:
+    """Raise RefusedError where an output says nothing of each of `count` samples."""
     import numpy as np
 
-    if not np.isfinite(outputs[output]).all():
-        raise RefusedError(
-            f"{runner.artefact.path}: output {output!r} is NaN or infinite on {images}; no accuracy can be given"
-        )
+    said = f"{runner.artefact.path}: output {output!r}"
+    if len(found) != count:
+        raise RefusedError(f"{said} has {len(found)} rows for {count} samples; choose another by --output")
+    if not np.isfinite(found).all():
+        raise RefusedError(f"{said} is NaN or infinite on {images}; no accuracy can be given")
 
 
 def _unlabelled(samples: Samples, options: EvaluateOptions) -> bool:

@@ -504,3 +504,19 @@ def test_folders_of_a_nameless_network_are_taken_in_order_where_there_is_one_for
     whole = folders(tmp_path / "whole", "abcdefgh")
     warned = invoke(path, "--data", whole).stderr
     assert warned.count("sub-folders in alphabetical order are taken as classes 0..7") == 1
+
+
+def test_outputs_without_a_row_for_each_sample_stand_beside_the_judged_one(tmp_path: Path, images: Path) -> None:
+    model = onnx.load(save(tmp_path / "a.onnx"))
+    (tmp_path / "a.onnx.json").unlink()
+    for name, kept, axes in (("mean", 0, [0, 1]), ("row", 1, [0])):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(axes), f"{name}_axes"))
+        model.graph.node.append(helper.make_node("ReduceMean", ["y", f"{name}_axes"], [name], keepdims=kept))
+        model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, CLASSES] if kept else []))
+    onnx.save(model, tmp_path / "a.onnx")
+    found = json.loads(invoke(tmp_path / "a.onnx", "--data", images, "--json").stdout)
+    assert (found["output"], found["rows"][0]["top1"]["value"]) == ("y", 1)
+    assert (
+        "has 1 rows for 32 samples" in invoke(tmp_path / "a.onnx", "--data", images, "--output", "row", code=3).stderr
+    )
+    assert "labels judge logits" in invoke(tmp_path / "a.onnx", "--data", images, "--output", "mean", code=3).stderr
