@@ -61,7 +61,8 @@ class CalibrationImages:
     def refuse_uninformative(self) -> None:
         """Raise RefusedError when what was read cannot set a range."""
         if self._seen < 2:
-            raise RefusedError(f"{self.name}: {self._seen} calibration image(s) read; ranges need at least two")
+            by = f", {self.batch} at a time, as the graph takes them" if self.fixed_batch else ""
+            raise RefusedError(f"{self.name}: {self._seen} calibration image(s) read{by}; ranges need at least two")
         if not self._varied:
             raise RefusedError(f"{self.name}: every calibration image is one constant colour; use real images")
         if not self._different:

@@ -92,10 +92,13 @@ class Judge:
     def __init__(self, outputs: Outputs, images: EvaluationImages, output: str | None = None) -> None:
         if output is not None and output not in outputs:
             raise RefusedError(f"there is no output {output!r} (--judge-output); there are {', '.join(outputs)}")
-        if lost := [name for name, array in outputs.items() if not np.isfinite(array).all()]:
-            raise RefusedError(f"output {lost[0]!r} of the fp32 graph is NaN or infinite on {images.name}")
         self.outputs, self.output = outputs, output or next(iter(outputs))
         self.counted = tuple(outputs) if output is None else (output,)
+        if lost := [name for name in self.counted if not np.isfinite(outputs[name]).all()]:
+            raise RefusedError(
+                f"output {lost[0]!r} of the fp32 graph is NaN or infinite on {images.name}; --judge-output NAME leaves "
+                f"it out"
+            )
         reference = outputs[self.output]
         scores = reference.ndim in (2, 4) and reference.shape[1] > 1 and reference.dtype.kind == "f"
         self.what: What = "" if not scores else "top-1" if reference.ndim == 2 else "pixel accuracy"
@@ -166,6 +169,8 @@ def read_evaluation_images(source: str | Path | None, converter: PrecisionConver
         seed=converter.options.seed,
     ).judged()
     parts = [part for part in samples.batches(batch or 16) if batch is None or len(part.images) == batch]
+    if not parts:
+        raise RefusedError(f"{samples.name}: {samples.count} images, and the graph takes {batch} at a time; give more")
     known = [classes for part in parts if (classes := part.masks if samples.masked else part.labels) is not None]
     classes = np.concatenate(known).astype(np.int64) if known else None
     return EvaluationImages(samples.name, tuple(part.images for part in parts), classes, samples.nameless)

@@ -339,6 +339,8 @@ def test_outputs_that_are_constant_or_not_finite(images: NDArray[np.float32]) ->
     }
     with pytest.raises(RefusedError, match="output 'y' of the fp32 graph is NaN or infinite on val"):
         Judge({"y": np.array([np.nan])}, given)
+    beside = Judge({"y": np.array([np.nan]), "z": np.ones(2)}, given, "z")
+    assert beside.ratios({"y": np.array([np.nan]), "z": np.ones(2)}) == {"y": -np.inf, "z": np.inf}
 
 
 def test_the_command_names_the_output_that_decides(two: tuple[Path, Path]) -> None:
@@ -350,3 +352,11 @@ def test_the_command_names_the_output_that_decides(two: tuple[Path, Path]) -> No
     done = CliRunner().invoke(main, [str(model), "--to", "int8", "--judge-output", "y"])
     assert done.exit_code == 2
     assert "go with --auto-precision" in done.output
+
+
+def test_fewer_images_than_a_fixed_batch_are_refused(network: Network, npz: Path, tmp_path: Path) -> None:
+    onnx.save(network(batch=64), tmp_path / "net.onnx")
+    with pytest.raises(RefusedError, match=r"images\.npz: 40 images, and the graph takes 64 at a time; give more"):
+        search_precision(tmp_path / "net.onnx", "int8", min_snr=0, images=npz)
+    with pytest.raises(RefusedError, match=r"0 calibration image\(s\) read, 64 at a time, as the graph takes them"):
+        export.convert_precision(tmp_path / "net.onnx", "int8", data=npz)
