@@ -27,8 +27,13 @@ class Limits:
             [*drop, *([] if self.min_agreement is None else [f"agreement at least {self.min_agreement:g} %"])]
         )
 
-    def judge(self, score: Score | PixelScore | MetricScore, reference: str) -> Verdict | None:
-        """By how much a score keeps to them, or does not; None where none is asked for."""
+    def judge(
+        self, score: Score | PixelScore | MetricScore, reference: str, output: str | None = None
+    ) -> Verdict | None:
+        """By how much a score keeps to them, or does not; None where none is asked for.
+
+        `output`: the only one judged, where there are several.
+        """
         gates = []  # whether it holds, what is said where all do, what where it does not
         if self.max_drop is not None and score.lost is not None:
             what, unit = score.cells()[0].heading.split()[:2]
@@ -38,10 +43,12 @@ class Limits:
         if self.min_agreement is not None and score.agreement is not None:
             agreed, least = 100 * score.agreement.value, f"{self.min_agreement:g}"
             share = f"{told(agreed, self.min_agreement, '.2f')} %"
-            low = f"agrees with {reference} on {share} of {score.samples} images, {least} % were asked for"
+            of = f"{'the pixels of ' * hasattr(score, 'miou')}{score.samples} images"
+            low = f"agrees with {reference} on {share} of {of}, {least} % were asked for"
             gates.append((agreed >= self.min_agreement, f"agreement {share}, at least {least}", low))
         broken = [low for holds, _, low in gates if not holds]
         said = broken or [held for _, held, _ in gates]
+        said += [f"output {output!r} alone was judged"] * (output is not None)
         return Verdict(limits=self, passed=not broken, said="; ".join(said)) if gates else None
 
 

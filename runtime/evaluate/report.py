@@ -80,7 +80,7 @@ class Evaluation(Shown):
     def held_to(self, limits: Limits) -> Evaluation:
         """The same with the verdict on each row but the reference's."""
         rows = [
-            row if row.is_reference else replace(row, verdict=limits.judge(row.score, self.reference))
+            row if row.is_reference else replace(row, verdict=limits.judge(row.score, self.reference, self.output))
             for row in self.rows
         ]
         return replace(self, rows=tuple(rows))

@@ -296,6 +296,7 @@ def test_masks_judge_the_output_that_is_named(tmp_path: Path, masks: Path) -> No
     report = tmp_path / "report.html"
     done = invoke(good, bad, "--data", masks, "--output", "map", "--max-drop", "10", "--report", report, code=4)
     assert "b.onnx: mIoU is" in done.stderr
+    assert "output 'map' alone was judged" in done.stderr
     assert "points below a.onnx" in done.stderr
     assert "worst first: class" in report.read_text()
     assert "masks judge logits" in invoke(good, "--data", masks, code=3).stderr, "the first output is (N, 1)"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from runtime.evaluate.accuracy import Score, Share
+from runtime.evaluate.bootstrap import Estimate
 from runtime.evaluate.gate import Limits, told
+from runtime.evaluate.pixels import PixelScore
 
 
 @pytest.mark.parametrize(
@@ -35,3 +37,13 @@ def test_only_what_is_asked_for_is_judged() -> None:
         "passed": True,
         "said": "agreement 75.00 %, at least 75",
     }
+
+
+def test_of_several_outputs_the_one_that_was_judged_is_named_and_pixels_are_no_images() -> None:
+    once = Estimate(0.5)
+    score = PixelScore(samples=4, miou=once, accuracy=once, agreement=once, drop=once, snr_db=1, class_iou=())
+    found = Limits(min_agreement=80).judge(score, "a.onnx", "fine")
+    assert found is not None
+    assert found.said == (
+        "agrees with a.onnx on 50.00 % of the pixels of 4 images, 80 % were asked for; output 'fine' alone was judged"
+    )
