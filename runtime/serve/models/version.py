@@ -56,7 +56,7 @@ class ModelVersion:
         prepared = self.manifest.preprocessing if self.manifest else None
         ports, output = list(self.signature.inputs.values()), next(iter(self.signature.outputs.values()))
         if prepared is None:
-            why = "has no preprocessing in its manifest"
+            why = "has no preprocessing in its manifest (export it with --mean and --std)"
         elif len(ports) != 1:
             why = "has several inputs"
         elif len(output.shape) != 2 or output.shape[1] == 1:
