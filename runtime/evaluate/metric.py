@@ -102,10 +102,12 @@ class MetricJudge:
     name: str
     targets: dict[str, Array]
     _outputs: list[list[dict[str, Array]]] = field(default_factory=list)
+    _count: int = 0
 
     def add(self, outputs: Sequence[dict[str, Array]], batch: Batch) -> None:
         """One batch: each runner's outputs, the reference's first."""
         self._outputs.append(list(outputs))
+        self._count += len(batch.images)
 
     def scores(self) -> list[MetricScore]:
         """One score per runner, in the order of `add`'s outputs; two of the same outputs are one artefact."""
@@ -123,7 +125,6 @@ class MetricJudge:
 
     def _values(self, outputs: dict[str, Array]) -> NDArray[np.float64]:
         """One value, or one per sample."""
-        count = len(next(iter(outputs.values())))
         try:
             with contextlib.chdir("."):
                 given = self.metric(dict(outputs), {name: array.copy() for name, array in self.targets.items()})
@@ -135,10 +136,10 @@ class MetricJudge:
                 f"targets {_shapes(self.targets) or 'none'}"
             ) from error
         found = _numbers(given)
-        if found is None or found.shape not in ((), (count,)):
+        if found is None or found.shape not in ((), (self._count,)):
             raise RefusedError(
                 f"--metric {self.name} returned {_described(given, found)}; it has to return one number, or one for "
-                f"each of {count} samples"
+                f"each of {self._count} samples"
             )
         if not np.isfinite(found).all():
             where = f" for sample {int(np.flatnonzero(~np.isfinite(found))[0])}" if found.ndim else ""
@@ -156,10 +157,9 @@ class MetricJudge:
                 value = replace(value, interval=wilson(int(own.sum()), len(own)))
         else:
             value, drop = Estimate(float(own)), Estimate(float(before - own))
-        samples = sum(len(next(iter(parts[0].values()))) for parts in self._outputs)
         worst = min(ratios, key=ratios.__getitem__)
         return MetricScore(
-            samples=samples,
+            samples=self._count,
             metric=self.name,
             value=value,
             drop=drop,

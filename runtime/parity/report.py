@@ -156,12 +156,16 @@ def write_parity_report(path: Path, found: ParityReport, foreign: Foreign = NOTH
 def _candidate(found: ParityReport, candidate: CandidateReport, texts: list[Section]) -> list[Section]:
     name, alone = candidate.path.name, len(found.candidates) == 1
     several = len({hop.name for hop in candidate.verdict.hops}) > 1
+    # The same ones go through several hops, and an output of one number has one of each batch.
+    seen = {
+        (hop.inputs, hop.shape): max(o.samples for o in hop.outputs) for hop in candidate.verdict.hops if hop.outputs
+    }
     rows = {
         "Reference": f"{found.reference.name} ({found.engine})",
         "Candidate": f"{name} ({candidate.engine})",
         "Precision": candidate.precision,
         "Tolerance": f"{candidate.tolerance.rel_rms:.1e} ({candidate.tolerance.source})",
-        "Samples": str(sum(hop.outputs[0].samples for hop in candidate.verdict.hops if hop.outputs)),
+        "Samples": str(sum(seen.values())),
     }
     for item in candidate.verdict.yardstick:
         rows[f"Distance of {item.output} from float64"] = (

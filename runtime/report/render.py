@@ -59,9 +59,9 @@ def _headline(sections: Sequence[Section]) -> str:
     if verdicts := [s for s in sections if isinstance(s, Facts) and s.passed is not None]:
         passed = all(verdict.passed for verdict in verdicts)
         said.append("PASSED" if passed else "FAILED")
-        first = next(verdict for verdict in verdicts if verdict.passed == passed)
+        first, *others = (verdict for verdict in verdicts if verdict.passed == passed)
         if first.said:
-            return f"{said[0]} {first.said}"
+            return f"{said[0]} {first.said}" + (f" (and {len(others)} more)" if others else "")
     timed = [s for s in sections if isinstance(s, Latency) and s.runs]
     if timed and not timed[0].ratios:
         said.append(f"median {np.median(timed[0].runs[0].latencies):.3g} ms")

@@ -73,6 +73,8 @@ def test_no_two_cases_of_a_candidate_look_alike(width: int, tmp_path: Path) -> N
     assert width < 60 or text.count("2.0e-01") >= 12  # the margin's tolerance goes after all that decides nothing
     assert width < 80 or text.count("98.4%") == 12
     (drawn,) = (section for section in report.sections() if isinstance(section, sections.Parity))
+    facts = next(section for section in report.sections() if isinstance(section, sections.Facts))
+    assert facts.rows["Samples"] == str(8 * len(INPUTS) * len(BATCHES)), "each once, though it went through two hops"
     assert len({(row.case, row.shape) for row in drawn.rows}) == len(drawn.rows) == 12
 
 

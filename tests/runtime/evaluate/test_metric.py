@@ -20,7 +20,7 @@ TARGETS = {"boxes": np.arange(6.0).reshape(3, 2)}
 def scores(metric: Any, outputs: list[np.ndarray]) -> list[MetricScore]:
     judge = MetricJudge(metric, "near", TARGETS)
     for rows in (slice(0, 2), slice(2, 3)):
-        judge.add([{"a": one[rows], "b": one[rows, :1]} for one in outputs], Batch(np.zeros(0, np.float32), None))
+        judge.add([{"a": one[rows], "b": one[rows, :1]} for one in outputs], Batch(outputs[0][rows], None))
     return judge.scores()
 
 
@@ -48,6 +48,13 @@ def test_hits_have_the_interval_that_accuracy_has(hits: list[int]) -> None:
     assert found.drop.interval is None, "of itself"
     (alike,) = scores(lambda *_: np.full(3, 0.5), [np.ones((3, 2))])
     assert alike.cells()[0].text == "0.5"
+
+
+def test_samples_are_counted_by_their_images() -> None:
+    judge = MetricJudge(lambda outputs, _: outputs["b"] > 0, "positive", {})
+    judge.add([{"whole": np.ones((1, 2)), "b": np.ones(3)}], Batch(np.zeros((3, 1, 2, 2), np.float32), None))
+    (found,) = judge.scores()
+    assert (found.samples, found.value.value) == (3, 1)
 
 
 def test_of_several_outputs_the_least_snr_is_told_with_its_name() -> None:
