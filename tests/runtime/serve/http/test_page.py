@@ -227,7 +227,7 @@ def test_models_that_are_not_the_plain_case(browser: Any, odd: Server, picture: 
         page.select_option("#model", label="nan")
         expect(result).to_have_text("For picture.png, nan, version 1 returned no usable scores: none is a number.")
         for name, why in (
-            ("tensors", "has no preprocessing in its manifest"),
+            ("tensors", "has no preprocessing in its manifest (export it with --mean and --std)"),
             ("mask", "gives no class scores (its first output, 'logits', is [-1, 3, 8, 8])"),
         ):
             page.select_option("#model", label=name)
