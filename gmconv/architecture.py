@@ -102,6 +102,8 @@ def build(arch: str, kwargs: Mapping[str, Any], where: str, *, trusted: bool) ->
     model = network_within(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise CheckpointError(f"{where}: what {arch} returned {SCRIPT}")
+    if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise CheckpointError(f"{where}: {arch} makes {empty[0]!r} on the meta device, where nothing can be loaded")
     return model
 
 
@@ -174,6 +176,8 @@ def _own_factory(namespace: str, name: str, where: str, arch: str) -> Callable[.
     if not callable(factory):
         own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise CheckpointError(f"{where}: {namespace} has no factory {name!r}; {_close(name, own, f'{namespace}:')}")
+    if isinstance(factory, nn.Module):
+        raise CheckpointError(f"{where}: {arch} is a network, not a factory: name a function or class that makes one")
     return factory  # type: ignore[no-any-return]
 
 

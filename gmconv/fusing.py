@@ -87,7 +87,8 @@ def _apply(model: nn.Module, only: str | None = None) -> Fused:
     while True:
         names = [n for n, m in model.named_modules() if _method(m) and n not in done and only in (None, n)]
         if not names:
-            return Fused(model.eval(), tuple(done))
+            model.eval()
+            return Fused(model, tuple(done))
         name = names[0]
         done.append(name)
         module = model.get_submodule(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from gmconv.errors import RefusedError
 from gmconv.files import replacing, require_writable, unwritable
 from gmconv.inputs import Arguments, arguments_of, does_not_run
 from gmconv.outputs import named_outputs, refuse_unshippable, unlike
-from gmconv.surgery import refuse_valueless, require_module
+from gmconv.surgery import evaluating, refuse_valueless, require_module
 
 
 def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLike[str]) -> None:
@@ -69,20 +69,18 @@ def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLik
 @contextmanager
 def _answering(model: nn.Module) -> Iterator[None]:
     """In eval mode and without TF32, both put back."""
-    modes = [(module, module.training) for module in model.modules()]
     tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    try:
+    with ExitStack() as stack:
         try:
-            model.eval()
+            stack.enter_context(evaluating(model))
         except Exception as error:  # of a program of torch.export
             raise RefusedError(f"the network cannot be put into eval mode ({error})") from error
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
+        try:
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+            with torch.no_grad():
+                yield
+        finally:
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def _returned(model: nn.Module, given: Arguments, device: torch.device) -> dict[str, NDArray[Any]]:

@@ -10,6 +10,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -196,6 +197,18 @@ def copied(model: M, memo: dict[int, Any] | None = None) -> M:
         if inspect.ismethod(forward) and forward.__func__ is type(module).forward:
             del vars(module)["forward"]
     return made
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode inside the block, in its own mode again after it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def has_static_mask(module: nn.Module) -> bool:

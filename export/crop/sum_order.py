@@ -68,9 +68,11 @@ def run_as_exported(model: nn.Module, batch: Tensor) -> Outputs:
 
     count = len(run(model, batch[:1]))
     batch = batch.detach().cpu().float()
+    model = copy.deepcopy(model).cpu().float()
+    model.eval()
     with tempfile.TemporaryDirectory() as folder:
         exported = capture.to_onnx(
-            copy.deepcopy(model).cpu().float().eval(),
+            model,
             {"x": torch.zeros(batch.shape)},
             output_names=[f"y{i}" for i in range(count)],
             axes=capture.Axes(batch=False),

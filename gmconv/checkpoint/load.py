@@ -208,9 +208,10 @@ def load_checkpoint(
         _require_small(raw, name, kwargs, path, trusted=arch is not None)
     model = build(name, kwargs, str(path), trusted=arch is not None).cpu()
     masked, notes, warnings = fill(model, raw, path, name, recorded=facts["masked"], weights=weights)
+    model.eval()  # by itself, as an override of train() may return nothing
     prepared, doubts = _preprocessing(preprocessing, shape, facts["preprocessing"], reshaped=input_shape is not None)
     return Checkpoint(
-        model=model.eval(),
+        model=model,
         arch=name,
         arch_kwargs=kwargs,
         input_shape=shape,

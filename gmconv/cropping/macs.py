@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+
+from gmconv.surgery import evaluating
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +62,3 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What a hook's layer was called with, by position or by name (a subclass may call it other than `input`)."""
     found: Tensor = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
     return found
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode inside the block, in its own mode again after it."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmconv.cropping.macs import evaluating, first_input
+from gmconv.cropping.macs import first_input
 from gmconv.outputs import output_tensors
+from gmconv.surgery import evaluating
 
 Batch = Tensor | tuple[Tensor, ...]
 Outputs = tuple[Tensor, ...]

@@ -49,7 +49,8 @@ def make_network(options: TrainOptions, num_classes: int) -> Network:
     arch = qualified(options.arch)
     where, zoo = f"--arch {options.arch}", arch.startswith("gmconv.models:")
     kwargs = _arguments(arch, options, num_classes, where)
-    model = build(arch, kwargs, where, trusted=True).train()
+    model = build(arch, kwargs, where, trusted=True)
+    model.train()
     note = ""
     if options.gmconv and not masked_layers(model):
         convert(model, options.sigma, options.sigma_per, subclasses="skip", inplace=True)  # type: ignore[arg-type]

@@ -103,7 +103,7 @@ class TorchRunner(Runner):
             model, _ = require("gmconv.constants", "export").bake_for_inputs(model, found.inputs)
         self._dtype = getattr(torch, options.dtype)
         self._format = torch.channels_last if options.channels_last else torch.contiguous_format
-        model = model.to(device=self.place, dtype=self._dtype).eval()
+        model = model.to(device=self.place, dtype=self._dtype)
         if options.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = model

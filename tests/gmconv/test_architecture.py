@@ -84,6 +84,16 @@ def test_a_factory_of_torchscript_is_refused(tmp_path: Path, monkeypatch: pytest
     assert refused("own_nets_traced:make").startswith("net.pt: what own_nets_traced:make returned is TorchScript")
 
 
+def test_a_network_in_place_of_its_factory_or_without_a_place_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "from torch import nn\nready = nn.Linear(2, 2)\ndef empty(): return nn.Linear(2, 2, device='meta')\n"
+    (tmp_path / "own_nets_ready.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "own_nets_ready:ready is a network, not a factory: name a function" in refused("own_nets_ready:ready")
+    assert "makes 'weight' on the meta device, where nothing can be loaded" in refused("own_nets_ready:empty")
+
+
 def test_an_exception_that_is_none_of_pythons_is_a_refusal_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = "class Odd(BaseException): ...\ndef make(): raise Odd('no')\ndef stop(): raise KeyboardInterrupt\n"
     (tmp_path / "own_nets_that_are_odd.py").write_text(source)

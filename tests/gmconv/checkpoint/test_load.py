@@ -52,6 +52,16 @@ def test_labels_in_a_file_are_not_the_letters_of_its_name(model: nn.Module, save
     assert gmconv.load_checkpoint(saved, labels=file).labels == ("cat", "dog")
 
 
+def test_a_network_whose_train_returns_nothing_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "from torch import nn\nclass Net(nn.Linear):\n    def train(self, mode=True): super().train(mode)\n"
+    (tmp_path / "own_nets_that_train.py").write_text(f"{source}def make(): return Net(2, 2)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "net.pth")
+    arch, inputs = "own_nets_that_train:make", [("x", (2,), "float32")]
+    found = gmconv.load_checkpoint(tmp_path / "net.pth", arch=arch, inputs=inputs)
+    assert not found.model.training
+
+
 def same_outputs(left: nn.Module, right: nn.Module) -> bool:
     x = torch.randn(2, *SHAPE)
     with torch.no_grad():
