@@ -138,8 +138,9 @@ class Comparator:
             for name in self._own
             if (limit := self._limit(name)) is not self._tolerance
         ]
-        constant = [name for name, pools in self._pools.items() if not any(p.varies for p in pools.values())]
-        if len(constant) == len(self._pools):
+        seen = {name: pools.values() for name, pools in self._pools.items() if any(p.elements for p in pools.values())}
+        constant = [name for name, pools in seen.items() if not any(pool.varies for pool in pools)]
+        if len(constant) == len(seen):
             constant = []
         return [
             *(f"output {name!r} is the same for every sample; its values were compared" for name in constant),

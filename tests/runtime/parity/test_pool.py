@@ -169,6 +169,9 @@ def test_a_constant_output_beside_one_that_varies_is_compared_by_its_values_and_
     assert comparator.notes() == ["output 'size' is the same for every sample; its values were compared"]
     comparator.add({"logits": logits, "size": size}, {"logits": logits, "size": size + 1})
     assert [found.passed for found in comparator.result()] == [True, False]
+    nothing = np.full((8, 1), np.nan)
+    comparator.add({"nothing": nothing}, {"nothing": nothing})
+    assert not any("nothing" in note for note in comparator.notes()), "of NaN nothing was compared"
 
 
 def test_an_output_that_is_zero_on_noise_is_judged_on_the_images() -> None:
