@@ -90,7 +90,10 @@ def _returned(model: nn.Module, given: Arguments, device: torch.device) -> dict[
     except Exception as error:
         if of_the_machine(error):
             raise
-        advice = "a batch is a tensor, a tuple of tensors, or a dict with one for each argument"
+        advice = (
+            "a batch is a tensor, a tuple of tensors, or a dict with one for each argument; of a loader that gives "
+            "labels too, record (images for images, _ in loader)"
+        )
         raise does_not_run(model, given.inputs, error, samples, advice) from error
     named = named_outputs(returned)
     refuse_unshippable(named)
