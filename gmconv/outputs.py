@@ -35,7 +35,10 @@ def named_outputs(value: Any, names: Sequence[str] = ()) -> dict[str, Tensor]:
     if len(own) == 1 and not keyed:
         own = ["logits"]
     if names and len(names) != len(own):
-        raise RefusedError(f"the network has {len(own)} outputs, --output-names gives {len(names)}; name each")
+        raise RefusedError(
+            f"the network has {len(own)} outputs, --output-names gives {len(names)}; name each, and return as many for "
+            f"every batch"
+        )
     if names and keyed and set(names) != set(own):
         raise RefusedError(
             f"the network names its outputs itself: {', '.join(own)}; --output-names says {', '.join(names)}: leave it "

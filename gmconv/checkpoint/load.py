@@ -35,7 +35,7 @@ from gmconv.files import replacing, unwritable
 from gmconv.foreign import DTYPES, OTHERWISE, labels_of, preprocessing_of
 from gmconv.images import Preprocessing, differences, read_preprocessing
 from gmconv.inputs import Input, in_order
-from gmconv.surgery import masked_layers, network_within, require_module
+from gmconv.surgery import masked_layers, network_within, refuse_valueless, require_module
 
 SCHEMA = "gmconv-deploy.checkpoint/v1"
 _LARGEST_INPUT = 2**28  # elements of one sample: a gigabyte
@@ -107,13 +107,14 @@ def save_checkpoint(
     Raises:
         CheckpointError: the architecture does not rebuild this model, or the file cannot be written.
         UnavailableError: the disk is full.
-        RefusedError: labels that are none.
+        RefusedError: labels that are none, or a network without values (lazy, or on the meta device).
         TypeError: a fact that there is not.
     """
     if unknown := sorted(facts.keys() - Facts.__annotations__.keys()):
         raise TypeError(f"save_checkpoint takes no {unknown[0]!r}; it takes {', '.join(Facts.__annotations__)}")
     require_module(model, "save_checkpoint")
     model = network_within(model)
+    refuse_valueless(model)
     path = Path(path)
     kwargs = plain_kwargs(arch_kwargs or {}, str(path))
     masked: dict[str, str] = {name: layer.sigma_per for name, layer in masked_layers(model).items()}

@@ -68,7 +68,7 @@ def test_names_of_outputs_with_keys_stay_on_their_tensors_in_whatever_order_they
     ("value", "names", "message"),
     [
         ({"boxes": A, "scores": B}, ["a", "b"], "names its outputs itself: boxes, scores"),
-        ((A, B), ["a"], "has 2 outputs, --output-names gives 1"),
+        ((A, B), ["a"], "has 2 outputs, --output-names gives 1; name each, and return as many for every batch"),
         (7, [], "returns an int without tensors"),
         ({}, [], "without tensors"),
     ],

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gmconv
-from gmconv.errors import ArchitectureUnavailableError, CheckpointError
+from gmconv.errors import ArchitectureUnavailableError, CheckpointError, RefusedError
 from gmconv.surgery import masked_layers
 
 SHAPE = (3, 16, 16)
@@ -60,6 +61,13 @@ def test_a_network_whose_train_returns_nothing_is_loaded(tmp_path: Path, monkeyp
     arch, inputs = "own_nets_that_train:make", [("x", (2,), "float32")]
     found = gmconv.load_checkpoint(tmp_path / "net.pth", arch=arch, inputs=inputs)
     assert not found.model.training
+
+
+@pytest.mark.parametrize("made", [lambda: nn.LazyLinear(3), lambda: nn.Linear(2, 3, device="meta")])
+def test_a_network_without_values_is_not_saved(made: Callable[[], nn.Module], tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="'weight' is (lazy|on the meta device) and has no values"):
+        gmconv.save_checkpoint(tmp_path / "net.pt", made(), ARCH, SHAPE)
+    assert list(tmp_path.iterdir()) == []
 
 
 def same_outputs(left: nn.Module, right: nn.Module) -> bool:
