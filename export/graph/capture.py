@@ -283,6 +283,11 @@ def unused_layers(exported: Exported, network: nn.Module, names: Iterable[str]) 
     ]
 
 
+def idle_inputs(exported: ir.Model) -> list[str]:
+    """The inputs that no node reads and no output is."""
+    return [value.name or "" for value in exported.graph.inputs if not value.uses() and not value.is_graph_output()]
+
+
 def _needed(program: torch.export.ExportedProgram) -> tuple[set[fx.Node], dict[str, str]]:
     """The nodes that an output depends on, and the parameters among them: node name -> parameter name."""
     needed = set(program.graph.find_nodes(op="output"))

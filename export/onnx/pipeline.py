@@ -169,6 +169,8 @@ def _write_fp32(
     unused = capture.unused_layers(written, model, baked)
     if unused:
         notes.append(f"not in the graph, as no output needs them: {', '.join(unused)}")
+    if idle := capture.idle_inputs(exported):
+        notes.append(f"no output depends on these inputs: {', '.join(idle)}")
     for text in notes:
         note(text)
     inputs, outputs = capture.specs(exported)

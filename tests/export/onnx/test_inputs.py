@@ -120,3 +120,22 @@ def test_it_is_judged_on_labelled_arrays(tmp_path: Path) -> None:
     ):
         with pytest.raises(RefusedError, match=words):
             score_artefacts(file, data=data)
+
+
+class Idle(Wave):
+    """Its second input goes nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), x
+
+
+def test_an_input_that_no_output_depends_on_is_told(tmp_path: Path) -> None:
+    torch.save(Idle().state_dict(), tmp_path / "net.pth")
+    manifest = export_onnx(
+        tmp_path / "net.pth", tmp_path / "net.onnx", arch=f"{__name__}:Idle", input=["x:1,40", "y:5"]
+    )
+    assert manifest.export is not None
+    assert manifest.export.notes[-1] == "no output depends on these inputs: y"
