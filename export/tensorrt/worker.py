@@ -218,9 +218,8 @@ def describe(api: ModuleType, network: trt.INetworkDefinition) -> dict[str, Any]
     producers: dict[str, trt.ILayer] = {}
     for index in range(network.num_layers):
         layer: trt.ILayer = network.get_layer(index)
-        results: list[trt.ITensor] = [
-            layer.get_output(i) for i in range(layer.num_outputs)
-        ]  # none: a loop's trip limit
+        # The trip limit of a loop (an LSTM's) gives none.
+        results: list[trt.ITensor] = [layer.get_output(i) for i in range(layer.num_outputs)]
         producers |= {result.name: layer for result in results}
         if layer.type not in (api.LayerType.CONVOLUTION, api.LayerType.DECONVOLUTION):
             continue
