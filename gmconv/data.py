@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from gmconv.classes import class_folders, composed, positions
 from gmconv.errors import RefusedError
 from gmconv.images import (
-    SUFFIXES,
     TAKEN,
     Preprocessing,
     image_files,
     load_image,
     load_mask,
     prepare_grey,
+    walked_images,
 )
 from gmconv.npz import LABEL_NAMES, image_array, npz_array, npz_header, npz_layout, npz_names, npz_rows
 from gmconv.packages import require
@@ -246,7 +246,7 @@ def refuse_missing(spec: str | Path) -> None:
     if str(spec) in ("noise", "digits"):
         return
     if path.is_dir():
-        if not any(file.suffix.lower() in SUFFIXES for file in path.rglob("*")):  # which ends at the first
+        if next(walked_images(path), None) is None:
             raise RefusedError(f"{spec}: holds no images ({', '.join(TAKEN)})")
     elif path.suffix == ".npz":
         if (image := image_array(npz_names(path))) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -85,14 +85,25 @@ def _shown(value: Any) -> str:
 
 def image_files(folder: Path) -> list[Path]:
     """Every image in a folder or below it, by name. Raises OSError, also for a folder below that may not be read."""
+    return sorted(walked_images(folder), key=lambda file: Path(composed(str(file))))
+
+
+def walked_images(folder: Path) -> Iterator[Path]:
+    """The files of `image_files` as they are found. Links are followed, a folder is read once, none above is."""
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
             raise error
 
-    files = (Path(root, name) for root, _, names in os.walk(folder, onerror=refuse) for name in names)
-    found = (file for file in files if file.suffix.lower() in SUFFIXES and file.is_file())
-    return sorted(found, key=lambda file: Path(composed(str(file))))
+    seen = {str(parent) for parent in Path(os.path.realpath(folder)).parents}
+    for root, below, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below.sort(key=lambda name: (Path(root, name).is_symlink(), name))
+        files = (Path(root, name) for name in names)
+        yield from (file for file in files if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
 def load_image(source: bytes | Path, preprocessing: Preprocessing) -> Floats:

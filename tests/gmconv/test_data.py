@@ -358,6 +358,29 @@ def test_a_copy_whose_names_are_decomposed_is_the_same_data(classes: Path) -> No
     np.testing.assert_array_equal(here.judged().labels, there.judged().labels)
 
 
+@pytest.mark.parametrize("form", ["split", "class", "images and masks", "file"])
+def test_folders_and_files_may_be_links(classes: Path, tmp_path_factory: pytest.TempPathFactory, form: str) -> None:
+    kept, folder = tmp_path_factory.mktemp("kept") / "data", tmp_path_factory.mktemp("linked")
+    if form == "images and masks":
+        masked_folder(kept)
+    elif form == "split":
+        shutil.copytree(classes, kept / "val")
+        shutil.copytree(classes, kept / "train")
+    else:
+        shutil.copytree(classes, kept)
+    for entry in kept.rglob("*.png") if form == "file" else kept.iterdir():
+        link = folder / entry.relative_to(kept)
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(entry)
+    refuse_missing(folder)
+    here, there = (load_samples(root, input_shape=SHAPE, preprocessing=PLAIN).judged() for root in (kept, folder))
+    np.testing.assert_array_equal(stack(here), stack(there))
+    assert here.part == there.part
+    assert here.targets()
+    for name, values in here.targets().items():
+        np.testing.assert_array_equal(there.targets()[name], values)
+
+
 def test_masks_are_not_read_for_the_images_alone(tmp_path: Path) -> None:
     masked_folder(tmp_path)
     (tmp_path / "masks" / "b.png").write_bytes(b"no image")

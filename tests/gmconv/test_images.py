@@ -200,6 +200,20 @@ def test_the_images_of_a_folder_are_those_below_it_by_name(tmp_path: Path) -> No
     assert image_files(tmp_path / "none") == []
 
 
+def test_links_are_followed_and_none_leads_round_for_ever(tmp_path: Path) -> None:
+    for name in ("data/a/x.png", "data/b/y.png", "elsewhere/z.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    data = tmp_path / "data"
+    targets = {"a/file.png": "../b/y.png", "a/folder": tmp_path / "elsewhere", "a/again": "folder", "b/a": "../a"}
+    loops = {"b/up": "..", "b/self": "self", "b/own.png": "own.png", "b/none.png": "nowhere", "a/top": tmp_path}
+    for name, target in {**targets, **loops}.items():
+        (data / name).symlink_to(target)
+    found = [str(file.relative_to(data)) for file in image_files(data)]
+    assert found == ["a/again/z.png", "a/file.png", "a/x.png", "b/y.png"], "each folder once"
+    assert [file.name for file in image_files(data / "b")] == ["z.png", "file.png", "x.png", "y.png"]
+
+
 def test_a_class_that_may_not_be_read_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "shut").mkdir()
     listed = os.scandir
