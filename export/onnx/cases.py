@@ -74,6 +74,7 @@ def comparison_cases(
         noise=options.samples if rows else 0,  # the few of each corner would leave most rows out
         seed=options.seed,
         calibrated=None,
+        beside=options.golden is not None or examples is not None,
         between={one.name: one.between for one in loaded.inputs} | rows,
     )
     facts = Facts(

@@ -65,7 +65,8 @@ class Wanted:
     `inputs`: an .npz file with one array per input, used alone. `samples`: of real data. `noise`: samples of noise at
     the main shape where nothing is real. `seed`: of noise and draws. `calibrated`: ranges, or a crop, were calibrated
     on data: real samples fill the corners then, because noise lies outside what the candidate was made for; None: some
-    candidates are, and there is noise beside real corners. `between`: the ends of whole numbers, by input.
+    candidates are, and there is noise beside real corners. `beside`: the user's own pairs or examples are compared too.
+    `between`: the ends of whole numbers, by input.
     """
 
     images: str | Path | None = None
@@ -74,6 +75,7 @@ class Wanted:
     noise: int = 64
     seed: int = 0
     calibrated: bool | None = False
+    beside: bool = False
     between: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -103,7 +105,7 @@ def make_cases(
         return [*filled, *real], notes
     if calibrated:
         notes.append("no real images: a calibrated graph is judged on noise, not made for it perhaps; use --data")
-    elif not real:
+    elif not real and not wanted.beside:
         notes.append(NOISE_ALONE)
 
     def noise(shapes: Shapes, seed: Any, samples: int | None = None) -> _noise:

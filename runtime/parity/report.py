@@ -236,9 +236,10 @@ def _table(report: ParityReport, candidate: CandidateReport) -> Table:
     )
     for hop in candidate.verdict.hops:
         form = UNROUNDED if hop.name.endswith(UNROUNDED) else ""
+        side = f" -> {hop.candidate}" if hop.reference == "recorded" else ""  # which of the two is held against it
         for o in hop.outputs:
             table.add(
-                f"{hop.inputs}{form}",
+                f"{hop.inputs}{side}{form}",
                 *[o.output] * several,
                 hop.shape,
                 str(o.samples),

@@ -182,6 +182,7 @@ def _wanted(options: ParityOptions, tolerance: Tolerance, crops: Sequence[Crop])
         noise=options.samples,
         seed=options.seed,
         calibrated=tolerance.calibrated or any(crop.spent_on_data for crop in crops),
+        beside=options.golden is not None,
     )
 
 

@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from export.onnx.cases import Case, comparison_cases
+from export.onnx.interface import output_specs
 from export.onnx.options import ExportOptions
 from export.onnx.proof import Proof
 from export.onnx.reference import Reference
 from export.onnx.trained import InMemory, Live
+from gmconv import save_golden
 from gmconv.certificate import BakeCertificate
 from gmconv.foreign import NOTHING
+from runtime.parity.cases import NOISE_ALONE
 from runtime.parity.tolerances import OWN_DISTANCE
 from runtime.runners.base import Array
 
@@ -91,3 +94,17 @@ def test_whole_numbers_that_choose_rows_are_drawn_over_the_whole_table_whatever_
     drawn = [case.feeds["kind"] for case in comparison_cases(loaded, ExportOptions()) if case.noise]
     assert set(drawn[-1].tolist()) == set(range(10))
     assert len(drawn[-1]) == 64
+
+
+def test_noise_alone_is_said_where_nothing_of_the_users_is_compared(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten()).eval()
+    examples = torch.zeros(4, 3, 8, 8)
+    save_golden(model, examples, tmp_path / "pairs.npz")
+    live = InMemory(Live(model, examples, NOTHING))
+    returned, _ = output_specs(live.loaded, ExportOptions(), NOTHING, in_memory=True)
+    said: list[str] = []
+    comparison_cases(live.loaded, ExportOptions(), note=said.append)
+    assert said == [NOISE_ALONE]
+    comparison_cases(live.loaded, ExportOptions(), examples=live.examples, note=said.append)
+    comparison_cases(live.loaded, ExportOptions(golden=tmp_path / "pairs.npz"), outputs=returned, note=said.append)
+    assert said == [NOISE_ALONE]

@@ -43,6 +43,17 @@ def test_what_was_recorded_is_compared_with_the_live_network_and_with_the_artefa
     assert hops(folder, "own.npz") == {"recorded -> live": True, "recorded -> candidate": True}
 
 
+def test_rows_say_which_side_was_compared_and_noise_is_not_said_to_have_been_all(folder: Path) -> None:
+    def shown(golden: Path | None) -> str:
+        options = ParityOptions(samples=2, yardstick=False, golden=golden)
+        return str(compare_artefacts(folder / "net.pt", [folder / "net.onnx"], options))
+
+    assert shown(None).count("noise alone") == 2  # the note, and the verdict
+    told = shown(folder / "own.npz")
+    assert "noise alone" not in told
+    assert [side in told for side in ("-> live", "-> candidate")] == [True, True]
+
+
 def test_pairs_of_another_network_fail_on_both(folder: Path) -> None:
     assert hops(folder, "other.npz") == {"recorded -> live": False, "recorded -> candidate": False}
 
