@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import gmconv
@@ -46,12 +48,14 @@ def test_what_was_recorded_is_compared_with_the_live_network_and_with_the_artefa
 def test_rows_say_which_side_was_compared_and_noise_is_not_said_to_have_been_all(folder: Path) -> None:
     def shown(golden: Path | None) -> str:
         options = ParityOptions(samples=2, yardstick=False, golden=golden)
-        return str(compare_artefacts(folder / "net.pt", [folder / "net.onnx"], options))
+        found = compare_artefacts(folder / "net.pt", [folder / "net.onnx"], options)
+        found.show(Console(file=(text := io.StringIO()), width=200))
+        return text.getvalue()
 
     assert shown(None).count("noise alone") == 2  # the note, and the verdict
     told = shown(folder / "own.npz")
     assert "noise alone" not in told
-    assert [side in told for side in ("-> live", "-> candidate")] == [True, True]
+    assert [side in told for side in ("own.npz -> live ", "own.npz -> candidate ")] == [True, True]
 
 
 def test_pairs_of_another_network_fail_on_both(folder: Path) -> None:
