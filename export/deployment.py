@@ -153,6 +153,8 @@ def deploy(
 
         if len(asked.precisions) > 1:
             raise RefusedError("an engine has one precision; deploy each with a call of its own")
+        if asked.calibrated.target == "cpu":
+            raise RefusedError("target='cpu' is of an ONNX file for ONNX Runtime; an engine takes target='tensorrt'")
         precision = asked.precisions[0]
         apart = output.with_name(f"{output.stem}.{precision}{output.suffix}")
         refuse_unnamed(written, made_from="", cropped=asked.crops, force=asked.force)

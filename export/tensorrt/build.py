@@ -33,6 +33,7 @@ from runtime.manifest import (
     utc_now,
 )
 from runtime.records import Build, Device, EngineLayers, Parity, TimingCache
+from runtime.runners.qdq import layout_warning
 
 NO_DEVICE = "no device"
 
@@ -116,6 +117,8 @@ def build_engine(
     flavor, why = trt.choose_flavor(options.flavor)
     refuse_options(flavor, options)
     known = find_manifest(onnx_path)
+    if unfit := layout_warning(known, "cuda"):
+        raise RefusedError(unfit)
     if known is not None:
         profiles = within_ranges(options.profiles, known.inputs, facts_of(known))
         options = dataclasses.replace(options, profiles=profiles)

@@ -20,6 +20,7 @@ from gmconv.asking import Asked
 from gmconv.errors import RefusedError
 from runtime.manifest import find_manifest, sidecar
 from runtime.metadata import refuse_untrue
+from runtime.runners.qdq import layout_warning
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
@@ -86,6 +87,8 @@ def write_repository(
     config = model_config(name, interface, options)
     check_config(config, interface)
     model, relabelled = place_version(artefact, manifest, interface, config, repository, version=version, force=force)
+    device = "cuda" if options.kind == "gpu" or options.gpus else options.kind
+    unfit = None if device == "auto" else layout_warning(manifest, device)
     batching = batching_note(interface, config.max_batch_size) if options.max_batch is None else None
     return RepositoryEntry(
         model=model,
@@ -95,7 +98,7 @@ def write_repository(
         backend=interface.backend,
         max_batch_size=config.max_batch_size,
         note="; ".join(filter(None, (relabelled, batching))) or None,
-        warnings=manifest.warnings if manifest else (_unproven(artefact),),
+        warnings=(*(manifest.warnings if manifest else (_unproven(artefact),)), *([unfit] if unfit else ())),
     )
 
 

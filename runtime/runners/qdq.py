@@ -96,6 +96,6 @@ def layout_warning(manifest: Manifest | None, device: str) -> str | None:
     if not on_cpu and target == "cpu":
         return (
             f"{name}: an int8 graph in ONNX Runtime's CPU layout (U8 activations, quantized bias), which TensorRT "
-            f"refuses; export with --precision int8 --target tensorrt for this device"
+            f"refuses; export with --precision int8 --target tensorrt for a GPU"
         )
     return None

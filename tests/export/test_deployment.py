@@ -269,6 +269,14 @@ def test_a_value_that_an_option_does_not_take_is_refused_as_by_the_command(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_engine_of_a_graph_laid_out_for_a_cpu_is_refused_before_anything_is_written(
+    net: nn.Module, tmp_path: Path
+) -> None:
+    with pytest.raises(RefusedError, match="an engine takes target='tensorrt'"):
+        gmconv.deploy(net, torch.randn(2, 3, 16, 16), tmp_path / "net.plan", precision="int8", target="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_labels_and_preprocessing_are_read_from_the_files_that_a_command_reads(net: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("crane\ncrow\ncrane\nowl\nwren\n")  # ImageNet has two cranes
     (tmp_path / "p.json").write_text('{"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}')

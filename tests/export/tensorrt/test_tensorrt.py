@@ -30,7 +30,7 @@ from gmconv.errors import BuildError, RefusedError, UnavailableError
 from gmconv.files import sha256_file
 from runtime.cuda import driver_problem
 from runtime.manifest import Manifest, ShapeRange, digest, read_manifest, sidecar
-from runtime.records import AxisRange, Parity, TimingCache
+from runtime.records import AxisRange, Parity, Quantization, TimingCache
 
 Make = Callable[..., Path]
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -51,6 +51,17 @@ def test_a_profile_beyond_the_ranges_of_the_manifest_is_refused_before_anything_
     options = dataclasses.replace(RTX, profiles=(batch_request(1, 8, 32),))
     with pytest.raises(RefusedError, match="batch 32 was asked for, and the graph holds for 1 to 16"):
         build_engine(onnx_file, tmp_path / "model.plan", options)
+    assert not (tmp_path / "model.plan").exists()
+
+
+def test_a_graph_laid_out_for_a_cpu_is_refused_before_anything_is_built(onnx_file: Path, tmp_path: Path) -> None:
+    described = bare_manifest(onnx_file, onnx.load(onnx_file))
+    laid_out = dataclasses.replace(described, precision="int8", quantization=Quantization(target="cpu"))
+    sidecar(onnx_file).write_text(laid_out.to_json())
+    with pytest.raises(
+        RefusedError, match=r"^model\.onnx: an int8 graph in ONNX Runtime's CPU layout .* --target tensorrt"
+    ):
+        build_engine(onnx_file, tmp_path / "model.plan", RTX)
     assert not (tmp_path / "model.plan").exists()
 
 

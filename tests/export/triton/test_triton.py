@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +21,7 @@ from runtime.manifest import (
     read_manifest,
     sidecar,
 )
-from runtime.records import Build
+from runtime.records import Build, Quantization
 
 from .triton_artefacts import LABELS, listing, make_engine, make_onnx, read_config, run, write_manifest
 
@@ -54,6 +55,25 @@ def test_the_copy_keeps_a_manifest_that_still_verifies(tmp_path: Path) -> None:
     copied = read_manifest(entry.version / "model.onnx")
     assert copied.artefact.file == "model.onnx"
     assert replace(copied, artefact=manifest.artefact) == manifest
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "said"),
+    [
+        ("cpu", {"kind": "gpu"}, "--target tensorrt for a GPU"),
+        ("cpu", {"gpus": (0,)}, "--target tensorrt for a GPU"),
+        ("tensorrt", {"kind": "cpu"}, "--target cpu for this device"),
+        ("cpu", {"kind": "cpu"}, ""),
+        ("cpu", {}, ""),
+    ],
+)
+def test_a_graph_laid_out_for_another_runtime_is_told(
+    tmp_path: Path, target: Any, options: dict[str, Any], said: str
+) -> None:
+    artefact = make_onnx(tmp_path / "m.int8.onnx")
+    write_manifest(artefact, precision="int8", quantization=Quantization(target=target))
+    entry = write_repository(artefact, tmp_path / "repo", name="m", **options)
+    assert [said in text for text in entry.warnings] == [True] * bool(said)
 
 
 def test_a_foreign_onnx_file_is_described_by_its_graph(tmp_path: Path) -> None:
