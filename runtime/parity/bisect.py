@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 _OUTLIER = 4.0
 #: Two unrelated tensors differ by at least this much of their RMS (by 1.4 when they are independent).
 _UNRELATED = 0.5
+#: So many samples are several.
+_ENOUGH = 8
 #: Numbers in the batch that is looked at, so that the tensors of all layers fit in memory.
 _ELEMENTS = 2**19
 
@@ -358,14 +360,20 @@ def _smaller(feeds: Mapping[str, Array], reference: Runner) -> dict[str, Array]:
 
 
 def telling(cases: Sequence[Case], results: Sequence[Hop]) -> Feeds:
-    """A small batch that shows the difference: of the failing case with the largest error, real data first.
+    """A batch that shows the difference: of the failing case with the largest error, real data first, then those of
+    several samples, as the RMS of one may be luck.
 
     `results`: of the cases, in order; what follows them says more about cases that are among them.
     """
     failing = [
-        (case.real, max((o.rel_rms for o in result.outputs if o.rel_rms is not None), default=0.0), index)
+        (
+            case.real,
+            min(_ENOUGH, max(output.samples for output in result.outputs)),
+            max((output.rel_rms for output in result.outputs if output.rel_rms is not None), default=0.0),
+            index,
+        )
         for index, (case, result) in enumerate(zip(cases, results, strict=False))
         if not all(output.passed for output in result.outputs)
     ]
-    chosen = cases[max(failing)[2]] if failing else cases[-1]
+    chosen = cases[max(failing)[-1]] if failing else cases[-1]
     return next(iter(chosen))

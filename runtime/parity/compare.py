@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.parity.pool import UNTRAINED, Pool
+from runtime.parity.pool import TELLING, UNTRAINED, Pool
 from runtime.parity.tolerances import BLURRED, blurred, floored, for_probabilities, no_sums_with_half, probability_floor
 from runtime.records import OutputComparison, Tolerance
 from runtime.runners.base import Array
@@ -267,15 +267,19 @@ class _Sums:
             return _failure(name, self.samples, self.failure, tolerance)
         if self.samples == 0:
             return _failure(name, 0, "nothing was compared: no samples", tolerance)
-        scale = math.sqrt(self.power / self.elements) or scale
+        own = math.sqrt(self.power / self.elements)
+        # The RMS of a few numbers is luck: the score of one sample may be next to zero, and right.
+        few = pool is not None and self.elements < min(TELLING, pool.elements)
+        scale = max(own, pool.scale) if pool is not None and few else own or scale
         if not self.beyond:
             tolerance = for_probabilities(tolerance, probability_floor(scale, as_sums=not self.apart))
         rms = math.sqrt(self.error_power / self.elements)
         rel_rms, max_rel = (found / scale if scale else found for found in (rms, self.max_abs))
         norms = math.sqrt(self.power) * math.sqrt(self.candidate_power)
         cosine = min(1.0, self.dot / norms) if norms and self.error_power else float(self.error_power == 0)
+        angle = None if few and cosine < tolerance.cosine else cosine  # of a few numbers it is luck too
         ranks = self._ranks(2 * tolerance.rel_rms * scale)
-        reasons = [] if self.integral else _over(rel_rms, max_rel, cosine, ranks.get("top1_decided"), tolerance)
+        reasons = [] if self.integral else _over(rel_rms, max_rel, angle, ranks.get("top1_decided"), tolerance)
         reasons += [reason for reason in over_all if reason not in reasons]
         margin = min(_ratio(tolerance.rel_rms, rel_rms), _ratio(tolerance.max_rel_rms, max_rel))
         return OutputComparison(
@@ -290,7 +294,7 @@ class _Sums:
             rel_rms=rel_rms if scale or not rms else None,
             max_rel_rms=max_rel if scale or not rms else None,
             snr_db=-20 * math.log10(rel_rms) if rel_rms and scale else None,
-            cosine=cosine,
+            cosine=angle,
             variation=pool.variation if pool else None,
             agreement=self.agreeing / self.elements if self.integral else None,
             margin=None if self.integral else _finite(margin),
@@ -330,15 +334,17 @@ def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _over(rel_rms: float, max_rel: float, cosine: float, decided: float | None, tolerance: Tolerance) -> list[str]:
+def _over(
+    rel_rms: float, max_rel: float, cosine: float | None, decided: float | None, tolerance: Tolerance
+) -> list[str]:
     """The limits that one case's numbers break, one clause each."""
     return [
         f"{what} {found:.3g}, {limit} {bound:.3g}"
         for what, found, limit, bound, bad in (
             ("relative RMS error", rel_rms, "tolerance", tolerance.rel_rms, rel_rms > tolerance.rel_rms),
             ("largest error / RMS", max_rel, "tolerance", tolerance.max_rel_rms, max_rel > tolerance.max_rel_rms),
-            ("1 - cosine", 1 - cosine, "tolerance", 1 - tolerance.cosine,
-             cosine < tolerance.cosine - 1e-12),
+            ("1 - cosine", 1 - (cosine or 0), "tolerance", 1 - tolerance.cosine,
+             cosine is not None and cosine < tolerance.cosine - 1e-12),
             ("top-1 agreement", decided or 0, "at least", tolerance.top1,
              decided is not None and decided < tolerance.top1),
         )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
+from runtime.parity.pool import TELLING
 from runtime.parity.positions import CONSTANT
 from runtime.parity.tolerances import FP32_ROUNDOFF, MOST_DISTANCE, TOLERANCES, no_sums_with_half, probability_floor
 from runtime.records import YardstickComparison
@@ -43,7 +45,7 @@ class Yardstick:
         self._factor = factor
         self._outputs: dict[str, list[float]] = {}
         self._failed: dict[str, str] = {}
-        self._own: dict[str, float] = {}
+        self._own: dict[str, list[_Distance]] = {}
 
     def add(
         self, yardstick: Mapping[str, Array], reference: Mapping[str, Array], candidate: Mapping[str, Array]
@@ -62,7 +64,7 @@ class Yardstick:
                 self._failed.setdefault(name, f"output {name!r} holds NaN or Inf in the float64 comparison")
             else:
                 exact = arrays[0]
-                self._own[name] = max(distance(*arrays[:2]), self._own.get(name, 0.0))
+                self._own.setdefault(name, []).append(_Distance.of(*arrays[:2]))
                 sums[0] += len(exact) if exact.ndim else 1
                 sums[1] += float(np.vdot(exact, exact))
                 sums[2] += float(np.square(arrays[1] - exact).sum())
@@ -72,21 +74,34 @@ class Yardstick:
                 sums[6] += int(no_sums_with_half(*arrays[1:]).sum())
 
     def own(self) -> dict[str, float]:
-        """How far the reference itself is from float64 in its worst batch, RMS relative to RMS, by output."""
-        return {name: own for name, own in self._own.items() if name not in self._failed}
+        """How far the reference itself is from float64 in its worst batch, RMS relative to RMS, by output.
+
+        Another run that is farther than any floor may be was none of the same numbers (a network whose samples meet).
+        """
+        found = {}
+        for name, batches in self._own.items():
+            _, power, _, _, elements, *_ = self._outputs[name]
+            scale = math.sqrt(power / elements) if elements else 0.0
+            far = [(one.again, one.relative(scale)) for one in batches]
+            most = MOST_DISTANCE * TOLERANCES["fp32"].rel_rms
+            if name not in self._failed:
+                found[name] = max((own for again, own in far if own <= most or not again), default=0.0)
+        return found
 
     def wants_more(self, yardstick: Mapping[str, Array], reference: Mapping[str, Array]) -> bool:
         """Whether the terms of sums may cancel in a batch, so that one fp32 run says too little of how far fp32 is."""
-        return any(distance(exact, reference.get(name)) > SENSITIVE for name, exact in yardstick.items())
+        return any(
+            _Distance.of(exact, found).relative() > SENSITIVE
+            for name, exact in yardstick.items()
+            if (found := reference.get(name)) is not None and found.shape == exact.shape
+        )
 
     def add_again(self, yardstick: Mapping[str, Array], reference: Mapping[str, Array]) -> None:
-        """Another fp32 run of a batch that was added, its sums in another order: the farther one tells `own`.
-
-        One that is farther than any floor may be was none of the same numbers (a network whose samples meet).
-        """
+        """Another fp32 run of a batch that was added, its sums in another order: the farther one tells `own`."""
         for name, exact in yardstick.items():
-            if (own := distance(exact, reference.get(name))) <= MOST_DISTANCE * TOLERANCES["fp32"].rel_rms:
-                self._own[name] = max(own, self._own.get(name, 0.0))
+            found = reference.get(name)
+            if found is not None and found.shape == exact.shape:
+                self._own.setdefault(name, []).append(_Distance.of(exact, found, again=True))
 
     def result(self) -> tuple[YardstickComparison, ...]:
         """One verdict per output seen; one failure when there was none."""
@@ -130,11 +145,27 @@ def one_by_one(run: Callable[[dict[str, Array]], dict[str, Array]], feeds: Mappi
         return {}
 
 
-def distance(exact: Array, found: Array | None) -> float:
-    """RMS of the difference from `exact` over the RMS of that; 0 where that says nothing."""
-    if found is None or found.shape != exact.shape or not (power := float(np.square(exact, dtype=np.float64).sum())):
-        return 0.0
-    return math.sqrt(float(np.square(found.astype(np.float64) - exact).sum()) / power)
+@dataclass(frozen=True, slots=True)
+class _Distance:
+    """RMS of a difference, and of what it is a difference from; `few`: of so few numbers that the latter is luck."""
+
+    error: float
+    scale: float
+    few: bool
+    again: bool
+
+    @classmethod
+    def of(cls, exact: Array, found: Array, *, again: bool = False) -> _Distance:
+        error, scale = (
+            math.sqrt(float(np.square(values, dtype=np.float64).sum()) / max(1, exact.size))
+            for values in (found.astype(np.float64) - exact, exact)
+        )
+        return cls(error, scale, exact.size < TELLING, again)
+
+    def relative(self, scale: float = 0.0) -> float:
+        """The one over the other, or, of few numbers, over `scale` where that is more; 0 where that says nothing."""
+        scale = max(self.scale, scale) if self.few else self.scale
+        return self.error / scale if scale and self.scale else 0.0
 
 
 def _finite(number: float) -> float | None:

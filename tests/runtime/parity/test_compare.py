@@ -61,6 +61,22 @@ def test_a_value_near_zero_does_not_explode_the_relative_error() -> None:
     assert one(reference, candidate).passed
 
 
+@pytest.mark.parametrize(("off", "passes"), [(2e-3, True), (2e-2, False)])
+def test_one_score_of_one_sample_is_measured_by_the_scores_of_all(off: float, passes: bool) -> None:
+    """In fp16; the first is all but zero, and its error turns its sign."""
+    scores = np.random.default_rng(0).standard_normal((65, 1))
+    scores[0] = 1e-3
+    errors = np.full((65, 1), 1e-3)
+    errors[0] = -off
+    comparator = Comparator(TOLERANCES["fp16"])
+    for case, rows in enumerate((slice(0, 1), slice(1, 65))):
+        comparator.add({"score": scores[rows]}, {"score": scores[rows] + errors[rows]}, case, real=True)
+    (first,), (others,) = comparator.result(0), comparator.result(1)
+    assert others.passed, others.reason
+    assert first.passed == passes, first.reason
+    assert first.rel_rms == pytest.approx(off / np.sqrt(np.mean(scores**2)))
+
+
 def test_an_error_beyond_tolerance_fails_and_says_by_how_much() -> None:
     found = one(LOGITS, LOGITS * np.float32(1.001))
     assert not found.passed
@@ -289,6 +305,15 @@ def test_the_yardstick_says_how_far_the_reference_itself_is() -> None:
     exact, measure = LOGITS.astype(np.float64), Yardstick()
     measure.add({"o": exact, "zero": exact * 0}, {"o": exact * (1 + 1e-5), "zero": exact * 0}, {"o": exact})
     assert measure.own() == {"o": pytest.approx(1e-5)}, "an output that is zero, or missing, says nothing"
+
+
+def test_how_far_the_reference_is_in_one_number_is_told_by_the_rms_of_all() -> None:
+    scores, measure = np.random.default_rng(0).standard_normal((65, 1)), Yardstick()
+    scores[0] = 1e-6
+    for rows in (slice(0, 1), slice(1, 65)):
+        measure.add({"o": scores[rows]}, {"o": scores[rows] + 1e-7}, {"o": scores[rows]})
+    measure.add_again({"o": scores[:1]}, {"o": scores[:1] + 2e-7})
+    assert measure.own() == {"o": pytest.approx(2e-7 / np.sqrt(np.mean(scores**2)))}
 
 
 @pytest.mark.parametrize(
