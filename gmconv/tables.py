@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.cells import cell_len
@@ -35,6 +36,14 @@ class Column:
     meaning: str = ""
 
 
+def as_text(show: Callable[[Console], None]) -> str:
+    """What `show` prints, without colours, 120 columns wide."""
+    stream = io.StringIO()
+    # a notebook's kernel asks for colours by FORCE_COLOR: text that is printed there has none all the same
+    show(Console(file=stream, width=120, force_jupyter=False, force_terminal=False, color_system=None))
+    return stream.getvalue().rstrip()
+
+
 class Table:
     """Rows of text under `columns`, laid out for the width at hand when it is printed.
 
@@ -60,6 +69,9 @@ class Table:
         """The caption, and what the columns of these indices mean."""
         told = (self.columns[index] for index in shown)
         return "; ".join(filter(None, [self.caption, *(f"{c.title}: {c.meaning}" for c in told if c.meaning)]))
+
+    def __repr__(self) -> str:
+        return as_text(lambda console: console.print(self))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         shown, widths = self._fitting(options.max_width)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -26,12 +25,9 @@ class Shown:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        from rich.console import Console
+        from gmconv.tables import as_text
 
-        stream = io.StringIO()
-        # a notebook's kernel asks for colours by FORCE_COLOR: text that is printed there has none all the same
-        self.show(Console(file=stream, width=120, force_jupyter=False, force_terminal=False, color_system=None))
-        return stream.getvalue().rstrip()
+        return as_text(self.show)
 
     def _repr_html_(self) -> str | None:
         """For a notebook; None, so that it shows the text, where the plotting libraries are missing."""

@@ -56,6 +56,10 @@ def test_the_rule_under_the_head_is_as_long_as_the_table_is_wide(width: int, nam
     assert all(cell_len(line) == rule for line in rows if line.endswith("ok"))
 
 
+def test_a_table_prints_as_itself() -> None:
+    assert str(parity()) == repr(parity()) == shown(parity(), 120).rstrip()
+
+
 def test_the_least_important_column_goes_first() -> None:
     widths = [60, 50, 40]
     left = [shown(parity(), width).partition("not shown at this width: ")[2].replace("\n", " ") for width in widths]
