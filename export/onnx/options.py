@@ -102,6 +102,13 @@ ASKED = Asked(
 )
 
 
+def nothing_lowered(options: ExportOptions) -> str:
+    """Why layers cannot be kept in fp32: all of them are; empty where some would not be, or none was named."""
+    if options.precision and options.precision.keep_fp32 and set(options.precisions) == {"fp32"}:
+        return "--keep-fp32: without a lower --precision every layer is in fp32; give one, or leave it out"
+    return ""
+
+
 def crop_clash(given: Mapping[str, Any]) -> str:
     """Why the options of cropping do not go together; empty where they do."""
     if given.get("crop") is not None and given.get("crop_budget") is not None:

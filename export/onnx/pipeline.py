@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.onnx.interface import examples, input_names, output_specs
-from export.onnx.options import ASKED, ExportOptions, Note
+from export.onnx.options import ASKED, ExportOptions, Note, nothing_lowered
 from export.onnx.refusals import (
     advice_on_parity,
     all_or_none,
@@ -100,6 +100,8 @@ def export_onnx(
     options, output, note = ASKED(options, choices), Path(output), note or silent
     written = options.outputs(output)
     refuse_early(source, written, options)
+    if idle := nothing_lowered(options):
+        raise RefusedError(idle)
     from export.onnx.cases import comparison_cases
     from export.onnx.reference import work_on
     from export.onnx.trained import Live

@@ -239,6 +239,8 @@ def main(
     checkpoint = model if artefact_kind(model) == "checkpoint" else None
     if asked.calibrated.calibration is not None and asked.images is None and precision not in ("int8", "fp8"):
         raise click.UsageError("--calibration goes with --precision int8 or fp8")
+    if precision is None and (asked.calibrated.keep_fp32 or asked.calibrated.io_dtype != "fp32"):
+        raise click.UsageError("--keep-fp32 and --io-dtype go with --precision")
     if checkpoint is None and (useless := only_of_an_export(asked)):
         raise click.UsageError(f"{useless[0]} is about exporting a checkpoint, and {model} is an ONNX file")
     asked = replace(asked, force=flags["force"])

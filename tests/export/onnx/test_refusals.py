@@ -60,6 +60,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> Live:
     [
         (ExportOptions(precisions=("fp32", "int8")), "need calibration images: give data="),
         (ExportOptions(precisions=("bf16",), precision=PrecisionOptions(io_dtype="fp16")), "does not go with bf16"),
+        (ExportOptions(precision=PrecisionOptions(keep_fp32=("no*",))), "^keep_fp32: without a lower precision every"),
         (ExportOptions(images=Path("nowhere")), "no such data"),
         (ExportOptions(precisions=("int8",), images="nothing.npz"), "no such file"),
     ],

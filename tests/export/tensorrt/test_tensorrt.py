@@ -281,6 +281,8 @@ BAD_FLAGS = [
     (["--compute-capability", "5.0"], 5, "builds for 7.5, 8.0"),
     (["--hardware-compatibility", "ampere-plus"], 5, "--compute-capability"),
     (["--calibration", "digits"], 2, "--precision int8 or fp8"),
+    (["--keep-fp32", "no*"], 2, "--keep-fp32 and --io-dtype go with --precision"),
+    (["--io-dtype", "fp16"], 2, "--keep-fp32 and --io-dtype go with --precision"),
     (["--fuse"], 2, "--fuse is about exporting a checkpoint, and model.onnx is an ONNX file"),
     (["--version-compatible"], 5, "no lean runtime"),
     (["--workspace", "1"], 5, "raise --workspace"),
