@@ -25,7 +25,8 @@ def output_path(state: Path) -> Path:
     if not state.stem.endswith(".last"):
         beside = state_path(state)
         advice = f"resume from {beside}" if beside.is_file() else "the state of a run is NAME.last.pt, until it is done"
-        raise CheckpointError(f"{state}: is no state of a training run: {advice}")
+        what = "is no state of a training run" if state.exists() else "no such file"
+        raise CheckpointError(f"{state}: {what}: {advice}")
     return state.with_name(state.stem.removesuffix(".last") + state.suffix)
 
 

@@ -107,6 +107,7 @@ def test_what_does_not_go_with_the_run_is_refused_in_one_sentence(tmp_path: Path
         (["--resume", str(output), "--data", str(data)], 3, f"resume from {state}"),
         (["--resume", str(whole), "--data", str(data)], 3, "is no state of a training run"),
         (["--resume", str(tmp_path / "no.last.pt")], 3, "no such file"),
+        (["--resume", str(tmp_path / "no.pt")], 3, "no such file: the state of a run is NAME.last.pt"),
     ):
         done = CliRunner().invoke(main, arguments)
         assert (done.exit_code, words in done.stderr) == (code, True), done.output
