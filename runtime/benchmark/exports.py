@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -79,7 +80,8 @@ def check_writable(path: Path) -> None:
         raise RefusedError(f"{path}: the folder {folder} does not exist; create it first")
     target = path if path.exists() else folder
     if not os.access(target, os.W_OK):
-        raise RefusedError(f"{path}: cannot be written (permission denied)")
+        read_only = os.statvfs(target).f_flag & os.ST_RDONLY
+        raise RefusedError(f"{path}: cannot be written ({os.strerror(errno.EROFS if read_only else errno.EACCES)})")
 
 
 def _array(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,9 +1,11 @@
 """The command line over runners that need no engine, in process."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -11,7 +13,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from gmconv.errors import RefusedError
 from runtime.benchmark.__main__ import main
+from runtime.benchmark.exports import check_writable
 from runtime.benchmark.options import DEVICE_FLAGS, SINGLE_FLAGS
 from runtime.benchmark.trtexec import parse
 from runtime.runners.base import Runner
@@ -190,6 +194,16 @@ def test_a_path_that_cannot_be_written_is_refused_before_the_run(
         assert done.exit_code == 3
         assert words in done.stderr
         assert device_runner.log == []
+
+
+@pytest.mark.parametrize(("flag", "reason"), [(os.ST_RDONLY, "Read-only file system"), (0, "Permission denied")])
+def test_a_path_that_cannot_be_written_is_told_by_the_systems_own_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flag: int, reason: str
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=flag))
+    with pytest.raises(RefusedError, match=rf"r\.html: cannot be written \({reason}\)$"):
+        check_writable(tmp_path / "r.html")
 
 
 def test_a_full_disk_is_one_sentence_after_the_summary(fake: Fake, host_runner: Runner) -> None:
