@@ -75,7 +75,8 @@ def score_artefacts(
     """Run every artefact, or the only one, on the same labelled images, prepared by its own preprocessing.
 
     `choices` are fields of `EvaluateOptions` by name and value as on the command line: data="val/", split, output,
-    metric, device, reference, limit, seed, batch; and arch, input_shape, labels, ... of a foreign checkpoint.
+    metric, device, reference, limit, seed, batch; and arch, input_shape, labels, ... of a foreign checkpoint. Limits,
+    --max-drop and --min-agreement, are the command line's alone.
 
     Raises RefusedError when an artefact, the images or the metric are unfit or the artefacts take different inputs, or
     their preprocessing differs and the images are prepared already; UnavailableError when the device is missing, and
@@ -228,7 +229,8 @@ def _judge(
     if runners[1:] == runners[:1] and _unlabelled(samples, options):
         raise RefusedError(
             f"{options.images}: has no labels (a sub-folder per class, images/ and masks/, 'labels' in an .npz), and "
-            f"{runners[0].artefact.path.name} would be compared with itself: give labelled images, or --reference"
+            f"{runners[0].artefact.path.name} would be compared with itself: give labelled images, a "
+            f"--metric for what else is there, or --reference"
         )
     if options.metric is not None:
         assert not isinstance(options.metric, str)

@@ -393,7 +393,8 @@ def test_without_labels_artefacts_are_compared_and_one_alone_is_refused(tmp_path
     good, bad = save(tmp_path / "a.onnx"), save(tmp_path / "b.onnx", swapped=(2, 5))
     bare = tmp_path / "bare.npz"
     np.savez(bare, input=np.random.default_rng(0).random((40, 1, 2, 4), dtype=np.float32))
-    assert "a.onnx would be compared with itself" in invoke(good, "--data", bare, code=3).stderr
+    refused = invoke(good, "--data", bare, code=3).stderr
+    assert "a.onnx would be compared with itself: give labelled images, a --metric for what else is there" in refused
     done = invoke(good, bad, "--data", bare)
     assert "only agreement with the reference is measured" in done.stderr
     assert "agreement" in done.stdout
