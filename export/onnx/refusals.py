@@ -152,7 +152,8 @@ def refuse_two_kernels(baked_here: Mapping[str, str], baked_there: Mapping[str, 
 def advice_on_parity(precision: str, options: ExportOptions) -> str:
     """What to do where the file of one of several precisions is not near enough to the network."""
     others = f"{_without(precision)}, or " if len(options.precisions) > 1 else ""
-    return f"{others}keep the layers that cost it in fp32 (--keep-fp32 LAYER)"
+    ranges = "try another --calibration-method, or " if precision == "int8" else ""
+    return f"{others}{ranges}keep the layers that cost it in fp32 (--keep-fp32 LAYER)"
 
 
 @contextmanager

@@ -196,7 +196,9 @@ def _parity_line(manifest: Manifest, model: Path, output: Path) -> str:
     inputs = ", ".join(dict.fromkeys(hop.inputs for hop in parity.hops))
     margins = [o.margin for hop in parity.hops for o in hop.outputs if o.margin is not None]
     close = f"smallest margin {min(margins):.3g}x" if margins else "equal"
-    return f"parity: {parity.sentence()}, {output} against {model} on {inputs}, {close}"
+    trained = manifest.source("checkpoint")
+    more = f"; gmconv parity {trained.file} {output} holds it to more" if trained else ""
+    return f"parity: {parity.sentence()}, {output} against {model} on {inputs}, {close}{more}"
 
 
 def _search_plan(

@@ -84,9 +84,10 @@ def _verified(onnx_path: Path, file: Path, manifest: Manifest, images: str | Pat
 
     found = compare_artefacts(onnx_path, [file], ParityOptions(images=images)).candidates[0]
     if not found.passed:
+        ranges = " or --calibration-method" if manifest.precision.startswith("int8") else ""
         raise ParityError(
             f"{file.name}: not written, parity with {onnx_path.name} failed: {found.verdict.summary()}; keep layers in "
-            f"fp32 (--keep-fp32), or take another precision (--no-verify writes it unproven)"
+            f"fp32 (--keep-fp32), or take another precision{ranges} (--no-verify writes it unproven)"
         )
     manifest = replace(manifest, parity=found.record(onnx_path))
     sidecar(file).write_text(manifest.to_json())

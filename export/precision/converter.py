@@ -209,11 +209,13 @@ class PrecisionConverter:
     def quantize(self, precision: Precision, keep: set[str], half: set[str]) -> tuple[ModelProto, PrecisionAudit]:
         """int8 or fp8 with the nodes `keep` in fp32 and `half` in fp16; not checked."""
         from export.precision.cast import cast_graph
-        from export.precision.quantize import quantize_graph, without_kernel
+        from export.precision.quantize import picked_by_a_maximum, quantize_graph, without_kernel
 
         assert precision in ("int8", "fp8")
         options, calibration, method = self.options, self.calibrate(), self.method(precision)
         ranges = calibration.ranges(method, options.percentile)
+        whole = calibration.ranges("minmax")
+        ranges |= {name: whole[name] for name in picked_by_a_maximum(self.model) if name in whole}
         kept = dict.fromkeys(sorted(keep), "asked for") | dict.fromkeys(sorted(half), "asked for (fp16)")
         if options.target == "tensorrt":
             lacking = {node: why for node, why in without_kernel(self.model, precision).items() if node not in kept}

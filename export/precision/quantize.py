@@ -36,6 +36,8 @@ FP8_MAX = 448.0  # largest finite E4M3FN value
 _MIN_OPSET = {"int8": 13, "fp8": 19}
 #: What ONNX Runtime could compute in 8 bits, and loses more by than it gains: tables of embeddings, by one scale each.
 _LEFT_OUT = {"Softmax", "Gather", "EmbedLayerNormalization"}
+_MAXIMA = ("GlobalMaxPool", "ReduceMax")
+_RISING = {"MaxPool", "Relu", "LeakyRelu", "Clip", "Reshape", "Flatten", "Transpose", "Identity"}
 _MERGES = ("Concat", "Where", "Pad")
 _ALIKE = 0.25  # a tensor of a smaller share of the common range would keep less than 6 of its 8 bits
 
@@ -60,6 +62,23 @@ def tensors_to_calibrate(model: ModelProto, target: QuantTarget) -> tuple[str, .
                 if name and name not in constants and types.get(name) == TensorProto.FLOAT:
                     wanted[name] = None
     return tuple(wanted)
+
+
+def picked_by_a_maximum(model: ModelProto) -> list[str]:
+    """The tensors of which a maximum over whole maps takes the largest values.
+
+    They are what calibration takes for outliers, and what the network goes on with: of 1,000 positions a maximum gives
+    one in ten beyond their 99.99th percentile.
+    """
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    found: dict[str, None] = {}
+    waiting = [node.input[0] for node in model.graph.node if node.op_type in _MAXIMA]
+    while waiting:
+        found[(name := waiting.pop())] = None
+        node = made_by.get(name)
+        if node is not None and node.op_type in _RISING:  # the largest of its input stays the largest
+            waiting.append(node.input[0])
+    return list(found)
 
 
 def quantize_graph(

@@ -83,6 +83,7 @@ def test_the_checkpoint_is_not_overwritten_under_any_name(taken: str, tmp_path: 
 
 def test_the_advice_about_parity_is_what_there_is_left_to_do() -> None:
     assert advice_on_parity("fp16", ExportOptions(precisions=("fp16",))).startswith("keep the layers")
+    assert advice_on_parity("int8", ExportOptions(precisions=("int8",))).startswith("try another --calibration-method")
     several = ExportOptions(precisions=("fp32", "fp16"))
     assert advice_on_parity("fp16", several).startswith("leave fp16 out of --precision to have the others, or keep the")
 

@@ -18,7 +18,7 @@ from export.precision import quantize
 from export.precision.calibration import calibrate
 from export.precision.calibration_images import open_images
 from export.precision.converter import PrecisionConverter, PrecisionOptions
-from export.precision.quantize import quantize_graph, tensors_to_calibrate
+from export.precision.quantize import picked_by_a_maximum, quantize_graph, tensors_to_calibrate
 from gmconv.errors import RefusedError
 
 Network = Callable[..., onnx.ModelProto]
@@ -292,3 +292,24 @@ def test_the_weight_of_a_product_may_stand_on_its_left(to: Any, target: Any, tmp
     (found,) = effective_weights(quantized).values()
     steps = 2**4 if to == "fp8" else 2 * (64 if target == "cpu" else 127)  # seven bits on a CPU
     assert np.abs(found - weight).max() <= np.abs(weight).max() * 1.02 / steps
+
+
+def test_what_a_maximum_over_the_map_picks_is_not_clipped(npz: Path, run: Run, images: NDArray[np.float32]) -> None:
+    weight = np.random.default_rng(0).standard_normal((8, 3, 3, 3)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["input", "w"], ["a"], name="conv", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["a"], ["r"]),
+        helper.make_node("MaxPool", ["r"], ["p"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("GlobalMaxPool", ["p"], ["y"]),
+    ]
+    values = [
+        helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", 3, 16, 16]),
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 8, 1, 1]),
+    ]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], [numpy_helper.from_array(weight, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    assert set(picked_by_a_maximum(model)) == {"p", "r", "a"}
+    options = PrecisionOptions(target="cpu", calibration=npz, percentile=99.0)
+    quantized, _ = PrecisionConverter(model, options).convert("int8")
+    expected = run(model, images)
+    assert np.abs(run(quantized, images) - expected).max() < 0.03 * np.abs(expected).max()
