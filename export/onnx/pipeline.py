@@ -375,7 +375,7 @@ def _write_variants(
         verdict = replace(checked, shipped=outputs).judge_file(precision, folder / name)
         if not verdict.passed:
             said = f"nothing was written, parity failed: {verdict.summary()}"
-            raise ParityError(f"{name}: {said}; {advice_on_parity(precision, options)}")
+            raise ParityError(f"{name}: {said}; {converter.doubts(precision)}{advice_on_parity(precision, options)}")
         sidecar(folder / name).write_text(
             replace(
                 written,

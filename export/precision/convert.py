@@ -74,11 +74,12 @@ def convert_precision(
     with staged(output) as folder:
         manifest = save_graph(converted, folder / output.name, manifest, external=external)
         if verify:
-            manifest = _verified(onnx_path, folder / output.name, manifest, images or options.calibration)
+            images = images or options.calibration
+            manifest = _verified(onnx_path, folder / output.name, manifest, images, converter.doubts(precision))
     return manifest
 
 
-def _verified(onnx_path: Path, file: Path, manifest: Manifest, images: str | Path | None) -> Manifest:
+def _verified(onnx_path: Path, file: Path, manifest: Manifest, images: str | Path | None, doubts: str) -> Manifest:
     """The manifest of `file` with its comparison with the fp32 graph. Raises ParityError where that failed."""
     from runtime.parity.run import ParityOptions, compare_artefacts
 
@@ -86,8 +87,8 @@ def _verified(onnx_path: Path, file: Path, manifest: Manifest, images: str | Pat
     if not found.passed:
         ranges = " or --calibration-method" if manifest.precision.startswith("int8") else ""
         raise ParityError(
-            f"{file.name}: not written, parity with {onnx_path.name} failed: {found.verdict.summary()}; keep layers in "
-            f"fp32 (--keep-fp32), or take another precision{ranges} (--no-verify writes it unproven)"
+            f"{file.name}: not written, parity with {onnx_path.name} failed: {found.verdict.summary()}; {doubts}keep "
+            f"layers in fp32 (--keep-fp32), or take another precision{ranges} (--no-verify writes it unproven)"
         )
     manifest = replace(manifest, parity=found.record(onnx_path))
     sidecar(file).write_text(manifest.to_json())

@@ -240,6 +240,11 @@ class PrecisionConverter:
         """The calibration method in force for `precision`."""
         return self.options.calibration_method or ("minmax" if precision == "fp8" else "percentile")
 
+    def doubts(self, precision: str) -> str:
+        """What makes the ranges doubtful, each with "; " behind it: to be mended first where `precision` is refused."""
+        known = self._calibration if precision in ("int8", "fp8") else None
+        return "".join(f"{text}; " for text in known.origin.warnings) if known else ""
+
     def calibrate(self) -> Calibration:
         """The histograms of the activations, measured on the first call."""
         if self._calibration is None:

@@ -101,8 +101,8 @@ class SensitivitySearch:
             asked += [f"{ratio:g} dB"] if ratio is not None else []
             raise ParityError(
                 f"no mix of {self.precision} and {self.keep_as} layers reaches {' and '.join(asked)}: the best keeps "
-                f"{len(best.kept)} of {len(self.nodes)} layers and loses {best.top1_drop:.2f} points at "
-                f"{best.snr_db:.1f} dB{whose}; ask for less, or take --to fp16"
+                f"{len(best.kept)} of {len(self.nodes)} layers and loses {max(best.top1_drop, 0.0):.2f} points at "
+                f"{best.snr_db:.1f} dB{whose}; {self.converter.doubts(self.precision)}ask for less, or take --to fp16"
             )
         kept = [name for name in ranking if name in found.kept]
         for name in kept[::-1]:

@@ -217,6 +217,7 @@ def test_a_conversion_that_is_another_network_is_not_written(network: Network, t
     asked = (tmp_path / "model.onnx", "--to", "int8", "--calibration", faint, "--images", npz)
     done = invoke(*asked, code=4)
     assert "model.int8.onnx: not written, parity with model.onnx failed" in done.stderr
+    assert "; calibrated on 40 images of faint.npz; ranges want a few hundred (--data); keep layers" in done.stderr
     assert sorted(file.name for file in tmp_path.iterdir()) == ["faint.npz", "images.npz", "model.onnx"]
     invoke(*asked, "--no-verify")
     assert read_manifest(tmp_path / "model.int8.onnx").parity is None
