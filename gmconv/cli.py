@@ -9,18 +9,16 @@ import json
 import math
 import os
 import re
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from gmconv.errors import QUOTED, Interrupted, RefusedError, printable, raised_words
 from gmconv.packages import missing
 from gmconv.packages import require as require
+from gmconv.stopping import exit_if_stopped, exit_interrupted, forget_interrupt, stoppable
 from gmconv.streams import results, results_apart, steady_streams
 from gmconv.version import __version__
 from gmconv.written import refuse_clashes
@@ -131,7 +129,7 @@ class _Documented:
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run, then exit with the code that design and README document: 130 on Ctrl-C, 143 on SIGTERM."""
         kwargs["standalone_mode"] = False
-        with _terminable():
+        with stoppable():
             try:
                 steady_streams()
                 sys.exit(super().main(*args, **kwargs) or 0)  # type: ignore[misc]
@@ -139,19 +137,19 @@ class _Documented:
                 sys.exit(done.exit_code)
             except click.UsageError as refusal:
                 _with_advice(refusal).show()
-                _forget_interrupt()
+                forget_interrupt()
                 sys.exit(refusal.exit_code)
             except click.ClickException as refusal:
                 if not isinstance(refusal, Interrupted):
-                    _exit_if_stopped(refusal)
+                    exit_if_stopped(refusal)
                 lines = (printable(line, 4000) for line in refusal.format_message().split(QUOTED))
                 click.echo(f"Error: {QUOTED.join(lines)}", err=True)
-                _forget_interrupt()
+                forget_interrupt()
                 sys.exit(refusal.exit_code)
             except (click.Abort, KeyboardInterrupt):
                 exit_interrupted()
             except Exception as error:
-                _exit_if_stopped(error)
+                exit_if_stopped(error)
                 if (found := of_the_machine(error)) is None:
                     raise
                 sentence, code = found
@@ -179,7 +177,7 @@ class Command(_Documented, click.Command):
             with results_apart():
                 return super().invoke(ctx)
         except SystemExit as error:
-            _exit_if_stopped(error)
+            exit_if_stopped(error)
             raise RefusedError(
                 f"the network's own code ends the program ({raised_words(error)}): take that out, nothing was proven"
             ) from error
@@ -257,57 +255,6 @@ def version_option() -> click.Option:
     return click.Option(
         ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=show, help="Show the version."
     )
-
-
-class Sigterm(SystemExit):
-    """SIGTERM came."""
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the stack as an exception does, so that temporary files and child processes go."""
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if not ours:
-        yield
-        return
-
-    def leave(*_: object) -> NoReturn:
-        raise Sigterm(143)
-
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGTERM) is leave:  # a server that ends leaves it ignored
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def exit_interrupted() -> NoReturn:
-    """End the process as after a Ctrl-C: one sentence, exit 130."""
-    click.echo("Error: interrupted", err=True)
-    _forget_interrupt()
-    sys.exit(130)
-
-
-def _exit_if_stopped(error: BaseException | None) -> None:
-    """Exit as after a Ctrl-C or SIGTERM where one began it: within an import it comes out as another error."""
-    met: set[int] = set()
-    while error is not None and id(error) not in met:  # a user's code may close the chain to a circle
-        if isinstance(error, KeyboardInterrupt):
-            exit_interrupted()
-        if isinstance(error, Sigterm):
-            sys.exit(143)
-        met.add(id(error))
-        error = error.__cause__ or error.__context__
-
-
-def _forget_interrupt() -> None:
-    """Let `sys.exit` decide the status after a Ctrl-C.
-
-    CPython notes when a KeyboardInterrupt leaves an `exec` of a string (each dataclass is made by one, at import) and
-    then kills itself with SIGINT at exit even though the exception was handled; any later `exec` clears the note.
-    """
-    exec("")
 
 
 def quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:

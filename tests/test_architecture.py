@@ -41,6 +41,7 @@ GROUND = {
         "packages",
         "splits",
         "startup",
+        "stopping",
         "streams",
         "tables",
         "version",

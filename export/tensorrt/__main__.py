@@ -19,7 +19,7 @@ def run() -> None:
 
             main(obj=process)
     except KeyboardInterrupt:  # before `main` could say the same
-        from gmconv.cli import exit_interrupted
+        from gmconv.stopping import exit_interrupted
 
         exit_interrupted()
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gmconv.cli import SEED, Command, Finite, Sigterm, Whole, echo, progress_console, quiet_option, warn
+from gmconv.cli import SEED, Command, Finite, Whole, echo, progress_console, quiet_option, warn
 from gmconv.errors import CheckpointError, Interrupted, RefusedError, Terminated, printable
 from gmconv.files import require_writable, write_text
 from gmconv.foreign import parse_shape
+from gmconv.stopping import Sigterm
 from gmconv.train.options import is_own, output_path, state_path
 from gmconv.written import Written
 

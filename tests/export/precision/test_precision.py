@@ -213,11 +213,11 @@ def test_a_conversion_that_is_another_network_is_not_written(network: Network, t
     """Calibrated on faint images, and compared on images as bright as they come."""
     onnx.save(network(), tmp_path / "model.onnx")
     faint = tmp_path / "faint.npz"
-    np.savez(faint, input=np.load(npz)["input"] / 50)
+    np.savez(faint, input=np.load(npz)["input"][:4] / 50)
     asked = (tmp_path / "model.onnx", "--to", "int8", "--calibration", faint, "--images", npz)
     done = invoke(*asked, code=4)
     assert "model.int8.onnx: not written, parity with model.onnx failed" in done.stderr
-    assert "; calibrated on 40 images of faint.npz; ranges want a few hundred (--data); keep layers" in done.stderr
+    assert "; calibrated on 4 images of faint.npz; ranges want a few hundred (--data); keep layers" in done.stderr
     assert sorted(file.name for file in tmp_path.iterdir()) == ["faint.npz", "images.npz", "model.onnx"]
     invoke(*asked, "--no-verify")
     assert read_manifest(tmp_path / "model.int8.onnx").parity is None
