@@ -87,9 +87,12 @@ class Judge:
     """How often one output (N, classes), or (N, classes, H, W), is right: by the classes of the images where those are
     known and fit, else by what the fp32 graph found. `what` is empty for any other output: its SNR is all there is.
 
-    `output` names it, and is then the only one whose SNR counts; None: the first, and the least SNR of all."""
+    `output` names it, and is then the only one whose SNR counts; None: the first, and the least SNR of all. `strict`:
+    classes that are not those of the output are refused, not passed over."""
 
-    def __init__(self, outputs: Outputs, images: EvaluationImages, output: str | None = None) -> None:
+    def __init__(
+        self, outputs: Outputs, images: EvaluationImages, output: str | None = None, *, strict: bool = True
+    ) -> None:
         if output is not None and output not in outputs:
             raise RefusedError(f"there is no output {output!r} (--judge-output); there are {', '.join(outputs)}")
         self.outputs, self.output = outputs, output or next(iter(outputs))
@@ -104,6 +107,10 @@ class Judge:
         self.what: What = "" if not scores else "top-1" if reference.ndim == 2 else "pixel accuracy"
         own = reference.argmax(1) if scores else np.zeros(0, np.int64)
         known = images.classes is not None and images.classes.shape == own.shape
+        if known and self.what == "top-1" and (wrong := self._misfit(images, reference.shape[1])):
+            if strict:
+                raise RefusedError(f"{images.name}: {wrong}")
+            known = False
         self._truth = images.classes if known and images.classes is not None else own
         self._counted = self._truth != IGNORED if self._truth.ndim > 1 else np.ones(self._truth.shape, bool)
         shapes = "" if images.classes is None else f"classes {images.classes.shape} do not fit its {reference.shape}"
@@ -111,9 +118,21 @@ class Judge:
         said = "SNR alone" if not scores else self.what if known else alike
         self.title = f"{said} on {images.count} images of {images.name}"
         if known and self.what == "top-1":
-            _require_fit(images, reference.shape[1])
             self.title += f" ({in_order(images.folders)})" if images.folders else ""
         self.before = self.right(reference)
+
+    def _misfit(self, images: EvaluationImages, scores: int) -> str:
+        """Why the classes are not those that so many scores tell apart; "" where they are."""
+        assert images.classes is not None
+        if images.folders:
+            try:
+                require_all(images.folders, scores)
+            except RefusedError as error:
+                return error.message
+        elif images.classes.min() < 0 or images.classes.max() >= scores:
+            whose = "the network" if len(self.outputs) == 1 else f"output {self.output!r}"
+            return f"labels go from {images.classes.min()} to {images.classes.max()}, {whose} has {scores} classes"
+        return ""
 
     def right(self, output: NDArray[Any]) -> float | None:
         """The share that is right, of samples or pixels; None where there are no classes."""
@@ -133,20 +152,6 @@ class Judge:
                 noise.add(reference, outputs[name])
             found[name] = noise.snr_db if alike else -math.inf
         return found
-
-
-def _require_fit(images: EvaluationImages, outputs: int) -> None:
-    """Raise RefusedError where classes are not those of that many outputs."""
-    assert images.classes is not None
-    try:
-        if images.folders:
-            require_all(images.folders, outputs)
-        elif images.classes.min() < 0 or images.classes.max() >= outputs:
-            raise RefusedError(
-                f"labels go from {images.classes.min()} to {images.classes.max()}, the network has {outputs} classes"
-            )
-    except RefusedError as error:
-        raise RefusedError(f"{images.name}: {error.message}") from error
 
 
 def read_evaluation_images(source: str | Path | None, converter: PrecisionConverter, limit: int) -> EvaluationImages:

@@ -56,6 +56,7 @@ class SensitivitySearch:
         *,
         keep_as: Literal["fp16", "fp32"] = "fp16",
         judge_output: str | None = None,
+        strict: bool = True,
         note: Callable[[str, int, int], None] | None = None,
     ) -> None:
         """Layers that the converter's `keep_fp32` names, or that have no 8-bit kernel, are no part of the search."""
@@ -69,7 +70,7 @@ class SensitivitySearch:
         lacking = without_kernel(converter.model, precision) if converter.options.target == "tensorrt" else {}
         aside = {*self.always, *lacking}
         self.nodes = {layer.name: layer.node for layer in layers(converter.model) if layer.node not in aside}
-        self.judge = Judge(self._outputs(converter.model, "fp32")[0], images, judge_output)
+        self.judge = Judge(self._outputs(converter.model, "fp32")[0], images, judge_output, strict=strict)
         self.tried: dict[frozenset[str], Measurement] = {}
 
     def sensitivities(self, budget: Budget) -> dict[str, Measurement]:
@@ -275,8 +276,9 @@ def search_precision(
         progress=lambda done, total: tell("calibrating", done, total),
     )
     given = read_evaluation_images(images, converter, limit)
+    strict = budget.max_top1_drop is not None
     search = SensitivitySearch(
-        converter, precision, given, keep_as=keep_as, judge_output=budget.judge_output, note=tell
+        converter, precision, given, keep_as=keep_as, judge_output=budget.judge_output, strict=strict, note=tell
     )
     if budget.max_top1_drop is not None and not search.judge.what:
         shape = ", ".join(map(str, search.judge.outputs[search.judge.output].shape))

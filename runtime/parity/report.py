@@ -14,7 +14,7 @@ import msgspec
 from gmconv.foreign import NOTHING, Foreign
 from runtime.artefact import artefact_kind
 from runtime.manifest import find_manifest
-from runtime.parity.cases import NOISE_ALONE
+from runtime.parity.cases import NOISE_ALONE, NOT_FROM_THIS
 from runtime.parity.tolerances import of_a_crop
 from runtime.parity.unrounded import LIMIT, UNROUNDED
 from runtime.parity.verdict import Verdict
@@ -296,5 +296,6 @@ def _verdict(candidate: CandidateReport) -> str:
         wide = of_a_crop(candidate.tolerance)
         crop = f", {wide:.1e} allowed for the crop" if wide else ""
         alone = ", on noise alone" if NOISE_ALONE in candidate.verdict.notes else ""
-        return f"PASSED  {candidate.path}  {candidate.precision}, {close}{crop}{alone}"
+        other = f", {NOT_FROM_THIS}" if any(NOT_FROM_THIS in note for note in candidate.verdict.notes) else ""
+        return f"PASSED  {candidate.path}  {candidate.precision}, {close}{crop}{alone}{other}"
     return f"FAILED  {candidate.path}  {candidate.verdict.summary()}"

@@ -15,7 +15,7 @@ from gmconv.foreign import NOTHING, Foreign
 from gmconv.images import differences
 from runtime.artefact import Artefact, artefact_kind, open_artefact
 from runtime.parity.beside import MOST_NUMBERS, Beside, Memory
-from runtime.parity.cases import Case, Feeds, Wanted, make_cases
+from runtime.parity.cases import NOT_FROM_THIS, Case, Feeds, Wanted, make_cases
 from runtime.parity.compare import Comparator
 from runtime.parity.layers import graph_precision, same_kernels
 from runtime.parity.report import CandidateReport, ParityReport
@@ -377,6 +377,6 @@ def _check_source(reference: Artefact, candidate: Artefact, notes: list[str]) ->
     source = candidate.manifest.source("checkpoint") if candidate.manifest else None
     if reference.kind == "checkpoint" and source is not None and source.sha256 != reference.sha256:
         notes.append(
-            f"{candidate.path.name} was made from {source.file} ({source.sha256[:12]}…), not from this checkpoint "
+            f"{candidate.path.name} was made from {source.file} ({source.sha256[:12]}…), {NOT_FROM_THIS} "
             f"({reference.sha256[:12]}…)"
         )

@@ -212,7 +212,9 @@ def crop_cost(crop: Crop | None) -> float:
     - "lossless", or a crop of no layer, or of none but zero taps: 0. The precision's own tolerance has room for another
       order of the sums.
     - a tolerance t: 10 t. Each layer may lose the share t of its taps' L1 norm; errors of L layers add as a random
-      walk, sqrt(L), 12.3 for the deepest of the zoo, and a layer's error is far below the worst case that t bounds.
+      walk, sqrt(L), 12.3 for the deepest of the zoo, and a layer's error is far below the worst case that t bounds. So
+      far below that it is no more than five times the measured RMS error either, but 2 t: else a crop by 5e-2 that cost
+      1e-2 would pass for another network's.
     - an error budget b: b. It bounds the largest error on the calibration data; the RMS, several times smaller, has
       the rest as room for other data.
     - a budget of top-1 points, or a certificate that says none of these: twice the measured RMS error, 0 if there is
@@ -224,6 +226,8 @@ def crop_cost(crop: Crop | None) -> float:
         cost = 0.0
     elif crop.tolerance is not None:
         cost = 10 * crop.tolerance
+        if crop.end_to_end is not None:
+            cost = min(cost, max(2 * crop.tolerance, 5 * crop.end_to_end.relative_rms))
     elif crop.budget is not None and crop.budget.kind == "error":
         cost = crop.budget.value
     else:

@@ -360,3 +360,14 @@ def test_fewer_images_than_a_fixed_batch_are_refused(network: Network, npz: Path
         search_precision(tmp_path / "net.onnx", "int8", min_snr=0, images=npz)
     with pytest.raises(RefusedError, match=r"0 calibration image\(s\) read, 64 at a time, as the graph takes them"):
         export.convert_precision(tmp_path / "net.onnx", "int8", data=npz)
+
+
+def test_labels_of_another_output_are_passed_over_where_no_accuracy_is_asked_for(images: NDArray[np.float32]) -> None:
+    random = np.random.default_rng(0)
+    outputs = {"class": random.standard_normal((40, 4)), "box": random.standard_normal((40, 2))}
+    given = EvaluationImages("val", (images,), np.arange(40) % 4)
+    with pytest.raises(RefusedError, match="val: labels go from 0 to 3, output 'box' has 2 classes"):
+        Judge(outputs, given, "box")
+    assert Judge(outputs, given, "box", strict=False).title == (
+        "agreement with fp32 (classes (40,) do not fit its (40, 2)) on 40 images of val"
+    )
