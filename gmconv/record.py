@@ -47,7 +47,11 @@ def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLik
     with _answering(model):
         for batch in [batches] if alone else batches:
             given = arguments_of(model, batch)
-            taken, returned = _arrays("input", given.tensors), _returned(model, given, device)
+            if dim := [name for name, tensor in given.tensors.items() if tensor.dtype == torch.bfloat16]:
+                raise RefusedError(
+                    f"input {dim[0]!r} is in bfloat16, which numpy has not: record copy.deepcopy(model).float()"
+                )
+            taken, returned = _arrays(given.tensors), _returned(model, given, device)
             if not parts:
                 _refuse_two_answers(returned, _returned(model, given, device))
             for side, arrays in (("input", taken), ("output", returned)):
@@ -102,17 +106,13 @@ def _returned(model: nn.Module, given: Arguments, device: torch.device) -> dict[
             f"output {other[0]!r} has shape {tuple(named[other[0]].shape)} for {samples} samples, and pairs hold a row "
             f"for each: record a network that returns one"
         )
-    found = _arrays("output", named)
+    found = _arrays(named)
     if damaged := [name for name, array in found.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]:
         raise RefusedError(f"output {damaged[0]!r} is NaN or infinite, which nothing can be compared with: mend that")
     return found
 
 
-def _arrays(side: str, tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
-    if dim := [name for name, tensor in tensors.items() if tensor.dtype == torch.bfloat16]:
-        raise RefusedError(
-            f"{side} {dim[0]!r} is in bfloat16, which numpy has not: record copy.deepcopy(model).float()"
-        )
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
     # Copied, as a forward may return a buffer that its next call overwrites.
     return {name: np.array(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()}
 
