@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from export.precision.converter import PrecisionConverter
 from gmconv.classes import in_order, require_all
 from gmconv.errors import RefusedError
-from runtime.evaluate.accuracy import Noise
+from runtime.evaluate.accuracy import snr_db
 from runtime.evaluate.pixels import IGNORED
 
 #: What is counted: classes of samples, of pixels, or, where an output is no scores of classes, nothing.
@@ -144,14 +144,10 @@ class Judge:
 
     def ratios(self, outputs: Outputs) -> dict[str, float]:
         """Signal to noise of each output in dB; minus infinity where its shape is another or it is not finite."""
-        found = {}
-        for name, reference in self.outputs.items():
-            noise = Noise()
-            alike = outputs[name].shape == reference.shape
-            if alike:
-                noise.add(reference, outputs[name])
-            found[name] = noise.snr_db if alike else -math.inf
-        return found
+        return {
+            name: snr_db(reference, outputs[name]) if outputs[name].shape == reference.shape else -math.inf
+            for name, reference in self.outputs.items()
+        }
 
 
 def read_evaluation_images(source: str | Path | None, converter: PrecisionConverter, limit: int) -> EvaluationImages:

@@ -58,6 +58,13 @@ class Noise:
         return 10 * math.log10(ratio) if ratio > 0 else -math.inf
 
 
+def snr_db(reference: NDArray[Any], candidate: NDArray[Any]) -> float:
+    """`Noise.snr_db` of two arrays of one shape."""
+    noise = Noise()
+    noise.add(reference, candidate)
+    return noise.snr_db
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """`hits` of `total`, and the 95 % Wilson interval of the share behind them."""
@@ -188,8 +195,6 @@ def score(logits: NDArray[Any], reference: NDArray[Any], labels: NDArray[np.int6
             f"labels go from {labels.min()} to {labels.max()}, the network has {logits.shape[1]} classes"
         )
     classes, expected = logits.argmax(1), reference.argmax(1)
-    noise = Noise()
-    noise.add(reference, logits)
     count = len(logits)
     top1 = top5 = None
     if labels is not None:
@@ -202,7 +207,7 @@ def score(logits: NDArray[Any], reference: NDArray[Any], labels: NDArray[np.int6
         top1=top1,
         top5=top5,
         agreement=Share(int((classes == expected).sum()), count),
-        snr_db=noise.snr_db,
+        snr_db=snr_db(reference, logits),
         confusions=_confusions(expected, classes, labels),
     )
 

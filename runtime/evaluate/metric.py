@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from gmconv.data import Batch
 from gmconv.errors import RefusedError, printable, raised_words
 from gmconv.packages import find_own
-from runtime.evaluate.accuracy import Cell, Noise, decibels, wilson
+from runtime.evaluate.accuracy import Cell, decibels, snr_db, wilson
 from runtime.evaluate.bootstrap import Estimate, bootstrap
 
 Array = NDArray[Any]
@@ -114,11 +114,10 @@ class MetricJudge:
         runs = [(id(parts[0]), parts) for parts in zip(*self._outputs, strict=True)]
         found = {key: {n: np.concatenate([part[n] for part in parts]) for n in parts[0]} for key, parts in runs}
         reference = found[runs[0][0]]
-        ratios: dict[int, dict[str, float]] = {key: {} for key in found}
-        for key, outputs in found.items():  # before the metric, which may write into what it is given
-            for name, array in reference.items():
-                (noise := Noise()).add(array, outputs[name])
-                ratios[key][name] = noise.snr_db
+        ratios = {  # before the metric, which may write into what it is given
+            key: {name: snr_db(array, outputs[name]) for name, array in reference.items()}
+            for key, outputs in found.items()
+        }
         values = {key: self._values(outputs) for key, outputs in found.items()}
         before = values[runs[0][0]]
         return [self._score(values[key], before, ratios[key]) for key, _ in runs]
