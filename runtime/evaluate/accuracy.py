@@ -192,7 +192,7 @@ def score(logits: NDArray[Any], reference: NDArray[Any], labels: NDArray[np.int6
         raise RefusedError("an output is NaN or infinite; no accuracy can be given")
     if labels is not None and (labels.min() < 0 or labels.max() >= logits.shape[1]):
         raise RefusedError(
-            f"labels go from {labels.min()} to {labels.max()}, the network has {logits.shape[1]} classes"
+            f"labels go from {labels.min()} to {labels.max()}, the output judged has {logits.shape[1]} classes"
         )
     classes, expected = logits.argmax(1), reference.argmax(1)
     count = len(logits)

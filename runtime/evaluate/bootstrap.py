@@ -52,5 +52,7 @@ def bootstrap(count: int, statistics: Callable[[Weights], NDArray[np.float64]], 
     )
     low, high = np.percentile(draws, (2.5, 97.5), axis=0)
     alike = np.isclose(low, high, rtol=1e-9, atol=1e-12)  # to the rounding of sums
+    rounding = 1e-9 * np.maximum(abs(low), abs(high))  # an end of 1e-17 beside one of 1e-3 is 0
+    low, high = (np.where(abs(end) < rounding, 0.0, end) for end in (low, high))
     ends = [None if same else (float(a), float(b)) for a, b, same in zip(low, high, alike, strict=True)]
     return [Estimate(float(value), interval) for value, interval in zip(values, ends, strict=True)]

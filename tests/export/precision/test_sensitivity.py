@@ -266,7 +266,7 @@ def test_classes_are_those_of_the_network(images: NDArray[np.float32]) -> None:
         Judge({"y": logits}, EvaluationImages("val", (images,), classes, ("a", "b", "c")))
     judge = Judge({"y": logits}, EvaluationImages("val", (images,), classes, ("a", "b", "c", "d")))
     assert judge.title.endswith("val (its sub-folders in alphabetical order are taken as classes 0..3)")
-    with pytest.raises(RefusedError, match=r"val: labels go from 0 to 2, the network has 2 classes"):
+    with pytest.raises(RefusedError, match=r"val: labels go from 0 to 2, the output judged has 2 classes"):
         Judge({"y": logits[:, :2]}, EvaluationImages("val", (images,), classes))
 
 

@@ -72,7 +72,7 @@ def test_without_labels_only_agreement_is_known() -> None:
         (np.ones((2, 3, 1)), np.ones((2, 3, 1)), None, r"\(N, classes\)"),
         (np.ones((0, 3)), np.ones((0, 3)), None, "no samples"),
         (np.full((2, 3), np.nan), np.ones((2, 3)), None, "NaN"),
-        (np.ones((2, 3)), np.ones((2, 3)), np.array([0, 3]), "labels go from 0 to 3, the network has 3 classes"),
+        (np.ones((2, 3)), np.ones((2, 3)), np.array([0, 3]), "labels go from 0 to 3, the output judged has 3 classes"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(

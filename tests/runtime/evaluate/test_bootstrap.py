@@ -31,3 +31,12 @@ def test_one_sample_has_no_interval() -> None:
     assert bootstrap(1, lambda weights: weights * 3) == [Estimate(3.0)]
     assert Estimate(0.5).shown() == "50.00"
     assert Estimate(0.5, (0.25, 0.75)).shown() == "50.00 [25.00, 75.00]"
+
+
+def test_an_end_that_is_nothing_but_rounding_is_zero() -> None:
+    """`[-0.000442, 8.33e-18]` is `[-0.000442, 0]`."""
+    drops = np.array([-4e-4] + [0.1 + 0.2 - 0.3] * 9)
+    (found,) = bootstrap(len(drops), lambda weights: np.array([weights @ drops / weights.sum()]))
+    assert found.interval is not None
+    assert found.interval[0] < -1e-5
+    assert found.interval[1] == 0

@@ -451,7 +451,7 @@ def test_what_cannot_be_judged_names_the_data_or_the_artefact(tmp_path: Path) ->
     artefact = save(tmp_path / "a.onnx")
     images = np.random.default_rng(0).random((4, 1, 2, 4), dtype=np.float32)
     np.savez(tmp_path / "far.npz", input=images, labels=np.array([0, 1, 2, CLASSES]))
-    with pytest.raises(RefusedError, match=r"^far\.npz: labels go from 0 to 8, the network has 8 classes"):
+    with pytest.raises(RefusedError, match=r"^far\.npz: labels go from 0 to 8, the output judged has 8 classes"):
         evaluate([artefact], EvaluateOptions(images=tmp_path / "far.npz"))
     np.savez(tmp_path / "nan.npz", input=images * np.nan, labels=np.arange(4))
     with pytest.raises(RefusedError, match=r"nan\.npz: sample 0 holds NaN"):
