@@ -326,6 +326,7 @@ def _manifest(
             dynamic_hw=options.dynamic_hw,
             shapes={spec.name: one.shape for spec, one in zip(exported.inputs, facts.inputs, strict=True)},
             simplify=options.simplify,
+            fuse=options.fuse,
             operators=exported.operators,
             rows_meet=proof.reference.apart > 0,
             notes=(*confirmed, *facts.notes, *proof.reference.notes),
@@ -369,8 +370,7 @@ def _write_variants(
         chain = (*manifest.chain, replace(manifest.artefact, file=manifest.artefact.file.removeprefix(".fp32.")))
         described = replace(with_precision(manifest, graph, audit), chain=chain)
         written = save_graph(graph, folder / name, described, external=bool(manifest.external))
-        quantized = precision in ("int8", "fp8")
-        checked = proof.on_images() if quantized else proof
+        checked = proof.on_images() if precision in ("int8", "fp8") else proof
         outputs = run_onnx(folder / name, list(checked.cases))
         verdict = replace(checked, shipped=outputs).judge_file(precision, folder / name)
         if not verdict.passed:

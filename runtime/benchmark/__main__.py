@@ -18,12 +18,13 @@ from gmconv.errors import Interrupted
 from gmconv.files import write_text
 from gmconv.foreign import Foreign, foreign_options
 from runtime.benchmark import exports
-from runtime.benchmark.comparison import Comparison, against_first, compare, require_same_inputs, with_twins
+from runtime.benchmark.comparison import Comparison, against_first, compare, require_same_inputs
 from runtime.benchmark.layers import layer_info, layer_times
 from runtime.benchmark.measure import Artefact, Measured, Prepared, measure, parse_artefact, progress_line
 from runtime.benchmark.options import Options, collect, options, refuse_single_flags
 from runtime.benchmark.timing import Progress
 from runtime.benchmark.trtexec import Log, explanations, heading, profile_table, prolog, summary, trace_averages
+from runtime.benchmark.twins import with_twins
 from runtime.report.artefacts import require_report
 from runtime.runners.base import LayerTime
 from runtime.runners.neighbours import with_neighbours

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from gmconv.asking import Asked
-from gmconv.child import child_command, child_environment
-from gmconv.errors import BuildError, RefusedError
+from gmconv.errors import RefusedError
 from gmconv.files import each_path
-from gmconv.foreign import NOTHING, Foreign
-from runtime.artefact import artefact_kind
+from gmconv.foreign import Foreign
 from runtime.benchmark import machine
 from runtime.benchmark.interleave import Interleaved, Ratio, interleave
 from runtime.benchmark.measure import Artefact, Prepared, parse_artefact
 from runtime.benchmark.options import FLAG_OF, Options
 from runtime.benchmark.timing import LoopOptions, Progress
 from runtime.benchmark.trtexec import words
-from runtime.manifest import Manifest, find_manifest, read_manifest
 from runtime.report import Facts, Latency, LatencyRun, RatioRow, Section
 from runtime.report.shown import Shown
 from runtime.runners.neighbours import with_neighbours
@@ -42,19 +36,22 @@ FEW_ROUNDS = 10
 class Contender:
     """An artefact in a comparison, and the index of the one it is divided by (its own: it is a reference).
 
-    `live`: the network as it was trained, which everything else on the same clock is divided by as well.
+    `live`: the network as it was trained, which everything else on the same clock is divided by as well. `no_twin`: why
+    there is none to divide it by, where one was asked for.
     """
 
     artefact: Artefact
     reference: int = 0
     live: bool = False
+    no_twin: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One line of the result. `reference` is None for a reference, `ratio` also before the first complete round.
 
-    `over_live` is the latency over the live network's; None where there is none, or one on another clock.
+    `over_live` is the latency over the live network's; None where there is none, or one on another clock. `no_twin`:
+    why it has no reference and is none.
     """
 
     name: str
@@ -64,6 +61,7 @@ class Row:
     latency: dict[str, Any]
     ratio: Ratio | None
     over_live: Ratio | None = None
+    no_twin: str = ""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -88,6 +86,7 @@ class Comparison(Shown):
                     "reference": row.reference,
                     "ratio": _interval(row.ratio),
                     "over_live": _interval(row.over_live),
+                    **({"no_twin": row.no_twin} if row.no_twin else {}),
                 }
                 for row in self.rows
             ],
@@ -145,8 +144,8 @@ class Comparison(Shown):
                 row.runner,
                 median,
                 tail,
-                str(row.ratio or "-") if row.reference else "1 (reference)",
-                row.reference or "",
+                str(row.ratio or "-") if row.reference or row.no_twin else "1 (reference)",
+                row.reference or ("no twin" if row.no_twin else ""),
                 *([str(row.over_live or "-")] if with_live else []),
             )
         return table
@@ -226,9 +225,11 @@ def compare(
                 as_json(describe(values, percentiles)) if len(values) else {},
                 ratio,
                 result.ratio(index, live) if comparable and live is not None and result.rounds else None,
+                contender.no_twin,
             )
         )
-    warnings = [text for opened in prepared for text in opened.layout_warnings] + list(disturbed.warnings)
+    warnings = [f"no twin of {row.name}: {row.no_twin}" for row in rows if row.no_twin]
+    warnings += [text for opened in prepared for text in opened.layout_warnings] + list(disturbed.warnings)
     if 0 < result.rounds < FEW_ROUNDS:
         warnings.append(f"Only {result.rounds} rounds: the intervals are rough; measure longer with --duration.")
     elif loose := [row.name for row in rows if row.ratio is not None and row.ratio.loose]:
@@ -257,94 +258,6 @@ def against_first(artefacts: Sequence[Artefact]) -> list[Contender]:
         else Contender(artefact)
         for i, artefact in enumerate(artefacts)
     ]
-
-
-def with_twins(artefacts: Sequence[Artefact], folder: Path, foreign: Foreign = NOTHING) -> list[Contender]:
-    """The artefacts and, per engine, the plain-convolution twin they are divided by.
-
-    The twin has the checkpoint's weights and no mask, and is exported and built by the same commands with the same
-    settings. In torch the live and the baked network join it: live / twin is what the masks cost, baked / live what
-    baking gave back.
-
-    Raises:
-        click.UsageError: not exactly one checkpoint among the artefacts.
-        RefusedError: an engine without its manifest, which says how to build its twin.
-        BuildError: the twin's export or build failed.
-    """
-    kinds = [artefact_kind(artefact.path) for artefact in artefacts]
-    if kinds.count("checkpoint") != 1:
-        raise click.UsageError("--twin needs one checkpoint among the artefacts: the twin is made from it")
-    from runtime.runners.torch import write_twin
-
-    checkpoint = artefacts[kinds.index("checkpoint")]
-    twin = folder / "twin.pt"
-    write_twin(checkpoint.path, twin, foreign)
-    contenders = [Contender(Artefact(twin, {**checkpoint.options, "form": "baked"}, "torch twin (no masks)", True))]
-    contenders += [
-        Contender(
-            replace(checkpoint, options={**checkpoint.options, "form": form}, label=f"torch {form}"), 0, form == "live"
-        )
-        for form in ("live", "baked")
-    ]
-    for artefact, kind in zip(artefacts, kinds, strict=True):
-        if kind == "checkpoint":
-            continue
-        reference = len(contenders)
-        exported = folder / f"twin-{reference}.onnx"
-        if kind == "engine":
-            manifest = read_manifest(artefact.path)
-            export_twin(twin, exported, manifest.precision, foreign)
-            exported = build_twin(exported, manifest)
-        else:
-            known = find_manifest(artefact.path)
-            export_twin(twin, exported, known.precision if known else "fp32", foreign)
-        label = f"twin of {artefact.name}"
-        contenders += [
-            Contender(Artefact(exported, artefact.options, label, True), reference),
-            Contender(artefact, reference),
-        ]
-    return contenders
-
-
-def export_twin(checkpoint: Path, output: Path, precision: str, foreign: Foreign = NOTHING) -> None:
-    """Export the twin as the artefact was exported, in a process of its own. Raises BuildError."""
-    command = ["export.onnx", str(checkpoint), "-o", str(output)]
-    if foreign.arch is not None:  # the twin is a file of ours, which knows the rest
-        command += ["--arch", foreign.arch]
-    if precision != "fp32":
-        command += ["--precision", precision]
-    _succeed(command, "exported")
-
-
-def build_twin(onnx_path: Path, manifest: Manifest) -> Path:
-    """Build the twin's engine as the one that `manifest` describes, in a process of its own. Raises BuildError."""
-    build, output = manifest.build, onnx_path.with_suffix(".plan")
-    if build is None:
-        raise BuildError(f"{manifest.artefact.file}: its manifest does not say how it was built; build it again")
-    command = ["export.tensorrt", str(onnx_path), "-o", str(output), "--no-verify", "--flavor", build.flavor]
-    for profile in manifest.profiles:
-        for side in ("min", "opt", "max"):
-            shapes = (f"{name}:{'x'.join(map(str, getattr(found, side)))}" for name, found in profile.items())
-            command += [f"--{side}Shapes", ",".join(shapes)]
-    command += ["--tf32"] if build.tf32 else []
-    if build.compute_capabilities:
-        command += ["--compute-capability", ",".join(build.compute_capabilities)]
-    if build.hardware_compatibility != "none":
-        command += ["--hardware-compatibility", build.hardware_compatibility]
-    if build.optimization_level is not None:
-        command += ["--builder-optimization-level", str(build.optimization_level)]
-    if build.workspace_mib is not None:
-        command += ["--workspace", str(build.workspace_mib)]
-    _succeed(command, "built")
-    return output
-
-
-def _succeed(command: Sequence[str], what: str) -> None:
-    child = child_command(*command)
-    done = subprocess.run(child, capture_output=True, text=True, check=False, env=child_environment())
-    if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no message"]
-        raise BuildError(f"the twin could not be {what} (exit {done.returncode}): {last[0]}")
 
 
 def require_same_inputs(prepared: Sequence[Prepared]) -> None:

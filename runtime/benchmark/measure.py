@@ -110,8 +110,11 @@ class Prepared:
     @property
     def layout_warnings(self) -> tuple[str, ...]:
         """That a quantized graph is laid out for another runtime than it is timed in, that graphs are off; if so."""
-        graphs = self.runner.graph_problem
-        warnings = (layout_warning(self.manifest, self.device), graphs and f"CUDA graphs could not be used: {graphs}")
+        graphs, name = self.runner.graph_problem, self.artefact.name if self.artefact.generated else ""
+        warnings = (
+            layout_warning(self.manifest, self.device, name),
+            graphs and f"CUDA graphs could not be used: {graphs}",
+        )
         return tuple(warning for warning in warnings if warning)
 
     def mode(self, options: Options) -> dict[str, Any]:

@@ -72,17 +72,18 @@ def graph_options(precision: str, quantization: Quantization | None) -> SessionO
     return SessionOptions("basic", as_written=True)
 
 
-def layout_warning(manifest: Manifest | None, device: str) -> str | None:
+def layout_warning(manifest: Manifest | None, device: str, name: str = "") -> str | None:
     """One sentence when a quantized graph is laid out for another runtime than `device` has; None when it fits.
 
     Args:
         manifest: of the artefact; None (a foreign file) says nothing.
         device: "cpu", "cuda:0", ...
+        name: what the sentence calls the artefact, instead of its file's name.
     """
     quantization = manifest.quantization if manifest is not None else None
     if manifest is None or quantization is None or manifest.artefact.kind != "onnx":
         return None
-    name, target, on_cpu = manifest.artefact.file, quantization.target, device.startswith("cpu")
+    name, target, on_cpu = name or manifest.artefact.file, quantization.target, device.startswith("cpu")
     if on_cpu and manifest.precision == "fp8":
         return (
             f"{name}: fp8 has no CPU kernels; ONNX Runtime emulates it unoptimized, slower than fp32 (timings say "

@@ -158,3 +158,23 @@ def host_runner() -> HostRunner:
 def device_runner_of() -> Callable[[float], DeviceRunner]:
     """Makes a device runner whose times are scaled."""
     return DeviceRunner
+
+
+@pytest.fixture(scope="package")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained GMConv network with masks that matter (sigma 0.8)."""
+    import torch
+
+    import gmconv
+
+    torch.manual_seed(0)
+    model = gmconv.models.create("resnet8", num_classes=10, sigma=0.8)
+    path = tmp_path_factory.mktemp("ckpt") / "small.pt"
+    gmconv.save_checkpoint(
+        path,
+        model,
+        arch="gmconv.models:resnet8",
+        input_shape=(3, 16, 16),
+        arch_kwargs={"num_classes": 10, "sigma": 0.8},
+    )
+    return path
