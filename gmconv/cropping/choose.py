@@ -13,7 +13,7 @@ assumed: `crop_model` returns it in a `CropCertificate`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -29,6 +29,7 @@ from gmconv.surgery import copied, refuse_script, require_module
 M = TypeVar("M", bound=nn.Module)
 Tolerance = float | Literal["lossless"]
 Where = Callable[[str, nn.Conv2d], bool]
+Size = tuple[int, int]
 
 
 def crop(
@@ -111,6 +112,19 @@ def crop_to(model: M, windows: Mapping[str, Window], *, inplace: bool = False) -
         crop_conv(conv, window, kernels.get(key))
         kernels[key] = cast(nn.Parameter, conv.weight)
     return model
+
+
+def crop_alike(model: M, layers: Iterable[tuple[str, Size, Size, Size]]) -> M:
+    """Cut a baked model in place as another was: each layer's name, kernel before, offset and size of what it kept.
+
+    Raises SurgeryError where a layer is not there, cannot be cropped, or had another kernel.
+    """
+    convs, windows = croppable(model), {}
+    for name, kernel, offset, kept in layers:
+        if name in convs and (size := tuple(convs[name].kernel_size)) != kernel:
+            raise SurgeryError(f"{layer_words(name)} was {kernel} before that crop, here it is {size}")
+        windows[name] = Window(*offset, *kept)
+    return crop_to(model, windows, inplace=True)
 
 
 def croppable(model: nn.Module, where: Where | None = None) -> dict[str, nn.Conv2d]:

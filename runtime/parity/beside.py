@@ -1,4 +1,4 @@
-"""What a checkpoint computes beside its plain run: in float64, and with the rounding of a lower precision."""
+"""What a checkpoint computes beside its plain run: in float64, rounded as a lower precision is, with kernels cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from gmconv.errors import RefusedError
 from runtime.manifest import Manifest
-from runtime.records import Tolerance
+from runtime.records import Crop, Tolerance
 from runtime.runners import open_runner
 from runtime.runners.base import Array, Runner
 
@@ -45,25 +45,53 @@ class Memory:
 
 
 class Beside:
-    """Two more runners of one checkpoint, each opened when it is first wanted. `options` are those of its runner."""
+    """Two more runners of one checkpoint, each opened when it is first wanted. `options` are those of its runner.
 
-    def __init__(self, checkpoint: Path, options: dict[str, Any]) -> None:
-        self._checkpoint, self._options = checkpoint, options
+    With a `crop` the kernels of both are baked, and cut as those of the artefact whose manifest tells it: it changes a
+    network on purpose, and under what it may cost another one would hide, the same trained further for example.
+    """
+
+    def __init__(self, checkpoint: Path, options: dict[str, Any], crop: Crop | None = None) -> None:
+        self._checkpoint, self._options, self._crop = checkpoint, options, crop
+        self._cuts: dict[tuple[Any, ...], Beside] = {}
+        #: Outputs of the two, for those who cut alike.
+        self.memory = Memory()
         #: By the form of a run, the layers whose weights were rounded in it.
         self.weights: dict[str, set[str]] = {}
 
     @cached_property
     def exact(self) -> Runner:
         """In float64."""
+        if self._crop is not None:
+            return self._cut(dtype="float64")
         return open_runner(self._checkpoint, dtype="float64", **self._options)
 
     @cached_property
     def baked(self) -> Runner:
-        """In fp32, masks baked as an artefact has them; live where a kernel depends on the input."""
+        """In fp32, masks baked as an artefact has them; live where a kernel depends on the input.
+
+        Raises RefusedError, gmconv.errors.SurgeryError where kernels cannot be cut as the crop says.
+        """
+        if self._crop is not None:
+            return self._cut()
         try:
             return open_runner(self._checkpoint, form="baked", **self._options)
         except RefusedError:
             return open_runner(self._checkpoint, **self._options)
+
+    def cut(self, crop: Crop) -> Beside:
+        """The same checkpoint with its kernels cut, the same one for each crop to the same windows."""
+        windows = tuple((layer.name, layer.offset, layer.kept) for layer in crop.layers)
+        return self._cuts.setdefault(windows, Beside(self._checkpoint, self._options, crop))
+
+    def _cut(self, **more: Any) -> Runner:
+        from runtime.runners.torch import TorchRunner
+
+        runner = open_runner(self._checkpoint, form="baked", **more, **self._options)
+        assert isinstance(runner, TorchRunner)
+        assert self._crop is not None
+        runner.crop(self._crop.layers)
+        return runner
 
     @contextmanager
     def rounding(self, tolerance: Tolerance, manifest: Manifest | None) -> Iterator[Runner]:

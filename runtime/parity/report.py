@@ -15,6 +15,7 @@ from gmconv.foreign import NOTHING, Foreign
 from runtime.artefact import artefact_kind
 from runtime.manifest import find_manifest
 from runtime.parity.cases import NOISE_ALONE, NOT_FROM_THIS
+from runtime.parity.cropped import CROP_ALONE, CUT
 from runtime.parity.tolerances import of_a_crop
 from runtime.parity.unrounded import LIMIT, UNROUNDED
 from runtime.parity.verdict import Verdict
@@ -235,7 +236,7 @@ def _table(report: ParityReport, candidate: CandidateReport) -> Table:
         + f"; {LIMIT}" * any(hop.name.endswith(UNROUNDED) for hop in candidate.verdict.hops),
     )
     for hop in candidate.verdict.hops:
-        form = UNROUNDED if hop.name.endswith(UNROUNDED) else ""
+        form = UNROUNDED if hop.name.endswith(UNROUNDED) else CROP_ALONE if hop.candidate == CUT else ""
         side = f" -> {hop.candidate}" if hop.reference == "recorded" else ""  # which of the two is held against it
         for o in hop.outputs:
             table.add(
@@ -293,9 +294,12 @@ def _verdict(candidate: CandidateReport) -> str:
         found = [output.margin for hop in candidate.verdict.hops for output in hop.outputs]
         margins = [margin for margin in found if margin is not None]
         close = "equal" if min(margins, default=math.inf) == math.inf else f"smallest margin {min(margins):.3g}x"
-        wide = of_a_crop(candidate.tolerance)
-        crop = f", {wide:.1e} allowed for the crop" if wide else ""
+        wide = max((of_a_crop(hop.tolerance) for hop in candidate.verdict.hops if hop.tolerance), default=0.0)
+        cuts = [o.rel_rms or 0 for hop in candidate.verdict.hops if hop.candidate == CUT for o in hop.outputs]
+        cost = (
+            f", its crop costs {max(cuts):.1e} ({wide:.1e} allowed)" if cuts else f", {wide:.1e} allowed for the crop"
+        )
         alone = ", on noise alone" if NOISE_ALONE in candidate.verdict.notes else ""
         other = f", {NOT_FROM_THIS}" if any(NOT_FROM_THIS in note for note in candidate.verdict.notes) else ""
-        return f"PASSED  {candidate.path}  {candidate.precision}, {close}{crop}{alone}{other}"
+        return f"PASSED  {candidate.path}  {candidate.precision}, {close}{cost * bool(wide)}{alone}{other}"
     return f"FAILED  {candidate.path}  {candidate.verdict.summary()}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,19 @@ from gmconv.foreign import NOTHING, Foreign
 from gmconv.images import differences
 from runtime.artefact import Artefact, artefact_kind, open_artefact
 from runtime.parity.beside import MOST_NUMBERS, Beside, Memory
-from runtime.parity.cases import NOT_FROM_THIS, Case, Feeds, Wanted, make_cases
+from runtime.parity.cases import NOT_FROM_THIS, Case, Wanted, make_cases
 from runtime.parity.compare import Comparator
+from runtime.parity.cropped import CUT, CropCost, cut_alike
 from runtime.parity.layers import graph_precision, same_kernels
+from runtime.parity.pair import Pair
 from runtime.parity.report import CandidateReport, ParityReport
-from runtime.parity.tables import table_ends
 from runtime.parity.tolerances import MAX_CROP_COST, crop_cost, for_engine, judged_as, override, tolerance_for, widen
 from runtime.parity.unrounded import UNROUNDED, Measures, unrounded
-from runtime.parity.verdict import Verdict, order_notes
+from runtime.parity.verdict import Verdict
 from runtime.parity.yardstick import Yardstick, one_by_one
-from runtime.records import Crop, Hop, OutputComparison, Tolerance
+from runtime.records import Crop, Hop, Tolerance
 from runtime.runners import open_runner
-from runtime.runners.base import Array, Runner, numpy_dtype
+from runtime.runners.base import Runner
 from runtime.runners.neighbours import with_neighbours
 
 Note = Callable[[str], None]
@@ -98,7 +100,7 @@ def compare_artefacts(
     is_checkpoint = artefact_kind(reference) == "checkpoint"
     extra: dict[str, Any] = {"dynamic_hw": True, "foreign": options.foreign} if is_checkpoint else {}
     with open_runner(reference, _device(reference, options.reference_device), **extra) as runner:
-        beside = Beside(reference, extra) if is_checkpoint and options.yardstick else None
+        beside = Beside(reference, extra) if is_checkpoint else None
         memory = Memory() if len(paths) > 1 else Memory(0)
         reports, lacking = [], {}
         for path in paths:
@@ -122,39 +124,40 @@ def _compare(
     artefact.require_agreement(options.foreign.preprocessing)
     manifest = artefact.manifest
     precision = options.precision or _precision(artefact, notes)
-    tolerance = _tolerance(precision, artefact, reference.artefact, options, notes)
+    tolerance = wide = _tolerance(precision, artefact, reference.artefact, options, notes)
+    whole, costs = reference, None
+    if cut := cut_alike(beside, manifest, wide, notes):
+        reference, beside, memory, tolerance = cut.baked, cut, cut.memory, _plain(precision, artefact)
+        costs = CropCost(whole, wide, Comparator(wide, classes=options.classes))
+    beside = beside if options.yardstick else None
     with open_candidate(artefact, options, precision, notes) as candidate:
         facts = candidate.artefact.facts | reference.artefact.facts
         _check_source(reference.artefact, candidate.artefact, notes)
         wanted = _wanted(options, tolerance, [m.crop for m in (manifest, source) if m and m.crop])
-        pair = _Pair(reference, candidate, memory)
+        pair = Pair(reference, candidate, memory)
         wanted = replace(wanted, between=pair.table_ends())
         cases, more = make_cases(candidate.inputs, candidate.profiles, facts, wanted)
         judge = beside is not None and tolerance == tolerance_for("fp32")
         yardstick = Yardstick()
-        recorded = _recorded(pair, tolerance, options)
+        recorded = _recorded(whole, candidate, wide, options)
         comparator = Comparator(tolerance, classes=options.classes)
         without = unrounded(candidate, tolerance, beside, more, classes=options.classes)
-        beyond = Measures(beside, yardstick if judge else None, without)
-        ran = []
-        for index, case in enumerate(cases):
-            note(f"comparing {path.name} on {case.label} {case.shape}")
-            if _run_case(pair, (index, case), comparator, tolerance, beyond):
-                ran.append((index, case))
-            else:
-                more.append(f"the reference itself does not run on {case.shape}; not compared there")
+        beyond = Measures(beside, yardstick if judge else None, without, costs)
+        ran = _run_cases(pair, cases, comparator, tolerance, beyond, note)
+        more += [
+            f"the reference itself does not run on {case.shape}; not compared there"
+            for index, case in enumerate(cases)
+            if index not in ran
+        ]
         comparator.allow(own := yardstick.own())
-        cases = [case for _, case in ran]
-        results = [pair.hop(case, comparator.result(index), tolerance) for index, case in ran]
-        plain = beyond.unrounded.graph.results() if beyond.unrounded else {}
-        results += [pair.hop(case, plain[i], tolerance, UNROUNDED) for i, case in ran if i in plain]
+        results = _results(pair, ran, comparator, tolerance, beyond)
         report = CandidateReport(
             path=path,
             engine=candidate.name,
             precision=precision,
             tolerance=tolerance,
             verdict=Verdict(
-                (*(hop(own) for hop in recorded), *results),
+                (*(hop(own) for hop in recorded), *_of_crop(pair, ran, costs), *results),
                 yardstick.result() if judge else (),
                 (*notes, *pair.notes, *more, *comparator.notes()),
             ),
@@ -169,9 +172,29 @@ def _compare(
         from runtime.parity.bisect import bisect, telling
 
         note(f"looking for the first layer of {path.name} that differs")
-        feeds = telling(cases, results)
+        feeds = telling(list(ran.values()), results)
         report = replace(report, bisection=bisect(reference, path, feeds, tolerance, manifest, options.foreign))
     return replace(report, seconds=time.perf_counter() - started)
+
+
+def _results(
+    pair: Pair, ran: Mapping[int, Case], comparator: Comparator, tolerance: Tolerance, beyond: Measures
+) -> list[Hop]:
+    """What came of the cases that ran, and then of the candidate with its activations unrounded."""
+    plain = beyond.unrounded.graph.results() if beyond.unrounded else {}
+    return [
+        *(pair.hop(case, comparator.result(index), tolerance) for index, case in ran.items()),
+        *(pair.hop(case, plain[index], tolerance, UNROUNDED) for index, case in ran.items() if index in plain),
+    ]
+
+
+def _of_crop(pair: Pair, ran: Mapping[int, Case], costs: CropCost | None) -> list[Hop]:
+    """The whole checkpoint against itself with its kernels cut, where the candidate is compared with the latter."""
+    if costs is None:
+        return []
+    left = pair.reference.artefact.path.name
+    hops = (pair.hop(case, costs.result(index), costs.limit) for index, case in ran.items())
+    return [replace(hop, name=f"{left} -> {CUT}", reference=left, candidate=CUT) for hop in hops]
 
 
 def _wanted(options: ParityOptions, tolerance: Tolerance, crops: Sequence[Crop]) -> Wanted:
@@ -186,21 +209,35 @@ def _wanted(options: ParityOptions, tolerance: Tolerance, crops: Sequence[Crop])
     )
 
 
-def _recorded(pair: _Pair, tolerance: Tolerance, options: ParityOptions) -> list[Callable[[Mapping[str, float]], Hop]]:
+def _recorded(
+    reference: Runner, candidate: Runner, tolerance: Tolerance, options: ParityOptions
+) -> list[Callable[[Mapping[str, float]], Hop]]:
     """Golden pairs against either side: the live network by fp32's tolerance, the candidate by its own."""
     if options.golden is None:
         return []
     from runtime.parity.recorded import recorded_hop
 
-    hops = [recorded_hop(options.golden, pair.candidate, "candidate", tolerance, classes=options.classes)]
-    if pair.reference.artefact.kind == "checkpoint":
+    hops = [recorded_hop(options.golden, candidate, "candidate", tolerance, classes=options.classes)]
+    if reference.artefact.kind == "checkpoint":
         exact = tolerance_for("fp32")
-        hops.insert(0, recorded_hop(options.golden, pair.reference, "live", exact, classes=options.classes))
+        hops.insert(0, recorded_hop(options.golden, reference, "live", exact, classes=options.classes))
     return hops
 
 
+def _run_cases(
+    pair: Pair, cases: Sequence[Case], comparator: Comparator, tolerance: Tolerance, beyond: Measures, note: Note
+) -> dict[int, Case]:
+    """Compare the cases; those that the reference runs, by number."""
+    ran = {}
+    for index, case in enumerate(cases):
+        note(f"comparing {pair.candidate.artefact.path.name} on {case.label} {case.shape}")
+        if _run_case(pair, (index, case), comparator, tolerance, beyond):
+            ran[index] = case
+    return ran
+
+
 def _run_case(
-    pair: _Pair,
+    pair: Pair,
     numbered: tuple[int, Case],
     comparator: Comparator,
     tolerance: Tolerance,
@@ -230,81 +267,14 @@ def _run_case(
             if beyond.unrounded is not None:
                 beyond.unrounded.add(feeds, expected, rounded, number, pair.run_reference, real=case.real)
         comparator.add(expected, found, number, real=case.real, rounded=rounded)
+        if beyond.crop is not None:
+            beyond.crop.add(partial(pair.run_reference, feeds), expected, number, real=case.real)
         if beside is not None and beyond.yardstick is not None and first and few:
             exact = pair.run_reference(feeds, "float64", beside.exact)
             beyond.yardstick.add(exact, expected, found)
             if beyond.yardstick.wants_more(exact, expected):
                 beyond.yardstick.add_again(exact, one_by_one(pair.run_reference, feeds))
     return True
-
-
-class _Pair:
-    """Reference and candidate with the names of their tensors matched; `notes` say where their order differs.
-
-    Inputs, and the outputs of a checkpoint, go by name where the names agree and by position where they do not:
-    checkpoints do not name their tensors.
-    """
-
-    def __init__(self, reference: Runner, candidate: Runner, memory: Memory) -> None:
-        self.reference, self.candidate, self._memory = reference, candidate, memory
-        name = candidate.artefact.path.name
-        self._ends = reference.artefact.path.name, name
-        ours, theirs = reference.inputs, list(candidate.inputs)
-        own_inputs = [spec.name for spec in ours]
-        self.notes = order_notes("inputs", own_inputs, [spec.name for spec in theirs])
-        if self.notes:
-            theirs.sort(key=lambda spec: own_inputs.index(spec.name))
-        if len(ours) != len(theirs):
-            raise RefusedError(f"the reference takes {len(ours)} inputs, {name} {len(theirs)}: not one network")
-        for mine, other in zip(ours, theirs, strict=True):
-            if not _compatible(mine.shape, other.shape):
-                raise RefusedError(
-                    f"the reference's {mine.name} is {tuple(mine.shape)}, that of {name} ({other.name}) "
-                    f"{tuple(other.shape)}: not one network"
-                )
-        self._inputs = {a.name: (b.name, a.dtype) for a, b in zip(ours, theirs, strict=True)}
-        self._outputs: dict[str, str] = {}
-        names = [spec.name for spec in candidate.outputs]
-        own = [spec.name for spec in reference.outputs]
-        self.notes += order_notes("outputs", own, names)
-        if reference.artefact.kind == "checkpoint" and set(own) != set(names) and len(own) == len(names):
-            self._outputs = dict(zip(own, names, strict=True))
-
-    def table_ends(self) -> dict[str, tuple[int, int]]:
-        """First and last row, for those of the candidate's inputs that choose rows of a table on either side."""
-        found = table_ends(self.candidate)
-        for name, (low, high) in table_ends(self.reference).items():
-            other = self._inputs[name][0]
-            found[other] = low, min(high, found.get(other, (low, high))[1])
-        return found
-
-    def hop(self, case: Case, outputs: tuple[OutputComparison, ...], tolerance: Tolerance, how: str = "") -> Hop:
-        """The record of one case; `how`: in what form the candidate ran."""
-        left, right = self._ends
-        return Hop(
-            name=f"{left} -> {right}{how}",
-            reference=left,
-            candidate=right,
-            inputs=case.label,
-            shapes=case.shapes,
-            outputs=outputs,
-            tolerance=tolerance,
-        )
-
-    def run_reference(self, feeds: Feeds, form: str = "", runner: Runner | None = None) -> dict[str, Array]:
-        """The reference's outputs under the candidate's names, from the candidate's inputs in its own dtypes.
-
-        `form` names what `runner` is, in place of the reference itself.
-        """
-        own = {name: feeds[source].astype(numpy_dtype(dtype)) for name, (source, dtype) in self._inputs.items()}
-        outputs = self._memory.recall(form, own, lambda: (runner or self.reference).run(own))
-        return {self._outputs.get(name, name): value for name, value in outputs.items()}
-
-
-def _compatible(left: Sequence[int | str], right: Sequence[int | str]) -> bool:
-    """Whether one array fits both shapes; free axes fit anything."""
-    pairs = zip(left, right, strict=False)
-    return len(left) == len(right) and all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
 
 
 def open_candidate(artefact: Artefact, asked: ParityOptions, precision: str, notes: list[str]) -> Runner:
@@ -322,6 +292,12 @@ def _device(path: Path, device: str) -> str:
     return "cuda:0" if device == "cpu" and artefact_kind(path) == "engine" else device
 
 
+def _plain(precision: str, artefact: Artefact) -> Tolerance:
+    """The table's row."""
+    tolerance = tolerance_for(precision)
+    return for_engine(tolerance) if artefact.kind == "engine" else tolerance
+
+
 def _tolerance(
     precision: str, artefact: Artefact, reference: Artefact, options: ParityOptions, notes: list[str]
 ) -> Tolerance:
@@ -329,10 +305,7 @@ def _tolerance(
 
     A file without a manifest whose kernels are as large as a cropped reference's has the reference's crop.
     """
-    tolerance = tolerance_for(precision)
-    manifest = artefact.manifest
-    if artefact.kind == "engine":
-        tolerance = for_engine(tolerance)
+    tolerance, manifest = _plain(precision, artefact), artefact.manifest
     if options.tolerance is not None:
         notes.append(f"tolerance {options.tolerance:g} was given; the table says {tolerance.rel_rms:g} for {precision}")
         return override(tolerance, options.tolerance)

@@ -12,9 +12,9 @@ which every library uses, keep it far below that.
 Measured (ResNet-20 trained on digits, 360 held-out images, ONNX Runtime on a CPU): fp32 3.0e-7, fp16 6.4e-4, bf16
 6.8e-3, int8 2.3e-2, fp8 6.1e-2: 6 to 70 times inside the table, which also has to hold at seven times the depth.
 
-A cropped network differs on purpose: `crop_cost` says by how much it may, for the exporter and for parity alike. By the
-triangle inequality the two errors add: what holds hop by hop at the export (baked -> cropped -> shipped) holds in the
-one comparison that parity makes (live -> shipped).
+A cropped network differs on purpose: `crop_cost` says by how much it may, for the exporter and for parity alike. Parity
+compares hop by hop as the export does (`runtime.parity.cropped`); where it cannot, with a whole ONNX file say, the two
+errors add, by the triangle inequality.
 """
 
 from __future__ import annotations
@@ -212,9 +212,7 @@ def crop_cost(crop: Crop | None) -> float:
     - "lossless", or a crop of no layer, or of none but zero taps: 0. The precision's own tolerance has room for another
       order of the sums.
     - a tolerance t: 10 t. Each layer may lose the share t of its taps' L1 norm; errors of L layers add as a random
-      walk, sqrt(L), 12.3 for the deepest of the zoo, and a layer's error is far below the worst case that t bounds. So
-      far below that it is no more than five times the measured RMS error either, but 2 t: else a crop by 5e-2 that cost
-      1e-2 would pass for another network's.
+      walk, sqrt(L), 12.3 for the deepest of the zoo, and a layer's error is far below the worst case that t bounds.
     - an error budget b: b. It bounds the largest error on the calibration data; the RMS, several times smaller, has
       the rest as room for other data.
     - a budget of top-1 points, or a certificate that says none of these: twice the measured RMS error, 0 if there is
@@ -226,8 +224,6 @@ def crop_cost(crop: Crop | None) -> float:
         cost = 0.0
     elif crop.tolerance is not None:
         cost = 10 * crop.tolerance
-        if crop.end_to_end is not None:
-            cost = min(cost, max(2 * crop.tolerance, 5 * crop.end_to_end.relative_rms))
     elif crop.budget is not None and crop.budget.kind == "error":
         cost = crop.budget.value
     else:

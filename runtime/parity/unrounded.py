@@ -23,6 +23,7 @@ from gmconv.cli import require
 from gmconv.errors import RefusedError, UnavailableError
 from runtime.parity.beside import Beside
 from runtime.parity.compare import Comparator
+from runtime.parity.cropped import CropCost
 from runtime.parity.layers import Graph
 from runtime.parity.pool import WEIGHTS
 from runtime.parity.yardstick import Yardstick
@@ -190,6 +191,7 @@ class Measures:
     beside: Beside | None
     yardstick: Yardstick | None
     unrounded: Beyond | None
+    crop: CropCost | None = None
 
 
 def judged_unrounded(tolerance: Tolerance) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from gmconv.images import read_preprocessing
 from runtime import cuda
 from runtime.artefact import Artefact, Facts, exported_as
 from runtime.manifest import TensorSpec
+from runtime.records import CropLayer
 from runtime.runners.base import Array, LayerTime, Query, Runner, Threads, validate_feeds
 from runtime.runners.torch_network import Captured, torch_device
 from runtime.runners.torch_queries import make_queries
@@ -235,15 +236,9 @@ class TorchRunner(Runner):
 
     def weighted_modules(self) -> set[str]:
         """Names of the convolutions and linear layers, also of those that a user wrote: parameters, and no norm."""
-        nn = self.torch.nn
-        layers = (nn.modules.conv._ConvNd, nn.Linear)
-        others = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
+        from runtime.runners.torch_layers import weighted_modules
 
-        def weighted(name: str, module: Any) -> bool:
-            own = any(parameter is not None for parameter in module._parameters.values())
-            return own and not isinstance(module, others) and "parametrizations" not in name.split(".")
-
-        return {n for n, m in self.model.named_modules() if isinstance(m, layers) or weighted(n, m)}
+        return weighted_modules(self)
 
     def layer_times(self, feeds: Mapping[str, Array], runs: int) -> list[LayerTime] | None:
         """Time of each leaf module over `runs` eager runs, by hooks; None for a compiled network, which has none."""
@@ -257,6 +252,11 @@ class TorchRunner(Runner):
         """The leaf modules, with their class and what they print of themselves."""
         leaves = [(name, m) for name, m in self.model.named_modules() if name and not any(m.children())]
         return {"Layers": [{"Name": n, "LayerType": type(m).__name__, "Settings": m.extra_repr()} for n, m in leaves]}
+
+    def crop(self, layers: Iterable[CropLayer]) -> None:
+        """Cut the baked network as a manifest says. Raises gmconv.errors.SurgeryError where it is another one."""
+        cut = [(layer.name, layer.kernel, layer.offset, layer.kept) for layer in layers if layer.kept != layer.kernel]
+        self.model = self.call = require("gmconv.cropping.choose", "export").crop_alike(self.model, cut)
 
     def close(self) -> None:
         """Drop the network and its graphs."""

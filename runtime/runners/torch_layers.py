@@ -1,4 +1,7 @@
-"""Time of each module of a network in PyTorch, by hooks: on a GPU by CUDA events, as every other timing there."""
+"""The modules of a network in PyTorch: which have weights, and the time of each, by hooks.
+
+On a GPU it is told by CUDA events, as every other timing there.
+"""
 
 from __future__ import annotations
 
@@ -53,3 +56,16 @@ def module_times(network: TorchNetwork, feeds: Mapping[str, Array], runs: int) -
         for handle in handles:
             handle.remove()
     return [LayerTime(name, tuple(values)) for name, values in times.items()]
+
+
+def weighted_modules(network: TorchNetwork) -> set[str]:
+    """Names of the convolutions and linear layers, also of those that a user wrote: parameters, and no norm."""
+    nn = network.torch.nn
+    layers = (nn.modules.conv._ConvNd, nn.Linear)
+    others = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
+
+    def weighted(name: str, module: Any) -> bool:
+        own = any(parameter is not None for parameter in module._parameters.values())
+        return own and not isinstance(module, others) and "parametrizations" not in name.split(".")
+
+    return {n for n, m in network.model.named_modules() if isinstance(m, layers) or weighted(n, m)}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmconv import models
-from gmconv.cropping.choose import choose_windows, crop, crop_to, parse_tolerance
+from gmconv.cropping.choose import choose_windows, crop, crop_alike, crop_to, parse_tolerance
 from gmconv.cropping.layers import CroppedConv2d
 from gmconv.cropping.window import Window, centred_windows, nested_windows, removed_share, smallest_window, zero_taps
 from gmconv.errors import SurgeryError
@@ -385,6 +385,17 @@ class TestLossless:
             F.conv2d(x.double(), cropped.half()[0].weight.double(), padding=cropped[0].padding),
             F.conv2d(x.double(), baked.half()[0].weight.double(), padding=3),
         )
+
+
+def test_a_network_is_cut_as_another_was() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 5, padding=2), nn.Conv2d(2, 2, 3)).eval()
+    cut, x = crop_to(model, {"0": Window(1, 1, 3, 3)}), torch.randn(1, 1, 8, 8)
+    assert torch.equal(crop_alike(copy.deepcopy(model), [("0", (5, 5), (1, 1), (3, 3))])(x), cut(x))
+    with pytest.raises(SurgeryError, match=r"layer '1' was \(5, 5\) before that crop, here it is \(3, 3\)"):
+        crop_alike(model, [("1", (5, 5), (1, 1), (3, 3))])
+    with pytest.raises(SurgeryError, match="layer 'head' cannot be cropped"):
+        crop_alike(model, [("head", (5, 5), (1, 1), (3, 3))])
 
 
 def test_the_function_is_not_hidden_by_its_module() -> None:
