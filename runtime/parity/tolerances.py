@@ -215,8 +215,9 @@ def crop_cost(crop: Crop | None) -> float:
       walk, sqrt(L), 12.3 for the deepest of the zoo, and a layer's error is far below the worst case that t bounds.
     - an error budget b: b. It bounds the largest error on the calibration data; the RMS, several times smaller, has
       the rest as room for other data.
-    - a budget of top-1 points, or a certificate that says none of these: twice the measured RMS error, 0 if there is
-      none. Points of accuracy say nothing about distance; the factor is for data that was not calibrated on.
+    - a budget of top-1 points, or a certificate that says none of these: five times the measured RMS error, 0 if there
+      is none. Points of accuracy say nothing about distance; the factor is for data that was not calibrated on, image
+      by image: one of them is easily twice as far off as all together.
 
     Never more than `MAX_CROP_COST`.
     """
@@ -227,5 +228,5 @@ def crop_cost(crop: Crop | None) -> float:
     elif crop.budget is not None and crop.budget.kind == "error":
         cost = crop.budget.value
     else:
-        cost = 2 * crop.end_to_end.relative_rms if crop.end_to_end else 0.0
+        cost = 5 * crop.end_to_end.relative_rms if crop.end_to_end else 0.0
     return min(MAX_CROP_COST, max(0.0, cost))

@@ -48,7 +48,7 @@ def crop(
         (crop(1e-3), 1e-2),
         (crop(1e-3, measured=1e-5), 1e-2),
         (crop(None, CropBudget(asked="0.02", kind="error", value=0.02)), 0.02),
-        (crop(None, CropBudget(asked="top1:0.5", kind="top1", value=0.5), 0.03), 0.06),
+        (crop(None, CropBudget(asked="top1:0.5", kind="top1", value=0.5), 0.03), 0.15),
         (crop(None, CropBudget(asked="top1:0.5", kind="top1", value=0.5), None), 0.0),
         (crop(0.0), 0.0),
         (crop(1e-3, removed=(0.0, 0.0)), 0.0),
@@ -82,7 +82,7 @@ def test_it_reads_the_certificates_that_cropping_writes() -> None:
         model, CropRequest(budget=parse_budget("top1:0.5"), images="noise"), input_shape=(3, 9, 9)
     )
     assert points.end_to_end is not None
-    assert crop_cost(crop_record(points)) == pytest.approx(min(MAX_CROP_COST, 2 * points.end_to_end.relative_rms))
+    assert crop_cost(crop_record(points)) == pytest.approx(min(MAX_CROP_COST, 5 * points.end_to_end.relative_rms))
 
 
 @pytest.mark.parametrize("precision", list(TOLERANCES))
