@@ -18,6 +18,9 @@ from gmconv.kinds import artefact_kind as artefact_kind
 from runtime.manifest import Manifest, TensorSpec, find_manifest, read_manifest
 from runtime.records import AxisRange
 
+#: Of an artefact that is compared with another checkpoint than its own.
+NOT_FROM_THIS = "not from this checkpoint"
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:
@@ -105,6 +108,22 @@ def open_artefact(path: str | Path, *, require_manifest: bool = False) -> Artefa
             f"give it the suffix it was exported with"
         )
     return Artefact(path=path, kind=kind, manifest=manifest, facts=facts_of(manifest), sha256=sha256_of(manifest))
+
+
+def other_source(reference: Artefact, candidate: Artefact) -> str:
+    """That two artefacts, as their runners know them, are of two checkpoints: one was retrained and not exported again.
+
+    Empty where they are of one, where nothing says, and for two checkpoints, which nobody takes for one.
+    """
+    if candidate.kind == "checkpoint":
+        reference, candidate = candidate, reference
+    links = [one.manifest.source("checkpoint") if one.manifest else None for one in (reference, candidate)]
+    this = reference.sha256 if reference.kind == "checkpoint" else links[0].sha256 if links[0] else ""
+    if links[1] is None or this in ("", links[1].sha256):
+        return ""
+    whose = "" if reference.kind == "checkpoint" else f", that of {reference.path.name}"
+    made = f"{candidate.path.name} was made from {links[1].file} ({links[1].sha256[:12]}…)"
+    return f"{made}, {NOT_FROM_THIS} ({this[:12]}…{whose})"
 
 
 def exported_as(checkpoint: Path, first: Sequence[Path] = ()) -> str:

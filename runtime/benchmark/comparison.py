@@ -12,6 +12,7 @@ from gmconv.asking import Asked
 from gmconv.errors import RefusedError
 from gmconv.files import each_path
 from gmconv.foreign import Foreign
+from runtime.artefact import other_source
 from runtime.benchmark import machine
 from runtime.benchmark.interleave import Interleaved, Ratio, interleave
 from runtime.benchmark.measure import Artefact, Prepared, parse_artefact
@@ -228,7 +229,7 @@ def compare(
                 contender.no_twin,
             )
         )
-    warnings = [f"no twin of {row.name}: {row.no_twin}" for row in rows if row.no_twin]
+    warnings = [f"no twin of {row.name}: {row.no_twin}" for row in rows if row.no_twin] + _other_sources(prepared)
     warnings += [text for opened in prepared for text in opened.layout_warnings] + list(disturbed.warnings)
     if 0 < result.rounds < FEW_ROUNDS:
         warnings.append(f"Only {result.rounds} rounds: the intervals are rough; measure longer with --duration.")
@@ -239,6 +240,14 @@ def compare(
             "The artefacts were timed by different clocks (host and device): their ratio is not like for like."
         )
     return Comparison(tuple(rows), result, {"cpu": machine.processor(), **disturbed.facts}, tuple(warnings))
+
+
+def _other_sources(prepared: Sequence[Prepared]) -> list[str]:
+    """What was exported from another checkpoint than stands beside it: the ratio is of two networks."""
+    given = [opened.runner.artefact for opened in prepared if not opened.artefact.generated]
+    checkpoint = next((one for one in given if one.kind == "checkpoint"), None)
+    found = [other_source(checkpoint, one) for one in given] if checkpoint else []
+    return list(dict.fromkeys(filter(None, found)))
 
 
 def _percentiles(latency: dict[str, Any]) -> tuple[float, ...]:

@@ -21,7 +21,7 @@ from gmconv.errors import ArchitectureUnavailableError, CheckpointError, Refused
 from gmconv.files import each_path
 from gmconv.foreign import NOTHING, Foreign
 from gmconv.splits import Part
-from runtime.artefact import Artefact, Facts, open_artefact
+from runtime.artefact import Artefact, Facts, open_artefact, other_source
 from runtime.evaluate.feeds import image_input, is_image, other_inputs, outputs_of, sample_array, sample_shape
 from runtime.evaluate.report import ArtefactScore, Evaluation
 
@@ -125,6 +125,7 @@ def score_artefacts(
         ]
     assumed = dict.fromkeys(text for one in runners for text in one.artefact.assumed)
     doubts = (_doubt(samples, known, options), getattr(judge, "resized", None))
+    sources = (other_source(runner.artefact, one.artefact) for one in runners[1:])
     layouts = (layout_warning(artefact.manifest, options.device) for artefact in found)
     return Evaluation(
         reference=_title(reference),
@@ -135,7 +136,7 @@ def score_artefacts(
         labels=known.labels or samples.classes,
         output=getattr(judge, "output", None) if len(names) > 1 else None,
         outputs=names,
-        warnings=tuple(filter(None, (*prepared.warnings, *assumed, *layouts, passed_over, *doubts))),
+        warnings=tuple(filter(None, (*sources, *prepared.warnings, *assumed, *layouts, passed_over, *doubts))),
     )
 
 

@@ -23,8 +23,6 @@ FREE_BATCHES = (1, 2, 3, 17)
 #: The batch that most samples come in, where nothing says another.
 USUAL_BATCH = 8
 NOISE_ALONE = "compared on noise alone; --data takes what the network is for"
-#: Of a candidate whose manifest names another checkpoint.
-NOT_FROM_THIS = "not from this checkpoint"
 #: Corners up to this batch are filled with real samples too, beside noise, where some candidates are calibrated.
 SMALL_BATCH = 2
 #: Sizes tried besides the usual one where height and width are free.

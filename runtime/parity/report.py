@@ -12,9 +12,9 @@ import click
 import msgspec
 
 from gmconv.foreign import NOTHING, Foreign
-from runtime.artefact import artefact_kind
+from runtime.artefact import NOT_FROM_THIS, artefact_kind
 from runtime.manifest import find_manifest
-from runtime.parity.cases import NOISE_ALONE, NOT_FROM_THIS
+from runtime.parity.cases import NOISE_ALONE
 from runtime.parity.cropped import CROP_ALONE, CUT
 from runtime.parity.tolerances import of_a_crop
 from runtime.parity.unrounded import LIMIT, UNROUNDED

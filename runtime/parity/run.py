@@ -14,9 +14,9 @@ from gmconv.errors import RefusedError, UnavailableError
 from gmconv.files import each_path
 from gmconv.foreign import NOTHING, Foreign
 from gmconv.images import differences
-from runtime.artefact import Artefact, artefact_kind, open_artefact
+from runtime.artefact import Artefact, artefact_kind, open_artefact, other_source
 from runtime.parity.beside import MOST_NUMBERS, Beside, Memory
-from runtime.parity.cases import NOT_FROM_THIS, Case, Wanted, make_cases
+from runtime.parity.cases import Case, Wanted, make_cases
 from runtime.parity.compare import Comparator
 from runtime.parity.cropped import CUT, CropCost, cut_alike
 from runtime.parity.layers import graph_precision, same_kernels
@@ -347,9 +347,4 @@ def _check_source(reference: Artefact, candidate: Artefact, notes: list[str]) ->
             f"{candidate.path.name} is served with other preprocessing than {reference.path.name}: {differs}; the same "
             f"tensors go into both here, so the images do not: gmconv evaluate judges that"
         )
-    source = candidate.manifest.source("checkpoint") if candidate.manifest else None
-    if reference.kind == "checkpoint" and source is not None and source.sha256 != reference.sha256:
-        notes.append(
-            f"{candidate.path.name} was made from {source.file} ({source.sha256[:12]}…), {NOT_FROM_THIS} "
-            f"({reference.sha256[:12]}…)"
-        )
+    notes += filter(None, [other_source(reference, candidate)])

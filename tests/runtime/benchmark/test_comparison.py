@@ -10,7 +10,7 @@ import click
 import pytest
 
 from runtime.benchmark import comparison
-from runtime.benchmark.comparison import Contender, against_first
+from runtime.benchmark.comparison import Contender, against_first, time_artefacts
 from runtime.benchmark.measure import Artefact, Prepared, parse_artefact
 from runtime.benchmark.options import Options
 from runtime.benchmark.timing import LoopOptions
@@ -84,3 +84,14 @@ def test_each_artefact_may_have_its_own_graph_mode(small_checkpoint: Path) -> No
         assert prepared.cuda_graph is False
     with pytest.raises(click.UsageError, match="cuda_graph is true or false"):
         Prepared(parse_artefact(f"{small_checkpoint}@cuda_graph=often"), options)
+
+
+def test_ratios_of_two_networks_are_told(digits_checkpoint: Path, digits_onnx: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again.pt"
+    again.write_bytes(digits_checkpoint.read_bytes() + b"trained for longer")
+    said = "digits.onnx was made from digits.pt ("
+    for checkpoint, told in ((again, [True]), (digits_checkpoint, [])):
+        for files in ([checkpoint, digits_onnx], [digits_onnx, checkpoint]):
+            done = time_artefacts(files, warm_up=0, duration=0, iterations=2)
+            found = [text for text in done.warnings if "not from this checkpoint" in text]
+            assert [text.startswith(said) for text in found] == told

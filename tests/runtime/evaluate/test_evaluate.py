@@ -25,7 +25,7 @@ from gmconv.splits import split_record
 from runtime.artefact import open_artefact
 from runtime.evaluate.__main__ import main
 from runtime.evaluate.score import EvaluateOptions, evaluate, score_artefacts
-from runtime.manifest import Manifest, TensorSpec, digest, read_manifest, sidecar
+from runtime.manifest import FileDigest, Manifest, TensorSpec, digest, read_manifest, sidecar
 
 CLASSES = 8
 
@@ -522,3 +522,28 @@ def test_outputs_without_a_row_for_each_sample_stand_beside_the_judged_one(tmp_p
         "has 1 rows for 32 samples" in invoke(tmp_path / "a.onnx", "--data", images, "--output", "row", code=3).stderr
     )
     assert "labels judge logits" in invoke(tmp_path / "a.onnx", "--data", images, "--output", "mean", code=3).stderr
+
+
+def test_what_was_exported_before_the_last_training_is_told(
+    digits_checkpoint: Path, digits_onnx: Path, tmp_path: Path
+) -> None:
+    again, report = tmp_path / "again.pt", tmp_path / "r.html"
+    again.write_bytes(digits_checkpoint.read_bytes() + b"trained for longer")
+    same = invoke(digits_checkpoint, digits_onnx, "--limit", 8)
+    assert "this checkpoint" not in same.stderr
+    own = read_manifest(digits_onnx).chain[0].sha256[:12]
+    said = f"digits.onnx was made from digits.pt ({own}…), not from this checkpoint ("
+    for arguments in ([again, digits_onnx], [digits_onnx, "--reference", again], [again, "--reference", digits_onnx]):
+        found = invoke(*arguments, "--limit", 8, "--json", "--report", report, "--min-agreement", 90)
+        assert f"warning: {said}" in " ".join(found.stderr.split())
+        assert json.loads(found.stdout)["warnings"][0].startswith(said)
+        assert said in report.read_text()
+
+
+def test_two_files_of_two_checkpoints_are_told(tmp_path: Path, images: Path) -> None:
+    files = [save(tmp_path / name) for name in ("new.onnx", "old.onnx")]
+    for file, sha256 in zip(files, ("a" * 64, "b" * 64), strict=True):
+        chain = (FileDigest("checkpoint", "net.pt", sha256, 1),)
+        sidecar(file).write_text(replace(read_manifest(file), chain=chain).to_json())
+    (told,) = evaluate(files, EvaluateOptions(images=images)).warnings
+    assert told.endswith("not from this checkpoint (aaaaaaaaaaaa…, that of new.onnx)")
