@@ -157,8 +157,11 @@ def _make(namespace: str, name: str, kwargs: dict[str, Any], where: str, arch: s
 def _refuse_module(name: str, where: str) -> None:
     """Where a name without a colon is no network of the zoo, and is a module that can be imported."""
     find_own(name, "make", where)
+    package, *rest = name.split(".")
     with contextlib.suppress(ImportError, ValueError):
-        if "." not in name and importlib.util.find_spec(name):
+        spec = importlib.util.find_spec(package)  # of a module in it this would import the package
+        files = [Path(place, *rest) for place in (spec and spec.submodule_search_locations) or ()]
+        if spec and (not rest or any(file.is_dir() or file.with_suffix(".py").is_file() for file in files)):
             raise CheckpointError(
                 f"{where}: gmconv.models has no network {name!r}; did you mean a factory of your own, {name}:make?"
             )

@@ -60,7 +60,9 @@ def require_ending(path: Path, *kinds: Kind) -> Kind:
 
 
 def refuse_other_kinds(path: Path, *kinds: Kind) -> None:
-    """Raise RefusedError for a file that is known to be of another kind than `kinds`, and say what takes it."""
+    """Raise RefusedError for a file that is not there, or known to be of another kind than `kinds`: what takes it."""
+    if not path.exists():
+        raise RefusedError(f"{path}: no such file")
     kind = _known(path) if path.is_file() else None
     if kind is not None and kind not in kinds:
         wanted = " or ".join(_NAMES[one] for one in kinds)

@@ -51,8 +51,6 @@ def refuse_early(source: object, written: Sequence[Path], options: ExportOptions
     read = [Path(file) for file in (source, options.images, options.golden) if isinstance(file, str | Path)]
     if isinstance(source, str | Path):
         refuse_other_kinds(Path(source), "checkpoint")
-        if not Path(source).exists():
-            raise RefusedError(f"{source}: no such file")
     for data in (options.images, options.calibrated.calibration):
         if data is not None:
             refuse_missing(data)

@@ -52,6 +52,11 @@ def test_a_module_without_its_factory_is_no_network_of_the_zoo(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     assert "did you mean a factory of your own, own_nets_alone:make?" in refused("own_nets_alone")
     assert "did you mean own_nets_alone:make?" in refused("own_nets_alone.make")
+    (tmp_path / "own_package" / "deep").mkdir(parents=True)
+    (tmp_path / "own_package" / "nets.py").write_text("raise SystemExit('imported')\n")
+    assert "did you mean a factory of your own, own_package.nets:make?" in refused("own_package.nets")
+    assert "did you mean a factory of your own, own_package.deep:make?" in refused("own_package.deep")
+    assert "did you mean own_package.nets:make?" in refused("own_package.nets.make")
     assert "is a file; name the module: own_nets_alone:make" in refused("own_nets_alone.py")
     assert "did you mean resnet32 or resnet20" in refused("resnet21")
     with pytest.raises(CheckpointError, match="known: "):  # a file's word leads to nobody's module

@@ -30,10 +30,11 @@ def test_the_bytes_tell_before_the_suffix(name: str, head: bytes, kind: str, nam
         refuse_other_kinds(tmp_path / name, "checkpoint")
 
 
-def test_what_is_not_known_or_not_there_is_left_to_who_opens_it(tmp_path: Path) -> None:
+def test_what_is_not_known_is_left_to_who_opens_it_and_what_is_not_there_is_not(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"anything")
     refuse_other_kinds(tmp_path / "weights.bin", "checkpoint")
-    refuse_other_kinds(tmp_path / "nothing.pt", "onnx")
+    with pytest.raises(RefusedError, match=r"nothing.pt: no such file$"):
+        refuse_other_kinds(tmp_path / "nothing.pt", "onnx")
 
 
 @pytest.mark.parametrize(

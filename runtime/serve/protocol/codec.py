@@ -181,7 +181,8 @@ def _bound_json(body: bytes | bytearray | memoryview, signature: Signature) -> N
         raise RequestError("the request JSON is longer than any request to this model", Code.TOO_LARGE)
     data = bytes(body) if isinstance(body, memoryview) else body
     if data.count(b'"') > MAX_QUOTES or data.count(b",") > signature.max_elements + MAX_QUOTES:
-        raise RequestError("the request JSON has more elements than this model takes")
+        rows = f" (at most {signature.max_rows} rows)" if signature.max_rows else ""
+        raise RequestError(f"the request JSON has more elements than this model takes{rows}")
 
 
 def _decode_raw(body: bytes | bytearray | memoryview, signature: Signature) -> Decoded:

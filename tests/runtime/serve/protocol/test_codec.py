@@ -77,6 +77,13 @@ def test_json_values_that_do_not_fit_the_type(dtype: str, value: Any) -> None:
         codec.decode(json.dumps({"inputs": [tensor]}).encode(), None, signature(dtype))
 
 
+def test_too_many_elements_say_how_many_rows_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "MAX_QUOTES", 16)
+    body = json.dumps({"inputs": [{"name": "x", "shape": [9, 2, 3], "datatype": "FP32", "data": [0] * 54}]}).encode()
+    with pytest.raises(RequestError, match=r"more elements than this model takes \(at most 4 rows\)"):
+        codec.decode(body, None, signature("float32"))
+
+
 def test_profile_limits_bound_every_axis() -> None:
     limits = {"x": ((2, 4), (2, 2), (3, 9))}
     taken = signature("float32", ("batch", 2, "w"), limits=limits, min_rows=2)
