@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
@@ -60,10 +61,12 @@ def with_twins(artefacts: Sequence[Artefact], folder: Path, foreign: Foreign = N
         if kind == "checkpoint":
             continue
         reference, label = len(contenders), f"twin of {artefact.name}"
+        name = f"twin-{reference}"
         try:
-            twin = Artefact(twins.of(artefact.path, f"twin-{reference}"), artefact.options, label, True)
+            twin = Artefact(twins.of(artefact.path, name), artefact.options, label, True)
         except (BuildError, RefusedError) as error:
-            contenders.append(Contender(artefact, reference, no_twin=error.message))
+            said = label.join(re.split(rf"\b{name}(?:\.low)?\.(?:onnx|plan)\b", error.message))
+            contenders.append(Contender(artefact, reference, no_twin=said.replace(f"{folder}/", "")))
         else:
             contenders += [Contender(twin, reference), Contender(artefact, reference)]
     return contenders
@@ -229,4 +232,4 @@ def _succeed(command: Sequence[str], what: str) -> None:
     done = subprocess.run(child, capture_output=True, text=True, check=False, env=child_environment())
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no message"]
-        raise BuildError(f"it could not be {what} (exit {done.returncode}): {last[0]}")
+        raise BuildError(f"it could not be {what} (exit {done.returncode}): {last[0].removeprefix('Error: ')}")

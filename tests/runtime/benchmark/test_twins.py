@@ -205,9 +205,9 @@ def test_what_has_no_twin_costs_no_other_its_own(
     assert (alone.artefact.path, alone.no_twin[:18]) == (bare, "it has no manifest")
     assert (twin.artefact.name, own.reference) == ("twin of whole.onnx", 4)
     monkeypatch.undo()
-    monkeypatch.setattr(twins, "export_flags", lambda _: ["--opset", "1"])
+    monkeypatch.setattr(twins, "export_flags", lambda _: ["--golden", str(tmp_path / "twin-3.onnx")])
     *_, failed = with_twins([Artefact(p) for p in (small_checkpoint, artefacts["whole"])], tmp_path)
-    assert failed.no_twin.startswith("it could not be exported (exit 2): ")
+    assert failed.no_twin.startswith("it could not be exported (exit 3): twin of whole.onnx: no such file")
 
 
 def test_a_twin_is_called_as_in_the_table(artefacts: dict[str, Path]) -> None:
