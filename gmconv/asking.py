@@ -11,7 +11,7 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields, replace
@@ -22,6 +22,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, cast
 import click
 
 from gmconv.errors import RefusedError, UnavailableError, type_words
+from gmconv.files import file_named
 from gmconv.foreign import labels_of, preprocessing_fields
 from gmconv.packages import missing
 
@@ -74,9 +75,12 @@ class Asked(Generic[T]):
         self.function = ""
 
     def of(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Decorate the function: what it refuses names parameters, unless a command calls it."""
-        self.function = function.__name__
-        for parameter in inspect.signature(function).parameters.values():
+        """Decorate the function: what it refuses names parameters, unless a command calls it.
+
+        What is annotated as `str | Path | ...` raises TypeError where it is neither that nor anything else named there.
+        """
+        self.function, signature = function.__name__, inspect.signature(function)
+        for parameter in signature.parameters.values():
             if parameter.kind is not parameter.VAR_KEYWORD and parameter.name != "options":
                 self._known.add(parameter.name)
                 self._switches |= {parameter.name} if parameter.annotation == "bool" else set()
@@ -84,9 +88,23 @@ class Asked(Generic[T]):
         @functools.wraps(function)
         def called(*args: P.args, **kwargs: P.kwargs) -> R:
             with self._words():
+                self._require_files(signature, args, kwargs)
                 return function(*args, **kwargs)
 
         return called
+
+    def _require_files(self, signature: inspect.Signature, args: Any, kwargs: Any) -> None:
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:  # the function says it better
+            return
+        for name, value in given.items():
+            takes = str(signature.parameters[name].annotation)
+            if not takes.startswith("str | Path") or type(value).__name__.removesuffix("Type") in takes.split(" | "):
+                continue
+            several = "[" in takes and isinstance(value, Iterable) and not hasattr(value, "state_dict")
+            for one in (value if isinstance(value, list | tuple) else ()) if several else [value]:
+                file_named(one, f"{self.function}: {name}")
 
     def __call__(self, base: T | None, given: Mapping[str, Any]) -> T:
         """`base`, or the defaults, with what is `given` flat.

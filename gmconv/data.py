@@ -382,7 +382,7 @@ def _npz_labels(path: Path, label: str, count: int) -> tuple[Labels | None, Read
     if kind.kind not in "iub" or known[:1] != (count,) or len(known) not in (1, 3):
         raise RefusedError(
             f"{path}: {label!r} is {kind} {known}; one integer for each of the {count} images is needed, or per pixel "
-            f"({count}, H, W); what only --metric knows has another name"
+            f"({count}, H, W); what only a metric of your own knows has another name"
         )
     if len(known) == 3:
         return None, npz_rows(path, label)

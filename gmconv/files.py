@@ -18,7 +18,7 @@ from typing import IO
 
 import click
 
-from gmconv.errors import RefusedError, UnavailableError
+from gmconv.errors import RefusedError, UnavailableError, type_words
 
 _JUST_BEGUN = 10.0  # seconds
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -31,6 +31,15 @@ def each_path(given: str | os.PathLike[str] | Iterable[str | Path]) -> list[str 
     if not paths:
         raise RefusedError("no artefact given")
     return paths
+
+
+def file_named(given: object, what: str) -> Path:
+    """A file's name, as a path. Raises TypeError, which says `what` was given ("save_golden: path"), for anything else:
+    a network, most often, as arguments are easily swapped."""
+    if isinstance(given, str | os.PathLike):
+        return Path(os.fspath(given))
+    advice = "; gmconv.deploy(model, examples) takes a network in memory" if hasattr(given, "state_dict") else ""
+    raise TypeError(f"{what} is {type_words(given)}, and takes the name of a file{advice}")
 
 
 def sha256_file(path: Path) -> str:

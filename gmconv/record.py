@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gmconv.cli import of_the_machine
 from gmconv.errors import RefusedError
-from gmconv.files import replacing, require_writable, unwritable
+from gmconv.files import file_named, replacing, require_writable, unwritable
 from gmconv.inputs import Arguments, arguments_of, does_not_run
 from gmconv.outputs import named_outputs, refuse_unshippable, unlike
 from gmconv.surgery import evaluating, refuse_valueless, require_module
@@ -36,7 +36,7 @@ def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLik
         UnavailableError: the disk is full.
     """
     require_module(model, "save_golden")
-    path = Path(path)
+    path = file_named(path, "save_golden: path")
     path = path if str(path).endswith(".npz") or not path.name else Path(f"{path}.npz")  # as numpy names it
     require_writable(path)
     refuse_valueless(model)

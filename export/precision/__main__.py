@@ -8,6 +8,7 @@ against the fp32 weights before it gets its name.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from gmconv.cli import (
     result_console,
     warn,
 )
+from gmconv.errors import printable
 from gmconv.files import require_writable
 from gmconv.written import Written
 from runtime.report.artefacts import report_option, require_report, write_artefact_report
@@ -196,8 +198,14 @@ def _parity_line(manifest: Manifest, model: Path, output: Path) -> str:
     inputs = ", ".join(dict.fromkeys(hop.inputs for hop in parity.hops))
     margins = [o.margin for hop in parity.hops for o in hop.outputs if o.margin is not None]
     close = f"smallest margin {min(margins):.3g}x" if margins else "equal"
-    trained = manifest.source("checkpoint")
-    more = f"; gmconv parity {trained.file} {output} holds it to more" if trained else ""
+    more = ""
+    if trained := manifest.source("checkpoint"):
+        beside = model.with_name(trained.file)
+        live = beside if beside.is_file() else trained.file
+        named = manifest.arch or "gmconv."
+        # any other checkpoint may not say its network itself
+        arch = "" if named.startswith("gmconv.") else f" --arch {shlex.quote(printable(named))}"
+        more = f"; gmconv parity {live} {output}{arch} holds it to more"
     return f"parity: {parity.sentence()}, {output} against {model} on {inputs}, {close}{more}"
 
 

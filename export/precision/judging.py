@@ -150,8 +150,13 @@ class Judge:
         }
 
 
-def read_evaluation_images(source: str | Path | None, converter: PrecisionConverter, limit: int) -> EvaluationImages:
-    """The images a budget is measured on: held-out digits, or a folder; never those of the calibration."""
+def read_evaluation_images(
+    source: str | Path | None, converter: PrecisionConverter, limit: int, *, strict: bool = True
+) -> EvaluationImages:
+    """The images a budget is measured on: held-out digits, or a folder; never those of the calibration.
+
+    `strict`: what lies beside them as labels and is none (boxes of floating point) is refused, not passed over.
+    """
     from export.graph.check import image_shape
     from gmconv.data import load_samples, trained_on
 
@@ -168,7 +173,8 @@ def read_evaluation_images(source: str | Path | None, converter: PrecisionConver
         class_names=facts.labels,
         limit=limit,
         seed=converter.options.seed,
-    ).judged()
+    )
+    samples = samples.judged() if strict else samples
     parts = [part for part in samples.batches(batch or 16) if batch is None or len(part.images) == batch]
     if not parts:
         raise RefusedError(f"{samples.name}: {samples.count} images, and the graph takes {batch} at a time; give more")

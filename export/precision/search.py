@@ -275,8 +275,8 @@ def search_precision(
         facts=facts_of(source),
         progress=lambda done, total: tell("calibrating", done, total),
     )
-    given = read_evaluation_images(images, converter, limit)
     strict = budget.max_top1_drop is not None
+    given = read_evaluation_images(images, converter, limit, strict=strict)
     search = SensitivitySearch(
         converter, precision, given, keep_as=keep_as, judge_output=budget.judge_output, strict=strict, note=tell
     )

@@ -31,7 +31,7 @@ from gmconv.errors import (
     printable,
     type_words,
 )
-from gmconv.files import replacing, unwritable
+from gmconv.files import file_named, replacing, unwritable
 from gmconv.foreign import DTYPES, OTHERWISE, labels_of, preprocessing_of
 from gmconv.images import Preprocessing, differences, read_preprocessing
 from gmconv.inputs import Input, in_order
@@ -115,7 +115,7 @@ def save_checkpoint(
     require_module(model, "save_checkpoint")
     model = network_within(model)
     refuse_valueless(model)
-    path = Path(path)
+    path = file_named(path, "save_checkpoint: path")
     kwargs = plain_kwargs(arch_kwargs or {}, str(path))
     masked: dict[str, str] = {name: layer.sigma_per for name, layer in masked_layers(model).items()}
     state = model.state_dict()
@@ -182,7 +182,7 @@ def load_checkpoint(
         RefusedError: `labels` or `preprocessing` are none.
         ArchitectureUnavailableError: the architecture's package is not installed.
     """
-    path = Path(path)
+    path = file_named(path, "load_checkpoint: path")
     raw = read_file(path)
     ours = raw.get("schema") == SCHEMA
     if str(raw.get("schema")).startswith("gmconv-deploy.training/"):

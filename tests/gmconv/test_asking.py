@@ -12,8 +12,10 @@ from typing import Any
 import click
 import numpy as np
 import pytest
+from torch import nn
 
 import export
+import gmconv
 import runtime
 from export.deployment import ASKED
 from export.onnx.__main__ import main
@@ -106,6 +108,39 @@ def test_a_network_in_memory_has_no_checkpoint_to_blame() -> None:
 def test_an_option_that_there_is_not_is_answered_with_what_is_meant(call: Callable[[Path], object], said: str) -> None:
     with pytest.raises(TypeError, match=said):
         call(Path("net.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda own: export.export_onnx(own, "y.onnx"), "export_onnx: source"),
+        (lambda own: export.export_onnx("y.pt", own), "export_onnx: output"),
+        (lambda own: export.convert_precision("y.onnx", own, "fp16"), "convert_precision: output"),
+        (lambda own: export.build_engine(own, "y.plan"), "build_engine: onnx_path"),
+        (lambda own: export.write_repository("y.onnx", own), "write_repository: repository"),
+        (lambda own: runtime.compare_artefacts("y.pt", own), "compare_artefacts: candidates"),
+        (lambda own: runtime.compare_artefacts("y.pt", ["y.onnx", own]), "compare_artefacts: candidates"),
+        (lambda own: runtime.time_artefacts(own), "time_artefacts: artefacts"),
+        (lambda own: runtime.score_artefacts([own]), "score_artefacts: artefacts"),
+        (lambda own: runtime.serve.serve(own), "serve: source"),
+        (lambda own: gmconv.deploy(nn.Tanh(), "y.onnx", own), "deploy: output"),
+        (lambda own: gmconv.save_golden(nn.Tanh(), "y.npz", own), "save_golden: path"),
+        (lambda own: gmconv.save_checkpoint(own, nn.Tanh(), "resnet8", (3, 8, 8)), "save_checkpoint: path"),
+        (lambda own: gmconv.load_checkpoint(own), "load_checkpoint: path"),
+    ],
+)
+def test_a_network_where_a_file_goes_is_called_one(call: Callable[[object], object], said: str) -> None:
+    own = nn.Sequential(nn.Tanh())
+    with pytest.raises(TypeError) as told:
+        call(own)
+    advice = "gmconv.deploy(model, examples) takes a network in memory"
+    assert str(told.value) == f"{said} is a Sequential, and takes the name of a file; {advice}"
+
+
+def test_files_may_come_one_by_one() -> None:
+    """What yields them is not used up by looking."""
+    with pytest.raises(RefusedError, match=r"a\.pt: no such file"):
+        runtime.compare_artefacts("a.pt", (name for name in ("b.onnx", "c.onnx")))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,13 +14,14 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-from export.precision.__main__ import main
+from export.graph.check import bare_manifest
+from export.precision.__main__ import _parity_line, main
 from export.precision.audit import kept_notes
 from export.precision.convert import convert_precision
 from export.precision.converter import PrecisionOptions
 from gmconv.errors import RefusedError
 from runtime import trt
-from runtime.manifest import read_manifest, sidecar
+from runtime.manifest import FileDigest, read_manifest, sidecar
 from runtime.records import Hop, OutputComparison, Parity
 
 Network = Callable[..., onnx.ModelProto]
@@ -184,6 +185,17 @@ def test_weights_can_be_external(fp32: Path, npz: Path) -> None:
         read_manifest(fp32.with_name(f"e.{precision}.onnx"))
         sizes[precision] = manifest.external[0].bytes
     assert sizes["int8"] < 0.3 * sizes["fp32"]
+
+
+def test_the_closing_line_can_be_run_as_it_is(fp32: Path) -> None:
+    """A checkpoint of somebody else's has to be told its network; one beside the graph is named there."""
+    chain = (FileDigest("checkpoint", "net.pth", "0" * 64, 1),)
+    made = replace(bare_manifest(fp32, onnx.load(fp32)), chain=chain, parity=Parity())
+    for arch, flags in [("gmconv.models:resnet8", ""), (None, ""), ("my.nets:make", " --arch my.nets:make")]:
+        said = _parity_line(replace(made, arch=arch), fp32, Path("low.onnx"))
+        assert said.endswith(f"; gmconv parity net.pth low.onnx{flags} holds it to more")
+    (beside := fp32.with_name("net.pth")).touch()
+    assert f"gmconv parity {beside} low.onnx holds" in _parity_line(made, fp32, Path("low.onnx"))
 
 
 def test_the_command_prints_the_audit_and_json(fp32: Path, npz: Path) -> None:

@@ -266,7 +266,7 @@ def test_classes_are_those_of_the_network(images: NDArray[np.float32]) -> None:
         Judge({"y": logits}, EvaluationImages("val", (images,), classes, ("a", "b", "c")))
     judge = Judge({"y": logits}, EvaluationImages("val", (images,), classes, ("a", "b", "c", "d")))
     assert judge.title.endswith("val (its sub-folders in alphabetical order are taken as classes 0..3)")
-    with pytest.raises(RefusedError, match=r"val: labels go from 0 to 2, the output judged has 2 classes"):
+    with pytest.raises(RefusedError, match=r"val: labels go from 0 to 2, the network has 2 classes"):
         Judge({"y": logits[:, :2]}, EvaluationImages("val", (images,), classes))
 
 
@@ -371,3 +371,17 @@ def test_labels_of_another_output_are_passed_over_where_no_accuracy_is_asked_for
     assert Judge(outputs, given, "box", strict=False).title == (
         "agreement with fp32 (classes (40,) do not fit its (40, 2)) on 40 images of val"
     )
+
+
+def test_boxes_beside_the_images_are_no_matter_to_a_ratio(
+    search: SensitivitySearch, npz: Path, images: NDArray[np.float32], tmp_path: Path
+) -> None:
+    onnx.save(search.converter.model, tmp_path / "net.onnx")
+    boxes = tmp_path / "boxes.npz"
+    np.savez(boxes, images=images, y=np.zeros((len(images), 4), np.float32))
+    options = PrecisionOptions(calibration=npz)
+    found = search_precision(tmp_path / "net.onnx", "int8", Budget(min_snr=0), options, images=boxes, limit=8)
+    assert repr(found).endswith("agreement with fp32 (no classes known) on 8 images of boxes.npz")
+    with pytest.raises(RefusedError, match="'y' is float32 .*one integer for each") as no:
+        search_precision(tmp_path / "net.onnx", "int8", Budget(max_top1_drop=1), options, images=boxes)
+    assert "--metric" not in no.value.message
