@@ -37,6 +37,24 @@ def without_masks(model: M) -> M:
     return flat
 
 
+@torch.no_grad()
+def plain_twin(model: M) -> M:
+    """`without_masks`, each kernel as large (sum of magnitudes, by output channel) as it was under its mask.
+
+    As they were trained, the taps that a mask held down would add up to activations that overflow fp16.
+    """
+    twin = without_masks(model)
+    done: set[int] = set()
+    for live, flat in zip(model.modules(), twin.modules(), strict=True):
+        weight = flat._parameters.get("weight")
+        if not isinstance(live, GMConv2d) or weight is None or id(weight) in done:
+            continue
+        done.add(id(weight))  # two layers may share one
+        masked, whole = (kernel.abs().sum((1, 2, 3), keepdim=True) for kernel in (live.baked_weight(), weight))
+        weight.mul_(torch.where((masked > 0) & (whole > 0), masked / whole, 1.0))
+    return twin
+
+
 def effective_receptive_field(
     model: nn.Module, input_shape: tuple[int, int, int], samples: int = 32, seed: int = 0
 ) -> Tensor:

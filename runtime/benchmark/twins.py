@@ -33,9 +33,9 @@ _PLAN = "gmconv-deploy.precision-plan/v1"
 def with_twins(artefacts: Sequence[Artefact], folder: Path, foreign: Foreign = NOTHING) -> list[Contender]:
     """The artefacts and, per ONNX file and engine, the plain-convolution twin they are divided by.
 
-    The twin has the checkpoint's weights and no mask, and is exported and built by the same commands with the same
-    settings; where it cannot be, `Contender.no_twin` says why. In torch the live and the baked network join it: live /
-    twin is what the masks cost, baked / live what baking gave back.
+    The twin has the checkpoint's weights, rescaled, and no mask, and is exported and built by the same commands with
+    the same settings; where it cannot be, `Contender.no_twin` says why. In torch the live and the baked network join
+    it: live / twin is what the masks cost, baked / live what baking gave back.
 
     Raises:
         click.UsageError: not exactly one checkpoint among the artefacts.

@@ -373,14 +373,14 @@ def rounding(precision: str, **options: Any) -> Rounding:
 def write_twin(checkpoint: Path, output: Path, foreign: Foreign = NOTHING) -> None:
     """Write the plain-convolution twin: the checkpoint with every sigma so large that its mask is exactly 1.
 
-    Baked or exported, it is the network of the same topology and the same trained weights that never had a mask.
+    Baked or exported, it is the network of the same topology that never had a mask; see `gmconv.erf.plain_twin`.
     Raises gmconv.errors.CheckpointError.
     """
     gmconv = require("gmconv", "export")
     found = load(checkpoint, foreign)
     gmconv.save_checkpoint(
         output,
-        require("gmconv.erf", "export").without_masks(found.model),
+        require("gmconv.erf", "export").plain_twin(found.model),
         found.arch,
         found.input_shape,
         found.arch_kwargs,

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from gmconv import GMConv2d
-from gmconv.erf import effective_receptive_field, receptive_fields, without_masks
+from gmconv.erf import effective_receptive_field, plain_twin, receptive_fields, without_masks
 from gmconv.errors import RefusedError
 
 
@@ -37,6 +37,26 @@ def test_without_masks_the_field_is_that_of_the_bare_weights() -> None:
     counts = torch.tensor([1.0, 2, 3, 2, 1], dtype=torch.float64)
     torch.testing.assert_close(bare[2:7, 2:7], counts[:, None] * counts[None], rtol=1e-6, atol=0)
     assert float(model.a.sigma.detach()) == pytest.approx(0.6), "the model itself is not changed"
+
+
+def test_a_plain_twins_kernels_are_as_large_as_they_were_under_their_masks() -> None:
+    """And keep their shape; weights that two layers share are scaled once, and a channel of zeros stays one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(GMConv2d(4, 4, 7, sigma=0.8, sigma_per="channel") for _ in range(3))).eval()
+    model[2].weight = model[1].weight
+    with torch.no_grad():
+        model[0].weight[3] = 0
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    twin = plain_twin(model)
+    for live, plain in zip(model[:2], twin[:2], strict=True):
+        assert torch.equal(plain.baked_weight(), plain.weight), "no mask is left"
+        sizes = [kernel.detach().abs().sum((1, 2, 3)) for kernel in (live.baked_weight(), plain.weight)]
+        torch.testing.assert_close(*sizes)
+        ratio = (plain.weight / live.weight).detach()[live.weight.detach().abs().sum((1, 2, 3)) > 0]
+        torch.testing.assert_close(ratio, ratio[:, :1, :1, :1].expand_as(ratio))
+        assert float(ratio.max()) < 0.5
+    assert twin[2].weight is twin[1].weight
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_a_small_sigma_narrows_the_field() -> None:
