@@ -17,13 +17,13 @@ class Pair:
     """Reference and candidate with the names of their tensors matched; `notes` say where their order differs.
 
     Inputs, and the outputs of a checkpoint, go by name where the names agree and by position where they do not:
-    checkpoints do not name their tensors.
+    checkpoints do not name their tensors. `left`: what the reference is called.
     """
 
-    def __init__(self, reference: Runner, candidate: Runner, memory: Memory) -> None:
+    def __init__(self, reference: Runner, candidate: Runner, memory: Memory, left: str = "") -> None:
         self.reference, self.candidate, self._memory = reference, candidate, memory
         name = candidate.artefact.path.name
-        self._ends = reference.artefact.path.name, name
+        self._ends = left or reference.artefact.path.name, name
         ours, theirs = reference.inputs, list(candidate.inputs)
         own_inputs = [spec.name for spec in ours]
         self.notes = order_notes("inputs", own_inputs, [spec.name for spec in theirs])

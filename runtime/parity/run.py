@@ -134,7 +134,7 @@ def _compare(
         facts = candidate.artefact.facts | reference.artefact.facts
         _check_source(reference.artefact, candidate.artefact, notes)
         wanted = _wanted(options, tolerance, [m.crop for m in (manifest, source) if m and m.crop])
-        pair = Pair(reference, candidate, memory)
+        pair = Pair(reference, candidate, memory, CUT if cut else "")
         wanted = replace(wanted, between=pair.table_ends())
         cases, more = make_cases(candidate.inputs, candidate.profiles, facts, wanted)
         judge = beside is not None and tolerance == tolerance_for("fp32")

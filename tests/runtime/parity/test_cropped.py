@@ -66,6 +66,7 @@ def test_its_own_checkpoint_passes_and_each_error_is_told_apart(cropped: Path) -
         crop = [o for hop in candidate.verdict.hops if hop.candidate == CUT for o in hop.outputs]
         rest = [o for hop in candidate.verdict.hops if hop.candidate != CUT for o in hop.outputs]
         assert min(o.rel_rms or 0 for o in crop) > 1e-3
+        assert {hop.reference for hop in candidate.verdict.hops if hop.candidate != CUT} == {CUT}
         assert max(o.tolerance for o in rest) <= TOLERANCES[candidate.precision].rel_rms
     assert found.candidates[0].verdict.yardstick, "fp32 is held to float64 as a whole network is"
     assert repr(found).count("its crop costs") == 3
