@@ -16,11 +16,11 @@ from export.tensorrt.profiles import SIDES, ProfileRequest, requests, to_json, w
 from export.tensorrt.rephrase import rephrase
 from gmconv.asking import Asked
 from gmconv.errors import BuildError, RefusedError, UnavailableError
-from gmconv.files import staged, write_text
+from gmconv.files import sha256_file, staged, write_text
 from gmconv.foreign import NOTHING, Foreign
 from gmconv.golden import read_golden
 from runtime import cuda, trt
-from runtime.artefact import facts_of
+from runtime.artefact import Artefact, facts_of, other_source
 from runtime.manifest import (
     FP8_ELSEWHERE,
     FileDigest,
@@ -119,6 +119,8 @@ def build_engine(
     known = find_manifest(onnx_path)
     if unfit := layout_warning(known, "cuda"):
         raise RefusedError(unfit)
+    if options.checkpoint is not None:
+        _refuse_other_checkpoint(options.checkpoint, onnx_path, known)
     if known is not None:
         profiles = within_ranges(options.profiles, known.inputs, facts_of(known))
         options = dataclasses.replace(options, profiles=profiles)
@@ -150,6 +152,15 @@ def build_engine(
             manifest = verify_engine(onnx_path, plan, manifest, *asked)
             sidecar(plan).write_text(manifest.to_json())
     return manifest
+
+
+def _refuse_other_checkpoint(checkpoint: Path, onnx_path: Path, known: Manifest | None) -> None:
+    """Raise RefusedError where it is not what the ONNX file was made from: the engine would not be held to it."""
+    if not checkpoint.is_file():
+        raise RefusedError(f"{checkpoint}: no such file")
+    given = Artefact(path=checkpoint, kind="checkpoint", sha256=sha256_file(checkpoint))
+    if other := other_source(given, Artefact(path=onnx_path, kind="onnx", manifest=known)):
+        raise RefusedError(f"{checkpoint}: {other}; export it again")
 
 
 def refuse_options(flavor: trt.Flavor, options: BuildOptions) -> None:

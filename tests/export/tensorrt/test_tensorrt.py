@@ -65,6 +65,23 @@ def test_a_graph_laid_out_for_a_cpu_is_refused_before_anything_is_built(onnx_fil
     assert not (tmp_path / "model.plan").exists()
 
 
+def test_a_checkpoint_that_the_graph_was_not_made_from_is_refused_before_anything_is_built(
+    onnx_file: Path, tmp_path: Path
+) -> None:
+    """The engine would be held to the ONNX file, and nobody told."""
+    again = tmp_path / "net.pt"
+    link = dataclasses.replace(digest(onnx_file, "onnx"), kind="checkpoint", file="net.pt", sha256="c" * 64)
+    described = dataclasses.replace(bare_manifest(onnx_file, onnx.load(onnx_file)), chain=(link,))
+    sidecar(onnx_file).write_text(described.to_json())
+    asked = dataclasses.replace(RTX, checkpoint=again)
+    with pytest.raises(RefusedError, match=r"net\.pt: no such file"):
+        build_engine(onnx_file, tmp_path / "model.plan", asked)
+    again.write_bytes(b"trained for longer")
+    with pytest.raises(RefusedError, match=r"model\.onnx was made from net\.pt \(c{12}…\), not from this checkpoint"):
+        build_engine(onnx_file, tmp_path / "model.plan", asked)
+    assert not (tmp_path / "model.plan").exists()
+
+
 def nothing_left(folder: Path, *, but: set[str]) -> bool:
     return {file.name for file in folder.iterdir()} == but
 
