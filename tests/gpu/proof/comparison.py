@@ -67,6 +67,7 @@ def against_twin(context: Context, recorder: Recorder, plan: Path, **about: str)
         found = compare([live, f"{plan}@cuda_graph=true", "--twin", *loop(context, plan, 8)])
         report(figures, found)
         ratio = found["artefacts"][-1]["ratio"]
+        require(ratio is not None, f"there is no twin: {found['artefacts'][-1].get('no_twin')}")
         require(ratio["low"] <= 1.05, f"the engine takes at least {ratio['low']:.3f} of its plain twin's time")
 
 
