@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gmconv.cropping.layers import CroppedConv2d, crop_conv
-from gmconv.cropping.window import PRECISIONS, Precision, Window, smallest_lossless_window, smallest_window
+from gmconv.cropping.window import (
+    PRECISIONS,
+    Precision,
+    Window,
+    removed_share,
+    smallest_lossless_window,
+    smallest_window,
+)
 from gmconv.errors import SurgeryError, layer_words
 from gmconv.layer import GMConv2d
 from gmconv.surgery import copied, refuse_script, require_module
@@ -114,17 +121,20 @@ def crop_to(model: M, windows: Mapping[str, Window], *, inplace: bool = False) -
     return model
 
 
-def crop_alike(model: M, layers: Iterable[tuple[str, Size, Size, Size]]) -> M:
-    """Cut a baked model in place as another was: each layer's name, kernel before, offset and size of what it kept.
+def crop_alike(model: nn.Module, layers: Iterable[tuple[str, Size, Size, Size]]) -> dict[str, float]:
+    """Cut a baked model in place as another was; what each layer lost, the largest share of a channel's L1 norm.
 
-    Raises SurgeryError where a layer is not there, cannot be cropped, or had another kernel.
+    `layers`: of each its name, its kernel before, and offset and size of what it kept. Raises SurgeryError where it is
+    not there, cannot be cropped, or had another kernel.
     """
     convs, windows = croppable(model), {}
     for name, kernel, offset, kept in layers:
         if name in convs and (size := tuple(convs[name].kernel_size)) != kernel:
             raise SurgeryError(f"{layer_words(name)} was {kernel} before that crop, here it is {size}")
         windows[name] = Window(*offset, *kept)
-    return crop_to(model, windows, inplace=True)
+    lost = {name: removed_share(convs[name].weight, window) for name, window in windows.items() if name in convs}
+    crop_to(model, windows, inplace=True)
+    return lost
 
 
 def croppable(model: nn.Module, where: Where | None = None) -> dict[str, nn.Conv2d]:

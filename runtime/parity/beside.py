@@ -52,8 +52,10 @@ class Beside:
     """
 
     def __init__(self, checkpoint: Path, options: dict[str, Any], crop: Crop | None = None) -> None:
-        self._checkpoint, self._options, self._crop = checkpoint, options, crop
+        self._checkpoint, self._options, self.crop = checkpoint, options, crop
         self._cuts: dict[tuple[Any, ...], Beside] = {}
+        #: By layer that was cut, the largest share of a channel's L1 norm that it lost.
+        self.lost: dict[str, float] = {}
         #: Outputs of the two, for those who cut alike.
         self.memory = Memory()
         #: By the form of a run, the layers whose weights were rounded in it.
@@ -62,7 +64,7 @@ class Beside:
     @cached_property
     def exact(self) -> Runner:
         """In float64."""
-        if self._crop is not None:
+        if self.crop is not None:
             return self._cut(dtype="float64")
         return open_runner(self._checkpoint, dtype="float64", **self._options)
 
@@ -72,7 +74,7 @@ class Beside:
 
         Raises RefusedError, gmconv.errors.SurgeryError where kernels cannot be cut as the crop says.
         """
-        if self._crop is not None:
+        if self.crop is not None:
             return self._cut()
         try:
             return open_runner(self._checkpoint, form="baked", **self._options)
@@ -89,8 +91,8 @@ class Beside:
 
         runner = open_runner(self._checkpoint, form="baked", **more, **self._options)
         assert isinstance(runner, TorchRunner)
-        assert self._crop is not None
-        runner.crop(self._crop.layers)
+        assert self.crop is not None
+        self.lost = runner.crop(self.crop.layers)
         return runner
 
     @contextmanager

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from gmconv.errors import RefusedError, SurgeryError
+from gmconv.errors import RefusedError, SurgeryError, layer_words
 from runtime.manifest import Manifest
 from runtime.parity.beside import Beside
 from runtime.parity.compare import Comparator
-from runtime.parity.tolerances import of_a_crop
-from runtime.records import OutputComparison, Tolerance
+from runtime.parity.tolerances import of_a_crop, tolerance_for
+from runtime.records import Crop, OutputComparison, Tolerance
 from runtime.runners.base import Array, Runner
 
 #: What the checkpoint is called with kernels cut as an artefact's are.
@@ -33,6 +33,21 @@ def cut_alike(beside: Beside | None, manifest: Manifest | None, wide: Tolerance,
     return cut
 
 
+def cropped_more(cut: Beside, crop: Crop, notes: list[str]) -> bool:
+    """Whether a kernel of this checkpoint loses more by the crop than those that it was chosen for; `notes` say which.
+
+    The file can be right then only where the taps that were cut happen to do nothing.
+    """
+    said = {layer.name: layer.l1_removed for layer in crop.layers}
+    more = [(name, lost, told) for name, lost in cut.lost.items() if lost > 1.01 * (told := said[name] or 0.0) + 1e-6]
+    for name, lost, told in more[:1]:
+        notes.append(
+            f"{layer_words(name)} of this checkpoint loses {lost:.2g} of a channel's L1 norm by that crop, {told:.2g} "
+            f"when it was chosen: the crop was for other weights, and nothing is allowed for it"
+        )
+    return bool(more)
+
+
 @dataclass(frozen=True, slots=True)
 class CropCost:
     """The `whole` network against itself cut, which may differ by `limit`."""
@@ -40,6 +55,12 @@ class CropCost:
     whole: Runner
     limit: Tolerance
     comparator: Comparator
+
+    @classmethod
+    def of(cls, whole: Runner, cut: Beside, wide: Tolerance, notes: list[str], *, classes: bool) -> CropCost:
+        """By the tolerance `wide`, or as two of one network where the crop was not for this one."""
+        limit = tolerance_for("fp32") if cut.crop is not None and cropped_more(cut, cut.crop, notes) else wide
+        return cls(whole, limit, Comparator(limit, classes=classes))
 
     def add(
         self, run: Callable[[str, Runner], Mapping[str, Array]], cut: Mapping[str, Array], case: int, *, real: bool

@@ -290,6 +290,7 @@ def _layers(bisection: Bisection) -> list[str]:
 
 
 def _verdict(candidate: CandidateReport) -> str:
+    other = f", {NOT_FROM_THIS}" * any(NOT_FROM_THIS in note for note in candidate.verdict.notes)
     if candidate.passed:
         found = [output.margin for hop in candidate.verdict.hops for output in hop.outputs]
         margins = [margin for margin in found if margin is not None]
@@ -300,6 +301,5 @@ def _verdict(candidate: CandidateReport) -> str:
             f", its crop costs {max(cuts):.1e} ({wide:.1e} allowed)" if cuts else f", {wide:.1e} allowed for the crop"
         )
         alone = ", on noise alone" if NOISE_ALONE in candidate.verdict.notes else ""
-        other = f", {NOT_FROM_THIS}" if any(NOT_FROM_THIS in note for note in candidate.verdict.notes) else ""
         return f"PASSED  {candidate.path}  {candidate.precision}, {close}{cost * bool(wide)}{alone}{other}"
-    return f"FAILED  {candidate.path}  {candidate.verdict.summary()}"
+    return f"FAILED  {candidate.path}  {candidate.verdict.summary()}{other}"

@@ -128,7 +128,7 @@ def _compare(
     whole, costs = reference, None
     if cut := cut_alike(beside, manifest, wide, notes):
         reference, beside, memory, tolerance = cut.baked, cut, cut.memory, _plain(precision, artefact)
-        costs = CropCost(whole, wide, Comparator(wide, classes=options.classes))
+        costs = CropCost.of(whole, cut, wide, notes, classes=options.classes)
     beside = beside if options.yardstick else None
     with open_candidate(artefact, options, precision, notes) as candidate:
         facts = candidate.artefact.facts | reference.artefact.facts

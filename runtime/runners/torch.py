@@ -253,10 +253,10 @@ class TorchRunner(Runner):
         leaves = [(name, m) for name, m in self.model.named_modules() if name and not any(m.children())]
         return {"Layers": [{"Name": n, "LayerType": type(m).__name__, "Settings": m.extra_repr()} for n, m in leaves]}
 
-    def crop(self, layers: Iterable[CropLayer]) -> None:
-        """Cut the baked network as a manifest says. Raises gmconv.errors.SurgeryError where it is another one."""
+    def crop(self, layers: Iterable[CropLayer]) -> dict[str, float]:
+        """Cut the baked network as a manifest says: see `gmconv.cropping.choose.crop_alike`."""
         cut = [(layer.name, layer.kernel, layer.offset, layer.kept) for layer in layers if layer.kept != layer.kernel]
-        self.model = self.call = require("gmconv.cropping.choose", "export").crop_alike(self.model, cut)
+        return require("gmconv.cropping.choose", "export").crop_alike(self.model, cut)  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """Drop the network and its graphs."""

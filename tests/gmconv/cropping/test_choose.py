@@ -391,7 +391,10 @@ def test_a_network_is_cut_as_another_was() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 5, padding=2), nn.Conv2d(2, 2, 3)).eval()
     cut, x = crop_to(model, {"0": Window(1, 1, 3, 3)}), torch.randn(1, 1, 8, 8)
-    assert torch.equal(crop_alike(copy.deepcopy(model), [("0", (5, 5), (1, 1), (3, 3))])(x), cut(x))
+    other = copy.deepcopy(model)
+    lost = crop_alike(other, [("0", (5, 5), (1, 1), (3, 3))])
+    assert torch.equal(other(x), cut(x))
+    assert lost == {"0": removed_share(model[0].weight, Window(1, 1, 3, 3))}
     with pytest.raises(SurgeryError, match=r"layer '1' was \(5, 5\) before that crop, here it is \(3, 3\)"):
         crop_alike(model, [("1", (5, 5), (1, 1), (3, 3))])
     with pytest.raises(SurgeryError, match="layer 'head' cannot be cropped"):

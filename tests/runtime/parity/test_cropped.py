@@ -79,6 +79,8 @@ def test_the_same_trained_further_does_not(cropped: Path, tmp_path: Path, file: 
     path = trained_further(cropped, tmp_path, lambda name, value: value * (1 + moved * (name == "3.weight")))
     report = compare_artefacts(path, cropped / file, arch=ARCH, data=cropped / "data.npz", bisect=True)
     assert not report.passed
+    (verdict,) = (line for line in repr(report).splitlines() if line.startswith("FAILED"))
+    assert verdict.endswith(", not from this checkpoint")
     (found,) = report.candidates
     assert all(hop.passed for hop in found.verdict.hops if hop.candidate == CUT)
     if file == "net.onnx":
@@ -87,17 +89,22 @@ def test_the_same_trained_further_does_not(cropped: Path, tmp_path: Path, file: 
         assert found.bisection.culprit.name == "3"
 
 
-def test_a_crop_that_costs_more_than_was_asked_for_fails(cropped: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [1.5, 500.0])
+def test_other_weights_in_the_taps_that_were_cut_fail(cropped: Path, tmp_path: Path, times: float) -> None:
+    """Though they cost less than the crop may, and the file is what is left of them."""
+
     def grow(name: str, value: Tensor) -> Tensor:
         if name != "0.weight":
             return value
-        outer = torch.full((7, 7), 500.0)
+        outer = torch.full((7, 7), times)
         outer[2:-2, 2:-2] = 1.0
         return value * outer
 
     path = trained_further(cropped, tmp_path, grow)
     (found,) = compare_artefacts(path, cropped / "net.onnx", arch=ARCH).candidates
-    assert any(not hop.passed for hop in found.verdict.hops if hop.candidate == CUT)
+    assert not any(hop.passed for hop in found.verdict.hops if hop.candidate == CUT)
+    assert all(hop.passed for hop in found.verdict.hops if hop.candidate != CUT)
+    assert any("layer '0' of this checkpoint loses" in note for note in found.verdict.notes)
 
 
 def test_one_that_cannot_be_cut_alike_is_compared_whole(cropped: Path, tmp_path: Path) -> None:
