@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gmconv.errors import RefusedError
+from gmconv.files import refuse_broken_link
 
 
 def composed(name: str) -> str:
@@ -17,10 +18,11 @@ def composed(name: str) -> str:
 def class_folders(folder: Path) -> dict[str, Path]:
     """The sub-folders of a folder of images, one per class, by their `composed` names, in the order of those.
 
-    Raises OSError, and RefusedError where two have one name.
+    Raises OSError, and RefusedError where two have one name or one is a link to nothing.
     """
     found: dict[str, Path] = {}
     for entry in folder.iterdir():
+        refuse_broken_link(entry)
         if entry.is_dir() and not entry.name.startswith("."):
             name = composed(entry.name)
             if found.setdefault(name, entry) != entry:

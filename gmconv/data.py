@@ -300,9 +300,10 @@ def _folder(
     roots = _roots(folder, part)
     inside = [entry for entries in roots.values() for entry in entries.items()]
     names = list(dict.fromkeys(name for name, _ in sorted(inside, key=lambda entry: entry[1].name)))
-    held = [(root, file) for root in roots for file in image_files(root)]
-    labels, classes, masks, entries, unfit, split = None, None, None, None, "", folder not in roots
-    if names == ["images", "masks"]:
+    masked, split = names == ["images", "masks"], folder not in roots
+    held = [] if masked else [(root, file) for root in roots for file in image_files(root)]
+    labels, classes, masks, entries, unfit = None, None, None, None, ""
+    if masked:
         inner = [(root, below) for root in roots for below in _roots(root / "images", part)]
         held = [(root, file) for root, below in inner for file in image_files(below)]
         try:

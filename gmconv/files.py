@@ -48,6 +48,21 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def refuse_broken_link(path: Path) -> None:
+    """Raise RefusedError where `path` is a link to nothing, or to itself; OSError where that cannot be seen.
+
+    Links that begin with a dot are some program's own, as an editor's locks are, and are let pass.
+    """
+    if path.name.startswith(".") or not path.is_symlink():
+        return
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        raise RefusedError(f"{path}: is a link to nothing ({path.readlink()})") from error
+
+
 def no_room(error: BaseException | None) -> bool:
     """Whether an error came of a full disk, a quota or the largest size of a file."""
     return isinstance(error, OSError) and (error.errno in _NO_ROOM or bool(_CUT_SHORT.search(str(error))))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gmconv.classes import composed
 from gmconv.errors import RefusedError
+from gmconv.files import refuse_broken_link
 from gmconv.packages import require
 
 if TYPE_CHECKING:
@@ -84,7 +85,11 @@ def _shown(value: Any) -> str:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Every image in a folder or below it, by name. Raises OSError, also for a folder below that may not be read."""
+    """Every image in a folder or below it, by name.
+
+    Raises OSError, also for a folder below that may not be read, and RefusedError for a link to nothing: what it should
+    lead to, an image or a folder of them, would be missing without a word.
+    """
     return sorted(walked_images(folder), key=lambda file: Path(composed(str(file))))
 
 
@@ -102,8 +107,10 @@ def walked_images(folder: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         below.sort(key=lambda name: (Path(root, name).is_symlink(), name))
-        files = (Path(root, name) for name in names)
-        yield from (file for file in files if file.suffix.lower() in SUFFIXES and file.is_file())
+        for file in (Path(root, name) for name in names):
+            refuse_broken_link(file)
+            if file.suffix.lower() in SUFFIXES and file.is_file():
+                yield file
 
 
 def load_image(source: bytes | Path, preprocessing: Preprocessing) -> Floats:

@@ -381,13 +381,33 @@ def test_folders_and_files_may_be_links(classes: Path, tmp_path_factory: pytest.
         np.testing.assert_array_equal(there.targets()[name], values)
 
 
+@pytest.mark.parametrize("link", ["cat/1.png", "bird", "val", "images/1.png", "masks"])
+def test_a_link_to_nothing_is_no_smaller_data_set(
+    classes: Path, tmp_path_factory: pytest.TempPathFactory, link: str
+) -> None:
+    """Not accuracy over what is left, the share of the rest being unmounted."""
+    folder = classes if link in ("cat/1.png", "bird") else tmp_path_factory.mktemp("data")
+    if link == "val":
+        shutil.copytree(classes, folder / "train")
+    elif folder != classes:
+        masked_folder(folder)
+    if link == "masks":
+        shutil.rmtree(folder / link)
+    (folder / link).symlink_to(f"/nowhere/{link}")
+    with pytest.raises(RefusedError, match=rf"{link}: is a link to nothing \(/nowhere/{link}\)$"):
+        load_samples(folder, input_shape=SHAPE, preprocessing=PLAIN)
+
+
 def test_masks_are_not_read_for_the_images_alone(tmp_path: Path) -> None:
     masked_folder(tmp_path)
     (tmp_path / "masks" / "b.png").write_bytes(b"no image")
     found = load_samples(tmp_path, input_shape=SHAPE, preprocessing=PLAIN)
     assert len(stack(found.images_alone())) == found.count
-    (tmp_path / "masks" / "b.png").unlink()
-    assert len(load_samples(tmp_path, input_shape=SHAPE, preprocessing=PLAIN).images_alone()) == found.count
+    (mask := tmp_path / "masks" / "b.png").unlink()
+    for _ in ("missing", "a link to nothing"):
+        assert len(load_samples(tmp_path, input_shape=SHAPE, preprocessing=PLAIN).images_alone()) == found.count
+        mask.unlink(missing_ok=True)
+        mask.symlink_to("/nowhere/b.png")
 
 
 def test_truncated_and_foreign_npz_files_are_refused(tmp_path: Path) -> None:

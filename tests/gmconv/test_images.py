@@ -206,12 +206,23 @@ def test_links_are_followed_and_none_leads_round_for_ever(tmp_path: Path) -> Non
         (tmp_path / name).touch()
     data = tmp_path / "data"
     targets = {"a/file.png": "../b/y.png", "a/folder": tmp_path / "elsewhere", "a/again": "folder", "b/a": "../a"}
-    loops = {"b/up": "..", "b/self": "self", "b/own.png": "own.png", "b/none.png": "nowhere", "a/top": tmp_path}
+    loops = {"b/up": "..", "b/.#locked.png": "editor@host", "a/top": tmp_path}
     for name, target in {**targets, **loops}.items():
         (data / name).symlink_to(target)
     found = [str(file.relative_to(data)) for file in image_files(data)]
     assert found == ["a/again/z.png", "a/file.png", "a/x.png", "b/y.png"], "each folder once"
     assert [file.name for file in image_files(data / "b")] == ["z.png", "file.png", "x.png", "y.png"]
+
+
+@pytest.mark.parametrize("target", ["/nowhere/1.png", "{name}", "x.png/1.png"])
+@pytest.mark.parametrize("name", ["1.png", "class", "v1.5"])
+def test_a_link_to_nothing_is_refused_by_name(tmp_path: Path, name: str, target: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").touch()
+    (link := tmp_path / "a" / name).symlink_to(target := target.format(name=name))
+    with pytest.raises(RefusedError) as refused:
+        image_files(tmp_path)
+    assert refused.value.message == f"{link}: is a link to nothing ({target})"
 
 
 def test_a_class_that_may_not_be_read_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

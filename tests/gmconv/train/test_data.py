@@ -124,6 +124,13 @@ def test_bad_folders_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
         load_dataset(str(tmp_path / "pixels"), (3, 8, 8))
 
 
+@pytest.mark.parametrize("link", ["cat/x.png", "wolf"])
+def test_a_link_to_nothing_is_refused_by_name(folder: Path, link: str) -> None:
+    (folder / link).symlink_to("/nowhere")
+    with pytest.raises(RefusedError, match=rf"{link}: is a link to nothing \(/nowhere\)$"):
+        image_folder(folder, (3, 8, 8), 0.2, 0)
+
+
 def test_an_npz_of_arrays_is_split_by_class(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     labels = np.arange(40) % 4
