@@ -35,7 +35,7 @@ from runtime.runners.base import as_inputs
 pytestmark = pytest.mark.xdist_group("test_parity")  # its networks are exported once
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
-LAYER = {"name": "conv1", "kernel": [3, 3], "kept": [1, 1], "l1_removed": 0.1}
+LAYER = {"name": "conv1", "kernel": [3, 3], "kept": [1, 1], "offset": [1, 1], "l1_removed": 1.0}
 SEEN = {"samples": 8, "relative_max": 0.1}
 SPEC = (TensorSpec("input", "float32", ("batch", 3, 16, 16)),)
 
