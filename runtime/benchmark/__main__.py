@@ -24,7 +24,7 @@ from runtime.benchmark.measure import Artefact, Measured, Prepared, measure, par
 from runtime.benchmark.options import Options, collect, options, refuse_single_flags
 from runtime.benchmark.timing import Progress
 from runtime.benchmark.trtexec import Log, explanations, heading, profile_table, prolog, summary, trace_averages
-from runtime.benchmark.twins import with_twins
+from runtime.benchmark.twins import by_label, split_checkpoint, with_twins
 from runtime.report.artefacts import require_report
 from runtime.runners.base import LayerTime
 from runtime.runners.neighbours import with_neighbours
@@ -121,7 +121,12 @@ def _single(artefact: Artefact, asked: Options, values: dict[str, Any], log: Log
 def _compare(named: Sequence[Artefact], asked: Options, values: dict[str, Any], log: Log, as_json: bool) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
-        contenders = with_twins(named, folder, asked.foreign) if values["twin"] else against_first(named)
+        if values["twin"]:
+            _try_to_open(split_checkpoint(named)[1], asked)
+            contenders = with_twins(named, folder, asked.foreign)
+            stack.enter_context(by_label(contenders, folder))
+        else:
+            contenders = against_first(named)
         prepared = [stack.enter_context(Prepared(c.artefact, asked)) for c in contenders]
         require_same_inputs(prepared)
         for opened in prepared:
@@ -141,6 +146,13 @@ def _compare(named: Sequence[Artefact], asked: Options, values: dict[str, Any], 
             write_comparison(values["report"], prepared, result)
     if result.interleaved.interrupted:
         raise Interrupted(f"interrupted after {result.interleaved.rounds} rounds; the figures are those so far")
+
+
+def _try_to_open(given: Sequence[Artefact], asked: Options) -> None:
+    """Refuse what cannot run here before minutes go into twins."""
+    with ExitStack() as stack:
+        if opened := [stack.enter_context(Prepared(artefact, asked)) for artefact in given]:
+            require_same_inputs(opened)
 
 
 def _print_mode(prepared: Prepared, asked: Options, log: Log) -> None:

@@ -6,7 +6,8 @@ import json
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from gmconv.child import child_command, child_environment
 from gmconv.cli import require
-from gmconv.errors import BuildError, RefusedError
+from gmconv.errors import BuildError, CheckpointError, RefusedError, UnavailableError
 from gmconv.foreign import NOTHING, Foreign
 from runtime.artefact import artefact_kind
 from runtime.benchmark.comparison import Contender
@@ -41,12 +42,9 @@ def with_twins(artefacts: Sequence[Artefact], folder: Path, foreign: Foreign = N
         click.UsageError: not exactly one checkpoint among the artefacts.
         gmconv.errors.CheckpointError: that has no twin.
     """
-    kinds = [artefact_kind(artefact.path) for artefact in artefacts]
-    if kinds.count("checkpoint") != 1:
-        raise click.UsageError("--twin needs one checkpoint among the artefacts: the twin is made from it")
     from runtime.runners.torch import write_twin
 
-    checkpoint = artefacts[kinds.index("checkpoint")]
+    checkpoint, others = split_checkpoint(artefacts)
     twins = Twins(folder / "twin.pt", foreign)
     write_twin(checkpoint.path, twins.checkpoint, foreign)
     own = {**checkpoint.options, "form": "baked"}
@@ -57,19 +55,42 @@ def with_twins(artefacts: Sequence[Artefact], folder: Path, foreign: Foreign = N
         )
         for form in ("live", "baked")
     ]
-    for artefact, kind in zip(artefacts, kinds, strict=True):
-        if kind == "checkpoint":
-            continue
+    for artefact in others:
         reference, label = len(contenders), f"twin of {artefact.name}"
         name = f"twin-{reference}"
         try:
             twin = Artefact(twins.of(artefact.path, name), artefact.options, label, True)
-        except (BuildError, RefusedError) as error:
-            said = label.join(re.split(rf"\b{name}(?:\.low)?\.(?:onnx|plan)\b", error.message))
-            contenders.append(Contender(artefact, reference, no_twin=said.replace(f"{folder}/", "")))
+        except (BuildError, RefusedError, UnavailableError) as error:
+            contenders.append(Contender(artefact, reference, no_twin=_labelled(error.message, folder, {name: label})))
         else:
             contenders += [Contender(twin, reference), Contender(artefact, reference)]
     return contenders
+
+
+def split_checkpoint(artefacts: Sequence[Artefact]) -> tuple[Artefact, list[Artefact]]:
+    """The checkpoint that twins are made from, and the others. Raises click.UsageError unless there is one."""
+    kinds = [artefact_kind(artefact.path) for artefact in artefacts]
+    if kinds.count("checkpoint") != 1:
+        raise click.UsageError("--twin needs one checkpoint among the artefacts: the twin is made from it")
+    others = [artefact for artefact, kind in zip(artefacts, kinds, strict=True) if kind != "checkpoint"]
+    return artefacts[kinds.index("checkpoint")], others
+
+
+@contextmanager
+def by_label(contenders: Sequence[Contender], folder: Path) -> Iterator[None]:
+    """What is said of a twin's file on the way out has its label instead: `folder` is gone by then."""
+    labels = {c.artefact.path.name.split(".")[0]: c.artefact.name for c in contenders if c.artefact.generated}
+    try:
+        yield
+    except (BuildError, CheckpointError, RefusedError, UnavailableError) as error:
+        raise type(error)(_labelled(error.message, folder, labels)) from error
+
+
+def _labelled(message: str, folder: Path, labels: Mapping[str, str]) -> str:
+    inside = rf"{re.escape(str(folder))}/twin\.pt\b"
+    said = re.sub(inside, labels.get("twin", "its network without masks"), message)
+    said = re.sub(r"\b(twin-\d+)(?:\.low)?\.(?:onnx|plan)\b", lambda found: labels.get(found[1], found[0]), said)
+    return said.replace(f"{folder}/", "")
 
 
 @dataclass(slots=True)

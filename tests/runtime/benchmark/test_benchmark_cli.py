@@ -13,15 +13,24 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from gmconv.errors import RefusedError
+from gmconv.errors import RefusedError, UnavailableError
 from runtime.benchmark.__main__ import main
+from runtime.benchmark.comparison import Contender
 from runtime.benchmark.exports import check_writable
+from runtime.benchmark.measure import Artefact
 from runtime.benchmark.options import DEVICE_FLAGS, SINGLE_FLAGS
 from runtime.benchmark.trtexec import parse
 from runtime.runners.base import Runner
 
 Fake = Callable[..., str]
 QUICK = ("--duration=0.05", "--warmUp=5")
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
 
 
 def bench(*arguments: str | Path) -> Result:
@@ -272,6 +281,39 @@ def test_a_comparison_of_different_work_is_refused(fake: Fake, host_runner: Runn
     mixed = bench(fake(host_runner), fake(device_runner), *QUICK, "--shapes=input:2x3x4x4")
     assert mixed.exit_code == 0
     assert "different clocks" in mixed.stderr
+
+
+def test_what_cannot_run_here_is_refused_before_a_twin_is_made(
+    fake: Fake, host_runner: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (checkpoint := tmp_path / "net.pt").touch()
+    fake(host_runner, "net.plan")
+    error = UnavailableError(f"{tmp_path}/net.plan: an engine runs on an NVIDIA GPU")
+    monkeypatch.setattr("runtime.benchmark.measure.open_runner", raising(error))
+    monkeypatch.setattr("runtime.benchmark.__main__.with_twins", raising(AssertionError("a twin was made")))
+    done = bench(checkpoint, tmp_path / "net.plan", "--twin", *QUICK)
+    assert done.exit_code == 6, done.output
+    assert done.stderr.splitlines()[-1] == f"Error: {error.message}"
+
+
+def test_no_message_has_the_path_of_a_twins_file(
+    fake: Fake, device_runner: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (checkpoint := tmp_path / "net.pt").touch()
+    fake(device_runner, "net.plan")
+
+    def unusable(_: Any, folder: Path, __: Any) -> list[Contender]:
+        error = UnavailableError(f"{folder}/twin-3.plan: no GPU; {folder}/twin-3.low.onnx runs, of {folder}/twin.pt")
+        monkeypatch.setattr("runtime.benchmark.measure.open_runner", raising(error))
+        (folder / "twin.pt").touch()
+        made = (("twin.pt", "torch twin (no masks)"), ("twin-3.plan", "twin of net.plan"))
+        return [Contender(Artefact(folder / file, {}, label, True)) for file, label in made]
+
+    monkeypatch.setattr("runtime.benchmark.__main__.with_twins", unusable)
+    done = bench(checkpoint, tmp_path / "net.plan", "--twin", *QUICK)
+    assert done.exit_code == 6, done.output
+    said = "Error: twin of net.plan: no GPU; twin of net.plan runs, of torch twin (no masks)"
+    assert done.stderr.splitlines()[-1] == said
 
 
 def test_an_artefacts_own_options_are_read_behind_its_name(tmp_path: Path) -> None:
