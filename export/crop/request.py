@@ -68,6 +68,7 @@ class CalibrationData:
     batches: list[Tensor]
     labels: Tensor | None
     origin: str
+    noise: bool = False
 
 
 def crop_for_export(
@@ -116,6 +117,7 @@ def crop_for_export(
     if budget is not None:
         free = {name: window for name, window in windows.items() if name not in elsewhere}
         windows, account, latencies = _within_budget(model, request, budget, data, free, note)
+        account["on_noise"] = data.noise
         windows = whole_again(model, windows, [name for name in smallest if name not in windows])
         windows = {name: windows[name] for name in smallest}
     else:
@@ -254,7 +256,7 @@ def calibration_data(
     origin = f"{samples.count} of {samples.name}, seed {request.seed}"
     if samples.nameless and labels is not None:
         origin += f" ({in_order(samples.nameless)})"
-    return CalibrationData(batches, labels, origin)
+    return CalibrationData(batches, labels, origin, noise=str(source) == "noise")
 
 
 def _labels(samples: Samples, output: Sequence[int], request: CropRequest) -> Tensor | None:

@@ -330,7 +330,7 @@ def _manifest(
             operators=exported.operators,
             rows_meet=proof.reference.apart > 0,
             notes=(*confirmed, *facts.notes, *proof.reference.notes),
-            warnings=(*assumed, *doubts(bool(baked.layers or baked.kernels), proof.reference.apart)),
+            warnings=(*assumed, *doubts(bool(baked.layers or baked.kernels), proof.reference.apart, exported.crop)),
         ),
         versions=versions("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "gmconv-deploy"),
     )

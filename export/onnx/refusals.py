@@ -22,22 +22,28 @@ from runtime.metadata import misfit
 
 if TYPE_CHECKING:
     from gmconv import Checkpoint
+    from gmconv.cropping.certificate import CropCertificate
     from runtime.runners.base import Array
 
 NOTHING_BAKED = (
     "nothing was baked: no convolution and no product of matrices has a mask or computes its kernel; if the network "
     "was trained with Gaussian masks, this checkpoint lacks them, or --arch builds another network"
 )
+SPENT_ON_NOISE = "the crop budget was spent on noise, which says little of images: give --data"
 _LAST = 15  # lines of what the exporter printed
 
 
-def doubts(baked: bool, apart: float) -> tuple[str, ...]:
-    """What the user should know of a proven network: that nothing was `baked`, or that samples meet (`rows_apart`)."""
+def doubts(baked: bool, apart: float, crop: CropCertificate | None) -> tuple[str, ...]:
+    """What the user should know of a proven network.
+
+    That nothing was `baked`, that samples meet (`rows_apart`), or that noise chose the taps which a `crop` lost.
+    """
     meet = (
         f"a sample's outputs depend on the others of its batch (by up to {apart:.1e} of their RMS): whoever merges or "
         f"pads batches gets other answers; gmconv serve and gmconv triton run each request alone"
     )
-    return (*[NOTHING_BAKED] * (not baked), *[meet] * (apart > 0))
+    on_noise = crop is not None and (crop.budget or {}).get("on_noise") and any(one.l1_removed for one in crop.layers)
+    return (*[NOTHING_BAKED] * (not baked), *[meet] * (apart > 0), *[SPENT_ON_NOISE] * bool(on_noise))
 
 
 def refuse_early(source: object, written: Sequence[Path], options: ExportOptions) -> None:

@@ -27,18 +27,19 @@ def make(sigma=0.7):
     return gmconv.convert(net, sigma=sigma)
 """
 
+DIGITS = {"name": "digits", "test_size": 0.2, "split_seed": 0}
+
 
 @pytest.fixture
-def two_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[str | Path]]:
+def two_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TwoKernels:
     """Saves a network of two 7x7 kernels with that sigma, and gives the arguments that export it."""
     (tmp_path / "two_kernels.py").write_text(TWO_KERNELS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
-    def save(sigma: float) -> list[str | Path]:
+    def save(sigma: float, data: dict[str, Any] | None = DIGITS) -> list[str | Path]:
         torch.manual_seed(0)
         model = importlib.import_module("two_kernels").make(sigma)
-        data = {"name": "digits", "test_size": 0.2, "split_seed": 0}
         arch = "two_kernels:make"
         gmconv.save_checkpoint(tmp_path / "net.pt", model, arch, (3, 16, 16), {"sigma": sigma}, dataset=data)
         return [tmp_path / "net.pt", "--arch", arch, "-q"]
@@ -46,7 +47,7 @@ def two_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[fl
     return save
 
 
-TwoKernels = Callable[[float], list[str | Path]]
+TwoKernels = Callable[..., list[str | Path]]
 
 
 def test_a_crop_is_proven_against_the_uncropped_network(tmp_path: Path) -> None:
@@ -134,6 +135,18 @@ def test_what_a_budget_chose_on_images_is_judged_on_images(
         seen.setdefault(hop.name, set()).add(hop.inputs)
     assert seen["baked -> cropped"] == {"held-out digits"}
     assert seen["live -> baked"] == seen["cropped -> ORT"] == {"noise, seed 0", "held-out digits"}
+
+
+@pytest.mark.parametrize(("flags", "said"), [(("--crop-budget", "0.05"), 1), (("--crop", "0.05"), 0)])
+def test_a_budget_that_noise_spent_is_warned_of(
+    tmp_path: Path, two_kernels: TwoKernels, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], said: int
+) -> None:
+    assert export(*two_kernels(0.6, None), *flags) == 0
+    warning = "the crop budget was spent on noise, which says little of images: give --data"
+    assert list(read_manifest(tmp_path / "net.onnx").warnings) == [warning] * said
+    assert capsys.readouterr().err.count(f"warning: {warning}") == said, "with -q too"
+    assert export(*two_kernels(0.6), "--crop-budget", "0.05") == 0
+    assert not read_manifest(tmp_path / "net.onnx").warnings, "digits are images"
 
 
 def kernel_sizes(file: Path) -> list[int]:
