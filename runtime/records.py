@@ -303,7 +303,7 @@ class OutputComparison:
     `disagreement_margin`: largest reference margin among the samples that disagree. `variation`: RMS of the reference's
     change from sample to sample over its RMS, over all cases. `agreement`: share of an integer or boolean output's
     values that are equal. `tolerance`: of `rel_rms`. `margin`: tolerance / found, the worst of the judged numbers;
-    above 1 passes, None where the two are equal. With activations unrounded both are of all samples of a kind.
+    above 1 passes, None: equal, or it did not decide. With activations unrounded both are of all samples of a kind.
     """
 
     output: str

@@ -93,7 +93,7 @@ class Comparator:
             sums.judge(name, self._limit(name), self._scale(name), self._over_all(name, case), self._pool(name, case))
             for name, sums in self._cases[case].items()
         )
-        return tuple(one if one.passed else self._explained(one) for one in found)
+        return tuple(_telling(one if one.passed else self._explained(one)) for one in found)
 
     def beside_noise(self, case: int) -> tuple[OutputComparison, ...]:
         """`result` of a case whose error is the precision's noise: with the limit that follows, where it is tighter.
@@ -108,7 +108,7 @@ class Comparator:
         if judged is None or found.rel_rms is None or judged[0] >= found.tolerance:
             return found
         limit, margin = judged
-        return replace(found, tolerance=limit, margin=_finite(margin))
+        return _telling(replace(found, tolerance=limit, margin=_finite(margin)))
 
     def _explained(self, failed: OutputComparison) -> OutputComparison:
         """A failure, with what torch fp32 itself loses where that is more than any artefact may."""
@@ -313,6 +313,12 @@ class _Sums:
             "top1_decided": float(agrees[decided].mean()) if decided.any() else None,
             "disagreement_margin": float(margins[~agrees].max()) if not agrees.all() else None,
         }
+
+
+def _telling(found: OutputComparison) -> OutputComparison:
+    """Without a margin that says the other thing than the verdict: all cases together decided, or no error."""
+    agrees = found.margin is None or found.passed == (found.margin >= 1)
+    return found if agrees else replace(found, margin=None)
 
 
 def _failure(name: str, samples: int, reason: str, tolerance: Tolerance) -> OutputComparison:

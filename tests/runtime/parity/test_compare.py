@@ -84,6 +84,27 @@ def test_an_error_beyond_tolerance_fails_and_says_by_how_much() -> None:
     assert found.margin < 1
 
 
+@pytest.mark.parametrize("channels", [40, 1])
+def test_a_margin_never_says_the_other_thing_than_the_verdict(channels: int) -> None:
+    """All channels are too far off beside fp16's own noise, or one, which their sum does not show."""
+    generator = np.random.default_rng(0)
+    reference = generator.standard_normal((64, 40))
+    noise, error = (1e-3 * generator.standard_normal((64, 40)) for _ in range(2))
+    error[:, :channels] *= 6
+    comparator = Comparator(TOLERANCES["fp16"])
+    for case, rows in enumerate((slice(0, 1), slice(1, 64))):
+        ref = {"y": reference[rows]}
+        comparator.add(ref, {"y": (reference + error)[rows]}, case, real=True, rounded={"y": (reference + noise)[rows]})
+    for of_case in (comparator.result, comparator.beside_noise):
+        found = [of_case(case)[0] for case in range(2)]
+        assert [one.passed for one in found] == [True, False], "told once, beside most samples"
+        assert "fp16 by itself" in found[1].reason
+        assert all(one.margin is None or one.passed == (one.margin >= 1) for one in found)
+    clean = Comparator(TOLERANCES["fp16"])
+    clean.add({"y": reference}, {"y": reference + noise}, real=True, rounded={"y": reference + noise})
+    assert clean.beside_noise(0)[0].margin is not None
+
+
 def test_a_class_that_two_samples_happen_to_share_is_of_no_other_scale() -> None:
     generator = np.random.default_rng(0)
     reference = generator.standard_normal((2, 1000))
