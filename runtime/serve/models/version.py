@@ -55,12 +55,14 @@ class ModelVersion:
         """Why the model cannot classify an image, as requests and the page are told; "" where it can."""
         prepared = self.manifest.preprocessing if self.manifest else None
         ports, output = list(self.signature.inputs.values()), next(iter(self.signature.outputs.values()))
-        if prepared is None:
-            why = "has no preprocessing in its manifest (export it with --mean and --std)"
-        elif len(ports) != 1:
+        if len(ports) != 1:
             why = "has several inputs"
         elif len(output.shape) != 2 or output.shape[1] == 1:
             why = f"gives no class scores (its first output, '{output.name}', is {list(output.shape)})"
+        elif len(ports[0].shape) != 4:
+            why = f"takes no images (its input, '{ports[0].name}', is {list(ports[0].shape)})"
+        elif prepared is None:
+            why = "has no preprocessing in its manifest (export it with --mean and --std)"
         else:
             try:
                 self.signature.check_shape(ports[0], (1, len(prepared.mean), *prepared.size))
