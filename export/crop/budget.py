@@ -1,10 +1,10 @@
 """`--crop-budget`: one error budget for the whole network, spent on the layers where a removed tap buys the most time.
 
-Every layer offers a few nested windows. What each one costs is measured: the network's output error on calibration
-data with that one crop. What it gains is counted in multiply-accumulates, or measured in ONNX Runtime. The errors of
-different layers are taken as independent (they add in quadrature), so one price per squared error settles every
-layer's window at once; the price is lowered as long as the whole crop, run end to end, keeps the budget. Only a choice
-whose *measured* error keeps it is returned. The same model, data and gains give the same choice.
+Every layer offers a few nested windows, of the shape of its mask. What each one costs is measured: the network's output
+error on calibration data with that one crop. What it gains is counted in multiply-accumulates, or measured in ONNX
+Runtime. The errors of different layers are taken as independent (they add in quadrature), so one price per squared
+error settles every layer's window at once; the price is lowered as long as the whole crop, run end to end, keeps the
+budget. Only a choice whose *measured* error keeps it is returned. The same model, data and gains give the same choice.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def spend(
 
 def windows_to_try(conv: nn.Conv2d, free: Window) -> list[Window]:
     """A layer's windows, nested around its energy, without the taps outside of `free`, from the largest on."""
-    windows = nested_windows((int(conv.kernel_size[0]), int(conv.kernel_size[1])), energy_shift(conv.weight))
+    windows = nested_windows(conv.weight, energy_shift(conv.weight))
     return list(dict.fromkeys(window.intersection(free) for window in windows))
 
 
@@ -250,6 +250,11 @@ def _draw_curve(market: _Market, spending: _Spending) -> None:
             spending({name: option.window for name, option in market.at(price).items()})
 
 
+def _price(held: Option, other: Option) -> float:
+    """In squared error, of each further unit of gain."""
+    return (other.cost**2 - held.cost**2) / (other.gain - held.gain)
+
+
 def _best_within(options: Sequence[Option], free: Windows, spending: _Spending) -> Windows:
     """The choice with the largest gain found whose measured spending the budget allows."""
     market = _market(options, free)
@@ -264,8 +269,8 @@ def _best_within(options: Sequence[Option], free: Windows, spending: _Spending) 
         else:
             high = middle
         middle = (low + high) // 2
-    # What is left over may still pay for single layers.
-    more = sorted((o for o in options if o.gain > best[o.layer].gain), key=lambda o: best[o.layer].gain - o.gain)
+    # What is left over may still pay for single layers, the best bargains first.
+    more = sorted((o for o in options if o.gain > best[o.layer].gain), key=lambda o: _price(best[o.layer], o))
     for option in more[:_EXTRAS]:
         taken = {**best, option.layer: option}
         if option.gain > best[option.layer].gain and spending.allows({n: o.window for n, o in taken.items()}):

@@ -24,6 +24,7 @@ Latencies = Mapping[str, Mapping[Window, float]]
 """Milliseconds by layer name and window."""
 _ROUNDS = 15
 _SECONDS_PER_RUN = 0.02  # a round repeats a fast layer until it has run for about this long
+_TURNS = 4  # more sessions than these share the time of so many
 
 
 def measure_latencies(
@@ -36,39 +37,42 @@ def measure_latencies(
 ) -> Latencies:
     """Time layers of `model` alone, at the shapes they see for `example` (batch first): whole, and at their `windows`.
 
-    The windows of one layer take turns, and of each the fastest run counts: whatever else the machine does only adds
-    to a run, and by more than cropping takes away from a small one. `threads` 0 lets ONNX Runtime choose. Layers of
-    equal geometry are timed once; layers without a smaller window are not.
+    Layers of equal geometry are timed as one, at all of their windows, which take turns; those without a smaller window
+    are not. The fastest run counts: whatever else the machine does only adds to a run, and by more than cropping takes
+    away from a small one. `threads` 0 lets ONNX Runtime choose.
 
     Returns:
         Milliseconds (the fastest run in `rounds`) per layer and window, the whole kernel first.
     """
     shapes = count_macs(model, example)
-    known: dict[tuple[Any, ...], dict[Window, float]] = {}
-    found = {}
+    groups: dict[tuple[Any, ...], tuple[nn.Conv2d, dict[Window, None]]] = {}
+    asked: dict[str, tuple[tuple[Any, ...], tuple[Window, ...]]] = {}
     for name, conv in croppable(model, lambda name, _: name in windows and name in shapes).items():
         shape = (example.shape[0], *shapes[name].input_shape)
         timed = tuple(dict.fromkeys((Window.whole(conv.kernel_size), *windows[name])))
         if len(timed) == 1:
             continue
-        key = (shape, conv.out_channels, conv.stride, conv.dilation, conv.groups, pads_of(conv), timed)
-        if key not in known:
-            feeds = {"x": np.random.default_rng(0).standard_normal(shape, dtype=np.float32)}
-            sessions = {window: _session(conv, shape, window, threads) for window in timed}
-            times = time_sessions(sessions, feeds, rounds)
-            known[key] = {window: min(values) for window, values in times.items()}
-        found[name] = known[key]
-    return found
+        key = (shape, conv.out_channels, timed[0], conv.stride, conv.dilation, conv.groups, pads_of(conv))
+        groups.setdefault(key, (conv, {}))[1].update(dict.fromkeys(timed))
+        asked[name] = key, timed
+    known = {}
+    for key, (conv, union) in groups.items():
+        shape = key[0]
+        feeds = {"x": np.random.default_rng(0).standard_normal(shape, dtype=np.float32)}
+        sessions = {window: _session(conv, shape, window, threads) for window in union}
+        known[key] = {window: min(values) for window, values in time_sessions(sessions, feeds, rounds).items()}
+    return {name: {window: known[key][window] for window in timed} for name, (key, timed) in asked.items()}
 
 
 def time_sessions(sessions: Mapping[K, Any], feeds: Mapping[str, Any], rounds: int) -> dict[K, list[float]]:
     """Milliseconds of each ONNX Runtime session's fastest run in each round; they take turns within a round."""
-    repeats = {}
+    repeats, share = {}, min(1.0, _TURNS / max(1, len(sessions)))
     for key, session in sessions.items():
         session.run(None, feeds)
         start = time.perf_counter()
         session.run(None, feeds)
-        repeats[key] = max(1, min(50, round(_SECONDS_PER_RUN / max(time.perf_counter() - start, 1e-6))))
+        alone = min(50, _SECONDS_PER_RUN / max(time.perf_counter() - start, 1e-6))
+        repeats[key] = max(1, round(share * alone))
     times: dict[K, list[float]] = {key: [] for key in sessions}
     for _ in range(rounds):
         for key, session in sessions.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16", "int8", "fp
 
 _INT8_MAX = 127
 _ROUNDING = 1e-12  # of differences of sums
+_ALIKE = 1.5  # times as much: by chance, as where a mask is wide
 # Half of the smallest E4M3 subnormal over its largest value: what rounds to zero when the layer's *deviation* is
 # mapped to 448. No calibration in use maps less than that to 448, so a tap below it is zero under all of them.
 _FP8_ZERO = 2.0**-10 / 448
@@ -76,22 +78,40 @@ def centred_windows(kernel_size: tuple[int, int]) -> list[Window]:
     return sorted(windows, key=lambda w: (w.taps, w))
 
 
-def nested_windows(kernel_size: tuple[int, int], centre: tuple[int, int] = (0, 0)) -> list[Window]:
-    """The kernel itself, then ever smaller windows of it: what lies within so many taps of `centre`.
+def nested_windows(weight: Tensor, centre: tuple[int, int] = (0, 0)) -> list[Window]:
+    """The kernel itself, then ever smaller windows of it around `centre`, down to the tap or two there.
 
-    `centre` is in taps from the kernel's own: 7x7 -> 5x5, 3x3, 1x1; 3x7 -> 3x5, 3x3, 1x1; 4x4 -> 2x2.
+    `weight` is `(out, in / groups, kh, kw)`, `centre` in taps from the kernel's own. Each step takes the outermost rows
+    away or the outermost columns, whichever lose less per tap, as `removed_share` counts; where both lose about as much
+    those further out: 7x7 -> 5x7 -> 5x5 -> 3x5 -> 3x3 and so on under a round mask, 7x7 -> 5x7 -> 3x7 -> 3x5 under one
+    that is wider than high.
     """
-    halves = [(k - 1) // 2 for k in kernel_size]
-    furthest = max(half + abs(shift) for half, shift in zip(halves, centre, strict=True))
-    windows = []
-    for reach in range(furthest, -1, -1):
-        sides = []
-        for k, half, shift in zip(kernel_size, halves, centre, strict=True):
-            start = half - reach
-            sides.append((max(0, start + shift), min(k, k - start + shift)))
-        (top, bottom), (left, right) = sides
-        windows.append(Window(top, left, bottom - top, right - left))
-    return list(dict.fromkeys(windows))
+    taps = weight.detach().double().abs().sum(1)
+    norm = taps.sum((-2, -1), keepdim=True)
+    taps /= norm.where(norm > 0, torch.ones_like(norm))
+    size = (int(taps.shape[-2]), int(taps.shape[-1]))
+    reach = [(k - 1) // 2 + abs(shift) for k, shift in zip(size, centre, strict=True)]
+    windows = [Window.whole(size)]
+    while any(reach):
+        prices = {}
+        for axis in (axis for axis in (0, 1) if reach[axis]):
+            smaller = _within(size, centre, [r - (axis == i) for i, r in enumerate(reach)])
+            lost = float((windows[-1].cut(taps).sum((-2, -1)) - smaller.cut(taps).sum((-2, -1))).max())
+            prices[axis] = max(0.0, lost - _ROUNDING) / (windows[-1].taps - smaller.taps)
+        cheap = [axis for axis, price in prices.items() if price <= _ALIKE * min(prices.values())]
+        reach[max(cheap, key=lambda axis: (reach[axis], -prices[axis]))] -= 1
+        windows.append(_within(size, centre, reach))
+    return windows
+
+
+def _within(size: tuple[int, int], centre: tuple[int, int], reach: Sequence[int]) -> Window:
+    """The taps of a kernel of `size` that lie within so many rows and columns of `centre`."""
+    sides = []
+    for k, shift, far in zip(size, centre, reach, strict=True):
+        start = (k - 1) // 2 - far
+        sides.append((max(0, start + shift), min(k, k - start + shift)))
+    (top, bottom), (left, right) = sides
+    return Window(top, left, bottom - top, right - left)
 
 
 def energy_shift(weight: Tensor) -> tuple[int, int]:

@@ -10,15 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from export.crop.budget import Budget, Option, _best_within, parse_budget, spend
+from export.crop.budget import Budget, Option, _best_within, parse_budget, spend, windows_to_try
 from export.crop.latency import measure_latencies
 from gmconv.cropping.certificate import certify
 from gmconv.cropping.choose import choose_windows, crop_to
 from gmconv.cropping.macs import count_macs
 from gmconv.cropping.measure import output_error, run
 from gmconv.cropping.table import crop_summary
-from gmconv.cropping.window import Window, nested_windows
+from gmconv.cropping.window import Window, centred_windows
 from gmconv.surgery import bake, convert
+
+KERNELS = (("0", (7, 7)), ("2", (5, 5)), ("4", (3, 3)))
 
 
 def network() -> nn.Module:
@@ -88,8 +90,7 @@ def test_the_choice_is_the_best_of_all_within_the_budget(model: nn.Module, batch
     """Against every combination of windows, run end to end: at most 10 % of the saving is missed."""
     value = 0.02
     cropped, _, _ = buy(model, batches, Budget("error", value))
-    choices = [[("0", w) for w in nested_windows((7, 7))], [("2", w) for w in nested_windows((5, 5))]]
-    choices.append([("4", w) for w in nested_windows((3, 3))])
+    choices = [[(name, w) for w in windows_to_try(model[int(name)], Window.whole(size))] for name, size in KERNELS]
     allowed = []
     for combination in itertools.product(*choices):
         other = crop_to(model, dict(combination))
@@ -97,6 +98,22 @@ def test_the_choice_is_the_best_of_all_within_the_budget(model: nn.Module, batch
             allowed.append(macs_of(other, batches))
     whole = macs_of(model, batches)
     assert whole - macs_of(cropped, batches) >= 0.9 * (whole - min(allowed))
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-2])
+def test_under_masks_of_two_sigmas_a_budget_reaches_what_a_tolerance_does(
+    batches: list[Tensor], tolerance: float
+) -> None:
+    model = network()
+    with torch.no_grad():
+        for name, (side, _) in KERNELS[:2]:
+            axis = torch.arange(side) - (side - 1) / 2  # to sigmas of 0.4 and 1.5 from 0.6
+            model[int(name)].weight *= torch.exp(-1.736 * axis[:, None] ** 2 + 1.167 * axis**2)
+    windows = choose_windows(model, tolerance)
+    assert any(window.height < window.width for window in windows.values())
+    by_tolerance = crop_to(model, windows)
+    by_budget, _, _ = buy(model, batches, Budget("error", spent(model, by_tolerance, batches)))
+    assert macs_of(by_budget, batches) <= macs_of(by_tolerance, batches)
 
 
 def test_the_same_choice_every_time(model: nn.Module, batches: list[Tensor]) -> None:
@@ -173,8 +190,8 @@ def test_only_the_layers_offered_are_cropped(model: nn.Module, batches: list[Ten
 def test_measured_latency_decides_when_given(model: nn.Module, batches: list[Tensor]) -> None:
     """A layer whose smaller windows are not faster is left alone."""
     times = {
-        "0": dict.fromkeys(nested_windows((7, 7)), 1.0),
-        "2": {w: float(w.taps) for w in nested_windows((5, 5))},
+        "0": dict.fromkeys(centred_windows((7, 7)), 1.0),
+        "2": {w: float(w.taps) for w in centred_windows((5, 5))},
     }
     _, windows, account = buy(model, batches, Budget("error", 0.5), latencies=times)
     assert windows["0"].size == (7, 7)
@@ -193,7 +210,7 @@ def test_at_most_one_step_of_gain_is_missed(data: st.DataObject) -> None:
     options = [
         Option(layer, window, data.draw(positive), data.draw(positive))
         for layer in free
-        for window in nested_windows((7, 7))[1 : data.draw(st.integers(2, 4))]
+        for window in centred_windows((7, 7))[-2 : -data.draw(st.integers(3, 6)) : -1]
     ]
     by_window = {(o.layer, o.window): o for o in options}
 
@@ -213,8 +230,7 @@ def test_at_most_one_step_of_gain_is_missed(data: st.DataObject) -> None:
 
 
 def test_latencies_are_measured_for_every_window(model: nn.Module, batches: list[Tensor]) -> None:
-    kernels = {"0": (7, 7), "2": (5, 5), "4": (3, 3)}
-    windows = {name: nested_windows(kernel) for name, kernel in kernels.items()}
+    windows = {name: windows_to_try(model[int(name)], Window.whole(kernel)) for name, kernel in KERNELS}
     times = measure_latencies(model, batches[0][:1], windows, rounds=2, threads=1)
     assert {name: list(t) for name, t in times.items()} == windows
     assert all(ms > 0 for t in times.values() for ms in t.values())

@@ -166,13 +166,38 @@ def test_a_mask_with_a_centre_of_its_own_is_cropped_around_it() -> None:
 @given(kernel=st.tuples(SIZES, SIZES), shift=st.tuples(st.integers(-3, 3), st.integers(-3, 3)))
 def test_nested_windows_close_in_on_their_centre(kernel: tuple[int, int], shift: tuple[int, int]) -> None:
     shift = tuple(max(-((k - 1) // 2), min((k - 1) // 2, s)) for k, s in zip(kernel, shift, strict=True))  # type: ignore[assignment]
-    windows = nested_windows(kernel, shift)
+    windows = nested_windows(torch.randn(2, 3, *kernel, generator=torch.Generator().manual_seed(0)), shift)
     assert windows[0] == Window.whole(kernel)
     for outer, inner in pairwise(windows):
         assert outer.intersection(inner) == inner != outer
     last = windows[-1]
     assert (last.height, last.width) == tuple(2 - k % 2 for k in kernel)
     assert (last.top - (kernel[0] - 1) // 2, last.left - (kernel[1] - 1) // 2) == shift
+
+
+def gaussian(high: float, wide: float, side: int = 7) -> torch.Tensor:
+    """Random kernels (8, 4, side, side) under a mask of two sigmas."""
+    axis = torch.arange(side) - (side - 1) / 2
+    weight = torch.randn(8, 4, side, side, generator=torch.Generator().manual_seed(0))
+    return weight * torch.exp(-(axis[:, None] ** 2) / (2 * high**2) - axis**2 / (2 * wide**2))
+
+
+@pytest.mark.parametrize("sigma", [0.4, 1.0, 2.0, 1e3])
+def test_nested_windows_of_a_round_mask_are_squares_and_what_lies_between(sigma: float) -> None:
+    windows = nested_windows(gaussian(sigma, sigma))
+    assert len(windows) == 7
+    assert {w.size for w in windows} >= {(7, 7), (5, 5), (3, 3), (1, 1)}
+
+
+def test_nested_windows_have_the_shape_of_the_mask() -> None:
+    wide, high = gaussian(0.6, 1.2), gaussian(1.2, 0.6)
+    assert [w.size for w in nested_windows(wide)][:4] == [(7, 7), (5, 7), (3, 7), (3, 5)]
+    assert [w.size for w in nested_windows(high)][:4] == [(7, 7), (7, 5), (7, 3), (5, 3)]
+    assert smallest_window(wide, 1e-3) in nested_windows(wide)
+    row = torch.zeros(1, 1, 3, 7)
+    row[0, 0, 1, 1:6] = 1
+    sizes = [w.size for w in nested_windows(row)]
+    assert sizes == [(3, 7), (3, 5), (1, 5), (1, 3), (1, 1)], "zeros first, the further out of equals"
 
 
 def test_the_share_is_the_worst_channel_of_l1() -> None:
