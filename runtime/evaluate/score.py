@@ -202,6 +202,9 @@ def _doubt(samples: Samples, known: Facts, options: EvaluateOptions) -> str | No
         return f"{samples.name} has no labels: only agreement with the reference is measured"
     if samples.nameless:
         return f"{samples.name}: the network names no classes; {in_order(samples.nameless)}"
+    if samples.masked and options.images and (lone := _lone_masks(Path(options.images))):
+        named = f"{lone[0]}{', …' * (len(lone) > 1)}"
+        return f"{samples.name}: {len(lone)} masks without an image ({named}): nothing is judged by them"
     if options.part == "train" and samples.part == "all":
         return f"nothing says which part of {samples.name} was trained on: all of it was taken"
     labels = [composed(label) for label in known.labels or ()]
@@ -217,6 +220,19 @@ def _doubt(samples: Samples, known: Facts, options: EvaluateOptions) -> str | No
         if lacking := [name for index, name in enumerate(known.labels) if index not in present]:
             return f"{samples.name} has no images of {printable(', '.join(lacking), 200)}: nothing is said of them"
     return None
+
+
+def _lone_masks(folder: Path) -> list[Path]:
+    """The masks in a folder of `images` and `masks` whose image is not there, in any of its parts."""
+    from gmconv.images import image_files
+
+    sides: dict[str, dict[tuple[str, ...], Path]] = {"images": {}, "masks": {}}
+    for file in image_files(folder) if folder.is_dir() else ():
+        *above, name = file.relative_to(folder).parts
+        if side := next((part for part in above if part in sides), None):
+            above.remove(side)
+            sides[side][(*above, Path(name).stem)] = file.relative_to(folder)
+    return [mask for key, mask in sides["masks"].items() if key not in sides["images"]]
 
 
 def _judge(

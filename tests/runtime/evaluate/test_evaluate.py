@@ -21,6 +21,7 @@ from rich.console import Console
 
 from gmconv.data import array_entries
 from gmconv.errors import RefusedError
+from gmconv.images import Preprocessing
 from gmconv.splits import split_record
 from runtime.artefact import open_artefact
 from runtime.evaluate.__main__ import main
@@ -411,6 +412,30 @@ def test_folders_named_unlike_the_networks_classes_are_said(tmp_path: Path) -> N
         Image.new("L", (4, 2)).save(tmp_path / "data" / f"class{index}" / "0.png")
     done = invoke(path, "--data", tmp_path / "data")
     assert "sub-folders class0, class1, class2, class3, class4 are no labels of the network; all" in done.stderr
+
+
+@pytest.mark.parametrize("split", ["", "val/", "/val"])
+def test_masks_without_their_image_are_said(tmp_path: Path, split: str) -> None:
+    path = save_pixels(tmp_path / "a.onnx")
+    manifest = Manifest(
+        artefact=digest(path, "onnx"),
+        inputs=(TensorSpec("input", "float32", ("n", 1, 8, 8)),),
+        outputs=(TensorSpec("mean", "float32", ("n", 1)), TensorSpec("map", "float32", ("n", 2, 4, 4))),
+        preprocessing=Preprocessing(size=(8, 8), mean=(0.0,), std=(1.0,), channel_order="L"),
+    )
+    sidecar(path).write_text(manifest.to_json())
+    sides = [split + side if split.endswith("/") else side + split for side in ("images", "masks")]
+    for side, names in zip(sides, ("ab", "abcd"), strict=True):
+        for part in dict.fromkeys((side, side.replace("val", "train"))):
+            (tmp_path / "data" / part).mkdir(parents=True)
+        for name in names:
+            Image.new("L", (8, 8), 1).save(tmp_path / "data" / side / f"{name}.png")
+    flags = ("--data", tmp_path / "data", "--output", "map", "--json")
+    told = f"data: 2 masks without an image ({sides[1]}/c.png, …): nothing is judged by them"
+    assert told in json.loads(invoke(path, *flags).stdout)["warnings"]
+    for name in "cd":
+        (tmp_path / "data" / sides[1] / f"{name}.png").unlink()
+    assert "without an image" not in invoke(path, *flags).stdout
 
 
 def test_folders_in_decomposed_letters_are_the_networks_classes(tmp_path: Path) -> None:
