@@ -2,7 +2,8 @@
 
 `tensorrt`: symmetric S8/S8 (or E4M3/E4M3), per-channel weights stored in 8 bits behind a DequantizeLinear, biases in
 fp32, Q/DQ only on the inputs of convolutions and matrix products, as TensorRT's explicit quantization asks.
-`cpu`: U8 activations, S8 weights of 7 bits, int32 biases, Q/DQ around every op ONNX Runtime has an 8-bit kernel for.
+`cpu`: U8 activations, S8 weights of 7 bits, int32 biases, Q/DQ around ops that ONNX Runtime has an 8-bit kernel for, up
+to the last layers, and what hands their bits on.
 7 bits, because x86 processors without VNNI add pairs of products of U8 and S8 in 16 bits, which saturate: 2 * 255 * 64
 is the most that fits. Any session on any x86 is right, whatever its options.
 """
