@@ -157,7 +157,7 @@ def _compare(
             precision=precision,
             tolerance=tolerance,
             verdict=Verdict(
-                (*(hop(own) for hop in recorded), *_of_crop(pair, ran, costs), *results),
+                (*(hop(own) for hop in recorded), *results, *_of_crop(pair, ran, costs)),
                 yardstick.result() if judge else (),
                 (*notes, *pair.notes, *more, *comparator.notes()),
             ),

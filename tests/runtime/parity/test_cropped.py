@@ -80,6 +80,7 @@ def test_the_same_trained_further_does_not(cropped: Path, tmp_path: Path, file: 
     report = compare_artefacts(path, cropped / file, arch=ARCH, data=cropped / "data.npz", bisect=True)
     assert not report.passed
     (verdict,) = (line for line in repr(report).splitlines() if line.startswith("FAILED"))
+    assert f"{CUT} -> {file}" in verdict, "what says that it is another network comes before what the crop costs"
     assert verdict.endswith(", not from this checkpoint")
     (found,) = report.candidates
     assert all(hop.passed for hop in found.verdict.hops if hop.candidate == CUT)
