@@ -74,6 +74,7 @@ class PixelJudge:
 
     output: str
     resized: str = ""  # a warning, where the output has another size than the masks
+    classes: int = 0  # of logits
     _kept: list[list[Counts]] = field(default_factory=list)
     _pixels: list[int] = field(default_factory=list)
     _agreed: list[list[int]] = field(default_factory=list)
@@ -89,6 +90,7 @@ class PixelJudge:
                 f"output {self.output!r} is {_by(own)}, the masks {_by(size)} (height x width): it was resized to them"
             )
         maps = [_class_maps(found[self.output], self.output, size) for found in outputs]
+        self.classes = 0 if outputs[0][self.output].dtype.kind in "iub" else maps[0][1]
         if not self._kept:
             self._kept, self._agreed = [[] for _ in outputs], [[] for _ in outputs]
             self._noise = [Noise() for _ in outputs]
@@ -105,6 +107,15 @@ class PixelJudge:
                 self._kept[index].append(_counts(predicted, target, count))
                 self._agreed[index].append(int((predicted == maps[0][0][image][known]).sum()))
         self._pixels += [int((mask != IGNORED).sum()) for mask in masks]
+
+    def misnamed(self, labels: Sequence[str] | None) -> str:
+        """A warning where the network names more or fewer classes than the output tells apart: whose name is whose?"""
+        if not labels or len(labels) == self.classes or not self.classes:
+            return ""
+        return (
+            f"output {self.output!r} tells {self.classes} classes apart, and the labels name {len(labels)}: classes go "
+            f"by number here; export it again with a name for each (--labels)"
+        )
 
     def scores(self) -> list[PixelScore]:
         """One score per runner, in the order of `add`'s outputs."""

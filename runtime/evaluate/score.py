@@ -82,14 +82,11 @@ def score_artefacts(
     their preprocessing differs and the images are prepared already; UnavailableError when the device is missing, and
     TypeError for an option that there is not.
     """
-    from runtime.evaluate.metric import load_metric
     from runtime.runners import open_runner
     from runtime.runners.neighbours import with_neighbours
     from runtime.runners.qdq import layout_warning, session_options
 
-    options = _ASKED(options, choices)
-    if isinstance(options.metric, str):
-        options = replace(options, metric=load_metric(options.metric))
+    options = _with_metric(_ASKED(options, choices))
     found = [open_artefact(path) for path in each_path(artefacts)]
     for artefact in found:
         artefact.require_agreement(options.foreign.preprocessing)
@@ -124,7 +121,8 @@ def score_artefacts(
             for artefact, opened, score in zip(found, runners[1:], scores, strict=True)
         ]
     assumed = dict.fromkeys(text for one in runners for text in one.artefact.assumed)
-    doubts = (_doubt(samples, known, options), getattr(judge, "resized", None))
+    misnamed = judge.misnamed(known.labels) if hasattr(judge, "misnamed") else ""
+    doubts = (_doubt(samples, known, options), getattr(judge, "resized", None), misnamed)
     sources = (other_source(runner.artefact, one.artefact) for one in runners[1:])
     layouts = (layout_warning(artefact.manifest, options.device) for artefact in found)
     return Evaluation(
@@ -133,7 +131,7 @@ def score_artefacts(
         part=samples.part,
         samples=len(samples),
         rows=tuple(rows),
-        labels=known.labels or samples.classes,
+        labels=None if misnamed else known.labels or samples.classes,
         output=getattr(judge, "output", None) if len(names) > 1 else None,
         outputs=names,
         warnings=tuple(filter(None, (*sources, *prepared.warnings, *assumed, *layouts, passed_over, *doubts))),
@@ -141,6 +139,12 @@ def score_artefacts(
 
 
 evaluate = score_artefacts
+
+
+def _with_metric(options: EvaluateOptions) -> EvaluateOptions:
+    from runtime.evaluate.metric import load_metric
+
+    return replace(options, metric=load_metric(options.metric)) if isinstance(options.metric, str) else options
 
 
 def _scores(

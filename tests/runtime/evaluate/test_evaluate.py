@@ -281,6 +281,25 @@ def masks(tmp_path: Path) -> Path:
     return tmp_path / "masks.npz"
 
 
+@pytest.mark.parametrize("names", [("round",), ("round", "bar"), ("back", "round", "bar")])
+def test_classes_of_masks_go_by_number_unless_there_is_a_name_for_each(
+    tmp_path: Path, masks: Path, names: tuple[str, ...]
+) -> None:
+    """One name too few is a name on the wrong class: the background is easily forgotten."""
+    path = save_pixels(tmp_path / "a.onnx")
+    shape = ("batch", 1, 8, 8)
+    outputs = (TensorSpec("mean", "float32", ("batch", 1)), TensorSpec("map", "float32", ("batch", 2, 4, 4)))
+    inputs = (TensorSpec("input", "float32", shape),)
+    manifest = Manifest(artefact=digest(path, "onnx"), inputs=inputs, outputs=outputs, labels=names)
+    sidecar(path).write_text(manifest.to_json())
+    done = invoke(path, "--data", masks, "--output", "map", "--reference", save_pixels(tmp_path / "b.onnx"))
+    named = len(names) == 2
+    assert ("'bar' " in done.stdout) == named
+    assert ("class 1 " in done.stdout) != named
+    said = f"output 'map' tells 2 classes apart, and the labels name {len(names)}: classes go by number here"
+    assert (said in done.stderr) != named
+
+
 def test_masks_judge_the_output_that_is_named(tmp_path: Path, masks: Path) -> None:
     good, bad = save_pixels(tmp_path / "a.onnx"), save_pixels(tmp_path / "b.onnx", gain=-1)
     table = invoke(good, bad, "--data", masks, "--output", "map").stdout
