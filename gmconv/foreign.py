@@ -259,6 +259,21 @@ def preprocessing_of(
     return full
 
 
+def sizing(given: Mapping[str, Any] | str | os.PathLike[str] | None, full: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """A note on how photos come to the size of a network whose checkpoint says nothing of it, where nobody did.
+
+    `given`: as for `preprocessing_of`; `full`: what that returned.
+    """
+    said = preprocessing_fields(given)
+    if said is None or full is None or "resize" in said:
+        return ()
+    height, width = full["size"]
+    return (
+        f"photos are stretched to {height} x {width} (height x width), as nothing says otherwise: scaled by their "
+        f"shortest side and cropped in training, they need --preprocessing FILE with a resize of shortest-then-crop",
+    )
+
+
 def _text(file: Path) -> str:
     try:
         if not file.is_file():
@@ -307,7 +322,8 @@ _OPTIONS: list[Callable[[Any], Any]] = [
         "--mean",
         callback=_parsed(parse_numbers),
         metavar="M,M,M",
-        help="Mean of the images, 0..1 per channel. [a checkpoint's own]",
+        help="Mean of the images, 0..1 per channel; photos are stretched to the input's size, unless --preprocessing "
+        "has a resize. [a checkpoint's own]",
     ),
     click.option(
         "--std",
@@ -320,8 +336,8 @@ _OPTIONS: list[Callable[[Any], Any]] = [
         type=_FILE,
         callback=_parsed(read_preprocessing_file),
         metavar="FILE.json",
-        help="Of the images: size, mean, std, scale, channel_order, interpolation, crop_ratio, resize (stretch, or "
-        "shortest-then-crop as torchvision's Resize and CenterCrop).",
+        help="Of the images: size, mean, std, scale, channel_order, interpolation, crop_ratio, resize (stretch "
+        "where it is not said, or shortest-then-crop as torchvision's Resize and CenterCrop).",
     ),
     click.option("--labels", "labels_file", type=_FILE, metavar="FILE", help="Names of the classes, one a line."),
 ]

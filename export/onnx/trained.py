@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from export.onnx.options import Note
 from gmconv.errors import BakeError, RefusedError, SurgeryError
-from gmconv.foreign import Foreign, preprocessing_of
+from gmconv.foreign import Foreign, preprocessing_of, sizing
 from runtime.manifest import FileDigest
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ class InMemory:
         self._model, given = _copied(live.model), live.foreign
         image = next((one.shape for one in arguments.inputs if one.is_image), None)
         shape = None if image is None else (image[0], image[1], image[2])
-        kind = type(live.model)
+        kind, prepared = type(live.model), preprocessing_of(given.preprocessing, shape)
+        read = (*left_out(live.model, arguments.inputs), *sizing(given.preprocessing, prepared))
         self.examples = {name: tensor.detach().cpu().numpy() for name, tensor in arguments.tensors.items()}
         self.loaded = Checkpoint(
             model=_copied(live.model),
@@ -108,9 +109,9 @@ class InMemory:
             inputs=arguments.inputs,
             masked={name: layer.sigma_per for name, layer in masked_layers(live.model).items()},
             sha256=_digest(live.model),
-            preprocessing=preprocessing_of(given.preprocessing, shape),
+            preprocessing=prepared,
             labels=given.labels,
-            notes=("exported from memory", *_widened(live.model), *left_out(live.model, arguments.inputs)),
+            notes=("exported from memory", *_widened(live.model), *read),
         )
         self._reference: Reference | None = None
 

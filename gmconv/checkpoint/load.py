@@ -32,7 +32,7 @@ from gmconv.errors import (
     type_words,
 )
 from gmconv.files import file_named, replacing, unwritable
-from gmconv.foreign import DTYPES, OTHERWISE, labels_of, preprocessing_of
+from gmconv.foreign import DTYPES, OTHERWISE, labels_of, preprocessing_of, sizing
 from gmconv.images import Preprocessing, differences, read_preprocessing
 from gmconv.inputs import Input, in_order
 from gmconv.surgery import masked_layers, network_within, refuse_valueless, require_module
@@ -211,6 +211,7 @@ def load_checkpoint(
     masked, notes, warnings = fill(model, raw, path, name, recorded=facts["masked"], weights=weights)
     model.eval()  # by itself, as an override of train() may return nothing
     prepared, doubts = _preprocessing(preprocessing, shape, facts["preprocessing"], reshaped=input_shape is not None)
+    sized = () if facts["preprocessing"] else sizing(preprocessing, prepared)
     return Checkpoint(
         model=model,
         arch=name,
@@ -223,7 +224,7 @@ def load_checkpoint(
         labels=labels_of(labels) or tuple(facts["labels"] or ()) or None,
         dataset=facts["dataset"],
         training=facts["training"],
-        notes=notes,
+        notes=(*notes, *sized),
         warnings=(*warnings, *doubts),
     )
 

@@ -127,7 +127,7 @@ def score_artefacts(
     layouts = (layout_warning(artefact.manifest, options.device) for artefact in found)
     return Evaluation(
         reference=_title(reference),
-        images=samples.name,
+        images=samples.name + _stretched(known, options.images),
         part=samples.part,
         samples=len(samples),
         rows=tuple(rows),
@@ -313,6 +313,14 @@ def _open_reference(found: Sequence[Artefact], options: EvaluateOptions) -> tupl
     graph = found[0].fp32_graph() if len(found) == 1 else None
     chosen = found[0] if graph is None else open_artefact(graph)
     return chosen, opened(chosen), reason
+
+
+def _stretched(known: Facts, images: str | Path | None) -> str:
+    """How photos came to their size, where that is no crop of them: it costs accuracy where training did otherwise."""
+    prepared = known.preprocessing
+    if prepared is None or prepared.resize != "stretch" or images is None or not Path(images).is_dir():
+        return ""
+    return f" (stretched to {prepared.size[0]} x {prepared.size[1]})"
 
 
 def _samples(

@@ -303,6 +303,8 @@ def test_preprocessing_that_says_the_mean_alone_is_completed_by_the_examples(tmp
     assert manifest.preprocessing is not None
     assert (manifest.preprocessing.size, manifest.preprocessing.channel_order) == ((8, 6), "L")
     assert (manifest.preprocessing.mean, manifest.preprocessing.std) == ((0.5,), (0.25,))
+    assert manifest.export is not None
+    assert any("photos are stretched to 8 x 6" in note for note in manifest.export.notes)
 
 
 @pytest.mark.parametrize(

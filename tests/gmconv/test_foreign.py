@@ -23,6 +23,7 @@ from gmconv.foreign import (
     read_labels,
     read_preprocessing_file,
     refuse_labels,
+    sizing,
 )
 from gmconv.images import read_preprocessing
 
@@ -161,6 +162,15 @@ def test_what_a_checkpoint_says_of_its_images_is_kept_but_for_what_is_told(tmp_p
 def test_preprocessing_that_is_half_said_or_unknown_is_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(RefusedError, match=words):
         preprocessing_of(given, (3, 16, 16))
+
+
+def test_how_photos_come_to_their_size_is_said_where_nobody_said_it() -> None:
+    """Stretched or cropped is worth ten points of accuracy, and both sides of a comparison read the same photos."""
+    given: dict[str, Any] = {"mean": (0.5,), "std": (0.5,)}
+    (note,) = sizing(given, preprocessing_of(given, (1, 8, 6)))
+    assert note.startswith("photos are stretched to 8 x 6 (height x width), as nothing says otherwise")
+    said = {**given, "resize": "shortest-then-crop"}
+    assert sizing(said, preprocessing_of(said, (1, 8, 6))) == sizing(None, None) == ()
 
 
 @pytest.mark.parametrize(

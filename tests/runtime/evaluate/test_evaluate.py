@@ -548,7 +548,9 @@ def test_folders_of_a_nameless_network_are_taken_in_order_where_there_is_one_for
     if count < CLASSES:  # by name, also where only the reference has names
         assert "names no classes" not in invoke(path, "--reference", named, "--data", data).stderr
     whole = folders(tmp_path / "whole", "abcdefgh")
-    warned = invoke(path, "--data", whole).stderr
+    done = invoke(path, "--data", whole)
+    assert "images of whole (stretched to 2 x 4);" in done.stdout
+    warned = done.stderr
     assert warned.count("sub-folders in alphabetical order are taken as classes 0..7") == 1
 
 
