@@ -17,6 +17,7 @@ from gmconv.cli import of_the_machine
 from gmconv.errors import RefusedError
 from gmconv.files import file_named, replacing, require_writable, unwritable
 from gmconv.inputs import Arguments, arguments_of, does_not_run
+from gmconv.npz import npz_names
 from gmconv.outputs import named_outputs, refuse_unshippable, unlike
 from gmconv.surgery import evaluating, refuse_valueless, require_module
 
@@ -32,13 +33,14 @@ def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLik
     Raises:
         RefusedError: no batches, or one that the network does not run on; outputs that are NaN or infinite, others
             when the first batch is run again, not a row for each sample, or bfloat16; shapes that differ beyond
-            axis 0, or a path that cannot be written.
+            axis 0, or a path that cannot be written, or where something else lies than such pairs.
         UnavailableError: the disk is full.
     """
     require_module(model, "save_golden")
     path = file_named(path, "save_golden: path")
     path = path if str(path).endswith(".npz") or not path.name else Path(f"{path}.npz")  # as numpy names it
     require_writable(path)
+    _refuse_other_arrays(path)
     refuse_valueless(model)
     parted = isinstance(batches, tuple) and all(hasattr(part, "__array__") for part in batches)
     alone = parted or isinstance(batches, Mapping) or hasattr(batches, "__array__")
@@ -68,6 +70,15 @@ def save_golden(model: nn.Module, batches: Iterable[Any], path: str | os.PathLik
             np.savez(stream, **whole)  # type: ignore[arg-type]
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+def _refuse_other_arrays(path: Path) -> None:
+    """Raise RefusedError for a file that holds no golden pairs: somebody's data has the same suffix."""
+    if path.is_file():
+        names = npz_names(path)
+        sides = {name.partition(".")[0] for name in names}
+        if sides != {"input", "output"}:
+            raise RefusedError(f"{path}: is there and holds no golden pairs ({', '.join(names)}); give another name")
 
 
 @contextmanager

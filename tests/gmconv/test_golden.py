@@ -306,3 +306,13 @@ def test_a_folder_is_no_name_of_pairs(path: str, tmp_path: Path, monkeypatch: py
     with pytest.raises(RefusedError, match="is a directory; give a file name"):
         gmconv.save_golden(torch.nn.Identity(), torch.zeros(1, 2), path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_data_are_not_replaced_by_pairs_and_pairs_are(tmp_path: Path) -> None:
+    net, path = nn.Linear(3, 2), tmp_path / "mine.npz"
+    np.savez(path, input=np.arange(5), labels=np.arange(5))
+    with pytest.raises(RefusedError, match=r"mine.npz: is there and holds no golden pairs \(input, labels\)"):
+        gmconv.save_golden(net, torch.ones(2, 3), path)
+    assert set(np.load(path)) == {"input", "labels"}
+    for _ in range(2):
+        gmconv.save_golden(net, torch.ones(2, 3), tmp_path / "pairs.npz")
