@@ -45,55 +45,31 @@ class Memory:
 
 
 class Beside:
-    """Two more runners of one checkpoint, each opened when it is first wanted. `options` are those of its runner.
+    """Two more runners of one checkpoint, each opened when it is first wanted. `options` are those of its runner."""
 
-    With a `crop` the kernels of both are baked, and cut as those of the artefact whose manifest tells it: it changes a
-    network on purpose, and under what it may cost another one would hide, the same trained further for example.
-    """
-
-    def __init__(self, checkpoint: Path, options: dict[str, Any], crop: Crop | None = None) -> None:
-        self._checkpoint, self._options, self.crop = checkpoint, options, crop
-        self._cuts: dict[tuple[Any, ...], Beside] = {}
-        #: By layer that was cut, the largest share of a channel's L1 norm that it lost.
-        self.lost: dict[str, float] = {}
-        #: Outputs of the two, for those who cut alike.
-        self.memory = Memory()
+    def __init__(self, checkpoint: Path, options: dict[str, Any]) -> None:
+        self._checkpoint, self._options = checkpoint, options
+        self._cuts: dict[tuple[Any, ...], Cut] = {}
         #: By the form of a run, the layers whose weights were rounded in it.
         self.weights: dict[str, set[str]] = {}
 
     @cached_property
     def exact(self) -> Runner:
         """In float64."""
-        if self.crop is not None:
-            return self._cut(dtype="float64")
         return open_runner(self._checkpoint, dtype="float64", **self._options)
 
     @cached_property
     def baked(self) -> Runner:
-        """In fp32, masks baked as an artefact has them; live where a kernel depends on the input.
-
-        Raises RefusedError, gmconv.errors.SurgeryError where kernels cannot be cut as the crop says.
-        """
-        if self.crop is not None:
-            return self._cut()
+        """In fp32, masks baked as an artefact has them; live where a kernel depends on the input."""
         try:
             return open_runner(self._checkpoint, form="baked", **self._options)
         except RefusedError:
             return open_runner(self._checkpoint, **self._options)
 
-    def cut(self, crop: Crop) -> Beside:
+    def cut(self, crop: Crop) -> Cut:
         """The same checkpoint with its kernels cut, the same one for each crop to the same windows."""
         windows = tuple((layer.name, layer.offset, layer.kept) for layer in crop.layers)
-        return self._cuts.setdefault(windows, Beside(self._checkpoint, self._options, crop))
-
-    def _cut(self, **more: Any) -> Runner:
-        from runtime.runners.torch import TorchRunner
-
-        runner = open_runner(self._checkpoint, form="baked", **more, **self._options)
-        assert isinstance(runner, TorchRunner)
-        assert self.crop is not None
-        self.lost = runner.crop(self.crop.layers)
-        return runner
+        return self._cuts.setdefault(windows, Cut(self._checkpoint, self._options, crop))
 
     @contextmanager
     def rounding(self, tolerance: Tolerance, manifest: Manifest | None) -> Iterator[Runner]:
@@ -104,3 +80,35 @@ class Beside:
         runner = self.baked  # opened before: what builds and bakes it does not round
         with rounding(tolerance.precision, reduced=manifest is not None and manifest.reduced_range):
             yield runner
+
+
+class Cut(Beside):
+    """The kernels of both are baked, and cut as those of the artefact whose manifest tells the `crop`.
+
+    A crop changes a network on purpose, and under what it may cost another one would hide, the same trained further
+    for example. `memory` has the outputs of both, for those who are cut alike.
+    """
+
+    def __init__(self, checkpoint: Path, options: dict[str, Any], crop: Crop) -> None:
+        super().__init__(checkpoint, options)
+        self.crop, self.memory = crop, Memory()
+        #: By layer that was cut, the largest share of a channel's L1 norm that it lost; when a runner was opened.
+        self.lost: dict[str, float] = {}
+
+    @cached_property
+    def exact(self) -> Runner:
+        """In float64."""
+        return self._open(dtype="float64")
+
+    @cached_property
+    def baked(self) -> Runner:
+        """In fp32. Raises RefusedError, gmconv.errors.SurgeryError where kernels cannot be cut as the crop says."""
+        return self._open()
+
+    def _open(self, **more: Any) -> Runner:
+        from runtime.runners.torch import TorchRunner
+
+        runner = open_runner(self._checkpoint, form="baked", **more, **self._options)
+        assert isinstance(runner, TorchRunner)
+        self.lost = runner.crop(self.crop.layers)
+        return runner

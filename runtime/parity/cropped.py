@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from gmconv.errors import RefusedError, SurgeryError, layer_words
 from runtime.manifest import Manifest
-from runtime.parity.beside import Beside
+from runtime.parity.beside import Beside, Cut
 from runtime.parity.compare import Comparator
 from runtime.parity.tolerances import of_a_crop, tolerance_for
-from runtime.records import Crop, OutputComparison, Tolerance
+from runtime.records import Tolerance
 from runtime.runners.base import Array, Runner
 
 #: What the checkpoint is called with kernels cut as an artefact's are.
@@ -19,7 +19,7 @@ CUT = "cropped alike"
 CROP_ALONE = ", crop alone"
 
 
-def cut_alike(beside: Beside | None, manifest: Manifest | None, wide: Tolerance, notes: list[str]) -> Beside | None:
+def cut_alike(beside: Beside | None, manifest: Manifest | None, wide: Tolerance, notes: list[str]) -> Cut | None:
     """The checkpoint cut as the manifest says, where `wide` allows for that; `notes` get why it cannot be."""
     if beside is None or manifest is None or manifest.crop is None or not of_a_crop(wide):
         return None
@@ -33,12 +33,12 @@ def cut_alike(beside: Beside | None, manifest: Manifest | None, wide: Tolerance,
     return cut
 
 
-def cropped_more(cut: Beside, crop: Crop, notes: list[str]) -> bool:
+def cropped_more(cut: Cut, notes: list[str]) -> bool:
     """Whether a kernel of this checkpoint loses more by the crop than those that it was chosen for; `notes` say which.
 
     The file can be right then only where the taps that were cut happen to do nothing.
     """
-    said = {layer.name: layer.l1_removed for layer in crop.layers}
+    said = {layer.name: layer.l1_removed for layer in cut.crop.layers}
     more = [(name, lost, told) for name, lost in cut.lost.items() if lost > 1.01 * (told := said[name] or 0.0) + 1e-6]
     for name, lost, told in more[:1]:
         notes.append(
@@ -57,9 +57,9 @@ class CropCost:
     comparator: Comparator
 
     @classmethod
-    def of(cls, whole: Runner, cut: Beside, wide: Tolerance, notes: list[str], *, classes: bool) -> CropCost:
+    def of(cls, whole: Runner, cut: Cut, wide: Tolerance, notes: list[str], *, classes: bool) -> CropCost:
         """By the tolerance `wide`, or as two of one network where the crop was not for this one."""
-        limit = tolerance_for("fp32") if cut.crop is not None and cropped_more(cut, cut.crop, notes) else wide
+        limit = tolerance_for("fp32") if cropped_more(cut, notes) else wide
         return cls(whole, limit, Comparator(limit, classes=classes))
 
     def add(
@@ -67,7 +67,3 @@ class CropCost:
     ) -> None:
         """One batch: `run` is called with a name for the form of the network and its runner."""
         self.comparator.add(run("whole", self.whole), cut, case, real=real)
-
-    def result(self, case: int) -> tuple[OutputComparison, ...]:
-        """What came of a case."""
-        return self.comparator.result(case)

@@ -193,7 +193,7 @@ def _of_crop(pair: Pair, ran: Mapping[int, Case], costs: CropCost | None) -> lis
     if costs is None:
         return []
     left = pair.reference.artefact.path.name
-    hops = (pair.hop(case, costs.result(index), costs.limit) for index, case in ran.items())
+    hops = (pair.hop(case, costs.comparator.result(index), costs.limit) for index, case in ran.items())
     return [replace(hop, name=f"{left} -> {CUT}", reference=left, candidate=CUT) for hop in hops]
 
 
