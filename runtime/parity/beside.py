@@ -45,10 +45,13 @@ class Memory:
 
 
 class Beside:
-    """Two more runners of one checkpoint, each opened when it is first wanted. `options` are those of its runner."""
+    """Two more runners of one checkpoint, each opened when it is first wanted. `options` are those of its runner.
 
-    def __init__(self, checkpoint: Path, options: dict[str, Any]) -> None:
-        self._checkpoint, self._options = checkpoint, options
+    `most`: of numbers that are kept of those who are cut alike, as of `Memory`.
+    """
+
+    def __init__(self, checkpoint: Path, options: dict[str, Any], most: int = MOST_REMEMBERED) -> None:
+        self._checkpoint, self._options, self._most = checkpoint, options, most
         self._cuts: dict[tuple[Any, ...], Cut] = {}
         #: By the form of a run, the layers whose weights were rounded in it.
         self.weights: dict[str, set[str]] = {}
@@ -69,7 +72,7 @@ class Beside:
     def cut(self, crop: Crop) -> Cut:
         """The same checkpoint with its kernels cut, the same one for each crop to the same windows."""
         windows = tuple((layer.name, layer.offset, layer.kept) for layer in crop.layers)
-        return self._cuts.setdefault(windows, Cut(self._checkpoint, self._options, crop))
+        return self._cuts.setdefault(windows, Cut(self._checkpoint, self._options, crop, self._most))
 
     @contextmanager
     def rounding(self, tolerance: Tolerance, manifest: Manifest | None) -> Iterator[Runner]:
@@ -89,9 +92,9 @@ class Cut(Beside):
     for example. `memory` has the outputs of both, for those who are cut alike.
     """
 
-    def __init__(self, checkpoint: Path, options: dict[str, Any], crop: Crop) -> None:
-        super().__init__(checkpoint, options)
-        self.crop, self.memory = crop, Memory()
+    def __init__(self, checkpoint: Path, options: dict[str, Any], crop: Crop, most: int) -> None:
+        super().__init__(checkpoint, options, most)
+        self.crop, self.memory = crop, Memory(most)
         #: By layer that was cut, the largest share of a channel's L1 norm that it lost; when a runner was opened.
         self.lost: dict[str, float] = {}
 

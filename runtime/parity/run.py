@@ -15,7 +15,7 @@ from gmconv.files import each_path
 from gmconv.foreign import NOTHING, Foreign
 from gmconv.images import differences
 from runtime.artefact import Artefact, artefact_kind, open_artefact, other_source
-from runtime.parity.beside import MOST_NUMBERS, Beside, Memory
+from runtime.parity.beside import MOST_NUMBERS, MOST_REMEMBERED, Beside, Memory
 from runtime.parity.cases import Case, Wanted, make_cases
 from runtime.parity.compare import Comparator
 from runtime.parity.cropped import CUT, CropCost, cut_alike
@@ -100,8 +100,9 @@ def compare_artefacts(
     is_checkpoint = artefact_kind(reference) == "checkpoint"
     extra: dict[str, Any] = {"dynamic_hw": True, "foreign": options.foreign} if is_checkpoint else {}
     with open_runner(reference, _device(reference, options.reference_device), **extra) as runner:
-        beside = Beside(reference, extra) if is_checkpoint else None
-        memory = Memory() if len(paths) > 1 else Memory(0)
+        most = MOST_REMEMBERED if len(paths) > 1 else 0
+        beside = Beside(reference, extra, most) if is_checkpoint else None
+        memory = Memory(most)
         reports, lacking = [], {}
         for path in paths:
             try:
