@@ -25,6 +25,8 @@ from runtime.manifest_v1 import SCHEMA_V1, upgrade
 from runtime.records import AxisRange, Benchmark, Build, Calibration, Crop, Device, Export, Parity, Quantization
 
 SCHEMA = "gmconv-deploy.manifest/v2"
+#: Of the file that `export.precision.plan` reads.
+PLAN_SCHEMA = "gmconv-deploy.precision-plan/v1"
 #: Measured with 1.31 (refuses its own rewrite) and 1.32 (an error of the outputs' own size); TensorRT is not concerned.
 FP8_ELSEWHERE = (
     "in a program of your own give ONNX Runtime graph_optimization_level = ORT_DISABLE_ALL for an fp8 file, as every "

@@ -11,9 +11,8 @@ import msgspec
 
 from gmconv.errors import RefusedError
 from gmconv.files import write_text
+from runtime.manifest import PLAN_SCHEMA
 from runtime.records import Calibration
-
-SCHEMA = "gmconv-deploy.precision-plan/v1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +21,7 @@ class PrecisionPlan:
 
     precision: Literal["int8", "fp8"]
     keep: dict[str, Literal["fp16", "fp32"]]
-    schema: str = SCHEMA
+    schema: str = PLAN_SCHEMA
     target: Literal["tensorrt", "cpu"] = "tensorrt"
     source_sha256: str = ""
     budget: dict[str, float | str] = field(default_factory=dict)
@@ -55,8 +54,8 @@ def read_plan(path: Path) -> PrecisionPlan:
         raise RefusedError(f"{path}: cannot be read ({error.strerror})") from error
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise RefusedError(f"{path}: not a precision plan ({error})") from error
-    if plan.schema != SCHEMA:
-        raise RefusedError(f"{path}: schema {plan.schema[:80]!r}, this version reads {SCHEMA!r}")
+    if plan.schema != PLAN_SCHEMA:
+        raise RefusedError(f"{path}: schema {plan.schema[:80]!r}, this version reads {PLAN_SCHEMA!r}")
     return plan
 
 

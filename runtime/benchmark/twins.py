@@ -24,11 +24,10 @@ from runtime.artefact import artefact_kind
 from runtime.benchmark.comparison import Contender
 from runtime.benchmark.inputs import random_values
 from runtime.benchmark.measure import Artefact
-from runtime.manifest import Manifest, find_manifest, read_manifest
+from runtime.manifest import PLAN_SCHEMA, Manifest, find_manifest, read_manifest
 
 #: Samples of noise that a twin's ranges are measured on: of its accuracy nothing is claimed, and time ignores them.
 _NOISE = 8
-_PLAN = "gmconv-deploy.precision-plan/v1"
 
 
 def with_twins(artefacts: Sequence[Artefact], folder: Path, foreign: Foreign = NOTHING) -> list[Contender]:
@@ -174,7 +173,7 @@ def precision_flags(manifest: Manifest, output: Path) -> list[str]:
         flags += ["--io-dtype", "fp16"]
     if "asked for (fp16)" in kept.values():
         half = {layer["layer"]: "fp16" for layer in audit["layers"] if layer["precision"] == "fp16"}
-        plan = {"schema": _PLAN, "precision": manifest.precision, "keep": half, "target": target}
+        plan = {"schema": PLAN_SCHEMA, "precision": manifest.precision, "keep": half, "target": target}
         output.with_suffix(".plan.json").write_text(json.dumps(plan))
         flags += ["--plan", str(output.with_suffix(".plan.json"))]
     if quantized:
@@ -202,8 +201,7 @@ def refuse_another_graph(twin: Path, artefact: Path, manifest: Manifest) -> None
         return
     ours = read_manifest(twin, verify=False)
     same = ours.quantization == manifest.quantization and _layers(ours) == _layers(manifest)
-    same &= ours.export is not None and manifest.export is not None
-    same &= getattr(ours.export, "operators", None) == getattr(manifest.export, "operators", None)
+    same &= bool(ours.export and manifest.export and ours.export.operators == manifest.export.operators)
     if same and manifest.artefact.kind == "onnx":
         same = _operators(twin) == _operators(artefact)
     if not same:
