@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import errno
 import functools
+import gc
 import json
 import math
 import os
@@ -129,6 +131,7 @@ class _Documented:
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run, then exit with the code that design and README document: 130 on Ctrl-C, 143 on SIGTERM."""
         kwargs["standalone_mode"] = False
+        atexit.register(gc.freeze)  # the process ends: looking for cycles in torch's objects took 1.1 s of an export
         with stoppable():
             try:
                 steady_streams()

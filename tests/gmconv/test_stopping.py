@@ -46,3 +46,15 @@ def test_a_signal_waits_for_the_end_of_the_import_of_torch(number: int, code: in
     assert done.returncode == code, done.stderr
     assert "torch is whole: True" in done.stdout + done.stderr
     assert done.stderr.count("interrupted") == (code == 130)
+
+
+def test_the_end_of_a_command_does_not_wait_for_cycles() -> None:
+    body = """
+import atexit, click, gc
+from gmconv.cli import Command
+
+atexit.register(lambda: print("left alone:", gc.get_freeze_count() > 0))
+click.command(cls=Command)(lambda: None).main([])
+"""
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=50)
+    assert done.stdout == "left alone: True\n"
