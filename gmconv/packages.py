@@ -6,13 +6,14 @@ that it works as it is printed.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
 import shlex
 import sys
-from importlib.metadata import Distribution, PackageNotFoundError, requires
+from importlib.metadata import Distribution, PackageNotFoundError, requires, version
 from pathlib import Path
 from types import ModuleType
 from urllib.parse import unquote, urlsplit
@@ -44,6 +45,15 @@ def require(module: str, extra: str | None = None) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise UnavailableError(missing(error, module, extra)) from error
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of those packages that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def refuse_hidden() -> None:

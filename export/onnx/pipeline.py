@@ -20,10 +20,10 @@ from export.onnx.refusals import (
     refuse_two_answers,
     refuse_two_kernels,
     refuse_unfit_images,
+    require_libraries,
 )
 from gmconv.asking import silent
 from gmconv.errors import ParityError, RefusedError, layer_words
-from runtime.runners.base import numpy_dtype
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from export.graph.capture import Exported as Captured
     from export.onnx.cases import Case
     from export.onnx.proof import Proof
-    from export.onnx.reference import Outputs
+    from export.onnx.reference import Outputs, Reference
     from export.onnx.trained import FromFile, InMemory, Live
     from gmconv import Checkpoint
     from gmconv.cropping.certificate import CropCertificate
@@ -103,6 +103,7 @@ def export_onnx(
     if idle := nothing_lowered(options):
         raise RefusedError(idle)
     from export.onnx.cases import comparison_cases
+    from export.onnx.proof import run_any
     from export.onnx.reference import work_on
     from export.onnx.trained import Live
 
@@ -123,7 +124,8 @@ def export_onnx(
         note("running ONNX Runtime and comparing")
         with ThreadPoolExecutor(1) as beside_it:
             files = beside_it.submit(_check_and_digest, exported.file)
-            proof = _prove(exported, cases, trained.result(note), note)
+            shipped = run_any(exported.file, cases)  # before the reference is waited for, and known
+            proof = _prove(exported, cases, trained.result(note), shipped, note)
             manifest = _manifest(trained.chain, exported, proof, options, files.result())
         _write_variants(exported, manifest, proof, output, options, note)
     return read_manifest(written[0], verify=False)
@@ -132,7 +134,10 @@ def export_onnx(
 def _opened(source: str | Path | Live, options: ExportOptions, note: Note) -> FromFile | InMemory:
     from export.onnx.trained import FromFile, InMemory, Live
 
-    return InMemory(source) if isinstance(source, Live) else FromFile(Path(source), options.foreign, note)
+    if not isinstance(source, Live):
+        return FromFile(Path(source), options, note)
+    require_libraries(options)
+    return InMemory(source)
 
 
 def _write_fp32(
@@ -236,33 +241,23 @@ def _check_and_digest(file: Path) -> tuple[FileDigest, ...]:
     return digest_onnx(file)
 
 
-def run_onnx(file: Path, cases: list[Case]) -> list[Outputs]:
-    """Every case through ONNX Runtime on the CPU, in the dtypes of the graph's inputs."""
-    from runtime.runners import open_runner
-
-    with open_runner(file, device="cpu") as runner:
-        specs = runner.inputs
-        return [
-            runner.run(
-                {s.name: a.astype(numpy_dtype(s.dtype)) for s, a in zip(specs, case.feeds.values(), strict=True)}
-            )
-            for case in cases
-        ]
-
-
-def _prove(exported: _Exported, cases: list[Case], reference: Any, note: Note) -> Proof:
+def _prove(
+    exported: _Exported, cases: list[Case], reference: Reference, shipped: list[Outputs] | None, note: Note
+) -> Proof:
     from export.onnx.cases import taken
-    from export.onnx.proof import Proof
+    from export.onnx.proof import Proof, run_onnx
     from runtime.parity.tolerances import crop_cost
     from runtime.records import Crop
 
     for here, there in zip(exported.first, reference.live, strict=False):
         refuse_two_answers(here, there)
     refuse_two_kernels(exported.baked_sha256, reference.certificate.sha256())
-    proof = Proof(cases, reference, [{} for _ in cases], exported.classifies, exported.fused, exported.cropped)
+    found = shipped or [{} for _ in cases]
+    proof = Proof(cases, reference, found, exported.classifies, exported.fused, exported.cropped)
     inputs, ranges = exported.inputs, exported.ranges
     proof = proof.where([taken(c, o, inputs, ranges, note) for c, o in zip(cases, reference.live, strict=True)])
-    proof = replace(proof, shipped=run_onnx(exported.file, list(proof.cases)))
+    if shipped is None:
+        proof = replace(proof, shipped=run_onnx(exported.file, proof.cases))
     if exported.crop is None:
         return proof
     crop = crop_record(exported.crop) or Crop()
@@ -293,6 +288,7 @@ def _manifest(
 ) -> Manifest:
     """Judge the fp32 file and describe it. Raises ParityError when it does not hold."""
     from gmconv.images import read_preprocessing
+    from gmconv.packages import versions
     from runtime.manifest import Manifest, digest, sidecar, utc_now
     from runtime.metadata import refuse_untrue
     from runtime.records import Export
@@ -348,6 +344,7 @@ def _write_variants(
     import onnx
 
     from export.graph.check import save_graph
+    from export.onnx.proof import run_onnx
     from export.precision.converter import PrecisionConverter, with_precision
     from runtime.artefact import facts_of
     from runtime.manifest import sidecar
@@ -371,7 +368,7 @@ def _write_variants(
         described = replace(with_precision(manifest, graph, audit), chain=chain)
         written = save_graph(graph, folder / name, described, external=bool(manifest.external))
         checked = proof.on_images() if precision in ("int8", "fp8") else proof
-        outputs = run_onnx(folder / name, list(checked.cases))
+        outputs = run_onnx(folder / name, checked.cases)
         verdict = replace(checked, shipped=outputs).judge_file(precision, folder / name)
         if not verdict.passed:
             said = f"nothing was written, parity failed: {verdict.summary()}"
@@ -385,16 +382,3 @@ def _write_variants(
     if "fp32" not in options.precisions:
         for file in folder.glob(f"{exported.file.name}*"):
             file.unlink()
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Installed versions of those packages that are installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -8,14 +8,39 @@ from pathlib import Path
 
 from export.onnx.cases import Case
 from export.onnx.reference import Outputs, Reference, bitwise
-from gmconv.errors import RefusedError
+from gmconv.errors import Interrupted, RefusedError
 from runtime.parity.tolerances import tolerance_for, widen
 from runtime.parity.unrounded import UNROUNDED, Unrounded, not_unrounded
 from runtime.parity.verdict import Verdict, order_notes
 from runtime.records import BAKING, Hop, Tolerance, YardstickComparison
+from runtime.runners.base import numpy_dtype
 
 #: The hop from what the user's own program recorded to the network as it was loaded.
 RECORDED = "recorded -> live"
+
+
+def run_onnx(file: Path, cases: Sequence[Case]) -> list[Outputs]:
+    """Every case through ONNX Runtime on the CPU, in the dtypes of the graph's inputs."""
+    from runtime.runners import open_runner
+
+    with open_runner(file, device="cpu") as runner:
+        specs = runner.inputs
+        return [
+            runner.run(
+                {s.name: a.astype(numpy_dtype(s.dtype)) for s, a in zip(specs, case.feeds.values(), strict=True)}
+            )
+            for case in cases
+        ]
+
+
+def run_any(file: Path, cases: Sequence[Case]) -> list[Outputs] | None:
+    """`run_onnx`; None where it fails, which may be at a size that the network itself does not take."""
+    try:
+        return run_onnx(file, cases)
+    except Interrupted:
+        raise
+    except Exception:  # whatever ONNX Runtime raises
+        return None
 
 
 @dataclass(frozen=True, slots=True)

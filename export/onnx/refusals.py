@@ -47,7 +47,7 @@ def doubts(baked: bool, apart: float, crop: CropCertificate | None) -> tuple[str
 
 
 def refuse_early(source: object, written: Sequence[Path], options: ExportOptions) -> None:
-    """Before torch is imported: files that are not there, outputs that may not be written, libraries that lack.
+    """Before torch is imported: files that are not there, outputs that may not be written.
 
     Raises RefusedError, UnavailableError.
     """
@@ -71,6 +71,10 @@ def refuse_early(source: object, written: Sequence[Path], options: ExportOptions
             raise RefusedError(clash)
     if options.opset > DEFAULT_OPSET and options.opset > (newest := require("onnx").defs.onnx_opset_version()):
         raise RefusedError(f"--opset {options.opset}: the installed onnx knows opsets up to {newest}")
+
+
+def require_libraries(options: ExportOptions) -> None:
+    """Import what an export needs. Raises UnavailableError."""
     for module in ("torch", "onnxruntime", "onnxscript", *(["onnxslim"] if options.simplify else [])):
         require(module)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from export.onnx.options import Note
+from export.onnx.options import ExportOptions, Note
+from export.onnx.refusals import require_libraries
 from gmconv.errors import BakeError, RefusedError, SurgeryError
 from gmconv.foreign import Foreign, preprocessing_of, sizing
 from runtime.manifest import FileDigest
@@ -37,18 +38,19 @@ class FromFile:
 
     examples: Mapping[str, Array] | None = None
 
-    def __init__(self, path: Path, foreign: Foreign, note: Note) -> None:
+    def __init__(self, path: Path, options: ExportOptions, note: Note) -> None:
         from export.onnx.reference import ReferenceProcess
 
-        self._path, self._given = path, foreign.given()
+        self._path, self._given = path, options.foreign.given()
         self._stack = contextlib.ExitStack()
         self._process = self._stack.enter_context(ReferenceProcess())  # it loads torch while we do
         self._later: Work | None = None
         try:
+            require_libraries(options)
             note(f"loading {path}")
             from runtime.runners.torch import load
 
-            self.loaded = load(path, foreign)
+            self.loaded = load(path, options.foreign)
             self.chain = (FileDigest("checkpoint", path.name, self.loaded.sha256, path.stat().st_size),)
         except BaseException:
             self._stack.close()

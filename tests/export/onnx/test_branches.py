@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from export.onnx import proof
+from export.onnx.cases import Case
 from export.onnx.options import ExportOptions
 from export.onnx.pipeline import export_onnx
+from export.onnx.reference import Outputs
 from export.onnx.trained import Live
 from gmconv.errors import ParityError, RefusedError
 from gmconv.foreign import NOTHING
@@ -75,3 +79,30 @@ def test_a_branch_that_no_bound_describes_fails_the_proof(tmp_path: Path) -> Non
 def test_sizes_that_the_network_itself_refuses_are_left_out_and_said(tmp_path: Path) -> None:
     notes = export("refuses", tmp_path / "net.onnx", ExportOptions(dynamic_hw=True))
     assert any("the network itself does not run on 3x3x21x21" in text for text in notes)
+
+
+def test_what_onnx_runtime_says_of_sizes_that_the_network_refuses_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = proof.run_onnx
+
+    def refuse(file: Path, cases: Sequence[Case]) -> list[Outputs]:
+        if any(case.shapes["input"][2] % 8 for case in cases):
+            raise RuntimeError("height must be a multiple of 8")
+        return real(file, cases)
+
+    monkeypatch.setattr(proof, "run_onnx", refuse)
+    export("refuses", tmp_path / "net.onnx", ExportOptions(dynamic_hw=True))
+    assert (tmp_path / "net.onnx").is_file()
+
+
+def test_what_onnx_runtime_says_of_sizes_that_the_network_takes_ends_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: Path, cases: Sequence[Case]) -> list[Outputs]:
+        raise RuntimeError("no kernel for this node")
+
+    monkeypatch.setattr(proof, "run_onnx", refuse)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        export("refuses", tmp_path / "net.onnx", ExportOptions(dynamic_hw=True))
+    assert list(tmp_path.iterdir()) == []

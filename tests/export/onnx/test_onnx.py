@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import gmconv
-from export.onnx import cases, pipeline, reference
+from export.onnx import cases, proof, reference
 from export.onnx.options import ExportOptions
 from export.precision import convert_precision
 from gmconv.errors import RefusedError
@@ -230,7 +230,7 @@ def test_the_opset_asked_for_is_the_opset_written(opset: int, checkpoint: Path, 
 
 
 def outputs_with(change: Callable[[dict[str, np.ndarray[Any, Any]]], None]) -> Callable[..., Any]:
-    real = pipeline.run_onnx
+    real = proof.run_onnx
 
     def run(*arguments: Any, **options: Any) -> list[Any]:
         outputs = real(*arguments, **options)
@@ -254,7 +254,7 @@ def test_failed_parity_is_exit_4_and_leaves_nothing(
     case: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change, words = WRONG[case]
-    monkeypatch.setattr(pipeline, "run_onnx", outputs_with(change))
+    monkeypatch.setattr(proof, "run_onnx", outputs_with(change))
     assert export(checkpoint, "-o", tmp_path / "net.onnx", "-q") == 4
     assert words in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
