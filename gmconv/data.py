@@ -14,17 +14,10 @@ from numpy.typing import NDArray
 
 from gmconv.classes import class_folders, composed, positions
 from gmconv.errors import RefusedError
-from gmconv.images import (
-    TAKEN,
-    Preprocessing,
-    image_files,
-    load_image,
-    load_mask,
-    prepare_grey,
-    walked_images,
-)
+from gmconv.images import TAKEN, image_files, load_image, load_mask, prepare_grey, walked_images
 from gmconv.npz import LABEL_NAMES, image_array, npz_array, npz_header, npz_layout, npz_names, npz_rows
 from gmconv.packages import require
+from gmconv.preprocessing import Preprocessing
 from gmconv.splits import Labels, Part, recognize, split_indices
 
 Floats = NDArray[np.float32]

@@ -21,7 +21,7 @@ from gmconv.errors import RefusedError, printable, type_words
 from gmconv.kinds import artefact_kind
 
 if TYPE_CHECKING:
-    from gmconv.images import Preprocessing
+    from gmconv.preprocessing import Preprocessing
 
 OTHERWISE = "images are prepared otherwise than the checkpoint says itself: "
 _LARGEST = 2**24  # bytes of a file of labels or of preprocessing
@@ -175,7 +175,7 @@ def refuse_labels(labels: Sequence[str] | None, outputs: Sequence[Sequence[int |
 
 
 def read_preprocessing_file(file: Path) -> dict[str, Any]:
-    """Fields of `gmconv.images.Preprocessing` from a JSON object, or from a manifest that has them.
+    """Fields of `gmconv.preprocessing.Preprocessing` from a JSON object, or from a manifest that has them.
 
     Raises RefusedError.
     """
@@ -195,7 +195,7 @@ def preprocessing_fields(given: Mapping[str, Any] | str | os.PathLike[str] | Non
 
     Raises RefusedError as `read_preprocessing_file`, and where it is none, or has a field of another name.
     """
-    from gmconv.images import Preprocessing
+    from gmconv.preprocessing import Preprocessing
 
     found: Any = read_preprocessing_file(Path(given)) if isinstance(given, str | os.PathLike) else given
     if found is None or (isinstance(found, Mapping) and not found):
@@ -222,7 +222,7 @@ def preprocessing_of(
     """
     import msgspec
 
-    from gmconv.images import Preprocessing
+    from gmconv.preprocessing import Preprocessing
 
     said = preprocessing_fields(given)
     if said is None:

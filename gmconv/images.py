@@ -6,11 +6,10 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +17,7 @@ from gmconv.classes import composed
 from gmconv.errors import RefusedError
 from gmconv.files import refuse_broken_link
 from gmconv.packages import require
+from gmconv.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,52 +36,6 @@ MAX_PIXELS = 2**25
 MAX_SIDE = 30_000
 """PIL's intermediate images of longer ones are many times the image."""
 _LONG = 16  # times the pixels of the input: the largest image that is made whole before its centre is cut out
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preprocessing:
-    """From a decoded image to the network's input (float32, C x H x W).
-
-    Resize to `size` (height, width, pixels) as `resize` says: "stretch", or "shortest-then-crop", which is
-    torchvision's Resize(int(size / crop_ratio)) and CenterCrop(size). Multiply the 0..255 values by `scale`, subtract
-    `mean`, divide by `std` (one value per channel). `channel_order` "L" is greyscale.
-    """
-
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    scale: float = 1 / 255
-    channel_order: Literal["RGB", "BGR", "L"] = "RGB"
-    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
-    resize: Literal["stretch", "shortest-then-crop"] = "stretch"
-    crop_ratio: float = 1.0
-
-
-def read_preprocessing(fields: dict[str, Any] | None) -> Preprocessing | None:
-    """A checkpoint's preprocessing dict as its type. Raises RefusedError when it does not fit."""
-    try:
-        return msgspec.convert(fields, Preprocessing) if fields is not None else None
-    except msgspec.ValidationError as error:
-        raise RefusedError(f"the checkpoint's preprocessing is damaged ({error}); save it again") from error
-
-
-def differences(own: Preprocessing, other: Preprocessing) -> str:
-    """In what `own` prepares images otherwise, in words: "mean 0, 0, 0 (not 0.5, 0.5, 0.5)"; empty where in nothing."""
-    crops = "shortest-then-crop" in (own.resize, other.resize)
-    names = [field.name for field in fields(own) if crops or field.name != "crop_ratio"]
-    found = ((name, getattr(own, name), getattr(other, name)) for name in names)
-    return ", ".join(f"{name} {_shown(mine)} (not {_shown(its)})" for name, mine, its in found if not _same(mine, its))
-
-
-def _same(mine: Any, its: Any) -> bool:
-    """Numbers may have been float32 on their way."""
-    if isinstance(mine, str) or np.shape(mine) != np.shape(its):
-        return bool(mine == its)
-    return bool(np.allclose(mine, its, rtol=1e-6, atol=1e-9))
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else ", ".join(f"{one:.6g}" for one in np.ravel(value))
 
 
 def image_files(folder: Path) -> list[Path]:

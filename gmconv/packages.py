@@ -13,7 +13,6 @@ import json
 import os
 import shlex
 import sys
-from importlib.metadata import Distribution, PackageNotFoundError, requires, version
 from pathlib import Path
 from types import ModuleType
 from urllib.parse import unquote, urlsplit
@@ -49,6 +48,8 @@ def require(module: str, extra: str | None = None) -> ModuleType:
 
 def versions(*packages: str) -> dict[str, str]:
     """Of those packages that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
     found = {}
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):
@@ -113,6 +114,8 @@ def pip(*arguments: str) -> str:
 
 def _requirement(extras: str) -> tuple[str, ...]:
     """This package with `extras`, from where it was installed: a folder, a wheel, a repository, or an index."""
+    from importlib.metadata import Distribution, PackageNotFoundError
+
     try:
         record = Distribution.from_name(_DISTRIBUTION).read_text("direct_url.json")
     except PackageNotFoundError:  # run from a checkout, not installed
@@ -134,6 +137,8 @@ def _requirement(extras: str) -> tuple[str, ...]:
 
 def _parts(extras: list[str]) -> list[str]:
     """The requirements of `extras`, by the metadata of what is installed."""
+    from importlib.metadata import requires
+
     found = []
     for line in requires(_DISTRIBUTION) or []:
         requirement, _, marker = line.partition(";")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from gmconv.errors import RefusedError, printable
 from gmconv.files import sha256_file
-from gmconv.images import Preprocessing
 from gmconv.kinds import Kind as Kind
 from gmconv.kinds import artefact_kind as artefact_kind
+from gmconv.preprocessing import Preprocessing
 from runtime.manifest import Manifest, TensorSpec, find_manifest, read_manifest
 from runtime.records import AxisRange
 
@@ -45,6 +44,15 @@ class Facts:
             {**other.shapes, **self.shapes},
         )
 
+    def sized(self, spec: TensorSpec, known: tuple[int, ...] | None = None) -> TensorSpec:
+        """`spec` with a number for each free side of a sample: of `known`, else as is usual. A side that neither knows
+        keeps its name."""
+        known = known or self.shapes.get(spec.name) or self.input_shape or ()
+        if len(known) != len(spec.shape) - 1:
+            return spec
+        sides = [side if isinstance(side, int) else known[axis] for axis, side in enumerate(spec.shape[1:])]
+        return replace(spec, shape=(spec.shape[0], *sides))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artefact:
@@ -68,6 +76,8 @@ class Artefact:
 
     def require_agreement(self, given: Mapping[str, Any] | None) -> None:
         """Raise RefusedError where the manifest has other preprocessing than is `given` for a checkpoint beside it."""
+        import numpy as np
+
         own = msgspec.to_builtins(self.facts.preprocessing) or {}
         for name, value in (given or {}).items():
             if name in own and list(np.ravel(own[name])) != list(np.ravel(value)):

@@ -19,8 +19,8 @@ import msgspec
 from gmconv.cli import require
 from gmconv.errors import RefusedError
 from gmconv.files import sha256_file
-from gmconv.images import Preprocessing
 from gmconv.lazy import late
+from gmconv.preprocessing import Preprocessing
 from runtime.manifest_v1 import SCHEMA_V1, upgrade
 from runtime.records import AxisRange, Benchmark, Build, Calibration, Crop, Device, Export, Parity, Quantization
 
@@ -334,6 +334,6 @@ def _decode(path: Path) -> Manifest:
     return msgspec.convert(fields | {"schema": SCHEMA}, Manifest)
 
 
-def find_manifest(artefact: Path) -> Manifest | None:
+def find_manifest(artefact: Path, *, verify: bool = True) -> Manifest | None:
     """Like `read_manifest`, but None where there is no sidecar at all (a foreign ONNX file)."""
-    return read_manifest(artefact) if sidecar(artefact).exists() else None
+    return read_manifest(artefact, verify=verify) if sidecar(artefact).exists() else None

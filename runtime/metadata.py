@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from gmconv.errors import RefusedError
-from gmconv.images import Preprocessing
+from gmconv.preprocessing import Preprocessing
 from runtime.manifest import Manifest
 
 

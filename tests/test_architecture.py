@@ -30,6 +30,7 @@ GROUND = {
         "cli",
         "files",
         "images",
+        "preprocessing",
         "data",
         "progress",
         "child",

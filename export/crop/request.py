@@ -27,7 +27,7 @@ from runtime.parity.pool import FAINT, UNTRAINED
 if TYPE_CHECKING:
     from export.precision.converter import PrecisionOptions
     from gmconv.data import Samples
-    from gmconv.images import Preprocessing
+    from gmconv.preprocessing import Preprocessing
 
 _BATCH = 16
 _ROUNDS = 7  # for the record only: nothing is decided by these times

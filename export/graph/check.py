@@ -19,7 +19,7 @@ from runtime.runners.qdq import graph_options
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from gmconv.images import Preprocessing
+    from gmconv.preprocessing import Preprocessing
     from runtime.artefact import Facts
     from runtime.manifest import Manifest, TensorSpec
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from gmconv.errors import RefusedError
 from gmconv.golden import read_golden
-from gmconv.images import read_preprocessing
+from gmconv.preprocessing import read_preprocessing
 from runtime.artefact import Facts
 from runtime.manifest import TensorSpec
 from runtime.parity import cases as parity

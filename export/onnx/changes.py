@@ -57,7 +57,7 @@ def crop_kernels(
     assert loaded.input_shape is not None  # any other network was refused with its flags
     from export.crop.budget import parse_budget
     from export.crop.request import CropRequest, crop_for_export, stored_as
-    from gmconv.images import read_preprocessing
+    from gmconv.preprocessing import read_preprocessing
 
     try:
         budget = None if options.crop_budget is None else parse_budget(options.crop_budget)

@@ -287,8 +287,8 @@ def _manifest(
     files: tuple[FileDigest, ...],
 ) -> Manifest:
     """Judge the fp32 file and describe it. Raises ParityError when it does not hold."""
-    from gmconv.images import read_preprocessing
     from gmconv.packages import versions
+    from gmconv.preprocessing import read_preprocessing
     from runtime.manifest import Manifest, digest, sidecar, utc_now
     from runtime.metadata import refuse_untrue
     from runtime.records import Export

@@ -12,10 +12,10 @@ from gmconv.data import refuse_missing
 from gmconv.errors import ParityError, RefusedError, layer_words, printable
 from gmconv.files import require_writable
 from gmconv.foreign import Foreign
-from gmconv.images import read_preprocessing
 from gmconv.kinds import refuse_other_kinds, require_ending
 from gmconv.npz import npz_names
 from gmconv.packages import require
+from gmconv.preprocessing import read_preprocessing
 from runtime.artefact import Facts
 from runtime.manifest import FileDigest, refuse_other_artefact, replaced_manifest, sidecar
 from runtime.metadata import misfit

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from export.precision.convert import convert_precision, default_output, require_replaceable
 from export.precision.converter import (
     PRECISIONS,
     Precision,
@@ -144,6 +143,7 @@ def options_from_flags(flags: dict[str, Any]) -> PrecisionOptions:
 @quiet_option
 def main(model: Path, precision: Precision | None, output: Path | None, **flags: Any) -> None:
     """Convert the fp32 graph MODEL (ONNX) to fp16, bf16, int8 or fp8."""
+    from export.precision.convert import convert_precision, default_output, require_replaceable
     from gmconv.progress import progress_bar
 
     options = options_from_flags(flags)

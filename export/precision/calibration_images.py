@@ -15,7 +15,7 @@ from gmconv.errors import RefusedError
 
 if TYPE_CHECKING:
     from gmconv.data import Samples
-    from gmconv.images import Preprocessing
+    from gmconv.preprocessing import Preprocessing
     from runtime.manifest import TensorSpec
 
 Array = NDArray[Any]

@@ -33,8 +33,8 @@ from gmconv.errors import (
 )
 from gmconv.files import file_named, replacing, unwritable
 from gmconv.foreign import DTYPES, OTHERWISE, labels_of, preprocessing_of, sizing
-from gmconv.images import Preprocessing, differences, read_preprocessing
 from gmconv.inputs import Input, in_order
+from gmconv.preprocessing import Preprocessing, differences, read_preprocessing
 from gmconv.surgery import masked_layers, network_within, refuse_valueless, require_module
 
 SCHEMA = "gmconv-deploy.checkpoint/v1"

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from gmconv.classes import class_folders
 from gmconv.data import array_entries, file_entries, load_samples
 from gmconv.errors import DataError
-from gmconv.images import TAKEN, Preprocessing, image_files, load_image, read_preprocessing
+from gmconv.images import TAKEN, image_files, load_image
 from gmconv.packages import require
+from gmconv.preprocessing import Preprocessing, read_preprocessing
 from gmconv.splits import split_indices, split_record
 
 Floats = NDArray[np.float32]

@@ -10,7 +10,7 @@ from pathlib import Path
 from gmconv.classes import composed
 from gmconv.data import Batch, Floats, Samples
 from gmconv.errors import RefusedError
-from gmconv.images import Preprocessing, differences
+from gmconv.preprocessing import Preprocessing, differences
 from runtime.artefact import Facts
 from runtime.runners.base import Runner
 

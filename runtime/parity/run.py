@@ -13,7 +13,7 @@ from gmconv.asking import Asked, silent
 from gmconv.errors import RefusedError, UnavailableError
 from gmconv.files import each_path
 from gmconv.foreign import NOTHING, Foreign
-from gmconv.images import differences
+from gmconv.preprocessing import differences
 from runtime.artefact import Artefact, artefact_kind, open_artefact, other_source
 from runtime.parity.beside import MOST_NUMBERS, MOST_REMEMBERED, Beside, Memory
 from runtime.parity.cases import Case, Wanted, make_cases

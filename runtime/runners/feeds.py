@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,15 +53,9 @@ def sized(specs: Sequence[TensorSpec], facts: Facts, data: str | Path | None = N
     names = npz_names(arrays) if arrays is not None else []
     found = []
     for spec in specs:
-        known = facts.shapes.get(spec.name) or facts.input_shape or ()
         array = spec.name if spec.name in names else image_array(names) if len(specs) == 1 else None
-        if arrays is not None and array is not None:
-            held = npz_header(arrays, array)[0][1:]
-            known = held if len(held) == len(spec.shape) - 1 else known
-        if len(known) == len(spec.shape) - 1:
-            sides = [side if isinstance(side, int) else known[axis] for axis, side in enumerate(spec.shape[1:])]
-            spec = replace(spec, shape=(spec.shape[0], *sides))
-        found.append(spec)
+        held = npz_header(arrays, array)[0][1:] if arrays is not None and array is not None else ()
+        found.append(facts.sized(spec, held if len(held) == len(spec.shape) - 1 else None))
     return found
 
 

@@ -16,7 +16,7 @@ import click
 from gmconv.cli import require
 from gmconv.errors import ArchitectureUnsaidError, InputsUnsaidError, RefusedError, UnavailableError
 from gmconv.foreign import NOTHING, Foreign, refuse_labels
-from gmconv.images import read_preprocessing
+from gmconv.preprocessing import read_preprocessing
 from runtime import cuda
 from runtime.artefact import Artefact, Facts, exported_as
 from runtime.manifest import TensorSpec

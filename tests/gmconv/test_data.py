@@ -13,7 +13,7 @@ from PIL import Image
 
 from gmconv.data import array_entries, file_entries, load_samples, refuse_missing
 from gmconv.errors import RefusedError
-from gmconv.images import Preprocessing
+from gmconv.preprocessing import Preprocessing
 from gmconv.splits import split_record
 
 SHAPE = (3, 8, 8)

@@ -25,7 +25,7 @@ from gmconv.foreign import (
     refuse_labels,
     sizing,
 )
-from gmconv.images import read_preprocessing
+from gmconv.preprocessing import read_preprocessing
 
 
 def collected(*arguments: str) -> Foreign:

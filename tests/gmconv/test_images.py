@@ -15,7 +15,8 @@ from PIL import Image
 
 from gmconv import images
 from gmconv.errors import RefusedError
-from gmconv.images import Preprocessing, differences, image_files, load_image
+from gmconv.images import image_files, load_image
+from gmconv.preprocessing import Preprocessing
 
 RGB = Preprocessing(size=(8, 12), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 GREY = Preprocessing(size=(8, 8), mean=(0.0,), std=(1.0,), channel_order="L")
@@ -34,16 +35,6 @@ def test_an_image_of_the_right_size_is_only_scaled() -> None:
     found = load_image(encode(PIXELS), RGB)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, PIXELS.transpose(2, 0, 1) / 255, rtol=1e-6)
-
-
-def test_what_differs_is_said_field_by_field() -> None:
-    own = replace(RGB, mean=(0.5, 0.4, 0.3), size=(8, 16), resize="shortest-then-crop", crop_ratio=0.875)
-    said = "size 8, 16 (not 8, 12), mean 0.5, 0.4, 0.3 (not 0, 0, 0), resize shortest-then-crop (not stretch)"
-    assert differences(own, RGB) == f"{said}, crop_ratio 0.875 (not 1)"
-    assert differences(GREY, RGB).startswith("size 8, 8 (not 8, 12), mean 0 (not 0, 0, 0)")
-    near = replace(own, mean=tuple(float(np.float32(one)) for one in own.mean))
-    assert not differences(near, own), "float32 on its way"
-    assert not differences(replace(RGB, crop_ratio=0.5), RGB), "what stretches does not crop"
 
 
 def test_mean_std_scale_and_channel_order() -> None:

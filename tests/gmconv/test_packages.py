@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,15 +36,15 @@ def test_the_advice_names_what_this_was_installed_from(
     record: Any, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = SimpleNamespace(read_text=lambda _: record and json.dumps(record))
-    monkeypatch.setattr(packages.Distribution, "from_name", lambda _: found)
+    monkeypatch.setattr(metadata.Distribution, "from_name", lambda _: found)
     assert packages.install("serve").endswith(f"pip install {wanted}")
 
 
 def test_where_the_wheel_has_been_deleted_the_parts_of_the_extra_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = SimpleNamespace(read_text=lambda _: json.dumps({"url": "file:///tmp/my%20wheels/a-1-py3-none-any.whl"}))
-    monkeypatch.setattr(packages.Distribution, "from_name", lambda _: found)
+    monkeypatch.setattr(metadata.Distribution, "from_name", lambda _: found)
     monkeypatch.setattr(
-        packages,
+        metadata,
         "requires",
         lambda _: ["a>=1; extra == 'rtx'", "gmconv-deploy[cuda]; extra == 'rtx'", 'b; extra == "cuda"', "c"],
     )
@@ -55,9 +55,9 @@ def test_a_checkout_that_is_not_installed_is_named_by_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def nothing(name: str) -> None:
-        raise PackageNotFoundError(name)
+        raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(packages.Distribution, "from_name", nothing)
+    monkeypatch.setattr(metadata.Distribution, "from_name", nothing)
     root = HERE.parent.parent
     monkeypatch.chdir(tmp_path)
     assert packages.install("serve").endswith(f"pip install '{root}[serve]'")
@@ -109,3 +109,7 @@ def test_a_folder_of_the_users_that_hides_ours_is_named(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, *command], env=environment, cwd="/", capture_output=True, text=True)
         assert f"{hidden}: is found as the package 'runtime' and hides that of gmconv-deploy" in done.stderr
         assert "it ran" not in done.stderr
+
+
+def test_versions_are_those_of_what_is_installed() -> None:
+    assert packages.versions("numpy", "no-such-package") == {"numpy": metadata.version("numpy")}

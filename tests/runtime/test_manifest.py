@@ -14,7 +14,7 @@ from onnx import NodeProto, SparseTensorProto, TensorProto, helper
 
 from gmconv.errors import RefusedError
 from gmconv.files import staged
-from gmconv.images import Preprocessing, read_preprocessing
+from gmconv.preprocessing import Preprocessing, read_preprocessing
 from runtime.manifest import (
     FileDigest,
     Manifest,

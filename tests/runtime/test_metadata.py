@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from gmconv.errors import RefusedError
-from gmconv.images import Preprocessing
+from gmconv.preprocessing import Preprocessing
 from runtime.manifest import FileDigest, Manifest, TensorSpec
 from runtime.metadata import refuse_untrue
 

@@ -21,7 +21,8 @@ import numpy as np
 
 from gmconv.child import child_environment
 from gmconv.errors import RefusedError
-from gmconv.images import Preprocessing, load_image
+from gmconv.images import load_image
+from gmconv.preprocessing import Preprocessing
 from runtime.runners.base import Array
 from runtime.serve.errors import Code, RequestError
 

@@ -18,7 +18,7 @@ from gmconv.cropping.layers import CroppedConv2d
 from gmconv.cropping.measure import output_error, run
 from gmconv.cropping.window import Precision, Window
 from gmconv.errors import RefusedError
-from gmconv.images import Preprocessing
+from gmconv.preprocessing import Preprocessing
 from gmconv.surgery import bake, convert
 
 SHAPE = (1, 16, 16)

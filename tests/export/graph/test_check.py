@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from export.graph.check import check_and_run
 from export.precision.converter import PrecisionConverter, PrecisionOptions
 from gmconv.errors import RefusedError
-from gmconv.images import Preprocessing
+from gmconv.preprocessing import Preprocessing
 from runtime.artefact import Facts
 
 BYTES = Preprocessing(size=(12, 12), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), scale=1.0)

@@ -19,7 +19,7 @@ from export.precision.converter import Precision, PrecisionOptions
 from gmconv import Checkpoint
 from gmconv.errors import RefusedError
 from gmconv.foreign import NOTHING, OTHERWISE, Foreign
-from gmconv.images import Preprocessing
+from gmconv.preprocessing import Preprocessing
 from runtime.manifest import FileDigest, Manifest, digest, sidecar
 from runtime.records import Export
 

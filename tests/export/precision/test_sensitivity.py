@@ -27,7 +27,7 @@ from export.precision.search import (
     search_precision,
 )
 from gmconv.errors import ParityError, RefusedError
-from gmconv.images import Preprocessing
+from gmconv.preprocessing import Preprocessing
 from runtime.artefact import Facts
 from runtime.report import Search
 from runtime.report.render import render

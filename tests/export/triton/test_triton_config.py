@@ -16,7 +16,7 @@ from export.triton.config import ServingOptions, check_config, from_text, model_
 from export.triton.interface import Interface, interface_of
 from export.triton.write import write_repository
 from gmconv.errors import RefusedError
-from gmconv.images import Preprocessing
+from gmconv.preprocessing import Preprocessing
 from runtime.manifest import ShapeRange, TensorSpec
 from runtime.records import Export
 

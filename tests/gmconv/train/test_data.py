@@ -14,7 +14,7 @@ from PIL import Image
 from gmconv import images
 from gmconv.data import load_samples
 from gmconv.errors import DataError, RefusedError
-from gmconv.images import Preprocessing
+from gmconv.preprocessing import Preprocessing
 from gmconv.train.data import FileSamples, batches, digits, image_folder, load_dataset
 
 

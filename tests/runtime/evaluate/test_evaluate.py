@@ -21,7 +21,7 @@ from rich.console import Console
 
 from gmconv.data import array_entries
 from gmconv.errors import RefusedError
-from gmconv.images import Preprocessing
+from gmconv.preprocessing import Preprocessing
 from gmconv.splits import split_record
 from runtime.artefact import open_artefact
 from runtime.evaluate.__main__ import main

@@ -22,7 +22,7 @@ from torch import nn
 import gmconv
 from gmconv.errors import RefusedError
 from gmconv.foreign import Foreign
-from gmconv.images import Preprocessing
+from gmconv.preprocessing import Preprocessing
 from runtime.artefact import Facts
 from runtime.manifest import FileDigest, Manifest, ShapeRange, TensorSpec, digest, sidecar
 from runtime.parity.cases import NOISE_ALONE, corner_shapes

@@ -19,7 +19,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from gmconv.images import Preprocessing
+from gmconv.preprocessing import Preprocessing
 from runtime.manifest import Manifest, TensorSpec, digest, sidecar
 from runtime.serve.__main__ import main, make_settings
 from runtime.serve.settings import Settings
