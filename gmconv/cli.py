@@ -274,9 +274,9 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def collected(*args: Any, data: str | None, images: str | None, calibration: str | None, **values: Any) -> Any:
-        from gmconv.data import refuse_missing
-
         for source in filter(None, dict.fromkeys((data, images, calibration))):
+            from gmconv.data import refuse_missing  # which loads numpy
+
             refuse_missing(source)
         return command(*args, images=images or data, calibration=calibration or data or images, **values)
 

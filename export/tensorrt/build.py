@@ -18,7 +18,6 @@ from gmconv.asking import Asked
 from gmconv.errors import BuildError, RefusedError, UnavailableError
 from gmconv.files import sha256_file, staged, write_text
 from gmconv.foreign import NOTHING, Foreign
-from gmconv.golden import read_golden
 from runtime import cuda, trt
 from runtime.artefact import Artefact, facts_of, other_source
 from runtime.manifest import (
@@ -33,7 +32,6 @@ from runtime.manifest import (
     utc_now,
 )
 from runtime.records import Build, Device, EngineLayers, Parity, TimingCache
-from runtime.runners.qdq import layout_warning
 
 NO_DEVICE = "no device"
 
@@ -116,25 +114,26 @@ def build_engine(
     onnx_path, output = Path(onnx_path), Path(output)
     flavor, why = trt.choose_flavor(options.flavor)
     refuse_options(flavor, options)
-    known = find_manifest(onnx_path)
-    if unfit := layout_warning(known, "cuda"):
-        raise RefusedError(unfit)
+    known = find_manifest(onnx_path, verify=False)
     if options.checkpoint is not None:
         _refuse_other_checkpoint(options.checkpoint, onnx_path, known)
     if known is not None:
         profiles = within_ranges(options.profiles, known.inputs, facts_of(known))
         options = dataclasses.replace(options, profiles=profiles)
     with contextlib.ExitStack() as stack:
-        # The native parser and builder have a process of their own, so the checks run beside it, not before it.
+        # The native parser and builder have a process of their own: what is slow to check or to load runs beside it.
         worker = process or stack.enter_context(BuilderProcess())
         folder = stack.enter_context(staged(output))
         # On a failure it must not write into the folder that `staged` is about to remove.
         stack.push(lambda kind, error, trace: worker.stop() if kind else None)
         plan = folder / output.name
         worker.send(_request(onnx_path, plan, output, flavor, options))
+        _refuse_unfit(onnx_path, known)
         # A file with a manifest is byte for byte the one that the exporter checked; any other is checked here.
         facts = GraphFacts(known.inputs, known.outputs, {}) if known else read_graph(onnx_path)
         if options.golden is not None:
+            from gmconv.golden import read_golden
+
             read_golden(options.golden, facts.inputs, facts.outputs)  # refused before the build, not behind it
         source = _Source(onnx_path, known, known.artefact if known else digest(onnx_path, "onnx"), facts)
         try:
@@ -152,6 +151,15 @@ def build_engine(
             manifest = verify_engine(onnx_path, plan, manifest, *asked)
             sidecar(plan).write_text(manifest.to_json())
     return manifest
+
+
+def _refuse_unfit(onnx_path: Path, known: Manifest | None) -> None:
+    """Raise RefusedError for a file that is not its manifest's, or was quantized for another device."""
+    from runtime.runners.qdq import layout_warning
+
+    find_manifest(onnx_path)
+    if unfit := layout_warning(known, "cuda"):
+        raise RefusedError(unfit)
 
 
 def _refuse_other_checkpoint(checkpoint: Path, onnx_path: Path, known: Manifest | None) -> None:

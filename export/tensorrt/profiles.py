@@ -147,8 +147,6 @@ def within_ranges(
 
     Raises RefusedError, naming the axis and its range, and as `resolve_profiles`.
     """
-    from runtime.runners.feeds import sized
-
     ranges = facts.ranges
     batches = [ranges[axis] for spec in inputs for axis in spec.shape[:1] if isinstance(axis, str) and axis in ranges]
     if not requests and batches:
@@ -157,9 +155,9 @@ def within_ranges(
         low, opt, high = (min(max(size, least), most) for size in DEFAULT_BATCH)
         requests = (ProfileRequest(batch=(low, opt, high)),)
     described = []
-    for spec, usual in zip(inputs, sized(inputs, facts), strict=True):
+    for spec in inputs:
         shape = tuple(d if isinstance(d, int) else -1 for d in spec.shape)
-        sides = tuple(d for d in usual.shape[1:] if isinstance(d, int))
+        sides = tuple(d for d in facts.sized(spec).shape[1:] if isinstance(d, int))
         known = sides if len(sides) == len(shape) - 1 and shape[0] == -1 else ()
         described.append(NetworkInput(spec.name, shape, tuple(map(str, spec.shape)), known))
     for profile in resolve_profiles(requests, described):

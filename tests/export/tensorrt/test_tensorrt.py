@@ -82,6 +82,27 @@ def test_a_checkpoint_that_the_graph_was_not_made_from_is_refused_before_anythin
     assert not (tmp_path / "model.plan").exists()
 
 
+def test_the_builder_has_its_request_before_numpy_is_loaded(onnx_file: Path, tmp_path: Path) -> None:
+    """What the command loads before is what every build waits for."""
+    sidecar(onnx_file).write_text(bare_manifest(onnx_file, onnx.load(onnx_file)).to_json())
+    code = """
+import runpy, sys
+from export.tensorrt.process import BuilderProcess
+
+send = BuilderProcess.send
+def told(self, request):
+    print("loaded by then:", {"numpy", "onnx", "torch", "rich"} & set(sys.modules), file=sys.stderr)
+    send(self, request)
+
+BuilderProcess.send = told
+runpy.run_module("export.tensorrt", run_name="__main__", alter_sys=True)
+"""
+    command = [sys.executable, "-c", code, str(onnx_file), "--flavor", "rtx", "--no-verify"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "loaded by then: set()" in done.stderr.splitlines()
+
+
 def nothing_left(folder: Path, *, but: set[str]) -> bool:
     return {file.name for file in folder.iterdir()} == but
 
