@@ -69,7 +69,7 @@ def main() -> int:
         root = Path(folder)
         checkpoint, model, plan, raw = root / "c.pt", root / "c.onnx", root / "c.plan", root / "raw.plan"
         subprocess.run([sys.executable, "-c", CHECKPOINT, arguments.arch, str(checkpoint)], check=True)
-        subprocess.run([sys.executable, "-m", "export.onnx", str(checkpoint), "-o", str(model), "-q"], check=True)
+        cost([sys.executable, "-m", "export.onnx", str(checkpoint), "-o", str(model)])
         flags = ["--flavor", "rtx", "--min", "1", "--opt", "8", "--max", "32", "-o", str(plan)]
         ratios: list[tuple[float, float]] = []
         hashes = set()
