@@ -102,12 +102,13 @@ def export_onnx(
     refuse_early(source, written, options)
     if idle := nothing_lowered(options):
         raise RefusedError(idle)
-    from export.onnx.cases import comparison_cases
-    from export.onnx.proof import run_any
-    from export.onnx.reference import work_on
     from export.onnx.trained import Live
 
     with staged(written[0]) as folder, _opened(source, options, note) as trained:
+        from export.onnx.cases import comparison_cases  # which load torch; the reference's process is to begin first
+        from export.onnx.proof import run_any
+        from export.onnx.reference import work_on
+
         loaded = trained.loaded
         given = source.foreign if isinstance(source, Live) else options.foreign
         returned, said = output_specs(loaded, options, given, in_memory=not trained.chain)

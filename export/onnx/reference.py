@@ -1,23 +1,17 @@
 """What the network computes in torch: as trained, baked, and in float64; the reference of an export's proof.
 
-The live and the baked network run in a process of their own (`python -m export.onnx.reference`), which never sees the
-exporter: what it computes cannot be coloured by the exporter's patches, and it runs beside the export instead of
-after it.
+`python -m export.onnx.reference` is the child of `export.onnx.process`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -25,8 +19,7 @@ import numpy as np
 
 from export.onnx.rows import rows_apart
 from gmconv.certificate import BakeCertificate
-from gmconv.child import child_command, child_environment
-from gmconv.errors import RefusedError, UnavailableError
+from gmconv.errors import RefusedError
 from runtime.runners.base import Array
 
 if TYPE_CHECKING:
@@ -41,8 +34,6 @@ Outputs = dict[str, Array]
 Feeds = dict[str, Array]
 _LARGE = 2**30  # bytes of weights from which memory matters more than the seconds that two processes save
 _SPARE = 2**27  # up to which a second copy is nothing
-#: glibc keeps freed activations rather than have the kernel clear new pages: ResNet-50's reference in 11.2 s, not 12.4.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
 
 def is_large(model: nn.Module, limit: int = _LARGE) -> bool:
@@ -73,98 +64,27 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
+class Said:
+    """What the child says besides arrays."""
+
     certificate: BakeCertificate
     notes: tuple[str, ...]
     eight: Mapping[str, frozenset[str]]
     apart: float
 
 
-class ReferenceProcess:
-    """Runs the reference in a child process; a context manager, so that a failed export leaves no child behind."""
-
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="gmconv-reference-")
-        self._path = Path(self._folder.name)
-        self._count = 0
-        self._precisions: tuple[str, ...] = ()
-        self._log = (self._path / "log").open("w+")
-        # Started before there is anything to do: importing torch takes as long here as in the parent.
-        self._child = subprocess.Popen(
-            child_command("export.onnx.reference", str(self._path)),
-            stdin=subprocess.PIPE,
-            stdout=self._log,
-            stderr=self._log,
-            env=child_environment(**_MALLOC),
-            text=True,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._child.kill()
-        self._child.wait()
-        self._log.close()
-        self._folder.cleanup()
-
-    def start(self, checkpoint: Path, load_options: Mapping[str, Any], work: Work) -> None:
-        """Hand over the work, on `gmconv.load_checkpoint(checkpoint, **load_options)`."""
-        self._count, self._precisions = len(work.feeds), work.precisions
-        for index, feeds in enumerate(work.feeds):
-            _save(self._path / f"input.{index}.npz", feeds)
-        task = {
-            "checkpoint": str(checkpoint.resolve()),
-            "load_options": dict(load_options),
-            "count": self._count,
-            "names": work.names,
-            "bake_options": work.bake_options,
-            "yardstick": sorted(work.yardstick),
-            "noise": sorted(work.noise),
-            "probes": sorted(work.probes),
-            "precisions": work.precisions,
-            "reduced": work.reduced,
-            "kept": work.kept,
-        }
-        assert self._child.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # a child that died says why in result()
-            self._child.stdin.write(json.dumps(task))
-            self._child.stdin.close()
-
-    def result(self) -> Reference:
-        """Wait for the reference. Raises RefusedError when the checkpoint is refused there, RuntimeError on a bug."""
-        status = self._child.wait()
-        folder = self._path
-        if status:
-            self._log.seek(0)
-            lines = self._log.read().strip()
-            if status in (RefusedError.exit_code, UnavailableError.exit_code):
-                kind = RefusedError if status == RefusedError.exit_code else UnavailableError
-                raise kind(lines.splitlines()[-1].removeprefix("Error: "))
-            raise RuntimeError(f"the reference process failed with status {status}:\n{lines}")
-        live, baked, yardstick, alone, *rounded = (
-            tuple(_load(folder / f"{hop}.{index}.npz") for index in range(self._count))
-            for hop in ("live", "baked", "yardstick", "alone", *self._precisions, *map(_weights, self._precisions))
-        )
-        said = msgspec.json.decode((folder / "said.json").read_bytes(), type=_Said)
-        lower = dict(zip(self._precisions, rounded, strict=False))
-        weights = dict(zip(self._precisions, rounded[len(lower) :], strict=True))
-        measured = (said.certificate, said.notes, lower, alone, weights, said.eight, said.apart)
-        return Reference(live, baked, yardstick, *measured)
-
-
-def _weights(precision: str) -> str:
+def weights_name(precision: str) -> str:
     """What the outputs with rounded weights are called on the disk."""
     return f"{precision}-weights"
 
 
-def _save(path: Path, outputs: Outputs) -> None:
+def save_arrays(path: Path, outputs: Outputs) -> None:
+    """Outputs or inputs, in their order, as an .npz file."""
     np.savez(path, names=np.array(list(outputs)), *outputs.values())  # noqa: B026 (an output may be called "file")
 
 
-def _load(path: Path) -> Outputs:
+def load_arrays(path: Path) -> Outputs:
+    """What `save_arrays` wrote; nothing where it wrote nothing."""
     if not path.exists():
         return {}
     with np.load(path) as archive:
@@ -365,7 +285,7 @@ def _serve(folder: Path) -> None:
     import gmconv
 
     task = json.load(sys.stdin)
-    feeds = tuple(_load(folder / f"input.{index}.npz") for index in range(task["count"]))
+    feeds = tuple(load_arrays(folder / f"input.{index}.npz") for index in range(task["count"]))
     loaded = gmconv.load_checkpoint(task["checkpoint"], **task["load_options"])
     work = Work(
         feeds=feeds,
@@ -380,12 +300,12 @@ def _serve(folder: Path) -> None:
     )
     found = compute_reference(loaded.model, loaded.inputs, work)
     hops = {"live": found.live, "baked": found.baked, "yardstick": found.yardstick, "alone": found.alone}
-    hops |= {**found.rounded, **{_weights(precision): outputs for precision, outputs in found.weights.items()}}
+    hops |= {**found.rounded, **{weights_name(precision): outputs for precision, outputs in found.weights.items()}}
     for hop, cases in hops.items():
         for index, outputs in enumerate(cases):
             if outputs:
-                _save(folder / f"{hop}.{index}.npz", outputs)
-    said = _Said(found.certificate, found.notes, found.eight, found.apart)
+                save_arrays(folder / f"{hop}.{index}.npz", outputs)
+    said = Said(found.certificate, found.notes, found.eight, found.apart)
     (folder / "said.json").write_bytes(msgspec.json.encode(said))
 
 

@@ -39,7 +39,7 @@ class FromFile:
     examples: Mapping[str, Array] | None = None
 
     def __init__(self, path: Path, options: ExportOptions, note: Note) -> None:
-        from export.onnx.reference import ReferenceProcess
+        from export.onnx.process import ReferenceProcess
 
         self._path, self._given = path, options.foreign.given()
         self._stack = contextlib.ExitStack()

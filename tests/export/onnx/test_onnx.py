@@ -20,8 +20,7 @@ import torch
 from torch import nn
 
 import gmconv
-from export.onnx import cases, proof, reference
-from export.onnx.options import ExportOptions
+from export.onnx import cases, proof
 from export.precision import convert_precision
 from gmconv.errors import RefusedError
 from gmconv.files import sha256_file
@@ -381,15 +380,6 @@ def test_the_end_of_the_exporters_own_words_appears_when_it_fails_and_only_then(
     assert "the exporter said at last, all of it with -v:" in said
     assert said.splitlines()[-1].startswith("Error: the network cannot be exported")
     assert not (tmp_path / "branching.onnx").exists()
-
-
-def test_the_reference_says_why_it_refused(tmp_path: Path) -> None:
-    (tmp_path / "net.pt").write_bytes(b"not a checkpoint")
-    case = cases.Case("noise", {"input": np.zeros((1, 3, 8, 8), np.float32)})
-    with reference.ReferenceProcess() as process:
-        process.start(tmp_path / "net.pt", {}, reference.work_on([case], (), ExportOptions()))
-        with pytest.raises(Exception, match="not a readable PyTorch checkpoint"):
-            process.result()
 
 
 @pytest.mark.slow
