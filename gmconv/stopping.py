@@ -13,7 +13,9 @@ from typing import Any, NoReturn
 
 import click
 
-_AGAIN = 0.05  # seconds until it is looked whether torch is imported by now
+_AGAIN = 0.05  # seconds until it is looked whether they are imported by now
+#: Packages whose import drops an exception: torch's C++, and mpmath, which torch imports, where it looks for gmpy.
+_DROPPING = ("torch", "mpmath")
 
 
 class Sigterm(SystemExit):
@@ -25,14 +27,14 @@ def stoppable() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM unwind the stack as exceptions do, so that temporary files and child processes go.
 
     Not while torch is imported: its C++ drops an exception that numpy, which it imports, is left by, or aborts, and
-    numpy stays half loaded. They wait for the end of that.
+    numpy stays half loaded. They wait for the end of that, and of mpmath's.
     """
     before: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     main = threading.current_thread() is threading.main_thread()
     ours = [number for number, handler in before.items() if main and signal.getsignal(number) == handler]
 
     def leave(number: int, frame: FrameType | None) -> None:
-        if _imports_torch(frame):
+        if _imports_dropping(frame):
             again = threading.Timer(_AGAIN, os.kill, [os.getpid(), number])
             again.daemon = True
             again.start()
@@ -51,9 +53,9 @@ def stoppable() -> Iterator[None]:
                 signal.signal(number, before[number])
 
 
-def _imports_torch(frame: FrameType | None) -> bool:
+def _imports_dropping(frame: FrameType | None) -> bool:
     while frame is not None:
-        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__", "").split(".")[0] == "torch":
+        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__", "").split(".")[0] in _DROPPING:
             return True
         frame = frame.f_back
     return False
