@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -48,13 +49,16 @@ def differences(own: Preprocessing, other: Preprocessing) -> str:
 
 def _same(mine: Any, its: Any) -> bool:
     """Numbers may have been float32 on their way."""
-    if isinstance(mine, tuple | list) and isinstance(its, tuple | list):
-        return len(mine) == len(its) and all(map(_same, mine, its))
-    if isinstance(mine, str) or isinstance(its, str | tuple | list):
-        return bool(mine == its)
-    return math.isclose(mine, its, rel_tol=1e-6, abs_tol=1e-9)
+    ours, others = _each(mine), _each(its)
+    return len(ours) == len(others) and all(
+        one == other if isinstance(one, str) else math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
+        for one, other in zip(ours, others, strict=True)
+    )
 
 
 def _shown(value: Any) -> str:
-    values = value if isinstance(value, tuple | list) else (value,)
-    return ", ".join(one if isinstance(one, str) else f"{one:.6g}" for one in values)
+    return ", ".join(one if isinstance(one, str) else f"{one:.6g}" for one in _each(value))
+
+
+def _each(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, tuple | list) else (value,)

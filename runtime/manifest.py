@@ -238,17 +238,22 @@ def read_manifest(artefact: Path, *, verify: bool = True) -> Manifest:
     if any(Path(entry.file).name != entry.file for entry in named):
         raise RefusedError(f"{path}: names a file outside its folder; export the artefact again")
     if verify:
-        external = [(entry, artefact.with_name(entry.file)) for entry in manifest.external if entry.file]
-        for entry, file in [(manifest.artefact, artefact), *external]:
-            if not file.is_file():
-                raise RefusedError(f"{artefact}: its external data {entry.file} is missing; copy it beside the model")
-            found = sha256_file(file)
-            if found != entry.sha256:
-                raise RefusedError(
-                    f"{file}: sha256 is {found[:12]}…, its manifest says {entry.sha256[:12]}…; the pair is not "
-                    f"from one export (interrupted, edited or mixed up): export it again"
-                )
+        verify_digests(manifest, artefact)
     return manifest
+
+
+def verify_digests(manifest: Manifest, artefact: Path) -> None:
+    """Raise RefusedError where `artefact`, or its external data, is missing or is not what its `manifest` says."""
+    external = [(entry, artefact.with_name(entry.file)) for entry in manifest.external if entry.file]
+    for entry, file in [(manifest.artefact, artefact), *external]:
+        if not file.is_file():
+            raise RefusedError(f"{artefact}: its external data {entry.file} is missing; copy it beside the model")
+        found = sha256_file(file)
+        if found != entry.sha256:
+            raise RefusedError(
+                f"{file}: sha256 is {found[:12]}…, its manifest says {entry.sha256[:12]}…; the pair is not "
+                f"from one export (interrupted, edited or mixed up): export it again"
+            )
 
 
 def replaced_manifest(artefact: Path) -> Manifest | None:

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import msgspec
+
 from gmconv.child import child_command, child_environment
 from gmconv.errors import RefusedError, UnavailableError
 
@@ -97,8 +99,6 @@ class ReferenceProcess:
             tuple(load_arrays(folder / f"{hop}.{index}.npz") for index in range(self._count))
             for hop in ("live", "baked", "yardstick", "alone", *self._precisions, *map(weights_name, self._precisions))
         )
-        import msgspec
-
         said = msgspec.json.decode((folder / "said.json").read_bytes(), type=Said)
         lower = dict(zip(self._precisions, rounded, strict=False))
         weights = dict(zip(self._precisions, rounded[len(lower) :], strict=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from export.onnx.cases import Case
 from export.onnx.reference import Outputs, Reference, bitwise
-from gmconv.errors import Interrupted, RefusedError
+from gmconv.errors import RefusedError
 from runtime.parity.tolerances import tolerance_for, widen
 from runtime.parity.unrounded import UNROUNDED, Unrounded, not_unrounded
 from runtime.parity.verdict import Verdict, order_notes
@@ -37,8 +37,6 @@ def run_any(file: Path, cases: Sequence[Case]) -> list[Outputs] | None:
     """`run_onnx`; None where it fails, which may be at a size that the network itself does not take."""
     try:
         return run_onnx(file, cases)
-    except Interrupted:
-        raise
     except Exception:  # whatever ONNX Runtime raises
         return None
 

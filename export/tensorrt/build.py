@@ -30,6 +30,7 @@ from runtime.manifest import (
     find_manifest,
     sidecar,
     utc_now,
+    verify_digests,
 )
 from runtime.records import Build, Device, EngineLayers, Parity, TimingCache
 
@@ -128,7 +129,8 @@ def build_engine(
         stack.push(lambda kind, error, trace: worker.stop() if kind else None)
         plan = folder / output.name
         worker.send(_request(onnx_path, plan, output, flavor, options))
-        _refuse_unfit(onnx_path, known)
+        if known is not None:
+            _refuse_unfit(onnx_path, known)
         # A file with a manifest is byte for byte the one that the exporter checked; any other is checked here.
         facts = GraphFacts(known.inputs, known.outputs, {}) if known else read_graph(onnx_path)
         if options.golden is not None:
@@ -153,11 +155,11 @@ def build_engine(
     return manifest
 
 
-def _refuse_unfit(onnx_path: Path, known: Manifest | None) -> None:
+def _refuse_unfit(onnx_path: Path, known: Manifest) -> None:
     """Raise RefusedError for a file that is not its manifest's, or was quantized for another device."""
     from runtime.runners.qdq import layout_warning
 
-    find_manifest(onnx_path)
+    verify_digests(known, onnx_path)
     if unfit := layout_warning(known, "cuda"):
         raise RefusedError(unfit)
 
