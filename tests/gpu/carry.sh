@@ -6,11 +6,18 @@ set -euo pipefail
 folder=$1 photographs=${2:-} PY=${PY:-3.12}
 python=${PYTHON:-python}
 root=$(cd "$(dirname "$0")/../.." && pwd)
+for part in train test; do # asked now, not after a minute of downloads
+  if [ -n "$photographs" ] && [ ! -d "$photographs/$part" ]; then
+    echo "$photographs: no folder $part, with a folder of photographs for each class, is in it" >&2
+    exit 2
+  fi
+done
 # On the machine already; of everything else that the steps import the versions go along that are tested here.
 has=(aiohttp certifi click colorama cuda-bindings ml-dtypes numpy nvidia-ml-py onnx onnxruntime packaging pillow
   prometheus-client rich safetensors scikit-learn sympy torch typing-extensions urllib3 uvloop)
 carried=(brotli gevent geventhttpclient greenlet grpcio grpcio-health-checking grpcio-reflection h2 hpack httptools
   hyperframe msgspec onnx-ir onnxscript onnxslim protobuf python-rapidjson tritonclient zope.event zope.interface)
+rm -rf "$folder"/{1,2,made} # wheels of an earlier run would travel too, and pip refuses two versions of one
 mkdir -p "$folder"/{1,2}/wheels "$folder"/made
 folder=$(cd "$folder" && pwd)
 platforms=$(printf -- '--platform manylinux%s_x86_64 ' 2014 _2_17 _2_24 _2_27 _2_28)

@@ -63,6 +63,16 @@ def test_nothing_of_it_travels_by_itself(tmp_path: Path) -> None:
     assert "/carried/" in ignored, "the working tree travels too, both parts in one call are too large"
 
 
+def test_a_folder_without_photographs_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
+    (tmp_path / "photographs" / "train").mkdir(parents=True)
+    for photographs, lacking in (("absent", "train"), ("photographs", "test")):
+        command = ["bash", str(GPU / "carry.sh"), "carried", photographs]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (run.returncode, run.stdout) == (2, "")
+        assert run.stderr.startswith(f"{photographs}: no folder {lacking},")
+        assert not (tmp_path / "carried").exists()
+
+
 def call(half: str, carried: Path, kept: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     """oncard.sh in a copy of the folder, with a `python3` that unpacks, and else says what it was asked for."""
     folder = tmp_path / "checkout" / "tests" / "gpu"
