@@ -259,7 +259,7 @@ def _forget(file: Path) -> None:
 
     Writing 100 MB takes 0.03 s then; into memory that a virtual machine has yet to be given, 0.04 to 0.25.
     """
-    with suppress(OSError):
+    with suppress(OSError, AttributeError):  # macOS has no posix_fadvise
         descriptor = os.open(file, os.O_RDONLY)
         try:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -75,6 +75,17 @@ def test_a_refusal_of_what_is_staged_says_its_final_name(tmp_path: Path, monkeyp
         assert refusal.value.message == f"{artefact}: is no good"
 
 
+def test_a_pair_is_replaced_also_where_the_page_cache_takes_no_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "posix_fadvise")
+    artefact = tmp_path / "net.onnx"
+    artefact.write_bytes(b"old")
+    with staged(artefact) as folder:
+        (folder / "net.onnx").write_bytes(b"new")
+    assert artefact.read_bytes() == b"new"
+
+
 def test_an_error_that_is_not_about_writing_is_not_called_one(tmp_path: Path) -> None:
     with pytest.raises(ConnectionRefusedError), staged(tmp_path / "net.onnx"):
         raise ConnectionRefusedError(111, "Connection refused")
