@@ -108,8 +108,8 @@ def deploy(
             runs on them too, so real data says more than noise.
         output: the ONNX file; with the suffix .plan or .engine an engine, and the ONNX file beside it.
         note: called with a few words when a step begins.
-        preprocessing: fields of `gmconv.images.Preprocessing`, or a JSON file of them, for serving and evaluation; the
-            size and the channels are the examples' where they are not said.
+        preprocessing: fields of `gmconv.preprocessing.Preprocessing`, or a JSON file of them, for serving and
+            evaluation; the size and the channels are the examples' where they are not said.
         labels: class names in the order of the logits, or the file that has them one a line.
         flavor: of an engine: "tensorrt", "rtx" (TensorRT-RTX), or "auto", what is installed.
         options: fields of `export.onnx.ExportOptions` and of `export.precision.PrecisionOptions`: precisions, golden,

@@ -33,10 +33,10 @@ class Foreign:
 
     `arch` is a factory, `"package.module:factory"`, looked for on the import path and in the working directory.
     `input_shape` is `(C, H, W)` of one image; a network of several inputs, or of none that is an image, has `inputs`
-    instead, `(name, shape of one sample, dtype)` of each. `preprocessing` has fields of `gmconv.images.Preprocessing`.
-    `labels_file` is where `labels` were read. `weights` is where in the file the weights are, `"state_dict_ema"` or
-    `"ema.module"`. `usual_inputs` are what other files of the network say, for a checkpoint of which nothing else does;
-    `beside` are those files.
+    instead, `(name, shape of one sample, dtype)` of each. `preprocessing` has fields of
+    `gmconv.preprocessing.Preprocessing`. `labels_file` is where `labels` were read. `weights` is where in the
+    file the weights are, `"state_dict_ema"` or `"ema.module"`. `usual_inputs` are what other files of the
+    network say, for a checkpoint of which nothing else does; `beside` are those files.
     """
 
     arch: str | None = None
@@ -191,7 +191,7 @@ def read_preprocessing_file(file: Path) -> dict[str, Any]:
 
 
 def preprocessing_fields(given: Mapping[str, Any] | str | os.PathLike[str] | None) -> Mapping[str, Any] | None:
-    """Preprocessing as a caller gives it: fields of `gmconv.images.Preprocessing`, or a file that has them.
+    """Preprocessing as a caller gives it: fields of `gmconv.preprocessing.Preprocessing`, or a file that has them.
 
     Raises RefusedError as `read_preprocessing_file`, and where it is none, or has a field of another name.
     """

@@ -11,6 +11,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -68,14 +69,7 @@ class ReferenceProcess:
             "checkpoint": str(checkpoint.resolve()),
             "load_options": dict(load_options),
             "count": self._count,
-            "names": work.names,
-            "bake_options": work.bake_options,
-            "yardstick": sorted(work.yardstick),
-            "noise": sorted(work.noise),
-            "probes": sorted(work.probes),
-            "precisions": work.precisions,
-            "reduced": work.reduced,
-            "kept": work.kept,
+            "work": msgspec.to_builtins(replace(work, feeds=())),  # they are in files
         }
         assert self._child.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # a child that died says why in result()

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -287,17 +287,7 @@ def _serve(folder: Path) -> None:
     task = json.load(sys.stdin)
     feeds = tuple(load_arrays(folder / f"input.{index}.npz") for index in range(task["count"]))
     loaded = gmconv.load_checkpoint(task["checkpoint"], **task["load_options"])
-    work = Work(
-        feeds=feeds,
-        names=tuple(task["names"]),
-        noise=frozenset(task["noise"]),
-        yardstick=frozenset(task["yardstick"]),
-        probes=frozenset(task["probes"]),
-        bake_options=task["bake_options"],
-        precisions=tuple(task["precisions"]),
-        reduced=task["reduced"],
-        kept=tuple(task["kept"]),
-    )
+    work = replace(msgspec.convert(task["work"], Work), feeds=feeds)
     found = compute_reference(loaded.model, loaded.inputs, work)
     hops = {"live": found.live, "baked": found.baked, "yardstick": found.yardstick, "alone": found.alone}
     hops |= {**found.rounded, **{weights_name(precision): outputs for precision, outputs in found.weights.items()}}

@@ -47,9 +47,9 @@ class Checkpoint:
 
     `model` is live (masks computed in forward), in eval mode, on the CPU, float32 (float64 where all weights were
     stored so). `inputs` are what its forward takes, `input_shape` the `(C, H, W)` of the first image among them, None
-    where there is none. `preprocessing` has the fields of `gmconv.images.Preprocessing`. `notes` says what was read
-    between the lines of a foreign file, `warnings` what was assumed or told of it and may be wrong. `sha256` is of the
-    file's bytes.
+    where there is none. `preprocessing` has the fields of `gmconv.preprocessing.Preprocessing`. `notes` says what was
+    read between the lines of a foreign file, `warnings` what was assumed or told of it and may be wrong. `sha256` is of
+    the file's bytes.
     """
 
     model: nn.Module
@@ -70,7 +70,7 @@ class Checkpoint:
 class Facts(TypedDict, total=False):
     """What a checkpoint of ours may say besides its network.
 
-    `preprocessing`: fields of `gmconv.images.Preprocessing`. `labels`: class names in the order of the logits,
+    `preprocessing`: fields of `gmconv.preprocessing.Preprocessing`. `labels`: class names in the order of the logits,
     or the file that has them one a line.
     `dataset`: how to find the data it was trained on, e.g. `{"name": "digits", "test_size": 0.2, "split_seed": 0}`.
     `training`: anything worth keeping (epochs, accuracy, seed). `inputs`: of a network that takes several, or no image,
@@ -169,8 +169,8 @@ def load_checkpoint(
         arch: overrides the file's own; any `package.module:factory`, because the caller is trusted and the file is not.
         num_classes: passed to the factory.
         input_shape: `(C, H, W)`, for files that do not know it.
-        preprocessing: fields of `gmconv.images.Preprocessing`, or a JSON file of them: these alone are other than the
-            file says, and a warning says so where it says something.
+        preprocessing: fields of `gmconv.preprocessing.Preprocessing`, or a JSON file of them: these alone are other
+            than the file says, and a warning says so where it says something.
         labels: class names, or the file that has them one a line, for files that do not know them.
         inputs: of a network that takes several, or no image: `(name, shape of one sample, dtype)` of each, by its
             forward's names.
