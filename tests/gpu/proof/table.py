@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.readme import write_block
+from tests.bench.write import fenced
 from tests.gpu.proof.rows import Row
 from tests.gpu.proof.steps import STEPS
 
@@ -75,7 +76,7 @@ def published() -> dict[str, Any] | None:
 
 
 def lines(found: dict[str, Any] | None) -> list[str]:
-    """The README's table: flavor x precision x what was verified where; then each step in a line."""
+    """The README's table: flavor x precision x what was verified where; each step; each check; their own tables."""
     rows = [Row(**row) for row in found["rows"]] if found else []
     machine = found["machine"] if found else {}
     head = [_title(found, machine), ""]
@@ -96,7 +97,8 @@ def lines(found: dict[str, Any] | None) -> list[str]:
     if others:
         head += ["", "| step | check | result |", "|---|---|---|"]
         head += [f"| {row.step} | {_plain(row.what)} | {_verdict(row)} |" for row in others]
-    return head
+    tables = [line for row in others for line in row.figures.get("table", ())]
+    return [*head, "", *fenced(tables)] if tables else head
 
 
 def _title(found: dict[str, Any] | None, machine: dict[str, Any]) -> str:

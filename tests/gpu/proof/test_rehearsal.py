@@ -45,6 +45,8 @@ def test_every_step_is_rehearsed(artefacts: Path, tmp_path: Path) -> None:
     assert built["fp32"].startswith("carried, 7 fp32")
     assert built["tf32"].startswith("built in")
     assert "A rehearsal on the CPU" in done.stdout
+    for precision in ("fp32", "int8", "fp8"):
+        assert f"\n| 2 | {precision} | " in done.stdout, "of the last trained seed"
 
 
 class Sleeper(Step):

@@ -97,6 +97,18 @@ def test_each_flavor_and_precision_has_its_results_and_what_was_not_run_says_so(
     assert "| driver | copies | missing no pycuda |" in lines
 
 
+def test_a_steps_own_table_stands_below_the_checks() -> None:
+    trained = ["resnet20:", "| seed | GMConv % |", "|---|---|", "| 1 | 53.72 |", "The difference: +0.10 points."]
+    rows = [
+        Row(step="accuracy", what="twin", status="measured", detail="+0.10 points", figures={"table": trained}),
+        Row(step="accuracy", what="int8", status="measured", figures={"table": ["| seed | int8 % |", "|---|---|"]}),
+    ]
+    lines = table.lines(table.document(rows))
+    below = lines[lines.index("| accuracy | int8 |  |") + 1 :]
+    titled, rest = ["", "```text", "resnet20:", "```", ""], ["", "```text", trained[4], "```", ""]
+    assert below == [*titled, *trained[1:4], *rest, "| seed | int8 % |", "|---|---|", ""]
+
+
 def test_the_readmes_table_is_what_the_kept_results_say() -> None:
     assert read_block(table.README, table.BLOCK) == table.lines(table.published())
 
