@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from typing import Any
 
+from gmconv.packages import versions
 from runtime import cuda
 from tests.gpu.proof.rows import Recorder
 from tests.gpu.proof.steps import Context
@@ -17,7 +17,7 @@ def run(context: Context, recorder: Recorder) -> None:
     """One row, "machine"; missing where there is no GPU (a rehearsal then says so)."""
     figures: dict[str, Any] = {
         "python": platform.python_version(),
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
         "rehearsal": context.rehearse,
     }
     problem = None if context.rehearse else cuda.driver_problem()
@@ -33,14 +33,3 @@ def run(context: Context, recorder: Recorder) -> None:
         "cuda": info.cuda,
     }
     recorder.add("machine", "measured", f"{info.name}, driver {info.driver}, CUDA {info.cuda}", figures=figures)
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that are installed."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
