@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ WITHOUT = {
     "onnxruntime": "on the CPU provider",
 }
 NOT_RUN = "not run yet"
+#: The folders before a file's name, where a path begins at the root; no URL, and no "REST/gRPC".
+_FOLDERS = re.compile(r"(?<![\w.:/])(?:/[\w.+~-]+)+/(?=\w)")
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
@@ -65,8 +68,9 @@ def write(folder: Path, rows: Sequence[Row]) -> None:
 
 
 def publish(rows: Sequence[Row]) -> None:
-    """Keep the results: `tests/gpu/proof.json`, and the README's block."""
-    PROOF.write_text(json.dumps(document(rows), indent=1, default=str) + "\n")
+    """Keep the results: `tests/gpu/proof.json`, and the README's block; of a path of the card's machine the name."""
+    shown = [replace(row, detail=_FOLDERS.sub("", row.detail)) for row in rows]
+    PROOF.write_text(json.dumps(document(shown), indent=1, default=str) + "\n")
     write_block(README, BLOCK, lines(published()))
 
 

@@ -113,6 +113,24 @@ def test_the_readmes_table_is_what_the_kept_results_say() -> None:
     assert read_block(table.README, table.BLOCK) == table.lines(table.published())
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("absent: /usr/bin/python3 -m pip install '.[pycuda]'", "absent: python3 -m pip install '.[pycuda]'"),
+        ("/tmp/kept/digits.plan: INVALID", "digits.plan: INVALID"),
+        ("http://127.0.0.1:8000/v2/health: ok; REST/gRPC", "http://127.0.0.1:8000/v2/health: ok; REST/gRPC"),
+    ],
+)
+def test_no_folder_of_the_cards_machine_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, shown: str
+) -> None:
+    monkeypatch.setattr(table, "README", readme := tmp_path / "README.md")
+    monkeypatch.setattr(table, "PROOF", proof := tmp_path / "proof.json")
+    table.publish([Row(step="driver", what="it opens", status="passed", detail=said)])
+    assert [row["detail"] for row in json.loads(proof.read_text())["rows"]] == [shown]
+    assert f"| driver | it opens | ok {shown} |" in readme.read_text().splitlines()
+
+
 def test_steps_are_run_in_the_order_that_proves_most_first() -> None:
     assert [step.name for step in find("engines, driver")] == ["driver", "engines"]
     assert find(None) == STEPS
