@@ -103,7 +103,7 @@ def test_both_drivers_keep_the_contract(library: Path, driver: str) -> None:
     """contract_cases.py, in a process that was started on the double."""
     cases = Path(__file__).with_name("contract_cases.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib"]
-    command += ["--noconftest", str(cases)]  # whose fixtures load the exporter
+    command += ["--noconftest", str(cases)]  # the suite's loads the exporter
     path = paths(*([Path(__file__).with_name("pycuda_double")] if driver == "pycuda" else []))
     env = environment(library, CUDA_DRIVER_UNDER_TEST=driver, PYTHONPATH=path)
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
