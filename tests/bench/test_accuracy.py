@@ -58,9 +58,7 @@ def test_a_subset_has_as_many_images_of_each_class_and_is_the_same_every_time(im
 def test_an_interrupted_run_is_resumed_and_another_setting_is_not_mixed_in(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = Settings(
-        images=images, folder=tmp_path / "kept", epochs=1, seeds=2, size=16, batch_size=8, precisions=()
-    )
+    settings = Settings(images=images, folder=tmp_path / "kept", epochs=1, seeds=2, size=16, batch_size=8)
     lines, found = measure(settings)
     assert "24 training and 8 held-out photographs" in lines[0]
     assert [line.split("|")[1].strip() for line in lines if line.startswith("| ")] == ["seed", "1", "2"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 
-from tests.bench.accuracy import Settings, last, measure, train
+from tests.bench.accuracy import Settings, last, measure, photographs, precision_lines, train
 from tests.gpu.proof.rows import Recorder, require
 from tests.gpu.proof.steps import Context
 
@@ -22,27 +21,21 @@ def run(context: Context, recorder: Recorder) -> None:
     settings = rehearsed(context.work) if context.rehearse else on_the_card(context)
     with recorder.check("training: autocast bfloat16, channels_last", measured=True) as figures:
         recorder.need(5)
-        from tests.bench.accuracy import subset
-
-        images = subset(
-            settings.images, settings.folder / "images", {"train": settings.train_images, "test": settings.test_images}
-        )
-        found = train(settings, images, 1, "GMConv")
+        found = train(settings, photographs(settings), 1, "GMConv")
         figures["detail"] = f"{last(found):.2f} % after {settings.epochs} epochs, {found['seconds']:.0f} s"
         figures["seconds"] = found["seconds"]
         require(all(np.isfinite(epoch["loss"]) for epoch in found["history"]), "a loss is not finite")
     needs = 3 * float(figures.get("seconds", 0.0)) + 5
-    trained: list[str] = []
     with recorder.check("GMConv against its plain twin", measured=True) as figures:
         recorder.need(needs)
-        trained, difference = measure(dataclasses.replace(settings, precisions=()))
-        figures |= {"mean": difference.mean, "low": difference.low, "high": difference.high, "table": trained}
+        lines, difference = measure(settings)
+        figures |= {"mean": difference.mean, "low": difference.low, "high": difference.high, "table": lines}
         figures["detail"] = str(difference)
+        needs = 0.0  # all are trained
     with recorder.check("int8 and fp8 of the masked network", measured=True) as figures:
         # Apart: exports and conversions, on the CPU, and this is the last step of a run.
-        recorder.need(15 if trained else needs + 15)
-        lines, _ = measure(settings)
-        figures |= {"table": lines[len(trained) :], "detail": "in the table below"}
+        recorder.need(needs + 15)
+        figures |= {"table": precision_lines(settings), "detail": "in the table below"}
 
 
 def on_the_card(context: Context) -> Settings:
