@@ -90,6 +90,8 @@ def search(section: Search) -> str:
 
 def latency(runs: Sequence[LatencyRun]) -> str:
     """Histograms of latency, with each median as a line; on a log axis where the medians are far apart."""
+    from matplotlib.ticker import LogLocator
+
     medians = [float(np.median(run.latencies)) for run in runs]
     wide_apart = max(medians) > 4 * min(medians) > 0
     edges = _edges([run.latencies for run in runs], logarithmic=wide_apart)
@@ -104,6 +106,7 @@ def latency(runs: Sequence[LatencyRun]) -> str:
         axes.set_ylabel("share of queries [%]")
         if wide_apart:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=_steps(edges[-1] / edges[0])))
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.minorticks_off()
         axes.set_xlim(edges[0], edges[-1])
@@ -249,16 +252,26 @@ def _svg(draw: Draw, width: float, height: float, label: str, *, narrow: bool) -
         draw(axes, narrow)
         axes.tick_params(length=0)
         if narrow:
-            axes.xaxis.set_major_locator(_sparse(axes))
+            _thin_out(axes)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _embed(stream.getvalue(), label)
 
 
-def _sparse(axes: Axes) -> Any:
+def _thin_out(axes: Axes) -> None:
+    """Ticks for a narrow plot."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    return LogLocator(numticks=4) if axes.get_xscale() == "log" else MaxNLocator(4)
+    locator = axes.xaxis.get_major_locator()
+    if isinstance(locator, LogLocator):
+        locator.set_params(numticks=4)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+
+
+def _steps(ratio: float) -> tuple[int, ...]:
+    """The ticks of a decade on a log axis whose ends have this ratio; at 1 alone a short axis may have none at all."""
+    return (1, 2, 3, 5) if ratio < 10 else (1, 2, 5) if ratio < 100 else (1,)
 
 
 def _embed(svg: str, label: str) -> str:

@@ -31,7 +31,7 @@ from runtime.report import (
     write_report,
 )
 from runtime.report.blocks import energy_radius, mask_values, radial_profile
-from runtime.report.plots import _rows, image
+from runtime.report.plots import _rows, image, latency
 from runtime.report.render import embed, render
 from tests.runtime.report.conftest import crop_layer, crop_of, mask_layer
 
@@ -310,3 +310,12 @@ def test_rows_that_end_alike_are_told_apart() -> None:
     shown = [label.get_text() for label in axes.get_yticklabels()]
     assert len(set(shown)) == len(names)
     assert [text[-2:] for text in shown[:3]] == [" 1", " 2", "17"], "which batch it is, and no number of a row"
+
+
+@pytest.mark.parametrize(("fastest", "ratio"), [(0.22, 4.2), (0.11, 9.0), (1.1, 30.0), (3.0, 110.0), (0.001, 1e4)])
+def test_an_axis_of_latencies_far_apart_can_be_read_as_a_scale(fastest: float, ratio: float) -> None:
+    medians = (fastest, fastest * ratio)
+    runs = [LatencyRun(name="", runner="", latencies=median * np.linspace(0.99, 1.01, 9)) for median in medians]
+    wide, narrow = latency(runs).split("<svg")[1:]
+    for svg in (wide, narrow):
+        assert 2 <= len(re.findall(r'id="[^"]*-xtick_\d+"', svg)) <= 7
