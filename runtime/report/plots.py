@@ -90,8 +90,6 @@ def search(section: Search) -> str:
 
 def latency(runs: Sequence[LatencyRun]) -> str:
     """Histograms of latency, with each median as a line; on a log axis where the medians are far apart."""
-    from matplotlib.ticker import LogLocator
-
     medians = [float(np.median(run.latencies)) for run in runs]
     wide_apart = max(medians) > 4 * min(medians) > 0
     edges = _edges([run.latencies for run in runs], logarithmic=wide_apart)
@@ -104,12 +102,9 @@ def latency(runs: Sequence[LatencyRun]) -> str:
             axes.axvline(float(np.median(run.latencies)), color=colour(name), linewidth=1.2, linestyle=(0, (4, 3)))
         axes.set_xlabel("latency [ms]")
         axes.set_ylabel("share of queries [%]")
-        if wide_apart:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=_steps(edges[-1] / edges[0])))
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.minorticks_off()
         axes.set_xlim(edges[0], edges[-1])
+        if wide_apart:
+            _logarithmic(axes, "g")
         axes.set_ylim(bottom=0)
 
     return both(draw, 250, "Distribution of latency", 220)
@@ -178,9 +173,7 @@ def parity(rows: Sequence[ParityRow]) -> str:
                 continue
             axes.hlines(index, error, row.tolerance, color=tone, linewidth=3, alpha=0.35)
             axes.plot([row.tolerance], [index], "|", color=colour("--ink"), markersize=12, markeredgewidth=1.6)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
-        axes.minorticks_off()
+        _logarithmic(axes, ".0e")
         several = len({row.output for row in rows}) > 1
         names = ((row.case, row.shape, row.output * several) for row in rows)
         _rows(axes, [" ".join(filter(None, parts)) for parts in names], narrow)
@@ -258,6 +251,22 @@ def _svg(draw: Draw, width: float, height: float, label: str, *, narrow: bool) -
     return _embed(stream.getvalue(), label)
 
 
+def _logarithmic(axes: Axes, number: str) -> None:
+    """A log scale for what is drawn by now, its ticks written in this format; a short axis has ticks in a decade."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    # At 1, 2, 3 and 5 of a decade, ends four times apart have two ticks or more between them.
+    wider = math.sqrt(max(4 * low / high, 1))
+    axes.set_xlim(low / wider, high * wider)
+    ratio = high / low
+    steps = (1, 2, 3, 5) if ratio < 10 else (1, 2, 5) if ratio < 100 else (1,)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.xaxis.set_major_formatter(lambda value, _: format(value, number))
+    axes.minorticks_off()
+
+
 def _thin_out(axes: Axes) -> None:
     """Ticks for a narrow plot."""
     from matplotlib.ticker import LogLocator, MaxNLocator
@@ -267,11 +276,6 @@ def _thin_out(axes: Axes) -> None:
         locator.set_params(numticks=4)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(4))
-
-
-def _steps(ratio: float) -> tuple[int, ...]:
-    """The ticks of a decade on a log axis whose ends have this ratio; at 1 alone a short axis may have none at all."""
-    return (1, 2, 3, 5) if ratio < 10 else (1, 2, 5) if ratio < 100 else (1,)
 
 
 def _embed(svg: str, label: str) -> str:

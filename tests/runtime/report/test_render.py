@@ -31,7 +31,7 @@ from runtime.report import (
     write_report,
 )
 from runtime.report.blocks import energy_radius, mask_values, radial_profile
-from runtime.report.plots import _rows, image, latency
+from runtime.report.plots import _rows, image, latency, parity
 from runtime.report.render import embed, render
 from tests.runtime.report.conftest import crop_layer, crop_of, mask_layer
 
@@ -317,5 +317,15 @@ def test_an_axis_of_latencies_far_apart_can_be_read_as_a_scale(fastest: float, r
     medians = (fastest, fastest * ratio)
     runs = [LatencyRun(name="", runner="", latencies=median * np.linspace(0.99, 1.01, 9)) for median in medians]
     wide, narrow = latency(runs).split("<svg")[1:]
+    for svg in (wide, narrow):
+        assert 2 <= len(re.findall(r'id="[^"]*-xtick_\d+"', svg)) <= 7
+
+
+@pytest.mark.parametrize(
+    ("error", "tolerance"), [(5e-3, 5e-3), (1.2e-5, 2e-5), (3e-3, 8e-3), (0.011, 0.04), (2e-3, 0.02), (0.0, 2e-5)]
+)
+def test_an_error_near_its_tolerance_can_be_read_as_a_number(error: float, tolerance: float) -> None:
+    row = ParityRow(case="random", output="logits", passed=True, tolerance=tolerance, rel_rms=error)
+    wide, narrow = parity([row]).split("<svg")[1:]
     for svg in (wide, narrow):
         assert 2 <= len(re.findall(r'id="[^"]*-xtick_\d+"', svg)) <= 7
