@@ -431,7 +431,8 @@ def test_words_that_are_no_numbers_are_refused_by_their_length(start: Start, tmp
 
 def test_queue_limits_timeouts_and_cancelled_requests(start: Start, tmp_path: Path) -> None:
     """Behind one long execution: the queue refuses, a timeout expires, a hang-up never reaches the engine."""
-    server = start(heavy(tmp_path / "m.onnx", size=600, layers=400), "--max-batch", "1", "--queue-size", "4")
+    flags = ("--max-batch", "1", "--queue-size", "4", "--queue-timeout", "60")  # on a busy machine a row takes seconds
+    server = start(heavy(tmp_path / "m.onnx", size=600, layers=400), *flags)
     x = np.ones((1, 600, 600), np.float32)
     text = {
         "inputs": [
