@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-#: The hop of a proof in which bits have to be equal.
+#: The hop of a proof in which bits have to be equal, and what ends the name of one with activations unrounded.
 BAKING = "live -> baked"
+UNROUNDED = ", activations unrounded"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -377,8 +378,7 @@ class Hop:
 class Parity:
     """What was proven of an artefact, in one shape for ONNX files and engines: hops, and the float64 yardstick.
 
-    `result` "not run" has a `reason`. `reference`: base name of the file at the start of the proof; `engine`: what the
-    artefact ran in.
+    `result` "not run" has a `reason`. `reference`: base name of the file it starts from; `engine`: the artefact's.
     """
 
     result: Literal["passed", "not run"] = "passed"

@@ -10,9 +10,9 @@ from export.onnx.cases import Case
 from export.onnx.reference import Outputs, Reference, bitwise
 from gmconv.errors import RefusedError
 from runtime.parity.tolerances import tolerance_for, widen
-from runtime.parity.unrounded import UNROUNDED, Unrounded, not_unrounded
+from runtime.parity.unrounded import Unrounded, not_unrounded
 from runtime.parity.verdict import Verdict, order_notes
-from runtime.records import BAKING, Hop, Tolerance, YardstickComparison
+from runtime.records import BAKING, UNROUNDED, Hop, Tolerance, YardstickComparison
 from runtime.runners.base import numpy_dtype
 
 #: The hop from what the user's own program recorded to the network as it was loaded.

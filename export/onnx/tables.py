@@ -109,8 +109,8 @@ def _yardstick_line(measured: YardstickComparison, manifest: Manifest, *, named:
 def parity_table(parity: Parity, *, baking: bool = True) -> Table:
     """The table of a manifest's `parity`; `baking` False leaves out the bitwise hop, shown before."""
     from gmconv.tables import FAILED, OK, Column, Table, margin, number, share
-    from runtime.parity.unrounded import LIMIT, UNROUNDED
     from runtime.records import BAKING
+    from runtime.report import unrounded_limit
 
     several = len({output.output for hop in parity.hops for output in hop.outputs}) > 1
     columns = (
@@ -126,7 +126,7 @@ def parity_table(parity: Parity, *, baking: bool = True) -> Table:
             Column("shape"),  # without it and the inputs rows look alike
             *(Column(title, spare) for title, spare in columns),
         ],
-        LIMIT if any(hop.name.endswith(UNROUNDED) for hop in parity.hops) else "",
+        unrounded_limit(parity.hops),
     )
     for hop in parity.hops:
         if hop.name == BAKING and not baking:

@@ -17,10 +17,9 @@ from runtime.manifest import find_manifest
 from runtime.parity.cases import NOISE_ALONE
 from runtime.parity.cropped import CROP_ALONE, CUT
 from runtime.parity.tolerances import of_a_crop
-from runtime.parity.unrounded import LIMIT, UNROUNDED
 from runtime.parity.verdict import Verdict
+from runtime.records import UNROUNDED, Tolerance
 from runtime.records import Parity as ParityRecord
-from runtime.records import Tolerance
 from runtime.report import (
     Facts,
     ManifestText,
@@ -29,7 +28,8 @@ from runtime.report import (
     Section,
     Text,
     manifest_sections,
-    parity_rows,
+    parity_section,
+    unrounded_limit,
     without_repeated_masks,
     write_report,
 )
@@ -182,11 +182,12 @@ def _candidate(found: ParityReport, candidate: CandidateReport, texts: list[Sect
             passed=candidate.passed,
             warnings=[*candidate.failures(), *candidate.warnings],
         ),
-        Parity(
-            title="Parity" if alone else f"Parity: {name}",
-            reference=found.reference.name,
-            candidate=name,
-            rows=[row for hop in candidate.verdict.hops for row in parity_rows(hop, named=several)],
+        parity_section(
+            candidate.verdict.hops,
+            found.reference.name,
+            name,
+            "Parity" if alone else f"Parity: {name}",
+            named=several,
         ),
     ]
     if candidate.verdict.notes:
@@ -219,6 +220,7 @@ def _table(report: ParityReport, candidate: CandidateReport) -> Table:
     from gmconv.tables import FAILED, OK, Column, Table, margin, number, share
 
     tolerance = candidate.tolerance
+    limit = f"{tolerance.precision} tolerance {tolerance.rel_rms:.1e} ({tolerance.source})"
     several = len({output.output for hop in candidate.verdict.hops for output in hop.outputs}) > 1
     columns = (
         *(("samples", 7), ("max abs", 3), ("mean abs", 6), ("err/RMS", 0), ("SNR [dB]", 4), ("1-cosine", 5)),
@@ -232,8 +234,7 @@ def _table(report: ParityReport, candidate: CandidateReport) -> Table:
             Column("shape"),  # cases of noise differ in nothing else
             *(Column(title, spare) for title, spare in columns),
         ],
-        f"{tolerance.precision} tolerance {tolerance.rel_rms:.1e} ({tolerance.source})"
-        + f"; {LIMIT}" * any(hop.name.endswith(UNROUNDED) for hop in candidate.verdict.hops),
+        "; ".join(filter(None, (limit, unrounded_limit(candidate.verdict.hops)))),
     )
     for hop in candidate.verdict.hops:
         form = UNROUNDED if hop.name.endswith(UNROUNDED) else CROP_ALONE if hop.candidate == CUT else ""

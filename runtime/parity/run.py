@@ -23,10 +23,10 @@ from runtime.parity.layers import graph_precision, same_kernels
 from runtime.parity.pair import Pair
 from runtime.parity.report import CandidateReport, ParityReport
 from runtime.parity.tolerances import MAX_CROP_COST, crop_cost, for_engine, judged_as, override, tolerance_for, widen
-from runtime.parity.unrounded import UNROUNDED, Measures, unrounded
+from runtime.parity.unrounded import Measures, unrounded
 from runtime.parity.verdict import Verdict
 from runtime.parity.yardstick import Yardstick, one_by_one
-from runtime.records import Crop, Hop, Tolerance
+from runtime.records import UNROUNDED, Crop, Hop, Tolerance
 from runtime.runners import open_runner
 from runtime.runners.base import Runner
 from runtime.runners.neighbours import with_neighbours

@@ -32,13 +32,6 @@ from runtime.runners.base import Array, Runner
 
 Outputs = Mapping[str, Array]
 RunReference = Callable[[dict[str, Array], str, Runner], Outputs]
-#: What its hops are called, behind the two ends.
-UNROUNDED = ", activations unrounded"
-#: What their tolerance is, for those who read it in a table.
-LIMIT = (
-    "activations unrounded: held to a multiple of what its rounding costs this network, as measured (in 8 bits a tenth "
-    "where each rounded weight is known); tolerance and margin over all samples of a kind"
-)
 #: The share of the precision's whole cost that may be left: where a BatchNorm is folded in between, one weight of
 #: 100,000 is rounded the other way, which is 0.01 of what rounding them all costs.
 MATCHED = 0.1

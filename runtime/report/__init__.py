@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from runtime.report.sections import Text as Text
     from runtime.report.sections import Tried as Tried
     from runtime.report.sections import manifest_sections as manifest_sections
-    from runtime.report.sections import parity_rows as parity_rows
+    from runtime.report.sections import parity_section as parity_section
+    from runtime.report.sections import unrounded_limit as unrounded_limit
     from runtime.report.sections import without_repeated_masks as without_repeated_masks
 
 __getattr__, __dir__ = attach(
@@ -53,7 +54,8 @@ __getattr__, __dir__ = attach(
         "Text": ".sections",
         "Tried": ".sections",
         "manifest_sections": ".sections",
-        "parity_rows": ".sections",
+        "parity_section": ".sections",
+        "unrounded_limit": ".sections",
         "without_repeated_masks": ".sections",
         "write_report": ".render",
     },

@@ -13,6 +13,11 @@ from runtime import records
 from runtime.manifest import Manifest
 
 Values = NDArray[Any]
+#: What the tolerance of hops with activations unrounded is, for those who read it in a table.
+LIMIT = (
+    "activations unrounded: held to a multiple of what its rounding costs this network, as measured (in 8 bits a tenth "
+    "where each rounded weight is known); tolerance and margin over all samples of a kind"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,12 +233,10 @@ def manifest_sections(name: str, manifest: Manifest, *, alone: bool = True) -> l
 
     sections: list[Section] = [Network(name=name, manifest=manifest)]
     if manifest.parity and manifest.parity.hops:
-        rows = [row for hop in manifest.parity.hops for row in parity_rows(hop, named=True)]
         reference = manifest.parity.reference or "the trained network"
         proven = "at export" if manifest.build is None else "of the engine"
-        sections.append(
-            Parity(reference=reference, candidate=name, rows=rows, title=title(f"Parity, as proven {proven}"))
-        )
+        text = title(f"Parity, as proven {proven}")
+        sections.append(parity_section(manifest.parity.hops, reference, name, text, named=True))
     notes = [text for part in (manifest.export, manifest.parity) if part for text in part.notes]
     if notes:
         sections.append(Text(title=title("Notes"), paragraphs=notes))
@@ -319,8 +322,19 @@ def find_audit(manifest: Manifest) -> Sequence[Mapping[str, Any]]:
     return [entry for entry in found if isinstance(entry, Mapping) and "layer" in entry]
 
 
-def parity_rows(hop: records.Hop, *, named: bool = False) -> list[ParityRow]:
-    """One hop of a proof as rows, one per output; `named`: several hops are in the table, so each says which it is."""
+def parity_section(hops: Sequence[records.Hop], reference: str, candidate: str, title: str, *, named: bool) -> Parity:
+    """The hops of a proof, a row for each output; `named`: each row says which hop it is, as there are several."""
+    rows = [row for hop in hops for row in _parity_rows(hop, named)]
+    return Parity(reference=reference, candidate=candidate, rows=rows, note=unrounded_limit(hops), title=title)
+
+
+def unrounded_limit(hops: Iterable[records.Hop]) -> str:
+    """`LIMIT` where it is the tolerance of one of them, else ""."""
+    return LIMIT if any(hop.name.endswith(records.UNROUNDED) for hop in hops) else ""
+
+
+def _parity_rows(hop: records.Hop, named: bool) -> list[ParityRow]:
+    """One per output."""
     exact = hop.name == records.BAKING
     return [
         ParityRow(

@@ -19,7 +19,7 @@ import gmconv
 from export.deployment import Deployed
 from export.precision import PrecisionOptions
 from gmconv.errors import BakeError, ParityError, RefusedError, UnavailableError
-from runtime.parity.unrounded import UNROUNDED
+from runtime.records import UNROUNDED
 from runtime.runners import open_runner
 from tests.gmconv.constants import calls, layers
 

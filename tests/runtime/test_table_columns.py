@@ -17,9 +17,8 @@ from runtime.evaluate.accuracy import Score, Share
 from runtime.evaluate.report import ArtefactScore, Evaluation
 from runtime.parity.report import CandidateReport, ParityReport
 from runtime.parity.tolerances import tolerance_for
-from runtime.parity.unrounded import UNROUNDED
 from runtime.parity.verdict import Verdict
-from runtime.records import Hop, OutputComparison, Parity
+from runtime.records import UNROUNDED, Hop, OutputComparison, Parity
 from runtime.report import sections
 
 WIDTHS = [40, 60, 70, 80, 100, 160]

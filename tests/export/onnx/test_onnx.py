@@ -29,7 +29,7 @@ from gmconv.surgery import masked_layers
 from runtime.benchmark.inputs import make_feeds
 from runtime.evaluate.score import EvaluateOptions, evaluate
 from runtime.manifest import read_manifest
-from runtime.parity.unrounded import UNROUNDED
+from runtime.records import UNROUNDED
 from runtime.runners import open_runner
 from tests.export.conftest import export
 

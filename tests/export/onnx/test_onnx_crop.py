@@ -14,7 +14,7 @@ import torch
 
 import gmconv
 from runtime.manifest import read_manifest
-from runtime.parity.unrounded import UNROUNDED
+from runtime.records import UNROUNDED
 from tests.export.conftest import export
 
 TWO_KERNELS = """

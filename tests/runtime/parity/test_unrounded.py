@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from export.precision.converter import PrecisionOptions
 from runtime.manifest import read_manifest
 from runtime.parity.report import ParityReport
 from runtime.parity.run import CandidateReport, ParityOptions, compare_artefacts
-from runtime.parity.unrounded import LIMIT, UNROUNDED
+from runtime.records import UNROUNDED
+from runtime.report import Parity, manifest_sections
+from runtime.report.sections import LIMIT
 from runtime.runners import onnxruntime
 from tests.runtime.parity.test_bisect import randomize_norms, save
 
@@ -69,6 +72,15 @@ def test_a_clean_artefact_passes_also_where_layers_were_kept(said: dict[str, Can
     table = repr(ParityReport(reference=Path("net.pt"), engine="torch", candidates=(said[form],)))
     assert all(words in table for words in ("digits, activations", "unrounded", LIMIT.split()[-1]))
     assert "digits  " in table
+
+
+def test_a_report_says_what_the_limit_is_beside_the_rows(said: dict[str, CandidateReport]) -> None:
+    """Which are judged together: their error and the limit do not give the margin."""
+    candidate, reference = said["fp16"], Path("net.pt")
+    manifest = replace(read_manifest(candidate.path), parity=candidate.record(reference))
+    compared = ParityReport(reference=reference, engine="torch", candidates=(candidate,)).sections()
+    for sections in (compared, manifest_sections("net.onnx", manifest)):
+        assert [section.note for section in sections if isinstance(section, Parity)] == [LIMIT]
 
 
 @pytest.mark.parametrize("form", FORMS)
