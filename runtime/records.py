@@ -378,7 +378,7 @@ class Hop:
 class Parity:
     """What was proven of an artefact, in one shape for ONNX files and engines: hops, and the float64 yardstick.
 
-    `result` "not run" has a `reason`. `reference`: base name of the file it starts from; `engine`: the artefact's.
+    `result` "not run" has a `reason`. `reference`: base name of the file at its start; `engine`: what ran the artefact.
     """
 
     result: Literal["passed", "not run"] = "passed"
